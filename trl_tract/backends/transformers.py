@@ -1,0 +1,490 @@
+"""Generation and exact log-probabilities with the transformers library, in this process.
+
+Knows models, adapters, batches and memory; knows nothing of scores, markers or training.
+"""
+
+import hashlib
+import inspect
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from os import PathLike, fspath
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from trl_tract.backends.base import Generation
+
+logger = logging.getLogger(__name__)
+
+_Item = TypeVar("_Item")
+_SLACK_TOKENS = 8  # Read before the stop text's own tokens: the first token of a window may lose its leading space.
+
+
+class TransformersBackend:
+    """A causal language model run by `transformers`.
+
+    A model that was handed in loaded is borrowed: its train or eval mode, its `generation_config` and the random
+    state of the process are as before after each call.
+
+    Attributes:
+        name: `"transformers"`.
+        model_id: What was loaded; for a model that came loaded, its `name_or_path` followed by ` (loaded)`, since its
+            weights may have moved away from that checkpoint.
+        model: The model that answers.
+        tokenizer: Its tokenizer.
+        batch_size: Sequences in one forward pass; halved for the rest of a call when the device runs out of memory.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        model: str | PathLike[str] | PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        batch_size: int = 8,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        merge_adapter: bool = False,
+    ) -> None:
+        """Load a model, or take a loaded one.
+
+        Args:
+            model: Directory or hub id of a full model or of a PEFT adapter (loaded on the base that it names), or a
+                loaded model.
+            tokenizer: The checkpoint's own by default: the adapter's if it has one, else its base's.
+            batch_size: Sequences in one forward pass; each of `n` continuations of a prompt is one.
+            dtype: Of the weights; the checkpoint's own by default.
+            device: Where to load; the accelerator if there is one, else the CPU.
+            merge_adapter: Add a loaded adapter into its base's weights. Decodes faster, but the sum is rounded to the
+                weights' 16 bits, so scores move a little against the unmerged adapter. No effect on a full model.
+
+        Raises:
+            ValueError: `batch_size` below 1; `dtype`, `device` or `merge_adapter` given with a loaded model; an
+                encoder-decoder; no tokenizer to be found; an adapter that does not name its base.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be 1 or more")
+        if isinstance(model, str | PathLike):
+            self.model_id = fspath(model)
+            self.model, self.tokenizer = _load(self.model_id, tokenizer, dtype, device, merge_adapter)
+        else:
+            if dtype is not None or device is not None or merge_adapter:
+                raise ValueError(
+                    "dtype, device and merge_adapter apply to a model that is loaded here; this one is loaded already: "
+                    "convert, move or merge it before handing it in"
+                )
+            origin = str(model.config.name_or_path)
+            self.model = model
+            self.model_id = f"{origin or type(model).__name__} (loaded)"
+            if tokenizer is None and not origin:
+                raise ValueError("the loaded model does not say where it came from: pass its tokenizer as well")
+            self.tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(origin)
+        if self.model.config.is_encoder_decoder:
+            raise ValueError(f"{self.model_id} is an encoder-decoder; only causal language models can be used")
+        self.batch_size = batch_size
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        n: int = 1,
+        stop: str | None = None,
+        max_new_tokens: int = 1024,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[list[Generation]]:
+        """Sample `n` continuations of each prompt; see `Backend.generate`.
+
+        Longest prompts run first, `batch_size` sequences at a time, so that padding is small and memory runs out early
+        or never. Only the settings given here shape the text: those that the checkpoint brings (top-k, penalties,
+        suppressed tokens) are set aside, but for its end-of-sequence tokens.
+
+        Args:
+            prompts: Token ids, one sequence a prompt.
+            n: Continuations per prompt.
+            stop: Text that ends a continuation; it is not part of the result.
+            max_new_tokens: Tokens sampled at most per continuation; never more than the context window has left.
+            temperature: 0 decodes greedily (then `n` must be 1).
+            top_p: Nucleus sampling threshold.
+            repetition_penalty: 1 leaves the logits alone; it counts the prompt's tokens too.
+            seed: Text is the same for the same seed, prompts, settings, batch size and machine.
+            on_progress: Called with the number of prompts that have just been finished.
+
+        Raises:
+            ValueError: A setting out of range, or a prompt that is empty or holds an id outside the vocabulary.
+        """
+        _check_sampling(n, stop, max_new_tokens, temperature, top_p, repetition_penalty)
+        rows = self._checked(prompts, "prompts")
+        results: list[list[Generation]] = [[] for _ in rows]
+        pending: deque[_Sequence] = deque()
+        for prompt in sorted(range(len(rows)), key=lambda row: -len(rows[row])):
+            room = max_new_tokens if self._context is None else self._context - len(rows[prompt])
+            if room < 2 and self._context is not None:
+                results[prompt] = [Generation("", "prompt_too_long", 0)] * n
+            else:
+                limit = min(max_new_tokens, room)
+                pending.extend(_Sequence(prompt, rows[prompt], limit) for _ in range(n))
+        _report(on_progress, sum(bool(done) for done in results))
+
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            # top_k=0: the library's own default keeps only 50 tokens.
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        if repetition_penalty != 1.0:
+            sampling["repetition_penalty"] = repetition_penalty
+        ends_stop = None if stop is None else _MayEnd(stop, self.tokenizer)
+        eos = self._eos_ids()
+        batches = 0
+
+        def step(batch: list[_Sequence]) -> list[_Sequence]:
+            nonlocal batches
+            batches += 1
+            with _seeded(self.model.device, f"{seed}/{batches}"):
+                self._extend(batch, sampling, eos, ends_stop)
+            finished = 0
+            for sequence in batch:
+                if sequence.ended or len(sequence.written) == sequence.limit:
+                    results[sequence.prompt].append(self._finish(sequence, stop, eos))
+                    finished += len(results[sequence.prompt]) == n
+            _report(on_progress, finished)
+            return [sequence for sequence in batch if not sequence.ended and len(sequence.written) < sequence.limit]
+
+        with self._borrowed_model():
+            self._in_batches(pending, step)
+        return results
+
+    def next_token_logprobs(
+        self, token_id_lists: Sequence[Sequence[int]], token_ids: Sequence[int]
+    ) -> NDArray[np.float64]:
+        """Log-probabilities of `token_ids` as the next token; see `Backend.next_token_logprobs`.
+
+        One forward pass of the model itself, so that logits which it caps or scales are capped or scaled; the softmax
+        is taken in float32.
+
+        Args:
+            token_id_lists: Token ids, one sequence a row.
+            token_ids: The tokens asked for, `K` of them.
+
+        Returns:
+            `(len(token_id_lists), K)`, nats. A row longer than the context window is NaN.
+
+        Raises:
+            ValueError: A row that is empty, or an id outside the vocabulary.
+        """
+        rows = self._checked(token_id_lists, "token_id_lists")
+        (wanted,) = self._checked([token_ids], "token_ids")
+        logprobs = np.full((len(rows), len(wanted)), np.nan)
+        window = self._context
+        fitting = [row for row in range(len(rows)) if window is None or len(rows[row]) <= window]
+        forward_arguments = inspect.signature(_innermost(self.model).forward).parameters
+
+        def step(batch: list[int]) -> list[int]:
+            input_ids, attention_mask = self._left_padded([rows[row] for row in batch])
+            extra: dict[str, Any] = {}
+            if "position_ids" in forward_arguments:
+                extra["position_ids"] = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
+            if "logits_to_keep" in forward_arguments:
+                extra["logits_to_keep"] = 1
+            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).logits
+            last = logits[:, -1]  # (B, V)
+            # Softmax over all of V first: gathering before it would renormalise over the tokens asked for.
+            last = last.to(torch.promote_types(last.dtype, torch.float32)).log_softmax(dim=-1)
+            logprobs[batch] = last[:, wanted].double().cpu().numpy()
+            return []
+
+        with self._borrowed_model():
+            self._in_batches(deque(sorted(fitting, key=lambda row: -len(rows[row]))), step)
+        return logprobs
+
+    def _extend(
+        self, batch: list["_Sequence"], sampling: dict[str, Any], eos: list[int], ends_stop: "_MayEnd | None"
+    ) -> None:
+        """Write on every sequence until it ends, or until the first of them has no room left."""
+        input_ids, attention_mask = self._left_padded([sequence.prompt_ids + sequence.written for sequence in batch])
+        length = input_ids.shape[1]
+        criteria = StoppingCriteriaList()
+        watch = None
+        if ends_stop is not None:
+            watch = _StopText(ends_stop, [length - len(sequence.written) for sequence in batch])
+            criteria.append(watch)
+        output = self.model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=GenerationConfig(
+                **sampling,
+                max_new_tokens=min(sequence.limit - len(sequence.written) for sequence in batch),
+                eos_token_id=eos or None,
+                pad_token_id=self._pad_id(),
+            ),
+            stopping_criteria=criteria,
+        )
+        for row, (sequence, new) in enumerate(zip(batch, output[:, length:].tolist(), strict=True)):
+            if watch is not None and row in watch.ended_at:
+                new = new[: watch.ended_at[row] - length]
+                sequence.ended = True
+            else:
+                end = next((place for place, token in enumerate(new) if token in eos), None)
+                if end is not None:
+                    new = new[: end + 1]
+                    sequence.ended = True
+            sequence.written += new
+
+    def _finish(self, sequence: "_Sequence", stop: str | None, eos: list[int]) -> Generation:
+        written = sequence.written
+        at_eos = bool(written) and written[-1] in eos
+        text = _decode(self.tokenizer, written[:-1] if at_eos else written)
+        if stop is not None and stop in text:
+            return Generation(text[: text.index(stop)], "stop", len(written))
+        return Generation(text, "eos" if at_eos else "length", len(written))
+
+    def _in_batches(self, pending: deque[_Item], step: Callable[[list[_Item]], list[_Item]]) -> None:
+        """Hand batches from the left of `pending` to `step`, and put back what it returns, until nothing is left."""
+        size = self.batch_size
+        while pending:
+            batch = [pending.popleft() for _ in range(min(size, len(pending)))]
+            out_of_memory = False
+            try:
+                left = step(batch)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                left, out_of_memory = batch, True
+            if out_of_memory:  # Outside the handler: the exception's frames hold the batch's tensors.
+                if size == self.batch_size:
+                    logger.warning(
+                        "out of memory with %d sequences at a time: going on with smaller batches (batch_size=%d)",
+                        len(batch),
+                        self.batch_size,
+                    )
+                size = len(batch) // 2
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            pending.extendleft(reversed(left))
+
+    @contextmanager
+    def _borrowed_model(self) -> Iterator[None]:
+        """The model in evaluation mode and without its checkpoint's sampling settings; both are put back."""
+        owner = _innermost(self.model)
+        checkpoint_settings = owner.generation_config
+        modes = [(module, module.training) for module in self.model.modules()]
+        try:
+            # Set aside rather than overridden: fields such as `suppress_tokens` have no neutral value to pass.
+            owner.generation_config = GenerationConfig()
+            self.model.eval()
+            with torch.no_grad():
+                yield
+        finally:
+            owner.generation_config = checkpoint_settings
+            for module, training in modes:
+                module.training = training
+
+    def _left_padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask, both `(B, L)` int64."""
+        length = max(len(row) for row in rows)
+        pad = self._pad_id()
+        ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+    def _checked(self, rows: Sequence[Sequence[int]], what: str) -> list[list[int]]:
+        vocabulary = self.model.config.get_text_config().vocab_size
+        checked = []
+        for index, row in enumerate(rows):
+            ids = [int(token) for token in row]
+            if not ids:
+                raise ValueError(f"{what}[{index}] is empty: there is nothing to continue")
+            if min(ids) < 0 or max(ids) >= vocabulary:
+                wrong = next(token for token in ids if not 0 <= token < vocabulary)
+                raise ValueError(f"{what}[{index}] holds token id {wrong}, outside the vocabulary of {vocabulary}")
+            checked.append(ids)
+        return checked
+
+    @property
+    def _context(self) -> int | None:
+        """Tokens that the context window holds; None for a model without positions."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def _eos_ids(self) -> list[int]:
+        configured = _innermost(self.model).generation_config.eos_token_id
+        ids = configured if isinstance(configured, list | tuple) else [configured]
+        return sorted({int(token) for token in (*ids, self.tokenizer.eos_token_id) if token is not None})
+
+    def _pad_id(self) -> int:
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None and token < self.model.config.get_text_config().vocab_size:
+                return int(token)
+        return 0  # Any id does: padding is masked.
+
+
+@dataclass
+class _Sequence:
+    """One continuation under way.
+
+    Near the end of the context window the rows of a batch have room for different numbers of tokens. A batch then
+    stops where its shortest room ends, and the other rows go on in a later batch.
+    """
+
+    prompt: int
+    prompt_ids: list[int]
+    limit: int
+    written: list[int] = field(default_factory=list)
+    ended: bool = False
+
+
+class _MayEnd:
+    """Tells which tokens can complete the stop text, so that the others need not be decoded."""
+
+    def __init__(self, stop: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.stop = stop
+        self.tokenizer = tokenizer
+        self.window = len(stop.encode()) + _SLACK_TOKENS  # A token holds a byte or more.
+        self._known: dict[int, bool] = {}
+
+    def __call__(self, token: int) -> bool:
+        if token not in self._known:
+            text = _decode(self.tokenizer, [token])
+            last = self.stop[-1]
+            # A lone token may lose its spaces, and a piece of a character decodes to the replacement character.
+            self._known[token] = last.isspace() or last in text or "\ufffd" in text
+        return self._known[token]
+
+
+class _StopText(StoppingCriteria):  # type: ignore[misc, unused-ignore]
+    """Ends each row once its continuation holds the stop text.
+
+    The library's own `stop_strings` prepares a table over the whole vocabulary, works on it at every step, and lets
+    the end of the prompt count as the beginning of the stop text.
+    """
+
+    def __init__(self, may_end: _MayEnd, starts: list[int]) -> None:
+        self.may_end = may_end
+        self.starts = starts
+        self.ended_at: dict[int, int] = {}
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        length = input_ids.shape[1]
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            if row in self.ended_at or not self.may_end(token):
+                continue
+            start = max(self.starts[row], length - self.may_end.window)
+            if self.may_end.stop in _decode(self.may_end.tokenizer, input_ids[row, start:].tolist()):
+                self.ended_at[row] = length
+        ended = [row in self.ended_at for row in range(len(input_ids))]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def _check_sampling(
+    n: int, stop: str | None, max_new_tokens: int, temperature: float, top_p: float, repetition_penalty: float
+) -> None:
+    if n < 1:
+        raise ValueError(f"n={n} must be 1 or more")
+    if stop == "":
+        raise ValueError('stop="" would end every continuation before its first token: pass None for no stop text')
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be 1 or more")
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
+    if temperature == 0 and n > 1:
+        raise ValueError(f"n={n} with temperature=0 gives the same text {n} times: raise the temperature, or set n=1")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must lie in (0, 1]")
+    if repetition_penalty <= 0:
+        raise ValueError(f"repetition_penalty={repetition_penalty} must be above 0; 1 leaves the logits alone")
+
+
+def _report(on_progress: Callable[[int], None] | None, finished: int) -> None:
+    if on_progress is not None and finished:
+        on_progress(finished)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
+    # clean_up_tokenization_spaces rewrites " ." to "." on some tokenizers, and with it the text to be matched.
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+@contextmanager
+def _seeded(device: torch.device, key: str) -> Iterator[None]:
+    """Random numbers that depend on `key` alone; the caller's random state is put back."""
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=devices, device_type=None if device.type == "cpu" else device.type):
+        # Not torch.manual_seed: it seeds every device of the process, and only this one is put back.
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            module: Any = torch.get_device_module(device)
+            with module.device(device):
+                module.manual_seed(seed)
+        yield
+
+
+def _innermost(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model under an adapter: it holds the forward signature and the generation settings."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _load(
+    model_id: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+    merge_adapter: bool,
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = accelerator or "cpu"
+    is_adapter = find_adapter_config_file(model_id) is not None
+    base_id = model_id
+    if is_adapter:
+        base_id = PeftConfig.from_pretrained(model_id).base_model_name_or_path
+        if not base_id:
+            raise ValueError(f"{model_id}/adapter_config.json names no base model: set base_model_name_or_path in it")
+    if tokenizer is None:
+        tokenizer = _load_tokenizer(model_id if not is_adapter or _has_tokenizer(model_id) else base_id)
+    model = AutoModelForCausalLM.from_pretrained(
+        base_id, dtype=dtype or "auto", device_map=torch.device(device), trust_remote_code=False
+    )
+    if is_adapter:
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            # Tokens added in training: the adapter's embedding rows only fit a base that has them.
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model = PeftModel.from_pretrained(model, model_id)
+        if merge_adapter:
+            model = model.merge_and_unload()
+    model.eval()
+    return model, tokenizer
+
+
+def _has_tokenizer(model_id: str) -> bool:
+    found = cached_file(
+        model_id,
+        "tokenizer_config.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return found is not None
+
+
+def _load_tokenizer(model_id: str) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
+    return tokenizer

@@ -1,0 +1,117 @@
+"""TRACTConfig: the fields that TRACT adds to SFTConfig, and what it refuses. Knows nothing else."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from trl_tract.scores import ScoreGrid
+
+
+@dataclass
+class TRACTConfig(SFTConfig):  # type: ignore[misc]  # TRL ships no types
+    """Configuration of `TRACTTrainer`: everything in SFTConfig, and the fields below.
+
+    `max_length` defaults to 3000, the paper's cutoff, where SFTConfig has 1024: judge prompts are long, and a row that
+    is cut loses its score.
+
+    Source of the defaults: Chiang et al. 2025 and its code, https://aclanthology.org/2025.acl-long.147
+    """
+
+    max_length: int | None = field(
+        default=3000,
+        metadata={
+            "help": "Tokens a row may have, prompt included. A row that would lose its score is refused, never cut "
+            "silently: see `invalid_rows`. None: no limit. The paper's cutoff is 3000."
+        },
+    )
+    score_values: list[float] = field(
+        default_factory=lambda: [1.0, 2.0, 3.0, 4.0, 5.0],
+        metadata={
+            "help": "The score grid, in rubric units, increasing. Each value has to be one token where scores stand."
+        },
+    )
+    score_marker: str = field(
+        default="[RESULT]",
+        metadata={"help": "Text that stands before the score in every completion. The last one in it counts."},
+    )
+    raft_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the squared error on the expected score against the rationale's cross-entropy (lambda "
+            "of CoT-RAFT). Unitless; the error is in squared rubric units, so halving the score range quarters it. "
+            "0 trains on the rationale alone."
+        },
+    )
+    rationale_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the cross-entropy of the completion, a mean over tokens in nats. 0 is RAFT without a "
+            "rationale: such a model can be asked for a score but no longer writes text."
+        },
+    )
+    score_in_ce: bool = field(
+        default=False,
+        metadata={
+            "help": "Also take the cross-entropy on the score token, as the paper's formula does; the authors' code "
+            "does not. With `raft_weight=0` this is the ordinary cross-entropy judge."
+        },
+    )
+    normalize_grid: bool = field(
+        default=False,
+        metadata={
+            "help": "Divide the expected score by the probability mass on the grid. The paper and its code do not: "
+            "mass off the grid then pulls the score to 0, which teaches the model to stay on the grid."
+        },
+    )
+    invalid_rows: str = field(
+        default="raise",
+        metadata={
+            "help": "What happens to rows whose score is missing, off the range, cut off by `max_length`, or "
+            "ambiguous: `raise` stops and names them; `drop` trains without them and says how many there were.",
+            "choices": ["raise", "drop"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check the fields of TRACT, then SFTConfig's own."""
+        super().__post_init__()
+        # Raises for a grid that is none; YAML and the command line may give integers.
+        self.score_values = list(ScoreGrid.from_values(self.score_values).values)
+        if not self.score_marker.strip():
+            raise ValueError("score_marker is empty: give the text that stands before the score, such as [RESULT]")
+        for name in ("raft_weight", "rationale_weight"):
+            weight = getattr(self, name)
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"{name}={weight} must be a number that is 0 or greater")
+        if self.raft_weight == 0 and self.rationale_weight == 0:
+            raise ValueError("raft_weight and rationale_weight are both 0, which leaves nothing to train on")
+        if self.invalid_rows not in ("raise", "drop"):
+            raise ValueError(f"invalid_rows={self.invalid_rows!r} is unknown: choose 'raise' or 'drop'")
+        if self.assistant_only_loss:
+            raise ValueError(
+                "assistant_only_loss=True: TRACT always trains on the completion (the last assistant turn) alone. "
+                "Leave it out"
+            )
+        if self.packing and self.packing_strategy != "bfd":
+            raise ValueError(
+                f"packing_strategy={self.packing_strategy!r} may cut a row in two, and a score would lose its "
+                "rationale. Use packing_strategy='bfd'"
+            )
+
+    @classmethod
+    def from_args(cls, args: TrainingArguments | None, model_name: str) -> "TRACTConfig":
+        """Take over what the user passed to the trainer as `args`.
+
+        Args:
+            args: A TRACTConfig (returned as it is), a plain SFTConfig or TrainingArguments (field by field), or None.
+            model_name: Names the output directory when there are no `args`: `<model_name>-TRACT`.
+        """
+        if args is None:
+            return cls(f"{model_name}-TRACT")
+        if isinstance(args, cls):
+            return args
+        fields: dict[str, Any] = args.to_dict()
+        fields["hub_token"] = args.hub_token  # to_dict hides it
+        return cls(**fields)

@@ -1,0 +1,88 @@
+"""`tract_config.json`: what a judge has to know of its training, saved beside the weights. Knows nothing of models."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl_tract.prompts import CompletionFormat
+from trl_tract.scores import ScoreGrid
+
+FILE_NAME = "tract_config.json"
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """How a judge was trained to write a completion and its score.
+
+    Attributes:
+        grid: The score grid, its tokens resolved.
+        format: Marker and the whitespace around it.
+        normalize_grid: Whether the expected score is divided by the mass on the grid.
+    """
+
+    grid: ScoreGrid
+    format: CompletionFormat
+    normalize_grid: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `tract_config.json`."""
+        return {
+            "score_values": list(self.grid.values),
+            "score_texts": list(self.grid.texts),
+            "score_token_ids": list(self.grid.token_ids),
+            "completion_format": self.format.to_dict(),
+            "normalize_grid": self.normalize_grid,
+        }
+
+    def save(self, directory: str | Path) -> None:
+        """Write `tract_config.json` into `directory`."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        (Path(directory) / FILE_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "JudgeConfig":
+        """Read `tract_config.json` of a model directory or hub id.
+
+        Raises:
+            FileNotFoundError: There is none: the model was not trained by TRACTTrainer, or is somewhere else.
+            ValueError: It cannot be read.
+        """
+        file = find_config(path)
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            grid = ScoreGrid(
+                values=tuple(float(value) for value in saved["score_values"]),
+                texts=tuple(str(text) for text in saved["score_texts"]),
+                token_ids=tuple(int(token) for token in saved["score_token_ids"]),
+            )
+            return cls(grid, CompletionFormat(**saved["completion_format"]), bool(saved["normalize_grid"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} cannot be read as {FILE_NAME}: {error!r}. Save the model again") from error
+
+
+def find_config(path: str | Path) -> Path:
+    """The `tract_config.json` of a model directory or hub id."""
+    if Path(path).is_dir():
+        file = Path(path) / FILE_NAME
+        if file.is_file():
+            return file
+        missing = f"{file} is missing"
+    elif Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
+        missing = f"{path} is not a model directory"
+    else:
+        from transformers.utils import cached_file
+
+        try:
+            found = cached_file(str(path), FILE_NAME)
+        except OSError as error:
+            raise FileNotFoundError(_no_config(f"no {FILE_NAME} at {path}")) from error
+        return Path(str(found))
+    raise FileNotFoundError(_no_config(missing))
+
+
+def _no_config(what: str) -> str:
+    return (
+        f"{what}. It is saved by TRACTTrainer.save_model() beside the weights or the adapter. For a model that was "
+        "trained otherwise, give the grid and the marker: CoTRAILJudge(backend, score_values=[...], score_marker=...)"
+    )

@@ -1,0 +1,190 @@
+"""A row -> the text that is tokenised, its token ids, and the place of its score in both.
+
+Training and judging share these functions: a judge is asked with exactly the token prefix that a training row with the
+same rationale has before its score. Knows nothing of datasets or models.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import common_prefix_length, is_conversational, maybe_convert_to_chatml
+
+from trl_tract.prompts import CompletionFormat, Prompt, Row, ScoreNotFoundError, locate_score
+from trl_tract.scores import ScoreGrid, tokens_covering
+
+
+@dataclass(frozen=True)
+class RenderedRow:
+    """A row as the text that is tokenised, with its score found.
+
+    Attributes:
+        text: Prompt and completion, with the chat template's or the end-of-sequence text.
+        prompt_text: The prompt alone, as the model is asked.
+        score_start: First character of the score in `text`.
+        score_end: One past the last.
+        score_text: The score as it is written.
+        format: Marker and the whitespace around it.
+        add_special_tokens: Whether the tokenizer adds its own: True for plain text, False after a chat template.
+    """
+
+    text: str
+    prompt_text: str
+    score_start: int
+    score_end: int
+    score_text: str
+    format: CompletionFormat
+    add_special_tokens: bool
+
+
+@dataclass(frozen=True)
+class TokenisedRow:
+    """A row's token ids, where its completion starts, and where its score stands."""
+
+    input_ids: list[int]
+    prompt_length: int
+    score_index: int
+
+
+def as_prompt_completion(row: Mapping[str, Any]) -> Row:
+    """A `messages` row with its last assistant turn as the completion; other rows unchanged."""
+    if "messages" not in row and "conversations" not in row:
+        return dict(row)
+    row = maybe_convert_to_chatml(dict(row))
+    messages = list(row.pop("messages"))
+    if not messages or messages[-1]["role"] != "assistant":
+        raise ScoreNotFoundError("no completion", "the last message is not the assistant's")
+    return {**row, "prompt": messages[:-1], "completion": messages[-1:]}
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **template: Any) -> tuple[str, bool]:
+    """A prompt as the text that the model is asked with, and whether the tokenizer adds special tokens to it."""
+    if isinstance(prompt, str):
+        return prompt, True
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the rows are chat messages, but this tokenizer has no chat template. Give the prompts as plain text, or "
+            "set chat_template_path"
+        )
+    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **template)), False
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Token ids that a prompt is asked with, the same that SFTTrainer trains on."""
+    text, add_special_tokens = prompt_text(tokenizer, prompt)
+    return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+
+def render_row(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], marker: str, grid: ScoreGrid) -> RenderedRow:
+    """Write a prompt-completion row as text, as SFTTrainer would, and find its score.
+
+    Raises:
+        ScoreNotFoundError: The completion has no score, or no single one.
+    """
+    prompt, completion = row["prompt"], row["completion"]
+    chat = is_conversational({"prompt": prompt})
+    if chat != is_conversational({"completion": completion}):
+        raise ScoreNotFoundError("mixed types", "prompt and completion must both be text, or both chat messages")
+    template: dict[str, Any] = dict(row.get("chat_template_kwargs") or {})
+    if row.get("tools"):
+        template["tools"] = row["tools"]
+    before, add_special_tokens = prompt_text(tokenizer, prompt, **template)
+    if chat:
+        content = _assistant_content(completion)
+        text = str(tokenizer.apply_chat_template([*prompt, *completion], tokenize=False, **template))
+    else:
+        content = completion
+        text = before + completion
+        eos = tokenizer.eos_token or ""
+        text += "" if text.endswith(eos) else eos
+    span = locate_score(content, marker, grid.texts)
+    # The template may strip or rewrite the rationale, so the marker and score are looked up in what it rendered, and
+    # only behind the prompt, which may hold a forged marker of its own.
+    written = content[span.marker_start : span.end]
+    rendered_from = common_prefix_length(before, text)
+    at = text.rfind(written, rendered_from)
+    if at < 0:
+        raise ScoreNotFoundError("rewritten", f"the chat template rewrites {written!r}, so the score cannot be found")
+    return RenderedRow(
+        text=text,
+        prompt_text=before,
+        score_start=at + span.start - span.marker_start,
+        score_end=at + len(written),
+        score_text=span.text,
+        format=CompletionFormat(marker, span.lead if span.marker_start else " ", span.separator),
+        add_special_tokens=add_special_tokens,
+    )
+
+
+def _assistant_content(completion: Sequence[Mapping[str, Any]]) -> str:
+    if not completion:
+        raise ScoreNotFoundError("empty", "the completion is empty")
+    content = completion[-1].get("content")
+    if not isinstance(content, str):
+        raise ScoreNotFoundError("not text", f"the completion's content is {type(content).__name__}, not text")
+    return content
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, rendered: RenderedRow, grid: ScoreGrid) -> TokenisedRow:
+    """Tokenise a rendered row once and find its score's token by the characters it covers.
+
+    Raises:
+        ScoreNotFoundError: The score is not the grid's token, because the row writes it in another way.
+    """
+    special = rendered.add_special_tokens
+    encoded = tokenizer(rendered.text, add_special_tokens=special, return_offsets_mapping=True)
+    ids = list(encoded["input_ids"])
+    asked = tokenizer(rendered.prompt_text, add_special_tokens=special)["input_ids"]
+    # Some templates render the prompt differently when it stands alone: like SFTTrainer, train where they diverge.
+    prompt_length = common_prefix_length(asked, ids)
+    covering = tokens_covering(encoded["offset_mapping"], rendered.score_start, rendered.score_end)
+    expected = grid.token_ids[grid.texts.index(rendered.score_text)]
+    if len(covering) != 1 or ids[covering[0]] != expected:
+        found = tokenizer.convert_ids_to_tokens([ids[i] for i in covering])
+        raise ScoreNotFoundError(
+            "other tokens",
+            f"score {rendered.score_text!r} is the token(s) {found} here and "
+            f"{tokenizer.convert_ids_to_tokens(expected)!r} in the first row: write marker and score alike in all rows",
+        )
+    return TokenisedRow(ids, prompt_length, covering[0])
+
+
+def resolve_grid(
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], marker: str, grid: ScoreGrid
+) -> tuple[ScoreGrid, CompletionFormat]:
+    """Find the grid's tokens where `row` writes its score, and the way it writes it."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} gives no character offsets, which finding the score needs. Load the fast "
+            "tokenizer of this model"
+        )
+    rendered = render_row(tokenizer, row, marker, grid)
+    resolved = grid.resolve(
+        tokenizer,
+        rendered.text[: rendered.score_start],
+        rendered.text[rendered.score_end :],
+        add_special_tokens=rendered.add_special_tokens,
+    )
+    return resolved, rendered.format
+
+
+def score_prefix_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    rationale: str,
+    completion_format: CompletionFormat,
+    grid: ScoreGrid,
+) -> list[int]:
+    """Token ids up to a score, exactly those that a training row with this rationale has before its score.
+
+    The whole completion is tokenised with a score in place and cut before it: text that ends in the marker alone may
+    be tokenised in another way.
+    """
+    completion = completion_format.join(rationale, grid.texts[0])
+    row: Row = {"prompt": prompt, "completion": completion}
+    if not isinstance(prompt, str):
+        row["completion"] = [{"role": "assistant", "content": completion}]
+    rendered = render_row(tokenizer, row, completion_format.marker, grid)
+    tokens = tokenise(tokenizer, rendered, grid)
+    return tokens.input_ids[: tokens.score_index]

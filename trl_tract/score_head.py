@@ -1,0 +1,103 @@
+"""The score rows: grid-token probabilities at the score positions, computed inside the model's own forward pass.
+
+Inside, because under FSDP2 and ZeRO-3 the head's weight is whole only there. Knows nothing of losses or datasets.
+"""
+
+import functools
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import field, make_dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from trl_tract.losses import grid_probs
+
+
+def add_score_head(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
+    """Let `model(..., score_positions=mask)` also return `score_probs`, at the cost of the S score rows alone.
+
+    `score_positions`, bool `(B, L - 1)`, is True where the next token is a score; `score_probs`, float32 `(S, K)`,
+    holds the grid's probabilities there, in row-major order of the mask. Calls without `score_positions` are left as
+    they were.
+
+    Whatever forward the model has at this time is wrapped, TRL's fused LM head included, and no second forward pass is
+    made: a hook keeps the backbone's last hidden state.
+
+    Args:
+        model: Causal language model, without its PEFT wrapper.
+        token_ids: Tokens of the score grid, `K` of them.
+    """
+    inner_forward = model.forward
+    transform = logit_transform(model)
+
+    # `generate` validates its arguments against the signature, so keep it.
+    @functools.wraps(inner_forward)
+    def forward(self: Any, *args: Any, score_positions: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if score_positions is None:
+            return inner_forward(*args, **kwargs)
+        hidden_states: list[torch.Tensor] = []
+        # Backbone and head are looked up at each call: PEFT and FSDP replace modules after this function has run.
+        hook = self.base_model.register_forward_hook(
+            lambda module, inputs, output: hidden_states.append(output.last_hidden_state)
+        )
+        try:
+            outputs = inner_forward(*args, **kwargs)
+        finally:
+            hook.remove()
+        rows = hidden_states[0][:, :-1][score_positions.to(hidden_states[0].device)]  # (S, H)
+        logits = transform(_apply_head(self.get_output_embeddings(), rows))  # (S, V)
+        return _with_score_probs(type(outputs))(**outputs, score_probs=grid_probs(logits, token_ids))
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _apply_head(head: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """Logits `(S, V)` of hidden states `(S, H)`."""
+    weight = head.weight
+    rows = rows.to(weight.device)  # type: ignore[arg-type]
+    if not isinstance(weight, DTensor):
+        return head(rows)  # type: ignore[no-any-return]
+    # FSDP2 leaves a root-level head sharded; its own forward would mix sharded and plain tensors.
+    bias = head.bias.full_tensor() if isinstance(head.bias, DTensor) else None
+    return torch.nn.functional.linear(rows, weight.full_tensor(), bias)
+
+
+def logit_transform(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What a model's forward does to the output of its head: scaling (Cohere, Granite, ...), soft-capping (Gemma).
+
+    Example:
+        >>> from transformers import GraniteConfig, GraniteForCausalLM
+        >>> tiny = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+        >>> granite = GraniteForCausalLM(GraniteConfig(**tiny, num_key_value_heads=1, logits_scaling=4.0))
+        >>> logit_transform(granite)(torch.tensor([8.0]))
+        tensor([2.])
+    """
+    config = model.config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            scale = float(getattr(config, name))
+            break
+    else:
+        if getattr(config, "logits_scaling", None) is not None:
+            # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies.
+            scaling = float(config.logits_scaling)
+            scale = scaling if config.model_type == "hyperclovax" else 1 / scaling
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def transform(logits: torch.Tensor) -> torch.Tensor:
+        logits = logits if scale == 1.0 else logits * scale
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return transform
+
+
+@functools.cache
+def _with_score_probs(output_type: type[ModelOutput]) -> type[ModelOutput]:
+    """`output_type` with a declared `score_probs`: DDP and FSDP rebuild outputs from their declared fields."""
+    fields = [("score_probs", torch.Tensor | None, field(default=None))]
+    return make_dataclass(f"{output_type.__name__}WithScores", fields, bases=(output_type,))

@@ -1,0 +1,196 @@
+"""Score grids, the expected score and the other decision rules.
+
+Knows tokenizers, because a score has to be one token where it stands; knows nothing of models or training.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+
+from trl_tract.prompts import score_text
+
+Decision = Literal["mean", "median", "mode", "sampled"]
+DECISIONS: tuple[Decision, ...] = get_args(Decision)
+
+
+@dataclass(frozen=True)
+class ScoreGrid:
+    """The admissible scores: their values, how they are written, and their tokens.
+
+    Attributes:
+        values: Scores in rubric units, strictly increasing, `K` of them.
+        texts: How each is written in a completion.
+        token_ids: The token of each at the place where scores stand; empty until `resolve`.
+    """
+
+    values: tuple[float, ...]
+    texts: tuple[str, ...]
+    token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_values(cls, values: Sequence[float]) -> "ScoreGrid":
+        """Check the values of a grid and write them as text.
+
+        Raises:
+            ValueError: Fewer than two values, one that is not finite, or values that do not increase.
+
+        Example:
+            >>> ScoreGrid.from_values([1, 2, 3]).texts
+            ('1', '2', '3')
+        """
+        numbers = tuple(float(value) for value in values)
+        if len(numbers) < 2:
+            raise ValueError(f"score_values={list(values)} holds {len(numbers)} score(s); a grid needs two or more")
+        if not all(math.isfinite(number) for number in numbers):
+            raise ValueError(f"score_values={list(values)} holds a value that is not finite")
+        if any(left >= right for left, right in itertools.pairwise(numbers)):
+            raise ValueError(f"score_values={list(values)} must increase from each value to the next")
+        return cls(values=numbers, texts=tuple(score_text(number) for number in numbers))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def resolve(self, tokenizer: Any, before: str, after: str = "", *, add_special_tokens: bool = False) -> "ScoreGrid":
+        """Find each score's token between the text `before` and the text `after` it.
+
+        A digit's token depends on what precedes it: `[RESULT] 5` ends in `5` for some vocabularies and in ` 5` for
+        others. So every score is put in the same place of a real row, tokenised, and looked up by its characters.
+
+        Args:
+            tokenizer: A fast tokenizer (character offsets are needed).
+            before: Rendered text of a training row up to its score.
+            after: What follows the score there.
+            add_special_tokens: As for the training rows: False for text from a chat template.
+
+        Raises:
+            ValueError: A score is not exactly one token there, two scores share one, or the tokens before the score
+                depend on which score follows.
+        """
+        token_ids: list[int] = []
+        prefixes: list[list[int]] = []
+        for text in self.texts:
+            encoded = tokenizer(
+                before + text + after, add_special_tokens=add_special_tokens, return_offsets_mapping=True
+            )
+            covering = tokens_covering(encoded["offset_mapping"], len(before), len(before) + len(text))
+            if len(covering) != 1:
+                pieces = tokenizer.convert_ids_to_tokens([encoded["input_ids"][i] for i in covering])
+                raise ValueError(
+                    f"score {text!r} is {len(covering)} tokens for this tokenizer ({' '.join(map(repr, pieces))}). "
+                    f"Every score has to be one token: change score_values={list(self.values)}, for example to 1 to 5"
+                )
+            token_ids.append(encoded["input_ids"][covering[0]])
+            prefixes.append(encoded["input_ids"][: covering[0]])
+        for text, prefix in zip(self.texts, prefixes, strict=True):
+            if prefix != prefixes[0]:
+                raise ValueError(
+                    f"the tokens before the score change with the score ({self.texts[0]!r} and {text!r} differ), so "
+                    f"one position cannot score the whole grid. Put a space or a newline between marker and score"
+                )
+        if len(set(token_ids)) < len(token_ids):
+            raise ValueError(f"scores {', '.join(self.texts)} share a token for this tokenizer: {token_ids}")
+        return replace(self, token_ids=tuple(token_ids))
+
+    def nearest_text(self, value: float) -> str:
+        """The text of the grid value nearest to `value`; the lower one of two that are equally near."""
+        return self.texts[min(range(len(self)), key=lambda i: (abs(self.values[i] - value), i))]
+
+    def in_range(self, value: float) -> bool:
+        """Whether a gold score lies between the two ends of the grid; it need not be on it."""
+        return self.values[0] <= value <= self.values[-1]
+
+
+def tokens_covering(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
+    """Indices of the tokens that hold any of the characters from `start` to `end`.
+
+    Special tokens that a tokenizer adds have empty offsets and cover nothing.
+
+    Example:
+        >>> tokens_covering([(0, 0), (0, 3), (3, 5)], 3, 4)
+        [2]
+    """
+    return [i for i, (first, last) in enumerate(offsets) if first < end and last > start and first < last]
+
+
+def expected_score(probs: torch.Tensor, values: torch.Tensor, *, normalize: bool = False) -> torch.Tensor:
+    """Mean score under the model: the RAIL prediction, optimal for squared error.
+
+    Probability off the grid counts as zero, so it pulls the mean towards 0; `normalize` divides by the mass on the
+    grid.
+
+    Args:
+        probs: Grid-token probabilities under the softmax over the *whole* vocabulary, `(..., K)`.
+        values: Scores in rubric units, `(K,)`.
+        normalize: Divide by `probs.sum(-1)`. The TRACT authors do not.
+
+    Returns:
+        float32 `(...)`, rubric units.
+
+    Raises:
+        ValueError: The last axis of `probs` is not as long as `values`.
+
+    Example:
+        >>> expected_score(torch.tensor([[0.25, 0.25]]), torch.tensor([2.0, 4.0]))
+        tensor([1.5000])
+
+    Source: Lukasik et al. 2024, https://aclanthology.org/2024.findings-emnlp.799
+    """
+    if probs.shape[-1] != values.shape[-1]:
+        raise ValueError(f"probs has {probs.shape[-1]} entries a score, but the grid has {values.shape[-1]} values")
+    # float64 stays, so that an oracle can be compared with; half precision is lifted.
+    probs = probs if probs.dtype == torch.float64 else probs.float()
+    mean = (probs * values.to(probs)).sum(dim=-1)
+    return mean / probs.sum(dim=-1) if normalize else mean
+
+
+def decide(
+    probs: torch.Tensor,
+    values: torch.Tensor,
+    rule: Decision = "mean",
+    *,
+    normalize: bool = False,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Turn score probabilities into one score each.
+
+    `mean` is optimal for squared error, `median` for absolute error, `mode` for 0-1 loss; `sampled` draws from the
+    distribution on the grid, which is what decoding the score token does. The last three depend on the distribution
+    on the grid alone, so mass off the grid does not move them.
+
+    Args:
+        probs: Grid-token probabilities under the whole vocabulary, `(..., K)`.
+        values: Scores in rubric units, increasing, `(K,)`.
+        rule: One of `mean`, `median`, `mode`, `sampled`.
+        normalize: For `mean` only: see `expected_score`.
+        generator: Source of randomness of `sampled`.
+
+    Returns:
+        `(...)`, rubric units.
+
+    Raises:
+        ValueError: `rule` is none of the four.
+
+    Example:
+        >>> probs, values = torch.tensor([[0.5, 0.3, 0.1]]), torch.tensor([1.0, 2.0, 3.0])
+        >>> decide(probs, values, "median"), decide(probs, values, "mode")
+        (tensor([1.]), tensor([1.]))
+    """
+    if rule == "mean":
+        return expected_score(probs, values, normalize=normalize)
+    values = values.to(probs)
+    if rule == "mode":
+        return values[probs.argmax(dim=-1)]
+    on_grid = probs / probs.sum(dim=-1, keepdim=True)
+    if rule == "median":
+        # Half a float32 rounding step of slack: [0.5, 0.5] has its lower median at the first value.
+        reached = on_grid.cumsum(dim=-1) >= 0.5 - 1e-6
+        return values[reached.int().argmax(dim=-1)]
+    if rule == "sampled":
+        flat = on_grid.reshape(-1, on_grid.shape[-1])
+        drawn = torch.multinomial(flat, 1, generator=generator).reshape(on_grid.shape[:-1])
+        return values[drawn]
+    raise ValueError(f"decision={rule!r} is unknown: choose one of {', '.join(DECISIONS)}")
