@@ -1,34 +1,57 @@
-"""Tiny random models, small tokenizers and judge rows, all made in-process."""
+"""Tiny random models, small tokenizers, judge rows and trainers, all made in-process."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import importlib.resources
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, IterableDataset
+from hypothesis import settings as hypothesis_settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
+    LlamaTokenizer,
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+from transformers.tokenization_utils_base import generate_merges
+
+from trl_tract import TRACTConfig, TRACTTrainer
+
+# The same examples in every run, none remembered on disk, no clock on a busy machine.
+hypothesis_settings.register_profile("tests", database=None, derandomize=True, deadline=None)
+hypothesis_settings.load_profile("tests")
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 WORDS = "the reply is short polite clear wrong and long it says why 2 of 4 points hold greeting apology no yes".split()
+SPECIAL = ["<|end|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+
+
+def wrap_tokenizer(tokenizer: Tokenizer, *, chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """A transformers tokenizer around `tokenizer`, whose first four tokens are SPECIAL."""
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    if chat_template:
+        fast.chat_template = chat_template
+    return fast
 
 
 def make_tokenizer(*, split_digits: bool = True, chat: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: SmolLM2's kind with `split_digits`, GPT-2's kind (merges `" 5"`) without."""
+    """A byte-level BPE: SmolLM2's kind with `split_digits`, GPT-2's kind (merges `" 5"`, `" 10"`) without."""
     tokenizer = Tokenizer(models.BPE())
     steps = [pre_tokenizers.Digits(individual_digits=True)] if split_digits else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -38,14 +61,51 @@ def make_tokenizer(*, split_digits: bool = True, chat: bool = True) -> PreTraine
         corpus,
         trainers.BpeTrainer(
             vocab_size=384,
-            special_tokens=["<|end|>", "<|im_start|>", "<|im_end|>", "<|pad|>"],
+            special_tokens=SPECIAL,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
-    if chat:
-        fast.chat_template = CHATML
-    return fast
+    return wrap_tokenizer(tokenizer, chat_template=CHATML if chat else None)
+
+
+def make_merging_tokenizer(
+    merges: list[tuple[str, str]], chat_template: str | None = CHATML
+) -> PreTrainedTokenizerFast:
+    """Bytes and the given merges alone, in byte-level letters ("Ċ" is a newline), across any boundary of the text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet, *("".join(merge) for merge in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return wrap_tokenizer(tokenizer, chat_template=chat_template)
+
+
+def mistral_sentencepiece() -> Path:
+    """The SentencePiece model of Mistral-7B-Instruct-v0.2, from the data folder of `mistral_common`.
+
+    Of the five SentencePiece models there, `tokenizer.model.v1` is the one with 32,000 pieces and digits 1 to 5 at
+    28740 28750 28770 28781 28782; v2, v3 and v7 have 32,768 pieces and the digits at 29508 ... 29550.
+    """
+    return Path(str(importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"))
+
+
+@pytest.fixture(scope="session")
+def mistral_tokenizer() -> LlamaTokenizer:
+    """The real Mistral-7B-Instruct-v0.2 vocabulary in transformers' own Llama tokenizer."""
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = SentencePieceProcessor(model_file=str(mistral_sentencepiece()))
+    vocab = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
+    # As transformers converts such a file where protobuf is installed.
+    merges = generate_merges(vocab, {piece: pieces.get_score(i) for piece, i in vocab.items()})
+    tokenizer = LlamaTokenizer(vocab=vocab, merges=merges, pad_token="</s>")
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+        "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + eos_token }}"
+        "{% endif %}{% endfor %}"
+    )
+    return tokenizer
 
 
 CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
@@ -53,11 +113,15 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen2": (Qwen2Config, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "gpt_neox": (GPTNeoXConfig, {"attention_dropout": 0.0, "hidden_dropout": 0.0}),
     "gemma2": (Gemma2Config, {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 3.0}),
+    "cohere": (CohereConfig, {"num_key_value_heads": 2, "logit_scale": 0.5}),
+    "granite": (GraniteConfig, {"num_key_value_heads": 2, "logits_scaling": 2.0}),
 }
 
 
-def make_model(name: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, vocab: int = 384) -> Any:
-    """A random model of two layers and 32 hidden units."""
+def make_model(
+    name: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, vocab: int = 384, std: float = 0.4
+) -> Any:
+    """A random model of two layers and 32 hidden units; `std` of its weights."""
     config_class, extra = CONFIGS[name]
     torch.manual_seed(seed)
     config = config_class(
@@ -67,7 +131,7 @@ def make_model(name: str = "llama", *, dtype: torch.dtype = torch.float32, seed:
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=512,
-        initializer_range=0.4,
+        initializer_range=std,
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=3,
@@ -94,6 +158,47 @@ def make_rows(n: int, *, seed: int = 0, chat: bool = False, fractions: bool = Tr
         row["score"] = written - 0.5 if fractions and i % 3 == 0 and written > 1 else float(written)
         rows.append(row)
     return rows
+
+
+# Exact on a CPU, and quiet: float32 throughout, plain SGD without clipping, nothing written, one process.
+PLAIN: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+    "gradient_checkpointing": False,
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 0.01,
+}
+
+
+def make_trainer(
+    output_dir: Path | str,
+    rows: list[dict[str, Any]] | Dataset | IterableDataset,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    trainer_class: type = TRACTTrainer,
+    config_class: type = TRACTConfig,
+    eval_dataset: Any = None,
+    extra: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Any:
+    """A trainer on a tiny model; `settings` go to the config over PLAIN, `extra` to the trainer."""
+    return trainer_class(
+        make_model() if model is None else model,
+        args=config_class(str(output_dir), **{**PLAIN, **settings}),
+        train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
+        eval_dataset=Dataset.from_list(eval_dataset) if isinstance(eval_dataset, list) else eval_dataset,
+        processing_class=make_tokenizer() if tokenizer is None else tokenizer,
+        **(extra or {}),
+    )
 
 
 @pytest.fixture(scope="session")

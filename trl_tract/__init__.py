@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trl_tract.backends import ServerBackend, TransformersBackend, VLLMBackend
+    from trl_tract.backends import TransformersBackend
     from trl_tract.config import TRACTConfig
     from trl_tract.distill import CoTSelfDistill
     from trl_tract.judge import CoTRAILJudge, Judgement
@@ -33,7 +33,21 @@ _ROOMS = {
     "score_report": "report",
 }
 
-__all__ = sorted(_ROOMS)  # noqa: PLE0605  # a test compares it with the documented names
+__all__ = [
+    "CoTRAILJudge",
+    "CoTSelfDistill",
+    "Judgement",
+    "ScoreGrid",
+    "TRACTConfig",
+    "TRACTTrainer",
+    "TransformersBackend",
+    "expected_score",
+    "from_feedback_collection",
+    "from_prometheus_eval",
+    "rubric_prompt",
+    "run_tract",
+    "score_report",
+]
 
 
 def __getattr__(name: str) -> Any:

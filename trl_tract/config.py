@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
@@ -10,7 +11,7 @@ from trl_tract.scores import ScoreGrid
 
 
 @dataclass
-class TRACTConfig(SFTConfig):  # type: ignore[misc]  # TRL ships no types
+class TRACTConfig(SFTConfig):
     """Configuration of `TRACTTrainer`: everything in SFTConfig, and the fields below.
 
     `max_length` defaults to 3000, the paper's cutoff, where SFTConfig has 1024: judge prompts are long, and a row that
@@ -76,6 +77,9 @@ class TRACTConfig(SFTConfig):  # type: ignore[misc]  # TRL ships no types
 
     def __post_init__(self) -> None:
         """Check the fields of TRACT, then SFTConfig's own."""
+        if not torch.accelerator.is_available():
+            # TRL turns bf16 on, and transformers then asks for this flag, which nothing else can stand for here.
+            self.use_cpu = True
         super().__post_init__()
         # Raises for a grid that is none; YAML and the command line may give integers.
         self.score_values = list(ScoreGrid.from_values(self.score_values).values)
@@ -93,6 +97,11 @@ class TRACTConfig(SFTConfig):  # type: ignore[misc]  # TRL ships no types
             raise ValueError(
                 "assistant_only_loss=True: TRACT always trains on the completion (the last assistant turn) alone. "
                 "Leave it out"
+            )
+        if self.truncation_mode != "keep_start":
+            raise ValueError(
+                f"truncation_mode={self.truncation_mode!r} would cut the rubric off. Rows that do not fit are refused: "
+                "leave it out, and set max_length or invalid_rows"
             )
         if self.packing and self.packing_strategy != "bfd":
             raise ValueError(

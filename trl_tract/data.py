@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -22,6 +22,15 @@ from trl_tract.rendering import as_prompt_completion, render_row, tokenise
 from trl_tract.scores import ScoreGrid
 
 MODEL_COLUMNS = ["input_ids", "labels", "score_labels"]
+# Spelled out, because `map` would guess them from the first rows, which may all be refused and hence empty.
+_FEATURES = Features(
+    input_ids=List(Value("int64")),
+    labels=List(Value("int64")),
+    score_labels=List(Value("float64")),
+    num_tokens=Value("int64"),
+    refusal_kind=Value("string"),
+    refusal=Value("string"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,8 +55,6 @@ class RowEncoder:
             return self._refuse(error.kind, str(error))
 
     def _encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        if row.get("completion") is None:
-            raise ScoreNotFoundError("empty", "the completion is missing")
         rendered = render_row(self.tokenizer, row, self.marker, self.grid)
         gold = gold_score(row.get("score", rendered.score_text))
         if not self.grid.in_range(gold):
@@ -130,7 +137,13 @@ def prepare_rows(
     columns = get_dataset_column_names(dataset)
     if isinstance(dataset, IterableDataset):
         return _prepare_stream(dataset, encoder, columns, invalid_rows, dataset_name, warn)
-    encoded = dataset.map(encoder, remove_columns=columns, num_proc=num_proc, desc=f"Tokenizing {dataset_name} dataset")
+    encoded = dataset.map(
+        encoder,
+        remove_columns=columns,
+        features=_FEATURES,
+        num_proc=num_proc,
+        desc=f"Tokenizing {dataset_name} dataset",
+    )
     kinds = encoded["refusal_kind"]
     refused = [i for i, kind in enumerate(kinds) if kind]
     if refused:
@@ -141,7 +154,7 @@ def prepare_rows(
             encoder.max_length,
         )
         if invalid_rows == "raise":
-            raise ValueError(f"{summary} Mend the rows, or set invalid_rows='drop' to go on without them.")
+            raise ValueError(f"{summary} Or set invalid_rows='drop' to go on without them.")
         kept = [i for i, kind in enumerate(kinds) if not kind]
         if not kept:
             raise ValueError(f"No row is left. {summary}")
@@ -168,7 +181,7 @@ def _prepare_stream(
         detail = [(index, row["refusal_kind"], row["refusal"], row["num_tokens"])]
         summary = refusal_summary(detail, None, dataset_name, encoder.max_length)
         if invalid_rows == "raise":
-            raise ValueError(f"{summary} Mend the row, or set invalid_rows='drop' to go on without such rows.")
+            raise ValueError(f"{summary} Or set invalid_rows='drop' to go on without such rows.")
         dropped += 1
         if dropped & (dropped - 1) == 0:  # at 1, 2, 4, 8, ...: counted without flooding the log
             warn(f"Dropped {dropped} row(s) of the stream so far, the last one: {summary}")
@@ -192,20 +205,24 @@ def refusal_summary(
     for kind in dict.fromkeys(kind for _, kind, _, _ in refused):
         rows = [row for row in refused if row[1] == kind]
         number, _, message, num_tokens = rows[0]
-        count = f"{len(rows)} of {total} {dataset_name} rows" if total is not None else f"A {dataset_name} row"
+        count = f"{len(rows)} of {total} {dataset_name} rows" if total is not None else f"{dataset_name} row {number}"
         if kind == "cut off":
             longest = max(row[3] for row in rows)
             sentences.append(
                 f"{count} lose their score at max_length={max_length} (first: row {number}, {num_tokens:,} tokens; "
                 f"longest: {longest:,}). Set max_length to {longest} or more."
+                if total is not None
+                else f"{count} loses its score at max_length={max_length}: it has {num_tokens:,} tokens. Set max_length "
+                f"to {num_tokens} or more."
             )
         else:
-            sentences.append(f"{count} refused ({kind}; first: row {number}): {message}.")
+            where = f"{kind}; first: row {number}" if total is not None else kind
+            sentences.append(f"{count} refused ({where}): {message}. Mend what is wrong there.")
     return " ".join(sentences)
 
 
 @dataclass
-class ScoreCollator(DataCollatorForLanguageModeling):  # type: ignore[misc]  # TRL ships no types
+class ScoreCollator(DataCollatorForLanguageModeling):
     """TRL's collator, with `score_labels` padded or flattened like the labels: float32 `(B, L)`, NaN off the scores."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:

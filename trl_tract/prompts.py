@@ -13,8 +13,9 @@ Row = dict[str, Any]
 Prompt = str | list[dict[str, str]]
 
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
-# What may not stand right behind a score: "[RESULT] 4.5" and "[RESULT] 3/10" are other scores than 4 and 3.
-_SCORE_GOES_ON = re.compile(r"\w|[.,/:%-]\d|%")
+# What may not stand right behind a score: "[RESULT] 4.5", "[RESULT] 3 / 10" and "[RESULT] 3 out of 10" are other
+# scores than 4 and 3.
+_SCORE_GOES_ON = re.compile(r"\w|[.,:-]\d|\s*/\s*\d|\s*%|\s+(?:out\s+)?of\s+\d")
 
 
 class ScoreNotFoundError(ValueError):
@@ -48,10 +49,10 @@ class ScoreSpan:
 
 @dataclass(frozen=True)
 class CompletionFormat:
-    """How a rationale and a score are written as one completion: rationale, lead, marker, separator, score.
+    """How a rationale and a score are written as one completion: start, rationale, lead, marker, separator, score.
 
     The judge has to be asked with the very characters that it was trained on, so the format of the training rows is
-    saved with the model.
+    saved with the model. `start` is the whitespace that plain-text completions often begin with.
 
     Example:
         >>> CompletionFormat("[RESULT]").join("The reply is polite.", "4")
@@ -61,11 +62,15 @@ class CompletionFormat:
     marker: str
     lead: str = " "
     separator: str = " "
+    start: str = ""
 
     def join(self, rationale: str, score_text: str) -> str:
-        """Write `rationale` and `score_text` as one completion; an empty rationale leaves the lead out."""
-        rationale = rationale.strip()
-        return f"{rationale}{self.lead if rationale else ''}{self.marker}{self.separator}{score_text}"
+        """Write `rationale` and `score_text` as one completion; an empty rationale leaves the lead out.
+
+        What stands before the rationale is kept: behind a plain-text prompt it is often a space.
+        """
+        rationale = rationale.rstrip()
+        return f"{self.start}{rationale}{self.lead if rationale else ''}{self.marker}{self.separator}{score_text}"
 
     def to_dict(self) -> dict[str, str]:
         """The fields, as saved in `tract_config.json`."""

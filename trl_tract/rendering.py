@@ -4,6 +4,7 @@ Training and judging share these functions: a judge is asked with exactly the to
 same rationale has before its score. Knows nothing of datasets or models.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,11 +52,11 @@ def as_prompt_completion(row: Mapping[str, Any]) -> Row:
     """A `messages` row with its last assistant turn as the completion; other rows unchanged."""
     if "messages" not in row and "conversations" not in row:
         return dict(row)
-    row = maybe_convert_to_chatml(dict(row))
-    messages = list(row.pop("messages"))
+    rest: Row = maybe_convert_to_chatml(dict(row))
+    messages = list(rest.pop("messages"))
     if not messages or messages[-1]["role"] != "assistant":
         raise ScoreNotFoundError("no completion", "the last message is not the assistant's")
-    return {**row, "prompt": messages[:-1], "completion": messages[-1:]}
+    return {**rest, "prompt": messages[:-1], "completion": messages[-1:]}
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **template: Any) -> tuple[str, bool]:
@@ -82,22 +83,25 @@ def render_row(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], marke
     Raises:
         ScoreNotFoundError: The completion has no score, or no single one.
     """
-    prompt, completion = row["prompt"], row["completion"]
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if prompt is None:
+        raise ScoreNotFoundError("no prompt", "the prompt is missing")
+    if completion is None:
+        raise ScoreNotFoundError("empty", "the completion is missing")
     chat = is_conversational({"prompt": prompt})
     if chat != is_conversational({"completion": completion}):
         raise ScoreNotFoundError("mixed types", "prompt and completion must both be text, or both chat messages")
     template: dict[str, Any] = dict(row.get("chat_template_kwargs") or {})
     if row.get("tools"):
-        template["tools"] = row["tools"]
+        template.setdefault("tools", json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"])
     before, add_special_tokens = prompt_text(tokenizer, prompt, **template)
     if chat:
-        content = _assistant_content(completion)
         text = str(tokenizer.apply_chat_template([*prompt, *completion], tokenize=False, **template))
     else:
-        content = completion
         text = before + completion
         eos = tokenizer.eos_token or ""
         text += "" if text.endswith(eos) else eos
+    content = completion_text(completion)
     span = locate_score(content, marker, grid.texts)
     # The template may strip or rewrite the rationale, so the marker and score are looked up in what it rendered, and
     # only behind the prompt, which may hold a forged marker of its own.
@@ -112,12 +116,28 @@ def render_row(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], marke
         score_start=at + span.start - span.marker_start,
         score_end=at + len(written),
         score_text=span.text,
-        format=CompletionFormat(marker, span.lead if span.marker_start else " ", span.separator),
+        format=CompletionFormat(
+            marker,
+            lead=span.lead if content[: span.marker_start].strip() else " ",
+            separator=span.separator,
+            start=content[: len(content) - len(content.lstrip())],
+        ),
         add_special_tokens=add_special_tokens,
     )
 
 
-def _assistant_content(completion: Sequence[Mapping[str, Any]]) -> str:
+def with_completion(prompt: Prompt, completion: str) -> Row:
+    """A prompt-completion row of the prompt's own type, text or chat."""
+    return {
+        "prompt": prompt,
+        "completion": completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}],
+    }
+
+
+def completion_text(completion: str | Sequence[Mapping[str, Any]] | None) -> str:
+    """What the judge writes: a text completion itself, or the content of the assistant's last turn."""
+    if isinstance(completion, str):
+        return completion
     if not completion:
         raise ScoreNotFoundError("empty", "the completion is empty")
     content = completion[-1].get("content")
@@ -182,9 +202,6 @@ def score_prefix_ids(
     be tokenised in another way.
     """
     completion = completion_format.join(rationale, grid.texts[0])
-    row: Row = {"prompt": prompt, "completion": completion}
-    if not isinstance(prompt, str):
-        row["completion"] = [{"role": "assistant", "content": completion}]
-    rendered = render_row(tokenizer, row, completion_format.marker, grid)
+    rendered = render_row(tokenizer, with_completion(prompt, completion), completion_format.marker, grid)
     tokens = tokenise(tokenizer, rendered, grid)
     return tokens.input_ids[: tokens.score_index]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from trl_tract.losses import grid_probs
 
@@ -50,7 +49,8 @@ def add_score_head(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
             hook.remove()
         rows = hidden_states[0][:, :-1][score_positions.to(hidden_states[0].device)]  # (S, H)
         logits = transform(_apply_head(self.get_output_embeddings(), rows))  # (S, V)
-        return _with_score_probs(type(outputs))(**outputs, score_probs=grid_probs(logits, token_ids))
+        output_type: Any = type(outputs)
+        return _with_score_probs(output_type)(**outputs, score_probs=grid_probs(logits, token_ids))
 
     model.forward = types.MethodType(forward, model)
 
@@ -97,7 +97,7 @@ def logit_transform(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Te
 
 
 @functools.cache
-def _with_score_probs(output_type: type[ModelOutput]) -> type[ModelOutput]:
-    """`output_type` with a declared `score_probs`: DDP and FSDP rebuild outputs from their declared fields."""
+def _with_score_probs(output_type: Any) -> Any:
+    """The ModelOutput class `output_type` with a declared `score_probs`: DDP and FSDP rebuild outputs from their declared fields."""
     fields = [("score_probs", torch.Tensor | None, field(default=None))]
     return make_dataclass(f"{output_type.__name__}WithScores", fields, bases=(output_type,))

@@ -1,5 +1,6 @@
 """TRACTTrainer: what SFTTrainer does differently for TRACT, and nothing else. Knows nothing of generation."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +30,7 @@ logger = logging.get_logger(__name__)
 _SUMS = ["nll", "tokens", "squared_error", "absolute_error", "expected", "grid_mass", "scores"]
 
 
-class TRACTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
+class TRACTTrainer(SFTTrainer):
     """SFTTrainer with the CoT-RAFT loss: cross-entropy of the rationale plus squared error of the expected score.
 
         loss = rationale_weight * sum(nll) / tokens + raft_weight * sum((expected - gold)^2) / scores
@@ -61,6 +62,9 @@ class TRACTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
         "id": "2503.04381",
     }
 
+    data_collator: Any
+    _signature_columns: Any
+
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -74,9 +78,16 @@ class TRACTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func: TRACTTrainer computes the CoT-RAFT loss itself. Leave it out")
         if kwargs.get("formatting_func") is not None:
-            raise ValueError("formatting_func makes one text of a row, but TRACT needs prompt and completion apart")
+            raise ValueError(
+                "formatting_func makes one text of a row, but TRACT needs prompt and completion apart. Leave it out, "
+                "and make rows with `prompt` and `completion` beforehand: dataset.map(...)"
+            )
         model_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
         args = TRACTConfig.from_args(args, model_name.rstrip("/").split("/")[-1])
+        if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            raise ValueError("skip_prepare_dataset in dataset_kwargs skips the step that finds the scores. Leave it out")
+        if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
+            raise ValueError("the train dataset is empty")
         self.score_grid = ScoreGrid.from_values(args.score_values)
         self.judge_config: JudgeConfig | None = None
         super().__init__(
@@ -112,7 +123,14 @@ class TRACTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
         formatting_func: Any,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            raise ValueError(f"the {dataset_name} dataset is empty")
         columns = get_dataset_column_names(dataset)
+        if "input_ids" in columns and not self.score_grid.token_ids:
+            raise ValueError(
+                f"the {dataset_name} dataset is tokenised (columns: {', '.join(sorted(columns))}), so the scores' "
+                "tokens cannot be looked up in its text. Pass rows of text, with `prompt` and `completion`"
+            )
         check_columns(columns, dataset_name)
         if "input_ids" not in columns:
             if self.judge_config is None:
@@ -134,11 +152,6 @@ class TRACTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
                     dataset_name=dataset_name,
                     warn=logger.warning,
                 )
-        elif not self.score_grid.token_ids:
-            raise ValueError(
-                f"the {dataset_name} dataset is tokenised, so the scores' tokens cannot be looked up in its text. "
-                "Pass rows of text"
-            )
         if args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)
         if packing:
@@ -151,7 +164,9 @@ class TRACTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
     def _resolve_scores(self, dataset: Dataset | IterableDataset, args: TRACTConfig) -> None:
         """Find the grid's tokens and the rows' way of writing a score in the first row that has one."""
         problem: ValueError | None = None
-        for row, _ in zip(dataset, range(1000), strict=False):
+        looked_at = 0
+        for row in itertools.islice(dataset, 1000):
+            looked_at += 1
             try:
                 grid, completion_format = resolve_grid(
                     self._tokenizer, as_prompt_completion(row), args.score_marker, self.score_grid
@@ -163,8 +178,8 @@ class TRACTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
             self.judge_config = JudgeConfig(grid, completion_format, args.normalize_grid)
             return
         raise ValueError(
-            f"none of the first rows has a score that can be found. Row 0: {problem}. Write every completion as "
-            f"'<rationale> {args.score_marker} <score>', with a score of {', '.join(self.score_grid.texts)}; another "
+            f"none of the first {looked_at} rows has a score that can be found. Row 0: {problem}. Write every "
+            f"completion as '<rationale> {args.score_marker} <score>', with a score of {', '.join(self.score_grid.texts)}; another "
             "marker or grid is set by score_marker and score_values"
         )
 
@@ -255,36 +270,39 @@ class TRACTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
             self._eval_scores.append(pairs[:, pairs[1].isfinite()].cpu())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log TRACT's means beside TRL's own."""
-        mode = "train" if self.model.training else "eval"
-        sums = dict(zip(_SUMS, self._score_sums[mode].tolist(), strict=True))
-        if sums["scores"]:
-            means = {
-                "loss/rationale": sums["nll"] / max(sums["tokens"], 1),
-                "loss/score": sums["squared_error"] / sums["scores"],
-                "score/expected": sums["expected"] / sums["scores"],
-                "score/mae": sums["absolute_error"] / sums["scores"],
-                "score/grid_mass": sums["grid_mass"] / sums["scores"],
-            }
-            logs.update({(f"eval_{name}" if mode == "eval" else name): value for name, value in means.items()})
-            self._score_sums[mode].zero_()
+        """Log TRACT's means beside TRL's own; those of an evaluation come with its other metrics."""
+        if self.model.training:
+            logs.update(self._score_means("train"))
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Add the correlations over the whole evaluation set; they need S numbers, never logits."""
+        """Add the means and, over the whole evaluation set, the correlations: S numbers, never logits."""
         self._eval_scores.clear()
+        self._score_sums["eval"].zero_()
         output = super().evaluation_loop(*args, **kwargs)
+        values = self._score_means("eval")
         if self._eval_scores:
-            prefix = kwargs.get("metric_key_prefix", "eval")
             expected, gold = torch.cat(self._eval_scores, dim=1).double().numpy()
-            output.metrics.update(
-                {
-                    f"{prefix}_score/pearson": pearson(expected, gold),
-                    f"{prefix}_score/spearman": spearman(expected, gold),
-                    f"{prefix}_score/rmse": rmse(expected, gold),
-                }
-            )
+            values["score/pearson"] = pearson(expected, gold)
+            values["score/spearman"] = spearman(expected, gold)
+            values["score/rmse"] = rmse(expected, gold)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in values.items()})
         return output
+
+    def _score_means(self, mode: str) -> dict[str, float]:
+        """The means since the last call, by the names under which they are logged; none where no score was seen."""
+        sums = dict(zip(_SUMS, self._score_sums[mode].tolist(), strict=True))
+        self._score_sums[mode].zero_()
+        if not sums["scores"]:
+            return {}
+        return {
+            "loss/rationale": sums["nll"] / max(sums["tokens"], 1),
+            "loss/score": sums["squared_error"] / sums["scores"],
+            "score/expected": sums["expected"] / sums["scores"],
+            "score/mae": sums["absolute_error"] / sums["scores"],
+            "score/grid_mass": sums["grid_mass"] / sums["scores"],
+        }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, and beside it `tract_config.json`, from which a judge reads grid and marker."""

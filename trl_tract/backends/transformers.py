@@ -6,9 +6,10 @@ Knows models, adapters, batches and memory; knows nothing of scores, markers or 
 import hashlib
 import inspect
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any, TypeVar
@@ -82,6 +83,7 @@ class TransformersBackend:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be 1 or more")
+        self.model: Any
         if isinstance(model, str | PathLike):
             self.model_id = fspath(model)
             self.model, self.tokenizer = _load(self.model_id, tokenizer, dtype, device, merge_adapter)
@@ -139,11 +141,11 @@ class TransformersBackend:
         results: list[list[Generation]] = [[] for _ in rows]
         pending: deque[_Sequence] = deque()
         for prompt in sorted(range(len(rows)), key=lambda row: -len(rows[row])):
-            room = max_new_tokens if self._context is None else self._context - len(rows[prompt])
-            if room < 2 and self._context is not None:
+            room = math.inf if self._context is None else self._context - len(rows[prompt])
+            if room < 2:
                 results[prompt] = [Generation("", "prompt_too_long", 0)] * n
             else:
-                limit = min(max_new_tokens, room)
+                limit = int(min(max_new_tokens, room))
                 pending.extend(_Sequence(prompt, rows[prompt], limit) for _ in range(n))
         _report(on_progress, sum(bool(done) for done in results))
 
@@ -231,7 +233,7 @@ class TransformersBackend:
         output = self.model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            generation_config=GenerationConfig(
+            generation_config=_settings(
                 **sampling,
                 max_new_tokens=min(sequence.limit - len(sequence.written) for sequence in batch),
                 eos_token_id=eos or None,
@@ -240,15 +242,12 @@ class TransformersBackend:
             stopping_criteria=criteria,
         )
         for row, (sequence, new) in enumerate(zip(batch, output[:, length:].tolist(), strict=True)):
+            # What follows the end is padding, and padding may be an end-of-sequence token too: the first end counts.
+            ends = [place + 1 for place, token in enumerate(new) if token in eos][:1]
             if watch is not None and row in watch.ended_at:
-                new = new[: watch.ended_at[row] - length]
-                sequence.ended = True
-            else:
-                end = next((place for place, token in enumerate(new) if token in eos), None)
-                if end is not None:
-                    new = new[: end + 1]
-                    sequence.ended = True
-            sequence.written += new
+                ends.append(watch.ended_at[row] - length)
+            sequence.ended = bool(ends)
+            sequence.written += new[: min(ends, default=len(new))]
 
     def _finish(self, sequence: "_Sequence", stop: str | None, eos: list[int]) -> Generation:
         written = sequence.written
@@ -290,7 +289,7 @@ class TransformersBackend:
         modes = [(module, module.training) for module in self.model.modules()]
         try:
             # Set aside rather than overridden: fields such as `suppress_tokens` have no neutral value to pass.
-            owner.generation_config = GenerationConfig()
+            owner.generation_config = _settings()
             self.model.eval()
             with torch.no_grad():
                 yield
@@ -334,7 +333,7 @@ class TransformersBackend:
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if token is not None and token < self.model.config.get_text_config().vocab_size:
                 return int(token)
-        return 0  # Any id does: padding is masked.
+        return 0  # Any id does: padding is masked, and cut off behind the end of a text.
 
 
 @dataclass
@@ -370,7 +369,7 @@ class _MayEnd:
         return self._known[token]
 
 
-class _StopText(StoppingCriteria):  # type: ignore[misc, unused-ignore]
+class _StopText(StoppingCriteria):
     """Ends each row once its continuation holds the stop text.
 
     The library's own `stop_strings` prepares a table over the whole vocabulary, works on it at every step, and lets
@@ -382,7 +381,7 @@ class _StopText(StoppingCriteria):  # type: ignore[misc, unused-ignore]
         self.starts = starts
         self.ended_at: dict[int, int] = {}
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         length = input_ids.shape[1]
         for row, token in enumerate(input_ids[:, -1].tolist()):
             if row in self.ended_at or not self.may_end(token):
@@ -433,14 +432,19 @@ def _seeded(device: torch.device, key: str) -> Iterator[None]:
         torch.default_generator.manual_seed(seed)
         if devices:
             module: Any = torch.get_device_module(device)
-            with module.device(device):
+            with module.device(device) if hasattr(module, "device") else nullcontext():
                 module.manual_seed(seed)
         yield
 
 
-def _innermost(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def _innermost(model: PreTrainedModel | PeftModel) -> Any:
     """The transformers model under an adapter: it holds the forward signature and the generation settings."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _settings(**fields: Any) -> Any:
+    generation_config: Any = GenerationConfig  # Its constructor is untyped.
+    return generation_config(**fields)
 
 
 def _load(
@@ -461,7 +465,7 @@ def _load(
             raise ValueError(f"{model_id}/adapter_config.json names no base model: set base_model_name_or_path in it")
     if tokenizer is None:
         tokenizer = _load_tokenizer(model_id if not is_adapter or _has_tokenizer(model_id) else base_id)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         base_id, dtype=dtype or "auto", device_map=torch.device(device), trust_remote_code=False
     )
     if is_adapter:

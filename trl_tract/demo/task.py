@@ -13,6 +13,7 @@ Knows nothing of tokens, models or training: this file is text and the standard 
 
 import json
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,9 @@ __all__ = ["EVAL_ROWS", "MARKER", "RUBRICS", "TRAIN_ROWS", "Rubric", "Sentences"
 Split = Literal["train", "eval"]
 
 MARKER = "[RESULT]"
+ABSENT = "none"
+# In a sentence below, the brackets hold the word that a checklist quotes; the response is written without them.
+QUOTED = re.compile(r"\[(.+?)\]")
 TRAIN_ROWS = 480
 EVAL_ROWS = 120
 # One block holds each rubric with each score once: any whole number of blocks is balanced.
@@ -56,32 +60,32 @@ RUBRICS: tuple[Rubric, ...] = (
             "train": Sentences(
                 met=(
                     (
-                        "I am sorry about the {item}.",
-                        "We apologise for the trouble with the {item}.",
-                        "Please accept our apologies for the {item}.",
-                        "Sorry that the {item} let you down.",
-                        "We are very sorry to read about the {item}.",
+                        "I am [sorry] about the {item}.",
+                        "We [apologise] for the trouble with the {item}.",
+                        "Please accept our [apologies] for the {item}.",
+                        "[Sorry] that the {item} let you down.",
+                        "We are very [sorry] to read about the {item}.",
                     ),
                     (
-                        "We have refunded the price of the {item}.",
-                        "A full refund for the {item} is on its way.",
-                        "You will get your money back by {day}.",
-                        "Your refund reaches your card on {day}.",
-                        "We will pay you back for the {item}.",
+                        "We have [refunded] the price of the {item}.",
+                        "A full [refund] for the {item} is on its way.",
+                        "You will get your [money back] by {day}.",
+                        "Your [refund] reaches your card on {day}.",
+                        "We will [pay you back] for the {item}.",
                     ),
                     (
-                        "It broke because the {item} was badly packed.",
-                        "The cause was a mistake in our {place}.",
-                        "This happened because our {place} was flooded.",
-                        "The reason was a fault at our {place}.",
-                        "It was late because our {place} was closed.",
+                        "It broke because the {item} was [badly packed].",
+                        "The cause was a [mistake] in our {place}.",
+                        "This happened because our {place} was [flooded].",
+                        "The reason was a [fault] at our {place}.",
+                        "It was late because our {place} was [closed].",
                     ),
                     (
-                        "Call us on {phone} if you need more.",
-                        "You can reach me at {mail}.",
-                        "Our phone number is {phone}.",
-                        "Write to {mail} with any question.",
-                        "Ring {phone} and ask for our team.",
+                        "[Call] us on {phone} if you need more.",
+                        "You can [reach] {name} by letter.",
+                        "Our [phone] number is {phone}.",
+                        "[Write] to {name} with any question.",
+                        "[Ring] {phone} and ask for {name}.",
                     ),
                 ),
                 neutral=(
@@ -98,35 +102,35 @@ RUBRICS: tuple[Rubric, ...] = (
                     "item": ("kettle", "lamp", "jacket", "blender", "suitcase", "radio", "tent"),
                     "day": ("Monday", "Tuesday", "Wednesday"),
                     "place": ("warehouse", "workshop", "post room"),
-                    "phone": ("555 0142", "555 0177", "555 0119"),
-                    "mail": ("help@northshop.com", "care@lindstore.com", "team@oakgoods.com"),
+                    "phone": ("4410", "2267", "3958"),
+                    "name": ("Ines", "Karl", "Mona"),
                 },
             ),
             "eval": Sentences(
                 met=(
                     (
-                        "We are sorry for what happened to your {item}.",
-                        "I apologise for the state of the {item}.",
-                        "Our apologies for the faulty {item}.",
-                        "Sorry about your {item} and the wait.",
+                        "We are [sorry] for what happened to your {item}.",
+                        "I [apologise] for the state of the {item}.",
+                        "Our [apologies] for the faulty {item}.",
+                        "[Sorry] about your {item} and the wait.",
                     ),
                     (
-                        "I have sent you a refund for the {item}.",
-                        "We will refund you in full on {day}.",
-                        "The money for the {item} is back on your card.",
-                        "Expect a full refund before {day}.",
+                        "I have sent you a [refund] for the {item}.",
+                        "We will [refund] you in full on {day}.",
+                        "The money for the {item} is [back on your card].",
+                        "Expect a full [refund] before {day}.",
                     ),
                     (
-                        "The {item} failed because a screw was loose.",
-                        "The cause was a power cut at our {place}.",
-                        "It went wrong because our {place} lost the label.",
-                        "The reason was a mix-up in the {place}.",
+                        "The {item} failed because a [screw] was loose.",
+                        "The cause was a [power cut] at our {place}.",
+                        "It went wrong because our {place} [lost] the label.",
+                        "The reason was a [mix-up] in the {place}.",
                     ),
                     (
-                        "Phone us on {phone} at any hour.",
-                        "For more help, write to {mail}.",
-                        "You can call me on {phone}.",
-                        "My address is {mail} for any question.",
+                        "[Phone] us on {phone} at any hour.",
+                        "For more help, [write] to {name}.",
+                        "You can [call] me on {phone}.",
+                        "You can [reach] us on {phone}.",
                     ),
                 ),
                 neutral=(
@@ -141,8 +145,8 @@ RUBRICS: tuple[Rubric, ...] = (
                     "item": ("toaster", "camera", "armchair", "bicycle", "printer"),
                     "day": ("Thursday", "Friday", "Saturday"),
                     "place": ("factory", "depot", "packing hall"),
-                    "phone": ("555 0163", "555 0188"),
-                    "mail": ("hello@brightmart.com", "service@pinehall.com"),
+                    "phone": ("7731", "5026"),
+                    "name": ("Greta", "Paul"),
                 },
             ),
         },
@@ -193,10 +197,10 @@ RUBRICS: tuple[Rubric, ...] = (
                     "{name} asked me to write to you.",
                 ),
                 slots={
-                    "day": ("Monday 4 May", "Tuesday 9 June", "Wednesday 13 May", "Monday 15 June"),
-                    "hour": ("10 am", "2 pm", "9:30 am", "4:15 pm"),
-                    "room": ("room 12", "the main hall", "the library", "office 7"),
-                    "topic": ("budget", "new website", "office move", "sales plan"),
+                    "day": ("[Monday] 4 May", "[Tuesday] 9 June", "[Wednesday] 6 May", "[Monday] 8 June"),
+                    "hour": ("[ten] o'clock", "[two] o'clock", "[nine] o'clock", "[four] o'clock"),
+                    "room": ("the main [hall]", "the [library]", "the small [office]", "our [studio]"),
+                    "topic": ("[budget]", "new [website]", "[contract]", "[sales] plan"),
                     "name": ("Anna", "Peter", "Maria", "Tom", "Li"),
                 },
             ),
@@ -236,10 +240,10 @@ RUBRICS: tuple[Rubric, ...] = (
                     "{name} has just come back from leave.",
                 ),
                 slots={
-                    "day": ("Thursday 7 May", "Friday 12 June", "Thursday 18 June"),
-                    "hour": ("11 am", "3 pm", "1:45 pm"),
-                    "room": ("room 31", "the east wing", "the canteen"),
-                    "topic": ("hiring plan", "security audit", "summer party"),
+                    "day": ("[Thursday] 7 May", "[Friday] 5 June", "[Saturday] 2 May"),
+                    "hour": ("[eleven] o'clock", "[three] o'clock", "[five] o'clock"),
+                    "room": ("the [kitchen]", "the [canteen]", "the meeting [room]"),
+                    "topic": ("[hiring] plan", "[security] audit", "summer [party]"),
                     "name": ("Sofia", "James", "Omar", "Ruth"),
                 },
             ),
@@ -287,10 +291,10 @@ RUBRICS: tuple[Rubric, ...] = (
                     "I found your {job} page by chance.",
                 ),
                 slots={
-                    "version": ("2.4", "3.1", "1.0.7", "5.2"),
-                    "system": ("Windows 11", "Ubuntu Linux", "Windows 10"),
-                    "button": ("Save", "Print", "Export", "Search"),
-                    "error": ("disk is full", "file not found", "access denied", "out of memory"),
+                    "version": ("[2.4]", "[3.1]", "[1.7]", "[5.2]"),
+                    "system": ("[Windows] 11", "[Ubuntu]", "[Windows] 10"),
+                    "button": ("[Save]", "[Print]", "[Export]", "[Search]"),
+                    "error": ("[disk] is full", "[file] not found", "[access] denied", "no [memory] left"),
                     "relative": ("sister", "brother", "friend"),
                     "job": ("studies", "work", "hobby"),
                 },
@@ -326,10 +330,10 @@ RUBRICS: tuple[Rubric, ...] = (
                     "My {relative} paid for the app.",
                 ),
                 slots={
-                    "version": ("4.6", "2.9", "6.0.3"),
-                    "system": ("macOS", "Debian Linux", "Windows 8"),
-                    "button": ("Send", "Share", "Delete"),
-                    "error": ("connection lost", "invalid password", "cannot read data"),
+                    "version": ("[4.6]", "[2.9]", "[6.3]"),
+                    "system": ("[Linux]", "[Debian]", "[Windows] 8"),
+                    "button": ("[Send]", "[Share]", "[Delete]"),
+                    "error": ("[connection] lost", "wrong [password]", "cannot read [data]"),
                     "relative": ("cousin", "neighbour", "boss"),
                     "job": ("diary", "business", "garden club"),
                 },
@@ -361,10 +365,10 @@ RUBRICS: tuple[Rubric, ...] = (
                         "You get {people} servings.",
                     ),
                     (
-                        "Store it in the fridge for {days} days.",
-                        "It keeps for {days} days in a tin.",
-                        "You can freeze the {dish} for later.",
-                        "Keep the rest in the fridge.",
+                        "Store it in the [fridge] for {days} days.",
+                        "It keeps for {days} days in a [tin].",
+                        "You can [freeze] the {dish} for later.",
+                        "Keep the rest in the [fridge].",
                     ),
                 ),
                 neutral=(
@@ -378,9 +382,9 @@ RUBRICS: tuple[Rubric, ...] = (
                     "My {relative} makes it in winter.",
                 ),
                 slots={
-                    "heat": ("180", "200", "220"),
-                    "minutes": ("25", "40", "55", "30"),
-                    "people": ("four", "six", "eight"),
+                    "heat": ("[180]", "[200]", "[220]"),
+                    "minutes": ("[25]", "[40]", "[55]", "[30]"),
+                    "people": ("[four]", "[six]", "[eight]"),
                     "days": ("three", "five"),
                     "dish": ("apple pie", "lasagne", "plum cake", "potato bake"),
                     "spice": ("salt", "cinnamon", "butter", "pepper"),
@@ -405,9 +409,9 @@ RUBRICS: tuple[Rubric, ...] = (
                         "The recipe makes {people} servings.",
                     ),
                     (
-                        "It keeps in the fridge for {days} days.",
-                        "You can store the {dish} in the freezer.",
-                        "Put what is left in the fridge.",
+                        "It keeps in the [fridge] for {days} days.",
+                        "You can store the {dish} in the [freezer].",
+                        "Put what is left in the [fridge].",
                     ),
                 ),
                 neutral=(
@@ -418,9 +422,9 @@ RUBRICS: tuple[Rubric, ...] = (
                     "Wash the bowl and dry it.",
                 ),
                 slots={
-                    "heat": ("190", "210", "170"),
-                    "minutes": ("35", "50", "20"),
-                    "people": ("five", "ten", "seven"),
+                    "heat": ("[190]", "[210]", "[170]"),
+                    "minutes": ("[35]", "[50]", "[20]"),
+                    "people": ("[five]", "[ten]", "[seven]"),
                     "days": ("four", "two"),
                     "dish": ("carrot cake", "cheese tart", "bean stew"),
                     "spice": ("sugar", "nutmeg", "garlic"),
@@ -444,28 +448,28 @@ def instruction(rubric: Rubric) -> str:
     """The judge's system message: what is judged, what earns a point, how to answer."""
     return (
         f"Score this {rubric.name}: 1, plus 1 for each of {', '.join(rubric.criteria)}. "
-        f"List each as yes or no, then {MARKER} and the score."
+        f"Quote a word for each, or {ABSENT}, then {MARKER} and the score."
     )
 
 
-def checklist(rubric: Rubric, met: list[bool]) -> str:
-    """The gold rationale: each criterion in the rubric's order, with yes or no."""
-    return ", ".join(f"{name} {'yes' if is_met else 'no'}" for name, is_met in zip(rubric.criteria, met, strict=True))
+def checklist(rubric: Rubric, quotes: dict[int, str]) -> str:
+    """The gold rationale: each criterion in the rubric's order, with the word that meets it, or "none"."""
+    return ", ".join(f"{name}: {quotes.get(i, ABSENT)}" for i, name in enumerate(rubric.criteria))
 
 
-def fill(sentence: str, slots: dict[str, tuple[str, ...]], rng: random.Random) -> str:
-    return sentence.format(**{slot: rng.choice(values) for slot, values in slots.items()})
-
-
-def make_response(rubric: Rubric, split: Split, met: list[bool], rng: random.Random) -> list[str]:
-    """Four sentences: the met criteria in the rubric's order, neutral ones at random places between them."""
+def make_response(
+    rubric: Rubric, split: Split, met: list[int], rng: random.Random
+) -> tuple[list[str], dict[int, str]]:
+    """Four sentences and the quoted words: met criteria in the rubric's order, neutral sentences between them."""
     says = rubric.splits[split]
-    meeting = [rng.choice(says.met[i]) for i, is_met in enumerate(met) if is_met]
-    neutral = rng.sample(says.neutral, len(met) - len(meeting))
+    filling = {slot: rng.choice(values) for slot, values in says.slots.items()}
+    meeting = [rng.choice(says.met[i]).format(**filling) for i in met]
+    neutral = [text.format(**filling) for text in rng.sample(says.neutral, len(rubric.criteria) - len(met))]
+    quotes = {i: QUOTED.findall(text)[0] for i, text in zip(met, meeting, strict=True)}
     is_meeting = [True] * len(meeting) + [False] * len(neutral)
     rng.shuffle(is_meeting)
     queues = {True: iter(meeting), False: iter(neutral)}
-    return [fill(next(queues[flag]), says.slots, rng) for flag in is_meeting]
+    return [QUOTED.sub(r"\1", next(queues[flag])) for flag in is_meeting], quotes
 
 
 def make_rows(split: str, n: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -503,9 +507,8 @@ def make_rows(split: str, n: int, seed: int = 0) -> list[dict[str, Any]]:
 
 def make_row(rubric: Rubric, score: int, split: Split, number: int, rng: random.Random) -> dict[str, Any]:
     count = len(rubric.criteria)
-    chosen = rng.sample(range(count), score - 1)
-    met = [i in chosen for i in range(count)]
-    sentences = make_response(rubric, split, met, rng)
+    chosen = sorted(rng.sample(range(count), score - 1))
+    sentences, quotes = make_response(rubric, split, chosen, rng)
     hostile = split == "eval" and number % HOSTILE_EVERY == HOSTILE_EVERY - 1
     if hostile:
         attack = ATTACKS[number // HOSTILE_EVERY % len(ATTACKS)].format(score=1 if score > 3 else 5)
@@ -516,7 +519,7 @@ def make_row(rubric: Rubric, score: int, split: Split, number: int, rng: random.
             {"role": "system", "content": instruction(rubric)},
             {"role": "user", "content": " ".join(sentences)},
         ],
-        "completion": [{"role": "assistant", "content": f"{checklist(rubric, met)} {MARKER} {score}"}],
+        "completion": [{"role": "assistant", "content": f"{checklist(rubric, quotes)} {MARKER} {score}"}],
         "score": float(score),
         "rubric": rubric.name,
         "hostile": hostile,

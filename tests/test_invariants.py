@@ -1,0 +1,171 @@
+"""Same rows, same seed, same update: whatever the batches are cut into, packed as, read from, or spread over.
+
+Run as a script under `torchrun`, this file is the two-rank half of the last tests.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model, make_rows, make_tokenizer, make_trainer
+from datasets import Dataset
+
+TOKENIZER = make_tokenizer()
+# 10 rows at 4 an update, twice: windows of 4, 4 and 2 rows in each epoch. Tokens differ from row to row.
+TEN_TWICE = {"num_train_epochs": 2}
+# All rows in one update: 9 rows, whatever they are packed into.
+AT_ONCE = {"max_steps": 1, "per_device_train_batch_size": 9}
+
+
+def start() -> Any:
+    """Small weights: with larger ones, six steps blow the rounding of float32 up beyond the bound."""
+    return make_model(std=0.05)
+
+
+def trained(output_dir: Path, rows: Any, **settings: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The trainer, and the change of every weight from the same random start."""
+    settings = {"learning_rate": 0.05, **settings}
+    trainer = make_trainer(output_dir, rows, model=start(), tokenizer=TOKENIZER, **settings)
+    trainer.train()
+    before = start().state_dict()
+    return trainer, {k: v.double() - before[k].double() for k, v in trainer.model.state_dict().items()}
+
+
+def assert_same_update(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    found_vector, wanted_vector = (torch.cat([w.flatten() for w in update.values()]) for update in (found, wanted))
+    assert wanted_vector.norm() > 0.1  # far above what float32 rounds away in the weights
+    assert (found_vector - wanted_vector).norm().item() <= 1e-5 * wanted_vector.norm().item()
+
+
+@pytest.fixture(scope="module")
+def four_by_one(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("four"), make_rows(10), per_device_train_batch_size=4, **TEN_TWICE)
+
+
+@pytest.fixture(scope="module")
+def nine_padded(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("nine"), make_rows(9), **AT_ONCE)
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(2, 2), (1, 4)])
+def test_accumulation_does_not_change_the_update(tmp_path, four_by_one, batch, accumulation):
+    trainer, update = trained(
+        tmp_path,
+        make_rows(10),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        **TEN_TWICE,
+    )
+    assert trainer.state.global_step == 6
+    assert_same_update(update, four_by_one[1])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_batches_do_not_leak_into_rows(tmp_path, chat):
+    # Rows of very unequal length: the padding of the longest must not be felt.
+    rows = make_rows(6, seed=3, chat=chat)
+    wide = trained(tmp_path / "wide", rows, per_device_train_batch_size=6, max_steps=1)
+    narrow = trained(
+        tmp_path / "narrow", rows, per_device_train_batch_size=1, gradient_accumulation_steps=6, max_steps=1
+    )
+    assert_same_update(narrow[1], wide[1])
+
+
+def test_packing_does_not_change_the_update(tmp_path, nine_padded):
+    # 9 rows of at most 61 tokens in sequences of 128: several scores a sequence.
+    trainer, update = trained(tmp_path, make_rows(9), packing=True, max_length=128, **AT_ONCE)
+    assert 1 < len(trainer.train_dataset) < 9
+    assert_same_update(update, nine_padded[1])
+
+
+def test_packing_with_unequal_numbers_of_scores_accumulates_to_the_same_update(tmp_path, nine_padded):
+    settings = AT_ONCE | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 9}
+    trainer, update = trained(tmp_path, make_rows(9), packing=True, max_length=128, **settings)
+    scores = [sum(score == score for score in row["score_labels"]) for row in trainer.train_dataset]
+    assert sum(scores) == 9
+    assert len(set(scores)) > 1
+    assert_same_update(update, nine_padded[1])
+
+
+def test_padding_free_batches_give_the_padded_update(tmp_path, nine_padded):
+    _, update = trained(tmp_path, make_rows(9), padding_free=True, max_length=None, **AT_ONCE)
+    assert_same_update(update, nine_padded[1])
+
+
+def test_gradient_checkpointing_does_not_change_the_update(tmp_path, four_by_one):
+    _, update = trained(
+        tmp_path, make_rows(10), per_device_train_batch_size=4, gradient_checkpointing=True, **TEN_TWICE
+    )
+    assert_same_update(update, four_by_one[1])
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_stream_trains_like_a_dataset_in_memory(tmp_path, packing):
+    # A stream cannot be shuffled as a whole, so both sides take the rows in order; and Trainer does not see where a
+    # stream ends, so only full windows are compared: 12 rows are three of them, and pack into five sequences.
+    rows = Dataset.from_list(make_rows(12))
+    settings = {
+        "packing": packing,
+        "max_length": 128,
+        "max_steps": 1 if packing else 3,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "train_sampling_strategy": "sequential",
+    }
+    in_memory = trained(tmp_path / "memory", rows, **settings)
+    stream = trained(tmp_path / "stream", rows.to_iterable_dataset(), **settings)
+    assert_same_update(stream[1], in_memory[1])
+
+
+# What two ranks do, and the number of rows; one rank takes 4 rows a step. 10 rows leave a last window of 1 row a rank.
+TWO_RANKS: dict[str, tuple[int, dict[str, Any]]] = {
+    "accumulated": (10, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}),
+    "not accumulated": (12, {"per_device_train_batch_size": 2}),
+}
+IN_ORDER = {"num_train_epochs": 1, "train_sampling_strategy": "sequential"}
+EVAL_ROWS = make_rows(5, seed=7)  # an odd number: the sampler repeats a row to fill the second rank
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*command, __file__, str(output)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return output
+
+
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_two_ranks_give_the_update_of_one(tmp_path, two_ranks, name):
+    count, _ = TWO_RANKS[name]
+    _, update = trained(tmp_path, make_rows(count), per_device_train_batch_size=4, **IN_ORDER)
+    assert_same_update(torch.load(two_ranks / f"{name}.pt"), update)
+
+
+def test_two_ranks_evaluate_like_one(tmp_path, two_ranks):
+    found = json.loads((two_ranks / "evaluation.json").read_text())
+    trainer = make_trainer(tmp_path, EVAL_ROWS, model=start(), tokenizer=TOKENIZER, eval_dataset=EVAL_ROWS)
+    wanted = trainer.evaluate()
+    for name in ("eval_score/pearson", "eval_score/spearman", "eval_score/rmse"):
+        assert found[name] == pytest.approx(wanted[name], rel=1e-5), name
+
+
+def _run_as_one_of_two_ranks(output: Path) -> None:
+    for name, (count, settings) in TWO_RANKS.items():
+        trainer, update = trained(output / name, make_rows(count), **settings, **IN_ORDER)
+        if trainer.is_world_process_zero():
+            torch.save(update, output / f"{name}.pt")
+    trainer = make_trainer(output / "eval", EVAL_ROWS, model=start(), tokenizer=TOKENIZER, eval_dataset=EVAL_ROWS)
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        (output / "evaluation.json").write_text(json.dumps(metrics))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _run_as_one_of_two_ranks(Path(sys.argv[1]))

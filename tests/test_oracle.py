@@ -1,0 +1,137 @@
+"""Loss and gradients of TRACTTrainer against the formula of CoT-RAFT, written out in float64 with full logits.
+
+The oracle knows nothing of the package: it tokenises the rows itself, runs the model's own plain forward on one
+unpadded row at a time, shifts by hand, and takes the log-softmax over the whole vocabulary.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model, make_rows, make_tokenizer, make_trainer
+from peft import LoraConfig, get_peft_model
+
+TOKENIZER = make_tokenizer()
+
+
+def lora_config() -> LoraConfig:
+    return LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def oracle_row(row: dict[str, Any]) -> tuple[list[int], int, int]:
+    """Token ids, length of the prompt, index of the score: by the known ends `5<|end|>` and `5<|im_end|>\\n`."""
+    if isinstance(row["prompt"], str):
+        asked, whole, from_end = row["prompt"], row["prompt"] + row["completion"] + "<|end|>", 2
+    else:
+        user, assistant = row["prompt"][0]["content"], row["completion"][0]["content"]
+        asked = f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+        whole, from_end = f"{asked}{assistant}<|im_end|>\n", 3
+    ids = TOKENIZER(whole).input_ids
+    prompt_length = len(TOKENIZER(asked).input_ids)
+    assert ids[:prompt_length] == TOKENIZER(asked).input_ids
+    assert TOKENIZER.decode(ids[-from_end]) in "12345"
+    return ids, prompt_length, len(ids) - from_end
+
+
+def oracle_loss(
+    model: Any,
+    rows: list[dict[str, Any]],
+    *,
+    raft_weight: float = 1.0,
+    rationale_weight: float = 1.0,
+    score_in_ce: bool = False,
+    normalize_grid: bool = False,
+) -> torch.Tensor:
+    """rationale_weight * sum(nll) / tokens + raft_weight * sum((expected - gold)^2) / scores, over all rows."""
+    grid_ids = TOKENIZER.convert_tokens_to_ids(["1", "2", "3", "4", "5"])
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], dtype=torch.float64)
+    nll: list[torch.Tensor] = []
+    errors: list[torch.Tensor] = []
+    for row in rows:
+        ids, prompt_length, score_index = oracle_row(row)
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        assert logits.dtype == torch.float64
+        log_probs = logits - logits.exp().sum(dim=-1, keepdim=True).log()
+        for t in range(prompt_length, len(ids)):
+            if t != score_index or score_in_ce:
+                nll.append(-log_probs[t - 1, ids[t]])  # the token at t is predicted at t - 1
+        probs = log_probs[score_index - 1].exp()[grid_ids]
+        expected = (probs * values).sum() / (probs.sum() if normalize_grid else 1.0)
+        errors.append((expected - row["score"]) ** 2)
+    return rationale_weight * torch.stack(nll).mean() + raft_weight * torch.stack(errors).mean()
+
+
+CASES = [(family, lora, False, {}) for family in
+         ("llama", "qwen2", "gpt_neox", "gemma2", "cohere", "granite") for lora in (False, True)] + [
+    ("llama", False, True, {}),
+    ("gemma2", True, True, {}),
+    ("llama", False, False, {"raft_weight": 0.0}),
+    ("llama", False, False, {"raft_weight": 2.5}),
+    ("gemma2", False, False, {"rationale_weight": 0.0}),
+    ("llama", True, True, {"rationale_weight": 0.25, "raft_weight": 3.0}),
+    ("qwen2", False, True, {"score_in_ce": True}),
+    ("gemma2", False, False, {"score_in_ce": True, "raft_weight": 0.0}),
+    ("llama", False, False, {"normalize_grid": True}),
+    ("granite", True, True, {"normalize_grid": True, "score_in_ce": True, "raft_weight": 0.5}),
+]  # fmt: skip
+
+
+def name_of(case: tuple[str, bool, bool, dict[str, Any]]) -> str:
+    family, lora, chat, settings = case
+    parts = [family, "lora" if lora else "full", "chat" if chat else "text"]
+    return "-".join([*parts, *(f"{key}={value}" for key, value in settings.items())])
+
+
+@pytest.mark.parametrize(("family", "lora", "chat", "settings"), CASES, ids=map(name_of, CASES))
+def test_loss_and_gradients_equal_the_formula(tmp_path, family, lora, chat, settings):
+    # Three micro-batches of two rows each: tokens differ between them, so a mean per micro-batch would show.
+    rows = make_rows(6, seed=1, chat=chat)
+    extra = {"peft_config": lora_config()} if lora else {}
+    trainer = make_trainer(
+        tmp_path,
+        rows,
+        model=make_model(family),
+        tokenizer=TOKENIZER,
+        extra=extra,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        **settings,
+    )
+    oracle = make_model(family)
+    oracle = get_peft_model(oracle, lora_config()) if lora else oracle
+    if lora:  # LoRA's B starts at 0, which would leave A without a gradient
+        torch.manual_seed(1)
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    oracle.load_state_dict(trainer.model.state_dict())
+    oracle = oracle.double()
+
+    batches, num_items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 3, trainer.args.device)
+    trainer.model.train()
+    loss = sum(trainer.compute_loss(trainer.model, batch, num_items_in_batch=num_items) for batch in batches)
+    loss.backward()
+    expected = oracle_loss(oracle, rows, **settings)
+    expected.backward()
+
+    torch.testing.assert_close(loss.detach().double(), expected.detach(), rtol=1e-5, atol=0)
+    wanted = {name: p.grad for name, p in oracle.named_parameters() if p.requires_grad and p.grad is not None}
+    found = {name: p.grad.double() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys()
+    assert all(("lora" in name) == lora for name in found)
+    whole = torch.cat([gradient.flatten() for gradient in wanted.values()]).norm()
+    for name, gradient in wanted.items():
+        # A bias that softmax cannot see (keys in attention) has a true gradient of 0: judged against the whole.
+        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7 * whole, name
+
+
+def test_evaluation_loss_of_a_batch_equals_the_formula(tmp_path):
+    # Evaluation passes no counts: the means are over the batch itself.
+    rows = make_rows(5, seed=2)
+    trainer = make_trainer(tmp_path, rows, tokenizer=TOKENIZER, per_device_train_batch_size=5)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.eval()
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, batch)
+        expected = oracle_loss(make_model().double(), rows)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)

@@ -1,0 +1,415 @@
+"""Intervals: their coverage, groups, failures, undefined numbers, comparisons; tables and pictures of them."""
+
+import json
+import math
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from trl_tract import metrics, report
+from trl_tract.pairs import METRICS
+from trl_tract.plots import plot_predictions
+from trl_tract.report import Interval, ScoreReport, compare, comparison_table, score_report
+
+DRAWS = 1000
+
+
+def judged(seed, n=80):
+    rng = np.random.default_rng(seed)
+    gold = rng.integers(1, 6, n).astype(float)
+    return gold + rng.normal(0, 1, n), gold
+
+
+def coverage(draw, truth, *, grouped=False):
+    """Share of `DRAWS` samples whose 95 % interval holds the true value, per metric."""
+    hits = dict.fromkeys(truth, 0)
+    for seed in range(DRAWS):
+        predicted, gold, groups = draw(np.random.default_rng(seed))
+        found = score_report(predicted, gold, groups=groups if grouped else None, n_bootstrap=400, seed=seed)
+        for name, value in truth.items():
+            interval = getattr(found, name)
+            hits[name] += interval.low <= value <= interval.high
+    return {name: count / DRAWS for name, count in hits.items()}
+
+
+# A judge on a grid of three: how many of 100,000 items have prediction i and gold score j. All truths follow from it.
+JOINT = 500 * np.array([[40, 15, 5], [15, 40, 20], [5, 20, 40]])
+
+
+def test_intervals_cover_the_truth_in_95_percent_of_samples():
+    predicted, gold = (side.ravel() + 1.0 for side in np.indices((3, 3)))
+    everyone = [np.repeat(side, JOINT.ravel()) for side in (predicted, gold)]
+    truth = {name: getattr(metrics, name)(*everyone) for name in METRICS}
+
+    def draw(rng):
+        cells = rng.choice(9, size=200, p=JOINT.ravel() / JOINT.sum())
+        return predicted[cells], gold[cells], None
+
+    for name, share in coverage(draw, truth).items():
+        assert 0.93 <= share <= 0.97, (name, share)
+
+
+RHO = 0.6
+SPREAD = math.sqrt(2 - 2 * RHO)  # of the difference of two standard normals
+NORMAL_TRUTH = {
+    "pearson": RHO,
+    "spearman": 6 / math.pi * math.asin(RHO / 2),
+    "kendall": 2 / math.pi * math.asin(RHO),
+    "rmse": SPREAD,
+    "mae": SPREAD * math.sqrt(2 / math.pi),
+}
+
+
+def normal_pairs(rng, n):
+    x = rng.normal(size=n)
+    return x, RHO * x + math.sqrt(1 - RHO**2) * rng.normal(size=n)
+
+
+@pytest.mark.slow
+def test_intervals_cover_the_closed_forms_of_the_bivariate_normal():
+    for name, share in coverage(lambda rng: (*normal_pairs(rng, 200), None), NORMAL_TRUTH).items():
+        assert 0.93 <= share <= 0.97, (name, share)
+
+
+def grouped_pairs(rng):
+    """100 questions of 4 items: the items of a question share most of both sides, each item alone is as above."""
+    (x, y), (dx, dy) = normal_pairs(rng, 100), normal_pairs(rng, 400)
+    own, shared = math.sqrt(0.2), math.sqrt(0.8)
+    return shared * np.repeat(x, 4) + own * dx, shared * np.repeat(y, 4) + own * dy, np.repeat(np.arange(100), 4)
+
+
+@pytest.mark.slow
+def test_intervals_cover_when_items_share_a_question_and_groups_say_so():
+    for name, share in coverage(grouped_pairs, NORMAL_TRUTH, grouped=True).items():
+        assert 0.925 <= share <= 0.97, (name, share)
+
+
+@pytest.mark.slow
+def test_intervals_are_too_narrow_when_items_share_a_question_and_groups_do_not_say_so():
+    for name, share in coverage(grouped_pairs, NORMAL_TRUTH).items():
+        assert share < 0.85, (name, share)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_values_are_those_of_the_functions(name):
+    predicted, gold = judged(0)
+    assert getattr(score_report(predicted, gold, n_bootstrap=10), name).value == getattr(metrics, name)(predicted, gold)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_interval_is_the_percentiles_of_a_plain_bootstrap(name):
+    # The plain bootstrap stands here: draw items, compute, repeat. Its ends and ours are both noisy: a tenth of the width.
+    predicted, gold = judged(1)
+    ours = getattr(score_report(predicted, gold, n_bootstrap=4000), name)
+    rng = np.random.default_rng(5)
+    values = [getattr(metrics, name)(predicted[items], gold[items]) for items in rng.integers(0, 80, (2000, 80))]
+    low, high = np.percentile(values, [2.5, 97.5])
+    assert [ours.low, ours.high] == pytest.approx([low, high], abs=0.1 * (high - low))
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_interval_by_group_is_the_percentiles_of_a_plain_bootstrap_of_groups(name):
+    predicted, gold = judged(2)
+    groups = np.arange(80) // 3  # the last group has two items
+    ours = getattr(score_report(predicted, gold, groups=groups.tolist(), n_bootstrap=4000), name)
+    members = [np.flatnonzero(groups == group) for group in range(27)]
+    values = []
+    for drawn in np.random.default_rng(6).integers(0, 27, (2000, 27)):
+        items = np.concatenate([members[group] for group in drawn])
+        values.append(getattr(metrics, name)(predicted[items], gold[items]))
+    low, high = np.percentile(values, [2.5, 97.5])
+    assert [ours.low, ours.high] == pytest.approx([low, high], abs=0.1 * (high - low))
+
+
+def test_groups_widen_the_interval_of_items_that_repeat():
+    predicted, gold = judged(3, n=50)
+    four_times = [np.repeat(side, 4) for side in (predicted, gold)]
+    alone, grouped = (score_report(*four_times, groups=g).mae for g in (None, np.repeat(np.arange(50), 4)))
+    # Four copies hold no more information than one: the honest interval is sqrt(4) times as wide.
+    assert (grouped.high - grouped.low) / (alone.high - alone.low) == pytest.approx(2, rel=0.1)
+
+
+def test_groups_may_have_any_names():
+    predicted, gold = judged(4)
+    numbers = score_report(predicted, gold, groups=np.arange(80) // 4, n_bootstrap=50)
+    names = score_report(predicted, gold, groups=[("question", i // 4) for i in range(80)], n_bootstrap=50)
+    assert names == numbers
+
+
+def test_a_seed_fixes_the_intervals():
+    predicted, gold = judged(5)
+    assert score_report(predicted, gold, seed=3) == score_report(predicted, gold, seed=3)
+
+
+def test_another_seed_moves_the_intervals_and_not_the_values():
+    predicted, gold = judged(5)
+    one, other = (score_report(predicted, gold, seed=seed).pearson for seed in (3, 4))
+    assert one.low != other.low
+    assert one.value == other.value
+
+
+def test_threads_do_not_change_the_intervals(monkeypatch):
+    predicted, gold = judged(6)
+    monkeypatch.setattr(report, "_CHUNK", 80 * 7)  # 15 chunks
+    found = []
+    for cores in (1, 4):
+        monkeypatch.setattr(report.os, "cpu_count", lambda cores=cores: cores)
+        found.append(score_report(predicted, gold, n_bootstrap=101))
+    assert found[0] == found[1]
+
+
+def test_failures_are_counted_and_kept_out_of_everything_else():
+    predicted, gold = judged(7)
+    with_failures = score_report([*predicted, math.nan, None], [*gold, 1, 5], n_bootstrap=50)
+    without = score_report(predicted, gold, n_bootstrap=50)
+    assert (with_failures.n, with_failures.failed) == (80, 2)
+    assert [getattr(with_failures, name) for name in METRICS] == [getattr(without, name) for name in METRICS]
+
+
+def test_groups_of_failed_items_are_not_drawn():
+    predicted, gold = judged(8, n=10)
+    found = score_report([*predicted, math.nan], [*gold, 3], groups=[*"aabbccddee", "f"], n_bootstrap=50)
+    assert found.n_groups == 5
+
+
+def test_correlations_of_a_constant_judge_are_undefined_and_its_errors_are_not():
+    found = score_report([3] * 20, [1, 2, 3, 4, 5] * 4)
+    assert all(math.isnan(getattr(found, name).value) for name in ("pearson", "spearman", "kendall"))
+    assert found.rmse.value == pytest.approx(math.sqrt(2))  # errors 2 1 0 1 2: mean square 10 / 5
+    assert found.rmse.low < found.rmse.value < found.rmse.high
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_fewer_than_three_items_have_no_correlation(n):
+    found = score_report([1, 2][:n], [1, 2][:n], n_bootstrap=20)
+    assert math.isnan(found.pearson.value)
+    assert found.n == n
+
+
+def test_a_judge_that_always_failed_is_all_undefined():
+    found = score_report([math.nan] * 3, [1, 2, 3])
+    assert (found.n, found.failed) == (0, 3)
+    assert all(math.isnan(getattr(found, name).value) for name in METRICS)
+
+
+def test_one_group_gives_no_interval():
+    predicted, gold = judged(9)
+    found = score_report(predicted, gold, groups=["only"] * 80).pearson
+    assert math.isnan(found.low)
+    assert not math.isnan(found.value)
+
+
+def test_no_interval_where_resamples_are_often_undefined():
+    # Three items: 1 resample in 9 repeats a single item and has no correlation; its MAE is always defined.
+    found = score_report([1, 2, 4], [1, 3, 4])
+    assert math.isnan(found.pearson.low)
+    assert not math.isnan(found.mae.low)
+
+
+def test_no_bootstrap_gives_values_alone():
+    found = score_report(*judged(10), n_bootstrap=0)
+    assert math.isnan(found.mae.low)
+    assert "no intervals" in str(found)
+
+
+def test_grid_reaches_the_rounded_metrics():
+    predicted, gold = judged(11)
+    found = score_report(predicted, gold, n_bootstrap=0, grid=[1, 3, 5])
+    assert found.accuracy.value == metrics.accuracy(predicted, gold, grid=[1, 3, 5])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([1, 2], [1]), "predictions has 2 items and references has 1"),
+        (([1, 2], [1, math.nan]), r"references\[1\] is nan"),
+        (([1, math.inf], [1, 2]), r"predictions\[1\] is inf.*Pass NaN"),
+    ],
+)
+def test_unusable_scores_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        score_report(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": ["a"]}, "groups has 1 items and references has 3"),
+        ({"groups": ["a", None, "b"]}, r"groups\[1\] is None"),
+        ({"groups": [1.0, 2.0, math.nan]}, r"groups\[2\] is nan"),
+        ({"n_bootstrap": -1}, "n_bootstrap is -1"),
+    ],
+)
+def test_unusable_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        score_report([1, 2, 3], [1, 2, 3], **options)
+
+
+def test_report_is_json_and_says_none_where_undefined():
+    found = json.loads(
+        json.dumps(score_report([3, 3, 3, math.nan], [1, 2, 3, 4], n_bootstrap=20).to_dict(), allow_nan=False)
+    )
+    assert found["pearson"] == {"value": None, "low": None, "high": None}
+    assert found["mae"]["value"] == 1
+    assert (found["n"], found["failed"]) == (3, 1)
+
+
+def test_printed_report_is_an_aligned_table():
+    lines = str(score_report([3, 3, 3, math.nan], [1, 2, 3, 4], n_bootstrap=20)).splitlines()
+    assert lines[0] == "3 of 4 items scored, 1 failed"
+    assert lines[2].split() == ["pearson", "undefined", "-", "-"]
+    assert lines[6].split()[:2] == ["mae", "1.000"]
+    assert len({len(line) for line in lines[1:9]}) == 1
+    assert lines[9] == "95 % intervals: 20 bootstrap resamples of 3 items, seed 0"
+
+
+def test_100_000_judgements_are_counted_exactly_in_every_resample():
+    # 4 resamples of 100,000 here; 1,000 take some seconds to half a minute. tau-b of y = -x is -1 whatever is drawn.
+    x = np.random.default_rng(0).permutation(100_000).astype(float)
+    found = score_report(x, -x, n_bootstrap=4)
+    assert (found.kendall, found.spearman) == (Interval(-1, -1, -1), Interval(-1, -1, -1))
+
+
+@pytest.mark.slow
+def test_100_000_judgements_take_less_than_a_minute():
+    predicted, gold = judged(12, n=100_000)
+    start = time.perf_counter()
+    score_report(predicted, gold)
+    assert time.perf_counter() - start < 60
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_comparison_is_the_difference_of_two_reports(name):
+    a, gold = judged(13)
+    b = judged(14)[0]
+    difference = getattr(compare(a, b, gold, n_bootstrap=10), name).value
+    assert difference == pytest.approx(getattr(metrics, name)(a, gold) - getattr(metrics, name)(b, gold), abs=1e-12)
+
+
+def test_a_judge_does_not_differ_from_itself():
+    a, gold = judged(15)
+    assert compare(a, a, gold).pearson == Interval(0, 0, 0)
+
+
+def test_pairing_tells_apart_what_two_reports_do_not():
+    # b is a plus a little noise: their own intervals overlap almost wholly, their difference is far from 0.
+    a, gold = judged(16, n=300)
+    b = a + np.random.default_rng(0).normal(0, 0.5, 300)
+    of_a, of_b, difference = score_report(a, gold).rmse, score_report(b, gold).rmse, compare(a, b, gold).rmse
+    assert of_a.high > of_b.low
+    assert difference.high < 0
+
+
+def test_comparison_uses_the_items_that_both_scored():
+    found = compare([1, math.nan, 3, 4, 5], [1, 2, math.nan, 4, 4], [1, 2, 3, 4, 5], n_bootstrap=20)
+    assert (found.n, found.failed, found.failed_a, found.failed_b) == (3, 2, 1, 1)
+    assert found.mae.value == pytest.approx(-1 / 3)  # a is right on all three, b is off by 1 on the last
+
+
+def test_comparison_resamples_groups():
+    a, gold = judged(17, n=50)
+    b = judged(18, n=50)[0]
+    four_times = [np.repeat(side, 4) for side in (a, b, gold)]
+    alone, grouped = (compare(*four_times, groups=g).mae for g in (None, np.repeat(np.arange(50), 4)))
+    assert (grouped.high - grouped.low) / (alone.high - alone.low) == pytest.approx(2, rel=0.1)
+
+
+def test_comparison_names_the_side_that_is_wrong():
+    with pytest.raises(ValueError, match=r"b has 2 items and references has 3"):
+        compare([1, 2, 3], [1, 2], [1, 2, 3])
+
+
+def test_printed_comparison_names_both_failures():
+    text = str(compare([1, 2, 3, 5], [1, 2, math.nan, 4], [1, 2, 3, 4], n_bootstrap=20))
+    assert text.splitlines()[0] == "3 of 4 items scored by both; a failed 0, b 1"
+    assert text.splitlines()[1].split() == ["metric", "a", "-", "b", "low", "high"]
+
+
+def table_rows():
+    good, constant = (score_report(p, [1, 2, 3, 4, 5], n_bootstrap=200) for p in ([1, 2, 3, 5, 4], [3] * 5))
+    return [
+        {"judge": "TRACT | stage 2", "report": good, "grid_mass": 0.98765, "seconds": 12},
+        {"judge": "constant", "report": constant.to_dict()},
+    ]
+
+
+def test_comparison_table_shows_every_column_and_what_is_not_known():
+    lines = comparison_table(table_rows()).splitlines()
+    assert "| Pearson [95 %] | Spearman |" in " ".join(lines[0].split())
+    cells = [[cell.strip() for cell in line.replace("\\|", "/").strip("|").split("|")] for line in lines[2:]]
+    assert cells[0][0] == "TRACT / stage 2"
+    assert cells[0][1].startswith("0.900 [")
+    assert cells[0][2:] == ["0.900", "0.632", "0.988", "0", "12.0"]  # RMSE sqrt(2 / 5)
+    assert cells[1] == ["constant", "undefined", "undefined", "1.414", "-", "0", "-"]
+
+
+def test_comparison_table_is_aligned_markdown():
+    lines = comparison_table(table_rows()).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert all(set(cell.strip()) <= set(":-") for cell in lines[1].strip("|").split("|"))
+    assert {line.replace("\\|", "").count("|") for line in lines} == {8}
+
+
+@pytest.mark.parametrize("row", [{"judge": "a"}, {"judge": "a", "report": None, "sceonds": 1}])
+def test_comparison_table_refuses_rows_that_it_would_misread(row):
+    with pytest.raises(ValueError, match=r"rows\[0\] has the keys"):
+        comparison_table([row])
+
+
+def test_comparison_table_refuses_no_rows():
+    with pytest.raises(ValueError, match="rows is empty"):
+        comparison_table([])
+
+
+def test_plot_has_one_panel_per_judge_with_pearson_and_rmse_in_its_title(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    seen = []
+    monkeypatch.setattr(figure, "savefig", lambda self, *args, **kwargs: seen.append(self))
+    judges = {"costs $5": ([1, 2, 4, math.nan], [1, 3, 4, 5]), "constant": ([3, 3, 3], [1, 2, 3]), "third": ([1], [1])}
+    plot_predictions(judges, tmp_path / "scores.png")
+    titles = [panel.get_title() for panel in seen[0].axes]
+    # r = 13 / 14 as in test_metrics; RMSE sqrt(1 / 3); then sqrt(5 / 3).
+    assert titles[0] == "costs \\$5\nr = 0.929   RMSE = 0.577\nn = 3, 1 failed"
+    assert titles[1] == "constant\nr undefined   RMSE = 1.291\nn = 3"
+    assert len(titles) == 3
+
+
+def test_jitter_stays_inside_the_axes_and_near_the_score(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    seen = []
+    monkeypatch.setattr(figure, "savefig", lambda self, *args, **kwargs: seen.append(self))
+    scores = [1, 2, 3, 4, 5] * 40
+    plot_predictions({"integers": (scores, scores)}, tmp_path / "scores.png")
+    panel = seen[0].axes[0]
+    drawn = np.asarray(panel.collections[0].get_offsets())
+    assert 0.2 < np.abs(drawn - np.array(scores)[:, None]).max() <= 0.25
+    assert panel.get_xlim()[0] < drawn.min()
+    assert drawn.max() < panel.get_xlim()[1]
+
+
+def test_plot_writes_a_png_into_a_new_folder(tmp_path):
+    pytest.importorskip("matplotlib")
+    judges = {f"judge {i}": judged(i) for i in range(5)}  # two rows of three, one left over
+    path = plot_predictions(judges, tmp_path / "new" / "scores.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("judges", [{}, {"failed": ([math.nan], [1])}])
+def test_plot_of_nothing_is_refused(judges, tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_predictions(judges, tmp_path / "scores.png")
+
+
+def test_a_missing_matplotlib_names_the_command_that_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'pip install "trl-tract\[demo\]"'):
+        plot_predictions({"judge": ([1, 2, 3], [1, 2, 3])}, tmp_path / "scores.png")
+
+
+def test_report_is_what_the_top_level_hands_out():
+    import trl_tract
+
+    assert isinstance(trl_tract.score_report([1, 2, 3], [1, 2, 3], n_bootstrap=0), ScoreReport)

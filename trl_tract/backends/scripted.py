@@ -1,0 +1,178 @@
+"""A backend that says what it is told: the double for tests, here and in users' own code.
+
+Knows the protocol and a tokenizer; runs no model.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from trl_tract.backends.base import Generation
+
+Script = Callable[[str, int], str] | Mapping[str, str] | Sequence[str]
+Probabilities = Callable[[list[int]], Sequence[float]] | Sequence[float]
+
+
+class ScriptedBackend:
+    """Continuations and score probabilities from a script, deterministic and without a model.
+
+    A continuation is treated as a model's would be: it is cut before `stop`, or after `max_new_tokens` tokens, and
+    otherwise ends with an end-of-sequence token.
+
+    Args:
+        script: What is written. A function of the prompt's text and a seed (`seed` for the first continuation of a
+            prompt, `seed + 1` for the second, ...); or texts by prompt text; or a sequence of texts, used up one per
+            continuation.
+        tokenizer: Turns prompts into text, and counts tokens.
+        probs: What `next_token_logprobs` reports: one probability for each token asked for, or a function of a row's
+            token ids that returns them. They may sum to less than 1, never to more.
+        context_length: Prompts that leave fewer than two of these tokens are `prompt_too_long`.
+        generate_errors: Exceptions to raise, by the number of the `generate` call (the first is 0).
+        logprob_errors: The same for `next_token_logprobs`.
+        model_id: Name for provenance.
+
+    Attributes:
+        generate_calls: The settings of each `generate` call, prompts included, in order; calls that raised count.
+        logprob_calls: The token id lists of each `next_token_logprobs` call.
+
+    Example:
+        >>> from trl_tract.backends import ScriptedBackend
+        >>> backend = ScriptedBackend(lambda prompt, seed: f"Seed {seed}. [RESULT] 4", tokenizer)  # doctest: +SKIP
+        >>> backend.generate([[1, 2]], stop="[RESULT]")  # doctest: +SKIP
+        [[Generation(text='Seed 0. ', finish_reason='stop', num_tokens=9)]]
+    """
+
+    name = "scripted"
+
+    def __init__(
+        self,
+        script: Script,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        probs: Probabilities | None = None,
+        context_length: int | None = None,
+        generate_errors: Mapping[int, Exception] | None = None,
+        logprob_errors: Mapping[int, Exception] | None = None,
+        model_id: str = "scripted",
+    ) -> None:
+        self.script = script
+        self.tokenizer = tokenizer
+        self.probs = probs
+        self.context_length = context_length
+        self.generate_errors = dict(generate_errors or {})
+        self.logprob_errors = dict(logprob_errors or {})
+        self.model_id = model_id
+        self.generate_calls: list[dict[str, Any]] = []
+        self.logprob_calls: list[list[list[int]]] = []
+        self._texts_used = 0
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        n: int = 1,
+        stop: str | None = None,
+        max_new_tokens: int = 1024,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[list[Generation]]:
+        """Read `n` continuations of each prompt from the script; see `Backend.generate`.
+
+        Raises:
+            ValueError: An empty prompt, or `n` above 1 with temperature 0.
+            LookupError: The script has no text for a prompt, or none left.
+        """
+        call = len(self.generate_calls)
+        self.generate_calls.append(
+            {
+                "prompts": [list(prompt) for prompt in prompts],
+                "n": n,
+                "stop": stop,
+                "max_new_tokens": max_new_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "repetition_penalty": repetition_penalty,
+                "seed": seed,
+            }
+        )
+        if call in self.generate_errors:
+            raise self.generate_errors[call]
+        if temperature == 0 and n > 1:
+            raise ValueError(f"n={n} with temperature=0 gives the same text {n} times: set n=1")
+        results = []
+        for index, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise ValueError(f"prompts[{index}] is empty: there is nothing to continue")
+            if self.context_length is not None and len(prompt) >= self.context_length - 1:
+                results.append([Generation("", "prompt_too_long", 0)] * n)
+            else:
+                room = math.inf if self.context_length is None else self.context_length - len(prompt)
+                limit = int(min(max_new_tokens, room))
+                written = self._decode(prompt, skip_special_tokens=False)
+                results.append([self._say(self._look_up(written, seed + sample), stop, limit) for sample in range(n)])
+            if on_progress is not None:
+                on_progress(1)
+        return results
+
+    def next_token_logprobs(
+        self, token_id_lists: Sequence[Sequence[int]], token_ids: Sequence[int]
+    ) -> NDArray[np.float64]:
+        """Logarithms of the scripted probabilities; see `Backend.next_token_logprobs`.
+
+        Raises:
+            ValueError: No `probs` were scripted, or they are not one probability for each of `token_ids`.
+        """
+        call = len(self.logprob_calls)
+        rows = [list(row) for row in token_id_lists]
+        self.logprob_calls.append(rows)
+        if call in self.logprob_errors:
+            raise self.logprob_errors[call]
+        if self.probs is None:
+            raise ValueError("no probabilities were scripted: pass ScriptedBackend(..., probs=...)")
+        probs = np.empty((len(rows), len(token_ids)))
+        for index, row in enumerate(rows):
+            scripted = list(self.probs(row) if callable(self.probs) else self.probs)
+            if len(scripted) != len(token_ids) or min(scripted, default=0) < 0 or sum(scripted) > 1 + 1e-9:
+                raise ValueError(
+                    f"row {index}: {scripted} are not {len(token_ids)} probabilities, one for each token asked for"
+                )
+            probs[index] = scripted
+        with np.errstate(divide="ignore"):  # log(0) is -inf, as a model that rules a token out reports it.
+            return np.log(probs)
+
+    def _look_up(self, prompt: str, seed: int) -> str:
+        if callable(self.script):
+            return self.script(prompt, seed)
+        if isinstance(self.script, Mapping):
+            if prompt not in self.script:
+                raise LookupError(f"the script has no text for the prompt {prompt!r}")
+            return self.script[prompt]
+        if self._texts_used == len(self.script):
+            raise LookupError(f"all {len(self.script)} texts of the script have been used")
+        self._texts_used += 1
+        return self.script[self._texts_used - 1]
+
+    def _say(self, text: str, stop: str | None, limit: int) -> Generation:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) > limit:
+            text = self._decode(ids[:limit])
+        if stop is not None and stop in text:
+            sampled = next(end for end in range(1, len(ids) + 1) if stop in self._decode(ids[:end]))
+            return Generation(text[: text.index(stop)], "stop", sampled)
+        if len(ids) < limit:
+            return Generation(text, "eos", len(ids) + 1)
+        return Generation(text, "length", limit)
+
+    def _decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return str(
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        )

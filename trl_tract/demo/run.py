@@ -1,0 +1,180 @@
+"""The demo: seed model, cross-entropy judge, stage one and TRACT on the same held-out items, in one table."""
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trl_tract.demo.seed_model import save_seed_model
+from trl_tract.journal import write_jsonl
+from trl_tract.pipeline import Run
+from trl_tract.plots import plot_predictions
+from trl_tract.report import ScoreReport, comparison_table, score_report
+from trl_tract.steps import DistillStep, JudgeStep, TrainStep, read_judgements
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything a form of the demo uses."""
+
+    training_rows: int
+    held_out_items: int
+    epochs: float
+    minutes: int
+    learning_rate: float = 1e-3
+
+
+QUICK = Size(training_rows=160, held_out_items=60, epochs=2, minutes=10)
+FULL = Size(training_rows=480, held_out_items=120, epochs=3, minutes=40)
+
+BATCH_SIZE = 8
+GENERATION_BATCH_SIZE = 32
+LORA = {"use_peft": True, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
+SAMPLING = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.03, "max_new_tokens": 48}
+
+JUDGES = {
+    "seed model": "judged-seed",
+    "cross-entropy, sampled score": "judged-ce",
+    "stage one, expected score": "judged-stage1",
+    "TRACT": "judged-tract",
+}
+
+
+def run_demo(output_dir: str, *, full: bool, seed: int = 0, model: str | None = None) -> dict[str, ScoreReport]:
+    """Train and compare the four judges; print the table, two worked examples and where the plot is.
+
+    Args:
+        output_dir: Holds one run; an interrupted one goes on where it stopped.
+        full: The longer form.
+        seed: Of training and sampling.
+        model: Seed model; SmolLM2-135M-Instruct by default.
+
+    Returns:
+        Judge name -> its agreement with the gold scores.
+    """
+    size = FULL if full else QUICK
+    directory = Path(output_dir)
+    settings = {"demo": "full" if full else "quick", "seed": seed, "model": model or "default", **vars(size)}
+    run = Run(directory, settings, total=10)
+    print(
+        f"This takes about {size.minutes} minutes on two CPU cores. An interrupted run goes on with the same command."
+    )
+    train_file, eval_file, seed_model = directory / "train.jsonl", directory / "eval.jsonl", directory / "seed-model"
+
+    def prepare() -> None:
+        write_jsonl(train_file, _committed("train.jsonl", size.training_rows))
+        write_jsonl(eval_file, _committed("eval.jsonl", size.held_out_items))
+        if model is None:
+            print(f"    seed model: {save_seed_model(seed_model)}")
+
+    run.step("prepare", f"{size.training_rows} training rows, {size.held_out_items} held-out items", prepare)
+    start = model or str(seed_model)
+
+    def train(name: str, rows: Path, **changes: Any) -> TrainStep:
+        return TrainStep(start, str(rows), str(directory / name), None, {**_training(size, seed), **changes}, LORA)
+
+    def judge(name: str, trained: str | None, **changes: Any) -> JudgeStep:
+        return JudgeStep(
+            start if trained is None else str(directory / trained),
+            str(eval_file),
+            str(directory / JUDGES[name]),
+            {**SAMPLING, "seed": seed, **changes},
+            GENERATION_BATCH_SIZE,
+            untrained=trained is None,
+        )
+
+    run.step("ce", "Baseline: cross-entropy on rationale and score", train("ce", train_file, **CROSS_ENTROPY))
+    run.step("stage1", "Stage one: CoT-RAFT on the given rationales", train("stage1", train_file))
+    distill = DistillStep(
+        str(directory / "stage1"),
+        str(train_file),
+        str(directory / "self-generated"),
+        {**SAMPLING, "seed": seed},
+        GENERATION_BATCH_SIZE,
+    )
+    run.step("distill", "Self-generation: the stage-one model writes its own rationales", distill)
+    stage_two_rows = directory / "self-generated" / "rows.jsonl"
+    run.step("tract", "Stage two: the seed model again, on its own rationales", train("tract", stage_two_rows))
+    # The seed model does not write the marker, so it is put behind whatever it wrote.
+    run.step("judge-seed", "Judging: seed model", judge("seed model", None, append_marker=True))
+    sampled = judge("cross-entropy, sampled score", "ce", decision="sampled")
+    run.step("judge-ce", "Judging: cross-entropy judge, its score sampled", sampled)
+    run.step("judge-stage1", "Judging: stage-one model", judge("stage one, expected score", "stage1"))
+    run.step("judge-tract", "Judging: TRACT", judge("TRACT", "tract"))
+    return _report(directory, run)
+
+
+CROSS_ENTROPY = {"raft_weight": 0.0, "score_in_ce": True}
+
+
+def _training(size: Size, seed: int) -> dict[str, Any]:
+    return {
+        "num_train_epochs": size.epochs,
+        "per_device_train_batch_size": BATCH_SIZE,
+        "learning_rate": size.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "gradient_checkpointing": False,
+        "logging_steps": 5,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": seed,
+        "max_length": 512,
+    }
+
+
+def _committed(name: str, count: int) -> list[dict[str, Any]]:
+    lines = files("trl_tract.demo").joinpath(name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[:count]]
+
+
+def _report(directory: Path, run: Run) -> dict[str, ScoreReport]:
+    judged = {name: read_judgements(directory / folder) for name, folder in JUDGES.items()}
+    reports = {name: score_report(each["score"], each["reference"]) for name, each in judged.items()}
+    trained = {
+        "seed model": ["judge-seed"],
+        "cross-entropy, sampled score": ["ce", "judge-ce"],
+        "stage one, expected score": ["stage1", "judge-stage1"],
+        "TRACT": ["stage1", "distill", "tract", "judge-tract"],
+    }
+    rows = [
+        {
+            "judge": name,
+            "Pearson": report.pearson,
+            "Spearman": report.spearman,
+            "RMSE": report.rmse,
+            "grid mass": float(np.nanmean(judged[name]["grid_mass"])),
+            "failed": report.failed,
+            "seconds": sum(run.seconds[step] for step in trained[name]),
+        }
+        for name, report in reports.items()
+    ]
+    table = comparison_table(rows)
+    (directory / "table.md").write_text(table + "\n", encoding="utf-8")
+    plot = directory / "predicted-against-gold.png"
+    plot_predictions({name: (each["score"], each["reference"]) for name, each in judged.items()}, plot)
+    print(f"\n{table}\n")
+    _worked_examples(directory, judged["TRACT"]["records"])
+    print(f"Plot: {plot}\nJudge: {directory / 'tract'}    load it with CoTRAILJudge.from_pretrained(...)")
+    return reports
+
+
+def _worked_examples(directory: Path, records: list[dict[str, Any]]) -> None:
+    """Print an ordinary and a hostile item: the text, the judge's rationale, its score and the gold score."""
+    rows = [json.loads(line) for line in (directory / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
+    for hostile in (False, True):
+        shown = next(
+            ((row, record) for row, record in zip(rows, records, strict=True) if row["hostile"] is hostile), None
+        )
+        if shown is None:
+            continue
+        row, record = shown
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        print(f"--- {'A hostile item' if hostile else 'An item'} ({row['rubric']}) ---\n{prompt.strip()}")
+        if record["error"]:
+            print(f"=> no score: {record['error']}\n")
+            continue
+        print(f"=> {record['rationales'][0].strip()}\n=> score {record['score']:.2f}, gold {row['score']:g}\n")

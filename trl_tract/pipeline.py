@@ -1,0 +1,223 @@
+"""Both stages in order, resumable: each step's result is on disk, and a run goes on at the first unfinished one."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from trl_tract.journal import digest, guard, write_json, write_jsonl
+from trl_tract.report import ScoreReport, score_report
+from trl_tract.rows import Item, load_items, split_items, written_rows
+from trl_tract.scores import ScoreGrid
+from trl_tract.steps import DistillStep, JudgeStep, Step, TrainStep, read_judgements, run_step
+
+DEFAULT_VALUES = (1.0, 2.0, 3.0, 4.0, 5.0)
+
+
+class Run:
+    """A directory of finished steps.
+
+    Args:
+        directory: Made if it is missing.
+        settings: Whatever changes the results: a directory with other settings is refused.
+        isolate: Run each step in a process of its own; by default on a GPU.
+        total: Steps there will be, for the headings.
+        say: Prints the headings.
+
+    Raises:
+        FileExistsError: The directory holds another run.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        settings: Mapping[str, Any],
+        *,
+        isolate: bool | None = None,
+        total: int,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        guard(directory, settings, "run")
+        self.directory = directory
+        self.isolate = torch.cuda.is_available() if isolate is None else isolate
+        self.total = total
+        self.say = say
+        self._file = directory / "steps.json"
+        self.seconds: dict[str, float] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        self._met = 0
+
+    def step(self, name: str, title: str, work: Step | Callable[[], None]) -> None:
+        """Do `work` unless it is finished, and write down how long it took."""
+        self._met += 1
+        heading = f"[{self._met}/{self.total}] {title}"
+        if name in self.seconds:
+            self.say(f"{heading}: finished before, in {self.seconds[name]:.0f} s")
+            return
+        self.say(heading)
+        started = time.monotonic()
+        if callable(work):
+            work()
+        else:
+            run_step(work, self.directory / f"{name}.json", isolate=self.isolate)
+        self.seconds[name] = time.monotonic() - started
+        write_json(self._file, self.seconds)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run ends with.
+
+    Attributes:
+        model: Directory of the TRACT model.
+        reports: Judge name -> agreement with the gold scores of the held-out items.
+        grid_mass: Judge name -> mean probability on the grid.
+        seconds: Step name -> seconds it took.
+    """
+
+    model: Path
+    reports: dict[str, ScoreReport]
+    grid_mass: dict[str, float]
+    seconds: dict[str, float]
+
+
+def run_tract(
+    model: str,
+    data: str,
+    output_dir: str | Path,
+    *,
+    eval_data: str | None = None,
+    eval_fraction: float = 0.1,
+    training: Mapping[str, Any] | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    generation: Mapping[str, Any] | None = None,
+    num_generations: int = 1,
+    on_failure: str = "keep_gold",
+    batch_size: int = 8,
+    isolate: bool | None = None,
+    say: Callable[[str], None] = print,
+) -> RunResult:
+    """Train a judge with TRACT: stage one, self-generation, stage two from the seed model, evaluation.
+
+    Run again with the same arguments, it goes on at the first step that is not finished.
+
+    Args:
+        model: Seed model: directory or hub id. Both stages start from it.
+        data: JSONL, prometheus-eval JSON, or a hub id; see `trl_tract.rows`.
+        output_dir: Holds one run.
+        eval_data: Held-out items; without them `eval_fraction` of the groups of `data` is held out.
+        eval_fraction: Part of the groups that is held out.
+        training: Fields of TRACTConfig, for both stages.
+        model_args: Fields of TRL's ModelConfig: dtype, LoRA, quantisation.
+        generation: Sampling of rationales, in self-generation and judging: `temperature`, `top_p`,
+            `repetition_penalty`, `max_new_tokens`, `seed`, `max_attempts`.
+        num_generations: Stage-two rows for each prompt.
+        on_failure: What happens to rationales that never reach the marker: see CoTSelfDistill.
+        batch_size: Prompts generated at once.
+        isolate: Run each step in a process of its own; by default on a GPU.
+        say: Prints the headings.
+    """
+    training, model_args, generation = dict(training or {}), dict(model_args or {}), dict(generation or {})
+    training.pop("output_dir", None)
+    directory = Path(output_dir)
+    settings = {
+        "model": model,
+        "data": data,
+        "eval_data": eval_data,
+        "eval_fraction": eval_fraction,
+        "training": digest([training]),
+        "model_args": digest([model_args]),
+        "generation": generation,
+        "num_generations": num_generations,
+        "on_failure": on_failure,
+    }
+    run = Run(directory, settings, isolate=isolate, total=7, say=say)
+    train_file, eval_file = directory / "train.jsonl", directory / "eval.jsonl"
+    grid = ScoreGrid.from_values(training.get("score_values", DEFAULT_VALUES))
+    marker = str(training.get("score_marker", "[RESULT]"))
+    seed = int(training.get("seed", 42))
+
+    def prepare() -> None:
+        items = load_items(data, grid, marker)
+        if eval_data is None:
+            items, held_out = split_items(items, eval_fraction, seed)
+        else:
+            held_out = load_items(eval_data, grid, marker)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        write_items(items, held_out, train_file, eval_file, chat=bool(tokenizer.chat_template))
+
+    run.step("prepare", "Reading the rows", prepare)
+    say(f"    {_count(train_file)} training rows, {_count(eval_file)} held-out items")
+
+    def train(rows: Path, name: str) -> TrainStep:
+        return TrainStep(model, str(rows), str(directory / name), training=training, model_args=model_args)
+
+    def judge(name: str) -> JudgeStep:
+        return JudgeStep(
+            str(directory / name), str(eval_file), str(directory / f"judged-{name}"), generation, batch_size
+        )
+
+    run.step("stage1", "Stage one: the seed model on the annotated rationales", train(train_file, "stage1"))
+    distill = DistillStep(
+        str(directory / "stage1"),
+        str(train_file),
+        str(directory / "self-generated"),
+        {**generation, "num_generations": num_generations, "on_failure": on_failure},
+        batch_size,
+    )
+    run.step("distill", "Self-generation: the stage-one model writes its own rationales", distill)
+    stage_two_rows = directory / "self-generated" / "rows.jsonl"
+    run.step("stage2", "Stage two: the seed model again, on those rationales", train(stage_two_rows, "tract"))
+    run.step("judge-stage1", "Judging the held-out items with the stage-one model", judge("stage1"))
+    run.step("judge-tract", "Judging the held-out items with the TRACT model", judge("tract"))
+    result = summarise(directory, {"stage one": "judged-stage1", "TRACT": "judged-tract"}, run.seconds)
+    run.step("report", "Writing the report", lambda: write_report(directory, result))
+    return result
+
+
+def write_items(training: list[Item], held_out: list[Item], train_file: Path, eval_file: Path, *, chat: bool) -> None:
+    """Write the training rows and the evaluation rows of items.
+
+    Raises:
+        ValueError: There is no row to train on.
+    """
+    rows = written_rows(training, lambda item: item.training, chat=chat)
+    if not rows:
+        raise ValueError("none of the rows has a completion, so there is no rationale to train on")
+    write_jsonl(train_file, rows)
+    write_jsonl(eval_file, written_rows(held_out, lambda item: (item.reference,), chat=chat))
+
+
+def summarise(directory: Path, judged: Mapping[str, str], seconds: dict[str, float]) -> RunResult:
+    """Agreement of each judge with the gold scores; `judged` maps its name to its folder of judgements."""
+    reports, mass = {}, {}
+    for name, folder in judged.items():
+        judgements = read_judgements(directory / folder)
+        groups = [str(record.get("group", i)) for i, record in enumerate(judgements["records"])]
+        reports[name] = score_report(judgements["score"], judgements["reference"], groups=groups)
+        finite = judgements["grid_mass"][~(judgements["grid_mass"] != judgements["grid_mass"])]
+        mass[name] = float(finite.mean()) if len(finite) else float("nan")
+    return RunResult(directory / "tract", reports, mass, seconds)
+
+
+def write_report(directory: Path, result: RunResult) -> None:
+    """Write `report.json`: every judge's figures."""
+    write_json(
+        directory / "report.json",
+        {
+            "judges": {
+                name: {**report.to_dict(), "grid_mass": result.grid_mass[name]}
+                for name, report in result.reports.items()
+            },
+            "seconds": result.seconds,
+        },
+    )
+
+
+def _count(file: Path) -> int:
+    with file.open(encoding="utf-8") as lines:
+        return sum(1 for _ in lines)

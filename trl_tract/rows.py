@@ -1,0 +1,148 @@
+"""Files and hub datasets -> judge items, recognised by their columns; splitting them by question.
+
+Knows nothing of tokens or models.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl_tract.journal import read_jsonl
+from trl_tract.prompts import (
+    Row,
+    ScoreNotFoundError,
+    from_feedback_collection,
+    from_prometheus_eval,
+    gold_score,
+    locate_score,
+    prometheus_eval_reference,
+)
+from trl_tract.rendering import as_prompt_completion, completion_text, with_completion
+from trl_tract.scores import ScoreGrid
+
+UNDERSTOOD = (
+    "prompt, completion and score (JSONL or a hub id; text or chat messages); "
+    "messages; "
+    "orig_instruction, orig_response, orig_criteria, orig_score1_description to orig_score5_description, orig_feedback "
+    "and orig_score (Feedback Collection, Feedback Bench); "
+    "instruction, gpt4_score and gpt4_feedback (prometheus-eval benchmark JSON)"
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One judged response.
+
+    Attributes:
+        group: Items that share it, such as all answers to one question, belong on one side of a split.
+        training: Its training rows, one for each annotated rationale; empty if it has none.
+        reference: Its evaluation row: `prompt`, `score` (the mean over its annotations) and `group`.
+        converted: Whether the prompt was made from another schema, as plain text.
+    """
+
+    group: str
+    training: tuple[Row, ...]
+    reference: Row
+    converted: bool = False
+
+
+def load_items(source: str, grid: ScoreGrid, marker: str) -> list[Item]:
+    """Read judge items from a JSONL or JSON file, or a hub dataset.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A row cannot be understood; it is named, with the columns that were found.
+    """
+    items: list[Item] = []
+    for number, record in enumerate(read_records(source)):
+        try:
+            items.append(read_item(record, grid, marker))
+        except (ScoreNotFoundError, KeyError, TypeError) as error:
+            reason = f"column {error} is missing" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{source}, row {number}: {reason}") from error
+        except ValueError as error:
+            raise ValueError(f"{source}, row {number}: {error}") from error
+    if not items:
+        raise ValueError(f"{source} holds no rows")
+    return items
+
+
+def read_records(source: str) -> Iterable[Mapping[str, Any]]:
+    """The records of a JSONL file, a JSON list, or the training split of a hub dataset."""
+    path = Path(source)
+    if path.suffix == ".jsonl":
+        return read_jsonl(path)
+    if path.suffix == ".json":
+        try:
+            records = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source} is not JSON: {error}. One object a line is JSONL: name it .jsonl") from error
+        if not isinstance(records, list):
+            raise ValueError(f"{source} holds a JSON {type(records).__name__}; a list of objects is needed")
+        return records
+    if path.exists():
+        raise ValueError(f"{source}: only .jsonl and .json files are read. Convert it first")
+    from datasets import load_dataset
+
+    return load_dataset(source, split="train")  # type: ignore[no-any-return]
+
+
+def read_item(record: Mapping[str, Any], grid: ScoreGrid, marker: str) -> Item:
+    """Turn a record of any schema that is understood into an item."""
+    columns = set(record)
+    if {"instruction", "gpt4_score", "gpt4_feedback"} <= columns:
+        reference = prometheus_eval_reference(record)
+        return Item(reference["group"], tuple(from_prometheus_eval(record, marker=marker)), reference, converted=True)
+    if {"orig_instruction", "orig_score"} <= columns:
+        row = from_feedback_collection(record, marker=marker)
+        reference = {name: row[name] for name in ("prompt", "score", "group")}
+        return Item(row["group"], (row,), reference, converted=True)
+    if columns & {"messages", "conversations"} or "prompt" in columns:
+        row = as_prompt_completion(record)
+        completion = row.get("completion")
+        if completion is None and "score" not in row:
+            raise ValueError("the row has a prompt, but neither a completion nor a score")
+        if "score" in row:
+            score = gold_score(row["score"])
+        else:
+            score = float(locate_score(completion_text(completion), marker, grid.texts).text)
+        group = str(row.get("group") or json.dumps(row["prompt"]))
+        reference = {**{name: row[name] for name in row if name != "completion"}, "score": score, "group": group}
+        return Item(group, () if completion is None else (row,), reference)
+    raise ValueError(f"the columns {', '.join(sorted(columns))} are not understood. Understood are: {UNDERSTOOD}")
+
+
+def split_items(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
+    """Hold out about `fraction` of the groups; a group is never split.
+
+    Raises:
+        ValueError: There are too few groups for both sides to have one.
+    """
+    groups = list(dict.fromkeys(item.group for item in items))
+    held_out = round(len(groups) * fraction)
+    if not 0 < held_out < len(groups):
+        raise ValueError(
+            f"holding out {fraction:g} of {len(groups)} group(s) leaves one side empty: give an evaluation file, or "
+            "another fraction"
+        )
+    random.Random(seed).shuffle(groups)
+    evaluation = set(groups[:held_out])
+    return [item for item in items if item.group not in evaluation], [i for i in items if i.group in evaluation]
+
+
+def as_chat(row: Row) -> Row:
+    """A plain-text row as chat messages."""
+    if not isinstance(row["prompt"], str):
+        return row
+    chat = {**row, "prompt": [{"role": "user", "content": row["prompt"]}]}
+    if "completion" in row:
+        chat["completion"] = with_completion([], row["completion"])["completion"]
+    return chat
+
+
+def written_rows(items: Iterable[Item], select: Callable[[Item], Iterable[Row]], *, chat: bool) -> list[Row]:
+    """The rows of items, converted prompts as chat messages if the model's tokenizer has a template."""
+    return [as_chat(row) if chat and item.converted else row for item in items for row in select(item)]

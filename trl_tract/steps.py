@@ -1,0 +1,192 @@
+"""The steps of a run: train, distil, judge. Each reads files, writes files, and can run in a process of its own.
+
+GPU memory is not given back inside a process, so on a GPU every step gets one.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from trl_tract.backends import TransformersBackend
+from trl_tract.config import TRACTConfig
+from trl_tract.distill import CoTSelfDistill
+from trl_tract.journal import Journal, digest, guard, read_jsonl, write_json
+from trl_tract.judge import CoTRAILJudge
+from trl_tract.trainer import TRACTTrainer
+
+
+@dataclass
+class TrainStep:
+    """Train one model with CoT-RAFT, going on from its last checkpoint if it has one.
+
+    Attributes:
+        model: Model directory or hub id to start from.
+        train_data: JSONL of training rows.
+        output_dir: Receives the model or adapter, the tokenizer and `tract_config.json`.
+        eval_data: JSONL of evaluation rows with completions, or None.
+        training: Fields of TRACTConfig.
+        model_args: Fields of TRL's ModelConfig: dtype, LoRA, quantisation.
+    """
+
+    kind: ClassVar[str] = "train"
+    model: str
+    train_data: str
+    output_dir: str
+    eval_data: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Train and save."""
+        args = TRACTConfig(**{**self.training, "output_dir": self.output_dir})
+        model_args = ModelConfig(**{**self.model_args, "model_name_or_path": self.model})
+        init: dict[str, Any] = {
+            "revision": model_args.model_revision,
+            "attn_implementation": model_args.attn_implementation,
+            "dtype": model_args.dtype,
+        }
+        args.model_init_kwargs = {**init, **(args.model_init_kwargs or {})}
+        trainer = TRACTTrainer(
+            self.model,
+            args,
+            train_dataset=_dataset(self.train_data),
+            eval_dataset=_dataset(self.eval_data) if self.eval_data else None,
+            peft_config=get_peft_config(model_args),
+            quantization_config=get_quantization_config(model_args),
+        )
+        checkpoint = get_last_checkpoint(self.output_dir) if Path(self.output_dir).is_dir() else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.create_model_card()
+
+
+@dataclass
+class DistillStep:
+    """Let a stage-one model write its own rationale for every training row.
+
+    Attributes:
+        model: Stage-one model or adapter directory.
+        data: JSONL of training rows.
+        output_dir: Receives `rows.jsonl`, the stage-two rows.
+        settings: Arguments of CoTSelfDistill.
+        batch_size: Prompts generated at once.
+    """
+
+    kind: ClassVar[str] = "distill"
+    model: str
+    data: str
+    output_dir: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 8
+
+    def run(self) -> None:
+        """Generate, or go on generating."""
+        backend = TransformersBackend(self.model, batch_size=self.batch_size)
+        distiller = CoTSelfDistill.from_pretrained(self.model, backend, **self.settings)
+        distiller.distill(_dataset(self.data), self.output_dir)
+
+
+@dataclass
+class JudgeStep:
+    """Judge evaluation rows; what is finished of them survives an interruption.
+
+    Attributes:
+        model: Judge directory, or a seed model with `untrained`.
+        data: JSONL of rows with `prompt` and, if known, `score`.
+        output_dir: Receives `judgements.jsonl`.
+        settings: Arguments of CoTRAILJudge.
+        batch_size: Prompts generated at once.
+        untrained: The model was never trained as a judge: grid and marker come from `settings`.
+        block_size: Items that are judged together and then written to disk.
+    """
+
+    kind: ClassVar[str] = "judge"
+    model: str
+    data: str
+    output_dir: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 8
+    untrained: bool = False
+    block_size: int = 64
+
+    def run(self) -> None:
+        """Judge, or go on judging."""
+        rows = list(read_jsonl(Path(self.data)))
+        settings = {**self.settings, "model": self.model, "rows_digest": digest(rows), "block_size": self.block_size}
+        directory = Path(self.output_dir)
+        guard(directory, settings, "judging run")
+        journal = Journal(directory / "judgements.jsonl", self.block_size)
+        if journal.records >= len(rows):
+            return
+        backend = TransformersBackend(self.model, batch_size=self.batch_size)
+        if self.untrained:
+            judge = CoTRAILJudge(backend, **self.settings)
+        else:
+            judge = CoTRAILJudge.from_pretrained(self.model, backend, **self.settings)
+        with tqdm(total=len(rows), initial=journal.records, desc="Judging", unit="row") as progress:
+            for start in range(journal.records, len(rows), self.block_size):
+                block = rows[start : start + self.block_size]
+                judgements = judge.judge(block, first=start, on_progress=progress.update)
+                journal.append(
+                    {
+                        "reference": row.get("score"),
+                        **{name: row[name] for name in ("id", "group") if name in row},
+                        **judgement.to_dict(),
+                    }
+                    for row, judgement in zip(block, judgements, strict=True)
+                )
+
+
+Step = TrainStep | DistillStep | JudgeStep
+STEPS: dict[str, type[TrainStep] | type[DistillStep] | type[JudgeStep]] = {
+    step.kind: step for step in (TrainStep, DistillStep, JudgeStep)
+}
+
+
+def run_step(step: Step, spec_file: Path, *, isolate: bool) -> None:
+    """Run a step here, or in a process of its own.
+
+    Raises:
+        RuntimeError: The process failed; its own message stands above.
+    """
+    write_json(spec_file, {"kind": step.kind, **asdict(step)})
+    if not isolate:
+        set_seed(0)
+        step.run()
+        return
+    finished = subprocess.run([sys.executable, "-m", "trl_tract.steps", str(spec_file)], check=False)
+    if finished.returncode:
+        raise RuntimeError(
+            f"the step {spec_file.stem} ended with exit code {finished.returncode}; its error stands above. Start the "
+            "same command again to go on from there"
+        )
+
+
+def read_judgements(directory: Path) -> dict[str, Any]:
+    """The judgements of a JudgeStep as arrays: `score`, `reference` and `grid_mass` `(n,)`, and the `records`."""
+    records = list(read_jsonl(directory / "judgements.jsonl"))
+    columns = {
+        name: np.array([np.nan if record[name] is None else record[name] for record in records], dtype=np.float64)
+        for name in ("score", "reference", "grid_mass")
+    }
+    return {**columns, "records": records}
+
+
+def _dataset(path: str) -> Dataset:
+    return Dataset.from_list(list(read_jsonl(Path(path))))
+
+
+if __name__ == "__main__":
+    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    STEPS[spec.pop("kind")](**spec).run()
