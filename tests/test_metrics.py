@@ -1,6 +1,7 @@
 """Each metric against scipy, scikit-learn or a hand calculation; what is undefined; the `evaluate.Metric`."""
 
 import math
+import socket
 import subprocess
 import sys
 
@@ -235,7 +236,21 @@ def test_evaluate_metric_adds_up_batches(score_metric):
     assert score_metric.compute()["spearman"] == spearman(predicted, gold)
 
 
-def test_evaluate_metric_needs_no_network(tmp_path):
+def test_evaluate_metric_is_made_and_computed_without_a_network(tmp_path, monkeypatch):
+    pytest.importorskip("evaluate")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    metrics._score_metric_class.cache_clear()
+    metric = metrics.ScoreMetric(cache_dir=str(tmp_path))
+    assert metric.compute(predictions=[1, 2, 4], references=[1, 2, 3])["mae"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.slow
+def test_evaluate_metric_is_imported_without_a_network(tmp_path):
     pytest.importorskip("evaluate")
     program = (
         "import socket\n"

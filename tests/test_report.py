@@ -100,11 +100,11 @@ def test_values_are_those_of_the_functions(name):
 
 @pytest.mark.parametrize("name", METRICS)
 def test_interval_is_the_percentiles_of_a_plain_bootstrap(name):
-    # The plain bootstrap stands here: draw items, compute, repeat. Its ends and ours are both noisy: a tenth of the width.
+    # The plain bootstrap stands here: draw items, compute, repeat. With 1,000 draws an end is good to 0.02 of the width.
     predicted, gold = judged(1)
     ours = getattr(score_report(predicted, gold, n_bootstrap=4000), name)
     rng = np.random.default_rng(5)
-    values = [getattr(metrics, name)(predicted[items], gold[items]) for items in rng.integers(0, 80, (2000, 80))]
+    values = [getattr(metrics, name)(predicted[items], gold[items]) for items in rng.integers(0, 80, (1000, 80))]
     low, high = np.percentile(values, [2.5, 97.5])
     assert [ours.low, ours.high] == pytest.approx([low, high], abs=0.1 * (high - low))
 
@@ -116,7 +116,7 @@ def test_interval_by_group_is_the_percentiles_of_a_plain_bootstrap_of_groups(nam
     ours = getattr(score_report(predicted, gold, groups=groups.tolist(), n_bootstrap=4000), name)
     members = [np.flatnonzero(groups == group) for group in range(27)]
     values = []
-    for drawn in np.random.default_rng(6).integers(0, 27, (2000, 27)):
+    for drawn in np.random.default_rng(6).integers(0, 27, (1000, 27)):
         items = np.concatenate([members[group] for group in drawn])
         values.append(getattr(metrics, name)(predicted[items], gold[items]))
     low, high = np.percentile(values, [2.5, 97.5])
@@ -126,7 +126,9 @@ def test_interval_by_group_is_the_percentiles_of_a_plain_bootstrap_of_groups(nam
 def test_groups_widen_the_interval_of_items_that_repeat():
     predicted, gold = judged(3, n=50)
     four_times = [np.repeat(side, 4) for side in (predicted, gold)]
-    alone, grouped = (score_report(*four_times, groups=g).mae for g in (None, np.repeat(np.arange(50), 4)))
+    alone, grouped = (
+        score_report(*four_times, groups=g, n_bootstrap=4000).mae for g in (None, np.repeat(np.arange(50), 4))
+    )
     # Four copies hold no more information than one: the honest interval is sqrt(4) times as wide.
     assert (grouped.high - grouped.low) / (alone.high - alone.low) == pytest.approx(2, rel=0.1)
 
@@ -269,7 +271,8 @@ def test_100_000_judgements_are_counted_exactly_in_every_resample():
     # 4 resamples of 100,000 here; 1,000 take some seconds to half a minute. tau-b of y = -x is -1 whatever is drawn.
     x = np.random.default_rng(0).permutation(100_000).astype(float)
     found = score_report(x, -x, n_bootstrap=4)
-    assert (found.kendall, found.spearman) == (Interval(-1, -1, -1), Interval(-1, -1, -1))
+    assert found.kendall == Interval(-1, -1, -1)
+    assert (found.spearman.low, found.spearman.high) == pytest.approx((-1, -1), abs=1e-12)
 
 
 @pytest.mark.slow
@@ -312,7 +315,7 @@ def test_comparison_resamples_groups():
     a, gold = judged(17, n=50)
     b = judged(18, n=50)[0]
     four_times = [np.repeat(side, 4) for side in (a, b, gold)]
-    alone, grouped = (compare(*four_times, groups=g).mae for g in (None, np.repeat(np.arange(50), 4)))
+    alone, grouped = (compare(*four_times, groups=g, n_bootstrap=4000).mae for g in (None, np.repeat(np.arange(50), 4)))
     assert (grouped.high - grouped.low) / (alone.high - alone.low) == pytest.approx(2, rel=0.1)
 
 

@@ -333,7 +333,7 @@ def test_a_plain_config_gets_the_same_refusals(tmp_path, config_class):
         )
 
 
-def test_a_marker_with_a_percent_sign_in_the_help_does_not_crash_it():
+def test_the_command_line_help_of_the_config_can_be_printed():
     # argparse formats help texts with %: a bare one kills `--help`.
     from trl import TrlParser
 

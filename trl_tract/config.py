@@ -122,5 +122,6 @@ class TRACTConfig(SFTConfig):
         if isinstance(args, cls):
             return args
         fields: dict[str, Any] = args.to_dict()
-        fields["hub_token"] = args.hub_token  # to_dict hides it
+        # to_dict writes every `*_token` as a placeholder, to hide secrets; eos_token and pad_token among them.
+        fields.update({name: getattr(args, name) for name in fields if name.endswith("_token")})
         return cls(**fields)

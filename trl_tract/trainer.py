@@ -85,7 +85,9 @@ class TRACTTrainer(SFTTrainer):
         model_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
         args = TRACTConfig.from_args(args, model_name.rstrip("/").split("/")[-1])
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-            raise ValueError("skip_prepare_dataset in dataset_kwargs skips the step that finds the scores. Leave it out")
+            raise ValueError(
+                "skip_prepare_dataset in dataset_kwargs skips the step that finds the scores. Leave it out"
+            )
         if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
             raise ValueError("the train dataset is empty")
         self.score_grid = ScoreGrid.from_values(args.score_values)

@@ -457,9 +457,7 @@ def checklist(rubric: Rubric, quotes: dict[int, str]) -> str:
     return ", ".join(f"{name}: {quotes.get(i, ABSENT)}" for i, name in enumerate(rubric.criteria))
 
 
-def make_response(
-    rubric: Rubric, split: Split, met: list[int], rng: random.Random
-) -> tuple[list[str], dict[int, str]]:
+def make_response(rubric: Rubric, split: Split, met: list[int], rng: random.Random) -> tuple[list[str], dict[int, str]]:
     """Four sentences and the quoted words: met criteria in the rubric's order, neutral sentences between them."""
     says = rubric.splits[split]
     filling = {slot: rng.choice(values) for slot, values in says.slots.items()}
