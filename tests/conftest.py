@@ -38,7 +38,8 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "the reply is short polite clear wrong and long it says why 2 of 4 points hold greeting apology no yes".split()
+TALK = "the reply is short polite clear wrong and long it says why 2 of 4 points hold greeting apology no yes"
+WORDS = TALK.split()
 SPECIAL = ["<|end|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
 
 

@@ -544,7 +544,7 @@ class TestScripted:
     def test_stop_length_and_end_of_sequence_are_told_apart(self, tokenizer):
         backend = ScriptedBackend(["fair [RESULT] 4", "fair", "fair polite"], tokenizer)
         ids = tokenizer("fair polite")["input_ids"]
-        assert tokenizer.tokenize("fair [RESULT] 4") == ["fai", "r", "Ġ[RESULT]Ġ", "4"]  # Three of the four are needed.
+        assert tokenizer.tokenize("fair [RESULT] 4") == ["fai", "rĠ", "[RESULT]Ġ", "4"]
         assert backend.generate([[5]], stop=STOP) == [[Generation("fair ", "stop", 3)]]
         assert backend.generate([[5]]) == [[Generation("fair", "eos", len(tokenizer("fair")["input_ids"]) + 1)]]
         cut = backend.generate([[5]], max_new_tokens=len(ids) - 1)

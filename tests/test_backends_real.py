@@ -31,14 +31,12 @@ def backend() -> TransformersBackend:
 
 @pytest.fixture(scope="module")
 def prompts(backend) -> list[list[int]]:
-    requests = [
-        "Say hello.",
-        "Repeat exactly, and nothing else: The reply is polite. [RESULT] 4",
-        "Repeat exactly, and nothing else: It never says sorry, so it is rude. [RESULT] 1",
-        "Name three colours of the rainbow, one on each line, and no other word.",
-    ]
-    chats = [[{"role": "user", "content": request}] for request in requests]
-    return backend.tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
+    examples = (
+        "Reply: Go away.\nFeedback: It is rude. [RESULT] 1\n"
+        "Reply: Thanks, happy to help!\nFeedback: It is polite. [RESULT] 5\n"
+    )
+    replies = ["Shut up.", "Of course, you are very welcome.", "No.", "We are sorry to hear that. We will call you."]
+    return [backend.tokenizer(f"{examples}Reply: {reply}\nFeedback:")["input_ids"] for reply in replies]
 
 
 def test_a_batch_writes_what_each_prompt_writes_alone(backend, prompts):
@@ -46,16 +44,18 @@ def test_a_batch_writes_what_each_prompt_writes_alone(backend, prompts):
     assert backend.generate(prompts, **settings) == [backend.generate([prompt], **settings)[0] for prompt in prompts]
 
 
-def test_a_repeated_marker_ends_the_rationale(backend, prompts):
-    (polite,), (rude,) = backend.generate(prompts[1:3], temperature=0, max_new_tokens=40, stop=STOP)
-    assert (polite.finish_reason, rude.finish_reason) == ("stop", "stop")
-    assert polite.text.strip() == "The reply is polite."
-    assert rude.text.strip() == "It never says sorry, so it is rude."
+def test_the_rationale_is_the_free_text_up_to_the_marker(backend, prompts):
+    settings = {"temperature": 0, "max_new_tokens": 24}
+    free = [row[0] for row in backend.generate(prompts, **settings)]
+    stopped = [row[0] for row in backend.generate(prompts, **settings, stop=STOP)]
+    assert {generation.finish_reason for generation in stopped} == {"stop"}
+    assert [generation.text for generation in stopped] == [generation.text.split(STOP)[0] for generation in free]
+    assert all(one.num_tokens < all_.num_tokens for one, all_ in zip(stopped, free, strict=True))
 
 
 def test_logprobs_equal_an_unpadded_forward_in_float64(backend, prompts):
     token_ids = backend.tokenizer.convert_tokens_to_ids(list("12345"))
-    prefixes = [prompt + backend.tokenizer("The reply is polite. [RESULT] ")["input_ids"] for prompt in prompts]
+    prefixes = [prompt + backend.tokenizer(" It is polite. [RESULT] ")["input_ids"] for prompt in prompts]
     logprobs = backend.next_token_logprobs(prefixes, token_ids)
     with torch.no_grad():
         logits = [backend.model(input_ids=torch.tensor([prefix])).logits[0, -1] for prefix in prefixes]

@@ -69,7 +69,8 @@ def normal_pairs(rng, n):
 
 @pytest.mark.slow
 def test_intervals_cover_the_closed_forms_of_the_bivariate_normal():
-    for name, share in coverage(lambda rng: (*normal_pairs(rng, 200), None), NORMAL_TRUTH).items():
+    # 500 items: percentile intervals of an RMSE are a little narrow (93 % at 200 items, 90 % at 30).
+    for name, share in coverage(lambda rng: (*normal_pairs(rng, 500), None), NORMAL_TRUTH).items():
         assert 0.93 <= share <= 0.97, (name, share)
 
 
@@ -100,7 +101,7 @@ def test_values_are_those_of_the_functions(name):
 
 @pytest.mark.parametrize("name", METRICS)
 def test_interval_is_the_percentiles_of_a_plain_bootstrap(name):
-    # The plain bootstrap stands here: draw items, compute, repeat. With 1,000 draws an end is good to 0.02 of the width.
+    # The plain bootstrap stands here: draw items, compute, repeat. At 1,000 draws an end is good to 0.02 of the width.
     predicted, gold = judged(1)
     ours = getattr(score_report(predicted, gold, n_bootstrap=4000), name)
     rng = np.random.default_rng(5)

@@ -232,7 +232,9 @@ def test_a_completion_without_a_single_score_is_refused(completion, kind, messag
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("completion", ["fine. [RESULT] 4", "fine. [RESULT]4.", "[RESULT]\n\n4\n", "a\n[RESULT]: x [RESULT] 4"])
+@pytest.mark.parametrize(
+    "completion", ["fine. [RESULT] 4", "fine. [RESULT]4.", "[RESULT]\n\n4\n", "a\n[RESULT]: x [RESULT] 4"]
+)
 def test_usual_ways_of_writing_a_score_are_read(completion):
     span = locate_score(completion, MARKER, ONE_TO_FIVE.texts)
     assert completion[span.start : span.end] == span.text == "4"
@@ -288,7 +290,7 @@ RATIONALES = st.lists(PIECES | st.text(max_size=8), max_size=8).map("".join)
 @pytest.mark.parametrize("style", ["{} [RESULT] {}", " {} [RESULT] {}", "{}\n[RESULT]\n{}", "{} [RESULT]{}"])
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("vocabulary", ["splitting", "merging", "glued", "mistral"])
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(rationale=RATIONALES, score=st.integers(1, 5))
 def test_the_judges_prefix_is_the_training_rows_prefix(vocabulary, chat, style, mistral_tokenizer, rationale, score):
     tokenizers = {"splitting": SPLITTING, "merging": MERGING, "glued": GLUED_BEFORE, "mistral": mistral_tokenizer}

@@ -68,10 +68,10 @@ def test_any_config_of_the_family_trains(tmp_path, config_class):
 
 
 def test_a_plain_sft_config_keeps_its_own_values(tmp_path):
-    # to_dict() hides whatever ends in `_token`, which eos_token and pad_token must survive.
-    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, max_length=77, eos_token="<|im_end|>", pad_token="<|pad|>")
+    # to_dict() writes a placeholder for whatever ends in `_token`, eos_token and pad_token among them.
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, max_length=77, eos_token="<|im_end|>")
     taken = TRACTConfig.from_args(args, "model")
-    assert (taken.max_length, taken.eos_token, taken.pad_token) == (77, "<|im_end|>", "<|pad|>")
+    assert (taken.max_length, taken.eos_token, taken.pad_token) == (77, "<|im_end|>", None)
 
 
 def test_plain_training_arguments_get_tracts_max_length(tmp_path):
@@ -246,8 +246,9 @@ def test_each_of_several_evaluation_sets_has_its_own_metrics(tmp_path):
 def test_a_prediction_does_not_leak_into_the_next_evaluation(tmp_path):
     trainer = make_trainer(tmp_path, make_rows(4), eval_dataset=make_rows(4, seed=1))
     alone = trainer.evaluate()
+    other = make_trainer(tmp_path, make_rows(6, seed=2)).train_dataset
     with pytest.warns(FutureWarning, match="return_outputs=True"):  # TRL's: predict() asks for logits
-        trainer.predict(trainer._prepare_dataset(Dataset.from_list(make_rows(6, seed=2)), None, trainer.args, False, None, "test"))  # fmt: skip
+        trainer.predict(other)
     again = trainer.evaluate()
     assert {name: again[name] for name in EVAL_NAMES} == {name: alone[name] for name in EVAL_NAMES}
 
@@ -366,18 +367,22 @@ def test_the_trained_models_plain_forward_still_gives_logits_and_a_loss(tmp_path
 
 @pytest.fixture(scope="module")
 def card(tmp_path_factory) -> tuple[Path, str]:
-    """A judge saved with its card, and the card."""
+    """A judge that knows its rows by heart, saved with its card, and the card."""
     directory = tmp_path_factory.mktemp("runs") / "tiny-judge"
     trainer = make_trainer(
         directory,
         make_rows(4),
-        model=make_model(),
+        model=make_model(std=0.05),
         tokenizer=make_tokenizer(),
+        max_steps=100,
+        optim="adamw_torch",
+        learning_rate=0.01,
         eval_dataset=make_rows(6, seed=1),
         score_values=[1, 2, 3, 4, 5],
         score_marker="[RESULT]",
         raft_weight=2.0,
     )
+    trainer.train()
     trainer.evaluate()
     trainer.save_model()
     trainer.create_model_card(dataset_name="someone/rows", tags="judges")
@@ -413,11 +418,12 @@ def test_the_cards_quick_start_runs(card, monkeypatch, capsys):
     directory, text = card
     monkeypatch.chdir(directory.parent)
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    row = make_rows(4)[0]
     namespace: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), namespace)  # what a reader of the card would type
-    judgement = namespace["judgement"]
-    assert judgement.error is not None or 0 <= judgement.score <= 5
-    assert capsys.readouterr().out
+    exec(code.replace('"..."', repr(row["prompt"])), namespace)  # what a reader of the card would type
+    assert namespace["judgement"].error is None
+    assert 1 <= namespace["judgement"].score <= 5
+    assert capsys.readouterr().out.startswith(str(namespace["judgement"].score))
 
 
 def test_a_checkpoint_comes_with_a_card_in_the_output_directory(tmp_path):

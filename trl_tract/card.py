@@ -32,7 +32,7 @@ from trl_tract import CoTRAILJudge
 
 judge = CoTRAILJudge.from_pretrained("{path}")
 judgement = judge.judge([{{"prompt": "..."}}])[0]  # a prompt written like the training rows
-print(judgement.score, judgement.rationales[0])
+print(judgement.score, judgement.rationales)  # judgement.error says why, where there is no score
 ```
 
 ## Training

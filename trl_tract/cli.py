@@ -131,19 +131,10 @@ def _parse(command: str, dataclasses: Sequence[type], arguments: Sequence[str]) 
     return tuple(parser.parse_args_and_config(list(arguments)))
 
 
-def _explicit_training(args: Any) -> dict[str, Any]:
-    """Fields of a TRACTConfig as a JSON-serialisable dict."""
-    import json
-
-    fields: dict[str, Any] = json.loads(args.to_json_string())
-    fields["hub_token"] = args.hub_token
-    return fields
-
-
 def _run(arguments: Sequence[str]) -> None:
     from trl import ModelConfig
 
-    from trl_tract.config import TRACTConfig
+    from trl_tract.config import TRACTConfig, field_values
     from trl_tract.pipeline import run_tract
 
     run, generation, training, model = _parse(
@@ -155,7 +146,7 @@ def _run(arguments: Sequence[str]) -> None:
         training.output_dir,
         eval_data=run.eval_data,
         eval_fraction=run.eval_fraction,
-        training=_explicit_training(training),
+        training=field_values(training),
         model_args=asdict(model),
         generation=generation.sampling(),
         num_generations=generation.num_generations,
@@ -170,7 +161,7 @@ def _run(arguments: Sequence[str]) -> None:
 def _train(arguments: Sequence[str]) -> None:
     from trl import ModelConfig
 
-    from trl_tract.config import TRACTConfig
+    from trl_tract.config import TRACTConfig, field_values
     from trl_tract.steps import TrainStep
 
     rows, training, model = _parse("train", (TrainArguments, TRACTConfig, ModelConfig), arguments)
@@ -179,7 +170,7 @@ def _train(arguments: Sequence[str]) -> None:
         rows.data,
         training.output_dir,
         rows.eval_data,
-        _explicit_training(training),
+        field_values(training),
         asdict(model),
     ).run()
 

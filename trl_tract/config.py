@@ -121,7 +121,11 @@ class TRACTConfig(SFTConfig):
             return cls(f"{model_name}-TRACT")
         if isinstance(args, cls):
             return args
-        fields: dict[str, Any] = args.to_dict()
-        # to_dict writes every `*_token` as a placeholder, to hide secrets; eos_token and pad_token among them.
-        fields.update({name: getattr(args, name) for name in fields if name.endswith("_token")})
-        return cls(**fields)
+        return cls(**field_values(args))
+
+
+def field_values(args: TrainingArguments) -> dict[str, Any]:
+    """The fields of training arguments, JSON-serialisable, from which an equal configuration can be made."""
+    fields: dict[str, Any] = args.to_dict()
+    # to_dict hides what it takes for a secret: every field whose name ends in "_token".
+    return {name: getattr(args, name) if name.endswith("_token") else value for name, value in fields.items()}

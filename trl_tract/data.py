@@ -206,18 +206,20 @@ def refusal_summary(
         rows = [row for row in refused if row[1] == kind]
         number, _, message, num_tokens = rows[0]
         count = f"{len(rows)} of {total} {dataset_name} rows" if total is not None else f"{dataset_name} row {number}"
-        if kind == "cut off":
+        if kind != "cut off":
+            where = f"{kind}; first: row {number}" if total is not None else kind
+            sentences.append(f"{count} refused ({where}): {message}. Mend what is wrong there.")
+        elif total is None:
+            sentences.append(
+                f"{count} loses its score at max_length={max_length}: it has {num_tokens:,} tokens. Set max_length to "
+                f"{num_tokens} or more."
+            )
+        else:
             longest = max(row[3] for row in rows)
             sentences.append(
                 f"{count} lose their score at max_length={max_length} (first: row {number}, {num_tokens:,} tokens; "
                 f"longest: {longest:,}). Set max_length to {longest} or more."
-                if total is not None
-                else f"{count} loses its score at max_length={max_length}: it has {num_tokens:,} tokens. Set max_length "
-                f"to {num_tokens} or more."
             )
-        else:
-            where = f"{kind}; first: row {number}" if total is not None else kind
-            sentences.append(f"{count} refused ({where}): {message}. Mend what is wrong there.")
     return " ".join(sentences)
 
 

@@ -261,7 +261,7 @@ class JudgedPairs:
         pairs = draw.n * (draw.n - 1) / 2
         fine, coarse, both = (_pairs_within(totals) for totals in (draw.fine, draw.coarse, draw.weights))
         concordant_minus_discordant = pairs - fine - coarse + both - 2 * _inversions(draw.weights, self._steps)
-        untied = np.sqrt(np.maximum(pairs - fine, 0)) * np.sqrt(np.maximum(pairs - coarse, 0))
+        untied = np.sqrt(np.maximum((pairs - fine) * (pairs - coarse), 0))
         return np.clip(_ratio(concordant_minus_discordant, untied, draw.correlates), -1, 1)
 
     def _rmse(self, draw: _Draw) -> Floats:

@@ -98,6 +98,6 @@ def logit_transform(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Te
 
 @functools.cache
 def _with_score_probs(output_type: Any) -> Any:
-    """The ModelOutput class `output_type` with a declared `score_probs`: DDP and FSDP rebuild outputs from their declared fields."""
+    """A ModelOutput class with a declared `score_probs`: DDP and FSDP rebuild outputs from their declared fields."""
     fields = [("score_probs", torch.Tensor | None, field(default=None))]
     return make_dataclass(f"{output_type.__name__}WithScores", fields, bases=(output_type,))

@@ -179,10 +179,11 @@ class TRACTTrainer(SFTTrainer):
             self.score_grid = grid
             self.judge_config = JudgeConfig(grid, completion_format, args.normalize_grid)
             return
+        scores = ", ".join(self.score_grid.texts)
         raise ValueError(
             f"none of the first {looked_at} rows has a score that can be found. Row 0: {problem}. Write every "
-            f"completion as '<rationale> {args.score_marker} <score>', with a score of {', '.join(self.score_grid.texts)}; another "
-            "marker or grid is set by score_marker and score_values"
+            f"completion as '<rationale> {args.score_marker} <score>', with a score of {scores}; another marker or "
+            "grid is set by score_marker and score_values"
         )
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -1,0 +1,182 @@
+"""Both stages from one call, on disk, resumable, each from the seed model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_model, make_rows, make_tokenizer
+from safetensors.torch import load_file
+
+from trl_tract import CoTRAILJudge, run_tract
+from trl_tract.cli import COMMANDS, main
+from trl_tract.journal import read_jsonl, write_jsonl
+from trl_tract.pipeline import Run
+
+TRAINING = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "learning_rate": 1e-3,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+GENERATION = {"max_new_tokens": 6, "max_attempts": 1}
+
+
+@pytest.fixture(scope="module")
+def seed_model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("seed")
+    make_model().save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def finished(seed_model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run")
+    write_jsonl(directory / "rows.jsonl", make_rows(12))
+    said = []
+    result = run_tract(
+        seed_model,
+        str(directory / "rows.jsonl"),
+        directory / "out",
+        eval_fraction=0.34,
+        training=TRAINING,
+        generation=GENERATION,
+        say=said.append,
+    )
+    return directory, result, said
+
+
+def test_every_step_leaves_its_result(finished):
+    directory, result, _ = finished
+    out = directory / "out"
+    for name in ("stage1/tract_config.json", "self-generated/rows.jsonl", "tract/tract_config.json", "report.json"):
+        assert (out / name).is_file(), name
+    assert set(result.reports) == {"stage one", "TRACT"}
+    assert len(list(read_jsonl(out / "judged-tract" / "judgements.jsonl"))) == 4
+
+
+def test_stage_two_starts_from_the_seed_model(finished):
+    # This random model never writes its marker, so stage two is given stage one's rows again. Started from the seed
+    # model, with the same rows and seed, it has to end with the very weights of stage one.
+    out = finished[0] / "out"
+    assert json.loads((out / "self-generated" / "summary.json").read_text())["annotated"] == 8
+    one, two = (load_file(out / stage / "model.safetensors") for stage in ("stage1", "tract"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_stage_two_trains_on_the_self_generated_rows(finished):
+    out = finished[0] / "out"
+    assert json.loads((out / "stage2.json").read_text())["train_data"].endswith("self-generated/rows.jsonl")
+
+
+def test_a_finished_run_does_nothing_again(finished, seed_model):
+    directory, first, _ = finished
+    said = []
+    again = run_tract(
+        seed_model,
+        str(directory / "rows.jsonl"),
+        directory / "out",
+        eval_fraction=0.34,
+        training=TRAINING,
+        generation=GENERATION,
+        say=said.append,
+    )
+    assert sum("finished before" in line for line in said) == 7
+    assert str(again.reports["TRACT"]) == str(first.reports["TRACT"])
+
+
+def test_a_run_goes_on_at_the_first_unfinished_step(tmp_path):
+    done = []
+
+    def fail() -> None:
+        raise RuntimeError("power cut")
+
+    run = Run(tmp_path, {"a": 1}, total=2, say=lambda line: None)
+    run.step("one", "One", lambda: done.append("one"))
+    with pytest.raises(RuntimeError):
+        run.step("two", "Two", fail)
+    run = Run(tmp_path, {"a": 1}, total=2, say=lambda line: None)
+    run.step("one", "One", lambda: done.append("one"))
+    run.step("two", "Two", lambda: done.append("two"))
+    assert done == ["one", "two"]
+
+
+def test_another_runs_directory_is_refused(finished, seed_model):
+    directory, _, _ = finished
+    with pytest.raises(FileExistsError, match=r"holds another run \(on_failure: 'keep_gold' there, 'drop' now\)"):
+        run_tract(
+            seed_model,
+            str(directory / "rows.jsonl"),
+            directory / "out",
+            eval_fraction=0.34,
+            training=TRAINING,
+            generation=GENERATION,
+            on_failure="drop",
+        )
+
+
+def test_the_judge_of_a_run_loads_and_judges(finished):
+    judge = CoTRAILJudge.from_pretrained(finished[1].model, append_marker=True, max_new_tokens=4)
+    (judgement,) = judge.judge([make_rows(1)[0]])
+    assert judgement.error is None
+    assert 0 <= judgement.score <= 5
+
+
+def test_a_step_in_a_process_of_its_own_gives_the_same_judgements(finished, tmp_path):
+    out = finished[0] / "out"
+    spec = {**json.loads((out / "judge-tract.json").read_text()), "output_dir": str(tmp_path / "again")}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    subprocess.run([sys.executable, "-W", "ignore", "-m", "trl_tract.steps", str(tmp_path / "spec.json")], check=True)
+    assert list(read_jsonl(tmp_path / "again" / "judgements.jsonl")) == list(
+        read_jsonl(out / "judged-tract" / "judgements.jsonl")
+    )
+
+
+def test_help_of_the_command_line(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {command} " in printed for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_of_every_command(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"trl-tract {command}" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_named(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["trian"])
+    assert stopped.value.code == 2
+    assert "unknown command 'trian': choose one of demo, run, train" in capsys.readouterr().err
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_1(tmp_path, capsys):
+    assert main(["report", "--judgements", str(tmp_path)]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("trl-tract report: ")
+    assert printed.count("\n") == 1
+
+
+def test_the_steps_of_the_command_line_make_a_judge(seed_model, tmp_path, capsys):
+    write_jsonl(tmp_path / "rows.jsonl", make_rows(6))
+    data, sampling = str(tmp_path / "rows.jsonl"), ["--max_new_tokens", "6", "--max_attempts", "1"]
+    training = [part for name, value in TRAINING.items() for part in (f"--{name}", str(value))]
+    out = {name: str(tmp_path / name) for name in ("stage1", "own", "judge", "judged")}
+    start = ["--model_name_or_path", seed_model]
+    assert main(["train", *start, "--data", data, "--output_dir", out["stage1"], *training]) == 0
+    assert main(["distill", "--model", out["stage1"], "--data", data, "--output_dir", out["own"], *sampling]) == 0
+    own = f"{out['own']}/rows.jsonl"
+    assert main(["train", *start, "--data", own, "--output_dir", out["judge"], *training]) == 0
+    assert main(["judge", "--model", out["judge"], "--data", data, "--output_dir", out["judged"], *sampling]) == 0
+    capsys.readouterr()
+    assert main(["report", "--judgements", out["judged"], "--n_bootstrap", "10"]) == 0
+    assert "pearson" in capsys.readouterr().out
