@@ -10,7 +10,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from trl_tract.backends import Backend, Generation, ScriptedBackend, TransformersBackend
 
@@ -284,6 +291,15 @@ class TestLogprobs:
         assert logprobs.dtype == np.float64
         np.testing.assert_allclose(logprobs, expected, atol=1e-5, rtol=0)
 
+    def test_learned_positions_are_counted_from_the_first_token(self, tokenizer, prompts):
+        # Rotary positions are relative and forgive an offset; GPT-2's are not and do not.
+        torch.manual_seed(0)
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "initializer_range": 0.5}
+        gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).eval()
+        expected = np.stack([next_token_oracle(gpt2, prompt)[[3, 50]] for prompt in prompts])
+        logprobs = TransformersBackend(gpt2, tokenizer).next_token_logprobs(prompts, [3, 50])
+        np.testing.assert_allclose(logprobs, expected, atol=1e-5, rtol=0)
+
     def test_they_are_exact_in_float64(self, model, tokenizer, prompts):
         model.double()
         logprobs = TransformersBackend(model, tokenizer).next_token_logprobs(prompts, range(len(tokenizer)))
@@ -296,10 +312,10 @@ class TestLogprobs:
         backend.generate(prompts, temperature=0.2, top_p=0.1, repetition_penalty=3.0, max_new_tokens=4)
         np.testing.assert_array_equal(backend.next_token_logprobs(prompts, [3, 4]), before)
 
-    def test_a_model_without_logits_to_keep_gives_the_same(self, backend, prompts, tokenizer):
+    def test_a_model_that_takes_a_mask_alone_gives_the_same(self, backend, prompts, tokenizer):
         class Old(LlamaForCausalLM):
-            def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None):
-                return super().forward(input_ids, attention_mask, position_ids)
+            def forward(self, input_ids=None, attention_mask=None, use_cache=None):
+                return super().forward(input_ids, attention_mask)
 
         old = Old(backend.model.config).eval()
         old.load_state_dict(backend.model.state_dict())

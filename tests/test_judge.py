@@ -150,3 +150,9 @@ def test_judgements_serialise_without_nan():
 
 def test_no_items_give_no_judgements():
     assert judge().judge([]) == []
+
+
+def test_the_start_of_a_completion_is_written_once():
+    # Plain-text completions begin with a space, which a model writes itself and a stripped rationale lacks.
+    form = CompletionFormat("[RESULT]", start=" ")
+    assert form.join(" as written", "4") == form.join("as written", "4") == " as written [RESULT] 4"

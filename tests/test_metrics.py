@@ -205,6 +205,20 @@ def test_a_resample_without_variation_is_undefined_and_its_neighbours_are_not():
     assert [np.isnan(found[name]).tolist() for name in ("pearson", "spearman", "kendall")] == [[False, True]] * 3
 
 
+def test_floating_point_noise_is_no_variation():
+    # Items 0 and 1 alone: predictions 0.1 and 0.1, whose weighted variance comes out as 1e-17 for some of the counts.
+    times = np.arange(1.0, 60.0)
+    found = JudgedPairs(np.array([0.1, 0.1, 0.7]), np.array([1.0, 2.0, 3.0]))(np.outer(times, [2, 1, 0]))
+    assert np.isnan([found[name] for name in ("pearson", "spearman", "kendall")]).all()
+
+
+def test_floating_point_noise_is_no_disagreement_by_chance():
+    # Item 1 alone: both sides 0.7, so kappa is 0 / 0 however often it is drawn.
+    times = np.arange(1.0, 60.0)
+    found = JudgedPairs(np.array([0.1, 0.7]), np.array([0.1, 0.7]), [0.1, 0.4, 0.7])(np.outer(times, [0, 1]))
+    assert np.isnan(found["qwk"]).all()
+
+
 @pytest.fixture
 def score_metric(tmp_path):
     pytest.importorskip("evaluate")

@@ -67,10 +67,12 @@ class CompletionFormat:
     def join(self, rationale: str, score_text: str) -> str:
         """Write `rationale` and `score_text` as one completion; an empty rationale leaves the lead out.
 
-        What stands before the rationale is kept: behind a plain-text prompt it is often a space.
+        A rationale that a model wrote may begin with whitespace of its own, which is kept; otherwise `start` is put
+        before it.
         """
         rationale = rationale.rstrip()
-        return f"{self.start}{rationale}{self.lead if rationale else ''}{self.marker}{self.separator}{score_text}"
+        start = "" if rationale[:1].isspace() else self.start
+        return f"{start}{rationale}{self.lead if rationale else ''}{self.marker}{self.separator}{score_text}"
 
     def to_dict(self) -> dict[str, str]:
         """The fields, as saved in `tract_config.json`."""

@@ -39,10 +39,22 @@ def add_score_head(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
         if score_positions is None:
             return inner_forward(*args, **kwargs)
         hidden_states: list[torch.Tensor] = []
+        labels = kwargs.get("labels")
+        kept = None
+        if kwargs.get("fused_lm_head") and labels is not None and labels.device.type == "cpu":
+            # On a CPU, TRL's fused head scores the prompt's positions as well; give it those that have a label.
+            kept = labels[:, 1:] != -100  # (B, L - 1)
+            kept[0, 0] |= ~kept.any()
+            kwargs["labels"], kwargs["shift_labels"] = None, labels[:, 1:][kept][None]
+
+        def keep_hidden_states(module: Any, inputs: Any, output: Any) -> Any:
+            hidden_states.append(output.last_hidden_state)
+            if kept is not None:
+                output.last_hidden_state = output.last_hidden_state[:, :-1][kept][None]  # (1, N, H)
+            return output
+
         # Backbone and head are looked up at each call: PEFT and FSDP replace modules after this function has run.
-        hook = self.base_model.register_forward_hook(
-            lambda module, inputs, output: hidden_states.append(output.last_hidden_state)
-        )
+        hook = self.base_model.register_forward_hook(keep_hidden_states)
         try:
             outputs = inner_forward(*args, **kwargs)
         finally:

