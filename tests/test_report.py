@@ -163,6 +163,19 @@ def test_threads_do_not_change_the_intervals(monkeypatch):
     assert found[0] == found[1]
 
 
+def test_chunks_draw_different_resamples(monkeypatch):
+    predicted, gold = judged(6)
+    monkeypatch.setattr(report, "_CHUNK", 80)  # one resample a chunk
+    found = score_report(predicted, gold, n_bootstrap=20).mae
+    assert found.low < found.high
+
+
+def test_no_more_resamples_are_drawn_than_asked_for():
+    # The percentiles of one resample are one point.
+    found = score_report(*judged(6), n_bootstrap=1).mae
+    assert found.low == found.high
+
+
 def test_failures_are_counted_and_kept_out_of_everything_else():
     predicted, gold = judged(7)
     with_failures = score_report([*predicted, math.nan, None], [*gold, 1, 5], n_bootstrap=50)
@@ -393,10 +406,17 @@ def test_jitter_stays_inside_the_axes_and_near_the_score(tmp_path, monkeypatch):
     assert drawn.max() < panel.get_xlim()[1]
 
 
+def test_plot_leaves_no_empty_panel(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    seen = []
+    monkeypatch.setattr(figure, "savefig", lambda self, *args, **kwargs: seen.append(self))
+    plot_predictions({f"judge {i}": judged(i) for i in range(5)}, tmp_path / "scores.png")  # two rows of three
+    assert len(seen[0].axes) == 5
+
+
 def test_plot_writes_a_png_into_a_new_folder(tmp_path):
     pytest.importorskip("matplotlib")
-    judges = {f"judge {i}": judged(i) for i in range(5)}  # two rows of three, one left over
-    path = plot_predictions(judges, tmp_path / "new" / "scores.png")
+    path = plot_predictions({"judge": judged(0)}, tmp_path / "new" / "scores.png")
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
