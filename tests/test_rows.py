@@ -99,5 +99,5 @@ def test_a_group_is_never_split():
 
 
 def test_too_few_groups_to_split_are_an_error():
-    with pytest.raises(ValueError, match="holding out 0.1 of 1 group"):
+    with pytest.raises(ValueError, match=r"holding out 0\.1 of 1 group"):
         split_items(items(["q"] * 8), 0.1, seed=1)

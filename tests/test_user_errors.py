@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from conftest import make_model, make_rows, make_tokenizer, make_trainer
 from datasets import Dataset
+from peft import PromptTuningConfig
 from transformers import ByT5Tokenizer, TrainingArguments
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -189,6 +190,12 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
         {},
         {"extra": {"formatting_func": lambda row: row["prompt"] + row["completion"]}},
         ["formatting_func", "needs prompt and completion apart", "Leave it out", "dataset.map"],
+    ),
+    "prompt tuning": (
+        make_rows(3),
+        {},
+        {"extra": {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}},
+        ["prompt tuning puts virtual tokens before a row", "Use LoRA"],
     ),
     "wrapped packing": (
         make_rows(3),

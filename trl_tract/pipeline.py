@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Run:
         *,
         isolate: bool | None = None,
         total: int,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = partial(print, flush=True),
     ) -> None:
         guard(directory, settings, "run")
         self.directory = directory
@@ -99,7 +100,7 @@ def run_tract(
     on_failure: str = "keep_gold",
     batch_size: int = 8,
     isolate: bool | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = partial(print, flush=True),
 ) -> RunResult:
     """Train a judge with TRACT: stage one, self-generation, stage two from the seed model, evaluation.
 

@@ -82,6 +82,11 @@ class TRACTTrainer(SFTTrainer):
                 "formatting_func makes one text of a row, but TRACT needs prompt and completion apart. Leave it out, "
                 "and make rows with `prompt` and `completion` beforehand: dataset.map(...)"
             )
+        adapters = [kwargs.get("peft_config"), getattr(model, "active_peft_config", None)]
+        if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters):
+            raise ValueError(
+                "prompt tuning puts virtual tokens before a row, so its score is no longer where it was found. Use LoRA"
+            )
         model_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
         args = TRACTConfig.from_args(args, model_name.rstrip("/").split("/")[-1])
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):

@@ -61,7 +61,7 @@ def run_demo(output_dir: str, *, full: bool, seed: int = 0, model: str | None = 
     size = FULL if full else QUICK
     directory = Path(output_dir)
     settings = {"demo": "full" if full else "quick", "seed": seed, "model": model or "default", **vars(size)}
-    run = Run(directory, settings, total=10)
+    run = Run(directory, settings, total=9)
     print(
         f"This takes about {size.minutes} minutes on two CPU cores. An interrupted run goes on with the same command."
     )
@@ -164,11 +164,8 @@ def _report(directory: Path, run: Run) -> dict[str, ScoreReport]:
     rows = [
         {
             "judge": name,
-            "Pearson": report.pearson,
-            "Spearman": report.spearman,
-            "RMSE": report.rmse,
-            "grid mass": float(np.nanmean(judged[name]["grid_mass"])),
-            "failed": report.failed,
+            "report": report,
+            "grid_mass": float(np.nanmean(judged[name]["grid_mass"])),
             "seconds": sum(run.seconds[step] for step in trained[name]),
         }
         for name, report in reports.items()
