@@ -422,7 +422,8 @@ def test_the_cards_quick_start_runs(card, monkeypatch, capsys):
     namespace: dict[str, Any] = {}
     exec(code.replace('"..."', repr(row["prompt"])), namespace)  # what a reader of the card would type
     assert namespace["judgement"].error is None
-    assert 1 <= namespace["judgement"].score <= 5
+    # Probability off the grid counts as 0, and this model has hardly been trained.
+    assert 0 < namespace["judgement"].score <= 5
     assert capsys.readouterr().out.startswith(str(namespace["judgement"].score))
 
 

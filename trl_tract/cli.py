@@ -154,7 +154,8 @@ def _run(arguments: Sequence[str]) -> None:
         batch_size=generation.generation_batch_size,
     )
     for name, report in result.reports.items():
-        print(f"\n{name} (grid mass {result.grid_mass[name]:.3f})\n{report}")
+        mass = result.grid_mass[name]
+        print(f"\n{name} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})\n{report}")
     print(f"\nThe judge is in {result.model}; all figures are in {training.output_dir}/report.json")
 
 

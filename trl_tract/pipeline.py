@@ -15,8 +15,9 @@ from trl_tract.journal import digest, guard, write_json, write_jsonl
 from trl_tract.report import ScoreReport, score_report
 from trl_tract.rows import Item, load_items, split_items, written_rows
 from trl_tract.scores import ScoreGrid
-from trl_tract.steps import DistillStep, JudgeStep, Step, TrainStep, read_judgements, run_step
+from trl_tract.steps import DistillStep, JudgeStep, Step, TrainStep, mean_grid_mass, read_judgements, run_step
 
+say_now: Callable[[str], None] = partial(print, flush=True)
 DEFAULT_VALUES = (1.0, 2.0, 3.0, 4.0, 5.0)
 
 
@@ -41,7 +42,7 @@ class Run:
         *,
         isolate: bool | None = None,
         total: int,
-        say: Callable[[str], None] = partial(print, flush=True),
+        say: Callable[[str], None] = say_now,
     ) -> None:
         guard(directory, settings, "run")
         self.directory = directory
@@ -76,13 +77,13 @@ class RunResult:
     Attributes:
         model: Directory of the TRACT model.
         reports: Judge name -> agreement with the gold scores of the held-out items.
-        grid_mass: Judge name -> mean probability on the grid.
+        grid_mass: Judge name -> mean probability on the grid; None where no item has a score.
         seconds: Step name -> seconds it took.
     """
 
     model: Path
     reports: dict[str, ScoreReport]
-    grid_mass: dict[str, float]
+    grid_mass: dict[str, float | None]
     seconds: dict[str, float]
 
 
@@ -100,7 +101,7 @@ def run_tract(
     on_failure: str = "keep_gold",
     batch_size: int = 8,
     isolate: bool | None = None,
-    say: Callable[[str], None] = partial(print, flush=True),
+    say: Callable[[str], None] = say_now,
 ) -> RunResult:
     """Train a judge with TRACT: stage one, self-generation, stage two from the seed model, evaluation.
 
@@ -195,13 +196,13 @@ def write_items(training: list[Item], held_out: list[Item], train_file: Path, ev
 
 def summarise(directory: Path, judged: Mapping[str, str], seconds: dict[str, float]) -> RunResult:
     """Agreement of each judge with the gold scores; `judged` maps its name to its folder of judgements."""
-    reports, mass = {}, {}
+    reports: dict[str, ScoreReport] = {}
+    mass: dict[str, float | None] = {}
     for name, folder in judged.items():
         judgements = read_judgements(directory / folder)
         groups = [str(record.get("group", i)) for i, record in enumerate(judgements["records"])]
         reports[name] = score_report(judgements["score"], judgements["reference"], groups=groups)
-        finite = judgements["grid_mass"][~(judgements["grid_mass"] != judgements["grid_mass"])]
-        mass[name] = float(finite.mean()) if len(finite) else float("nan")
+        mass[name] = mean_grid_mass(judgements)
     return RunResult(directory / "tract", reports, mass, seconds)
 
 

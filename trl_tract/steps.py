@@ -183,6 +183,12 @@ def read_judgements(directory: Path) -> dict[str, Any]:
     return {**columns, "records": records}
 
 
+def mean_grid_mass(judgements: dict[str, Any]) -> float | None:
+    """Mean probability on the grid over the items that have a score; None if none has."""
+    scored = judgements["grid_mass"][np.isfinite(judgements["grid_mass"])]
+    return float(scored.mean()) if len(scored) else None
+
+
 def _dataset(path: str) -> Dataset:
     return Dataset.from_list(list(read_jsonl(Path(path))))
 

@@ -6,7 +6,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoConfig
 
@@ -15,7 +14,7 @@ from trl_tract.journal import write_jsonl
 from trl_tract.pipeline import Run
 from trl_tract.plots import plot_predictions
 from trl_tract.report import ScoreReport, comparison_table, score_report
-from trl_tract.steps import DistillStep, JudgeStep, TrainStep, read_judgements
+from trl_tract.steps import DistillStep, JudgeStep, TrainStep, mean_grid_mass, read_judgements
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def _report(directory: Path, run: Run) -> dict[str, ScoreReport]:
         {
             "judge": name,
             "report": report,
-            "grid_mass": float(np.nanmean(judged[name]["grid_mass"])),
+            "grid_mass": mean_grid_mass(judged[name]),
             "seconds": sum(run.seconds[step] for step in trained[name]),
         }
         for name, report in reports.items()
