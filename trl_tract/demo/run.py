@@ -117,9 +117,8 @@ def run_demo(output_dir: str, *, full: bool, seed: int = 0, model: str | None = 
     return _report(directory, run)
 
 
-# At this learning rate the squared error alone can push all probability onto one score, where its gradient vanishes
-# and training is stuck. The cross-entropy of the score, which the paper's formula has, pulls it back; and with a weight
-# of 1 the squared error drowns the rationale's gradient in so short a run.
+# Not the defaults: with a weight of 1 and the score out of the cross-entropy, stage two once ended with all probability
+# on the score 1, where the squared error has no gradient, and the rationales came out worse. See docs/demo.md.
 COT_RAFT = {"raft_weight": 0.2, "score_in_ce": True}
 CROSS_ENTROPY = {"raft_weight": 0.0, "score_in_ce": True}
 
