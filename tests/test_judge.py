@@ -156,3 +156,12 @@ def test_the_start_of_a_completion_is_written_once():
     # Plain-text completions begin with a space, which a model writes itself and a stripped rationale lacks.
     form = CompletionFormat("[RESULT]", start=" ")
     assert form.join(" as written", "4") == form.join("as written", "4") == " as written [RESULT] 4"
+
+
+def test_a_loaded_model_brings_the_tokenizer_of_where_it_came_from(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    make_model().save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    backend = TransformersBackend(AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert backend.tokenizer.get_vocab() == TOKENIZER.get_vocab()

@@ -17,20 +17,17 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.utils.hub import cached_file
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_tract.backends.base import Generation
+from trl_tract.backends.loading import load, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +83,7 @@ class TransformersBackend:
         self.model: Any
         if isinstance(model, str | PathLike):
             self.model_id = fspath(model)
-            self.model, self.tokenizer = _load(self.model_id, tokenizer, dtype, device, merge_adapter)
+            self.model, self.tokenizer = load(self.model_id, tokenizer, dtype, device, merge_adapter)
         else:
             if dtype is not None or device is not None or merge_adapter:
                 raise ValueError(
@@ -98,7 +95,7 @@ class TransformersBackend:
             self.model_id = f"{origin or type(model).__name__} (loaded)"
             if tokenizer is None and not origin:
                 raise ValueError("the loaded model does not say where it came from: pass its tokenizer as well")
-            self.tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(origin)
+            self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(origin)
         if self.model.config.is_encoder_decoder:
             raise ValueError(f"{self.model_id} is an encoder-decoder; only causal language models can be used")
         self.batch_size = batch_size
@@ -445,50 +442,3 @@ def _innermost(model: PreTrainedModel | PeftModel) -> Any:
 def _settings(**fields: Any) -> Any:
     generation_config: Any = GenerationConfig  # Its constructor is untyped.
     return generation_config(**fields)
-
-
-def _load(
-    model_id: str,
-    tokenizer: PreTrainedTokenizerBase | None,
-    dtype: torch.dtype | str | None,
-    device: torch.device | str | None,
-    merge_adapter: bool,
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    if device is None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = accelerator or "cpu"
-    is_adapter = find_adapter_config_file(model_id) is not None
-    base_id = model_id
-    if is_adapter:
-        base_id = PeftConfig.from_pretrained(model_id).base_model_name_or_path
-        if not base_id:
-            raise ValueError(f"{model_id}/adapter_config.json names no base model: set base_model_name_or_path in it")
-    if tokenizer is None:
-        tokenizer = _load_tokenizer(model_id if not is_adapter or _has_tokenizer(model_id) else base_id)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        base_id, dtype=dtype or "auto", device_map=torch.device(device), trust_remote_code=False
-    )
-    if is_adapter:
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            # Tokens added in training: the adapter's embedding rows only fit a base that has them.
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        model = PeftModel.from_pretrained(model, model_id)
-        if merge_adapter:
-            model = model.merge_and_unload()
-    model.eval()
-    return model, tokenizer
-
-
-def _has_tokenizer(model_id: str) -> bool:
-    found = cached_file(
-        model_id,
-        "tokenizer_config.json",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return found is not None
-
-
-def _load_tokenizer(model_id: str) -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
-    return tokenizer

@@ -1,0 +1,72 @@
+"""Directories and hub ids -> models and tokenizers; an adapter is put on the base model it was trained on.
+
+Knows nothing of generation.
+"""
+
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+
+def load(
+    model_id: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+    merge_adapter: bool,
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Load `model_id` in evaluation mode, and its tokenizer unless one is given.
+
+    Args:
+        model_id: Full model or adapter.
+        tokenizer: Used as it is; None: the adapter's own, or else its base model's.
+        dtype: None: the checkpoint's own.
+        device: None: the accelerator, or else the CPU.
+        merge_adapter: Add the adapter to the weights.
+
+    Raises:
+        ValueError: An adapter does not say which base model it belongs to.
+    """
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = accelerator or "cpu"
+    is_adapter = find_adapter_config_file(model_id) is not None
+    base_id = model_id
+    if is_adapter:
+        base_id = PeftConfig.from_pretrained(model_id).base_model_name_or_path
+        if not base_id:
+            raise ValueError(f"{model_id}/adapter_config.json names no base model: set base_model_name_or_path in it")
+    if tokenizer is None:
+        tokenizer = load_tokenizer(model_id if not is_adapter or _has_tokenizer(model_id) else base_id)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        base_id, dtype=dtype or "auto", device_map=torch.device(device), trust_remote_code=False
+    )
+    if is_adapter:
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            # Tokens added in training: the adapter's embedding rows only fit a base that has them.
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model = PeftModel.from_pretrained(model, model_id)
+        if merge_adapter:
+            model = model.merge_and_unload()
+    model.eval()
+    return model, tokenizer
+
+
+def _has_tokenizer(model_id: str) -> bool:
+    found = cached_file(
+        model_id,
+        "tokenizer_config.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return found is not None
+
+
+def load_tokenizer(model_id: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory or hub id."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
+    return tokenizer
