@@ -166,6 +166,17 @@ def test_a_users_mistake_is_one_line_and_exit_code_1(tmp_path, capsys):
     assert printed.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["judge", "distill"])
+def test_a_model_that_is_not_there_is_said_before_anything_is_loaded(command, tmp_path, capsys):
+    write_jsonl(tmp_path / "rows.jsonl", make_rows(2))
+    paths = ["--data", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
+    assert main([command, "--model", str(tmp_path / "nowhere"), *paths]) == 1
+    printed = capsys.readouterr().err
+    assert f"{tmp_path / 'nowhere'} is not a model directory" in printed
+    assert "saved by TRACTTrainer.save_model()" in printed
+    assert not (tmp_path / "out").exists()  # the directory is still free for the right model
+
+
 def test_the_steps_of_the_command_line_make_a_judge(seed_model, tmp_path, capsys):
     write_jsonl(tmp_path / "rows.jsonl", make_rows(6))
     data, sampling = str(tmp_path / "rows.jsonl"), ["--max_new_tokens", "6", "--max_attempts", "1"]

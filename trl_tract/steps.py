@@ -22,6 +22,7 @@ from trl_tract.config import TRACTConfig
 from trl_tract.distill import CoTSelfDistill
 from trl_tract.journal import Journal, digest, guard, read_jsonl, write_json
 from trl_tract.judge import CoTRAILJudge
+from trl_tract.judge_config import JudgeConfig
 from trl_tract.trainer import TRACTTrainer
 
 
@@ -92,6 +93,7 @@ class DistillStep:
 
     def run(self) -> None:
         """Generate, or go on generating."""
+        JudgeConfig.load(self.model)  # what is missing is said before the weights are loaded
         backend = TransformersBackend(self.model, batch_size=self.batch_size)
         distiller = CoTSelfDistill.from_pretrained(self.model, backend, **self.settings)
         distiller.distill(_dataset(self.data), self.output_dir)
@@ -122,6 +124,8 @@ class JudgeStep:
 
     def run(self) -> None:
         """Judge, or go on judging."""
+        if not self.untrained:
+            JudgeConfig.load(self.model)  # what is missing is said before the directory is claimed for this model
         rows = list(read_jsonl(Path(self.data)))
         settings = {**self.settings, "model": self.model, "rows_digest": digest(rows), "block_size": self.block_size}
         directory = Path(self.output_dir)
