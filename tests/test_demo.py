@@ -9,6 +9,7 @@ from conftest import make_model, make_tokenizer
 from trl_tract.demo import run
 from trl_tract.demo.run import JUDGES, Size, run_demo
 from trl_tract.demo.seed_model import fastest_dtype, package_model, save_seed_model
+from trl_tract.journal import read_jsonl
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_the_demo_runs_on_the_real_model(small, tmp_path, capsys):
     reports = run_demo(str(tmp_path / "out"), full=False)
     # A trained judge writes its checklist and its marker: nothing is left unscored by so little as two steps,
     # or it is said which items were.
-    records = [json.loads(line) for line in (tmp_path / "out" / "judged-tract" / "judgements.jsonl").open()]
+    records = list(read_jsonl(tmp_path / "out" / "judged-tract" / "judgements.jsonl"))
     assert len(records) == 8
     assert reports["TRACT"].failed == sum(record["error"] is not None for record in records)
 
