@@ -71,6 +71,13 @@ def test_a_prompt_that_is_too_long_is_an_error_on_that_item_alone():
     assert "context window" in long.error
 
 
+def test_a_rationale_that_fills_the_context_is_an_error_and_no_score():
+    # Backends report NaN for ids that do not fit the context window.
+    (judgement,) = judge(probs=lambda ids: [math.nan] * 5).judge(["a"])
+    assert math.isnan(judgement.score)
+    assert judgement.error == "prompt and rationale leave no room in the model's context window"
+
+
 def test_append_marker_scores_what_was_written():
     (judgement,) = judge(" no marker", append_marker=True).judge(["a"])
     assert judgement.score == pytest.approx(3.35)

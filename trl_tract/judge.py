@@ -174,8 +174,12 @@ class CoTRAILJudge:
         probs = self.score_rationales([prompts[i] for i, _ in slots], [rationale for _, rationale in slots])
         grouped: dict[int, list[int]] = {}
         for slot, (i, _) in enumerate(slots):
-            grouped.setdefault(i, []).append(slot)
+            if np.isnan(probs[slot]).any():
+                judgements[i].error = "prompt and rationale leave no room in the model's context window"
+            else:
+                grouped.setdefault(i, []).append(slot)
         for i, mine in grouped.items():
+            judgements[i].error = None
             self._fill(judgements[i], probs[mine], [slots[slot][1] for slot in mine], first + i)
         return judgements
 

@@ -77,7 +77,8 @@ class Backend(Protocol):
     ) -> NDArray[np.float64]:
         """Log-probabilities of `token_ids` as the next token, `(len(token_id_lists), len(token_ids))`, in nats.
 
-        Under the softmax over the whole vocabulary, untouched by temperature, top-p or penalties. A backend that
+        Under the softmax over the whole vocabulary, untouched by temperature, top-p or penalties; a row of NaN where
+        the ids do not fit the context window. A backend that
         knows only the top k, or renormalises, raises instead.
         """
         ...
