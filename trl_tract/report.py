@@ -139,7 +139,7 @@ def score_report(
 
     Every metric, Kendall's tau-b included, is exact in every resample: nothing is subsampled. 100,000 items take some
     ten seconds with gold scores on a few levels, half a minute where both sides are continuous. Percentile intervals
-    are a little narrow for few items: on bivariate normal scores they held the truth in 93 to 95 % of 1,000 samples of
+    are a little narrow for few items: on bivariate normal scores they held the truth in about 93 % of 1,000 samples of
     200, in 90 (RMSE) to 96 % of 30. No interval is given for fewer than two items or groups.
 
     Args:
