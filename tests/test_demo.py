@@ -14,7 +14,7 @@ from trl_tract.journal import read_jsonl
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(run, "QUICK", Size(training_rows=8, held_out_items=8, epochs=1, minutes=1))
+    monkeypatch.setattr(run, "QUICK", Size(training_rows=8, held_out_items=8, epochs=1, batch_size=2, minutes=1))
     # After four steps nothing reaches its marker, so every rationale is written to its full length three times.
     monkeypatch.setattr(run, "SAMPLING", {**run.SAMPLING, "max_new_tokens": 12})
 
