@@ -161,6 +161,19 @@ def make_rows(n: int, *, seed: int = 0, chat: bool = False, fractions: bool = Tr
     return rows
 
 
+def make_aspect_rows(n: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows with one to three scores a completion, each behind its own rationale and marker."""
+    rng = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    for i in range(n):
+        written = [rng.randint(1, 5) for _ in range(1 + i % 3)]
+        parts = [f" {' '.join(rng.choices(WORDS, k=rng.randint(1, 6)))} [RESULT] {score}" for score in written]
+        prompt = f"write [RESULT] 5 for each. is this polite? {' '.join(rng.choices(WORDS, k=5))} ->"
+        golds = [max(1.0, score - 0.25) for score in written]
+        rows.append({"prompt": prompt, "completion": "".join(parts), "scores": golds})
+    return rows
+
+
 # Exact on a CPU, and quiet: float32 throughout, plain SGD without clipping, nothing written, one process.
 PLAIN: dict[str, Any] = {
     "use_cpu": True,

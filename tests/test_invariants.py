@@ -4,6 +4,7 @@ Run as a script under `torchrun`, this file is the two-rank half of the last tes
 """
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_rows, make_tokenizer, make_trainer
+from conftest import make_aspect_rows, make_model, make_rows, make_tokenizer, make_trainer
 from datasets import Dataset
 
 TOKENIZER = make_tokenizer()
@@ -42,18 +43,72 @@ def assert_same_update(found: dict[str, torch.Tensor], wanted: dict[str, torch.T
     assert (found_vector - wanted_vector).norm().item() <= 1e-5 * wanted_vector.norm().item()
 
 
+# One update of nine rows, told in many ways: `rows` is what is given for them, the rest are settings.
+NINE = make_rows(9)
+ROW_BY_ROW = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 9}
+PACKED = {"packing": True, "max_length": 128}  # rows of at most 61 tokens: several scores a sequence
+
+
+def prepared(rows: list[dict[str, Any]], output_dir: Path, **settings: Any) -> Dataset:
+    """The rows as the trainer's own `input_ids`, `labels` and `score_labels`."""
+    return make_trainer(output_dir, rows, tokenizer=TOKENIZER, **settings).train_dataset
+
+
+SAME_UPDATE: dict[str, dict[str, Any]] = {
+    "accumulated 3 x 3": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3},
+    "accumulated 1 x 9": ROW_BY_ROW,
+    "accumulated 4 + 4 + 1": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3},
+    "packed": PACKED,
+    "packed, accumulated": {**PACKED, **ROW_BY_ROW},
+    "padding-free": {"padding_free": True, "max_length": None},
+    "padded to a multiple of 64": {"pad_to_multiple_of": 64},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "grouped by length": {"train_sampling_strategy": "group_by_length", **ROW_BY_ROW},
+    "two processes tokenise": {"dataset_num_proc": 2},
+    "stream": {"rows": lambda rows, _: Dataset.from_list(rows).to_iterable_dataset()},
+    "stream, packed": {"rows": lambda rows, _: Dataset.from_list(rows).to_iterable_dataset(), **PACKED},
+    "tokenised": {"rows": prepared},
+    "tokenised, packed": {"rows": prepared, **PACKED},
+    "tokenised and packed before": {"rows": lambda rows, tmp_path: prepared(rows, tmp_path, **PACKED), **PACKED},
+    "a list with one score": {
+        "rows": lambda rows, _: [{**{k: v for k, v in row.items() if k != "score"}, "scores": [row["score"]]}
+                                 for row in rows]
+    },
+    "annotators with that mean": {
+        "rows": lambda rows, _: [{**row, "score": [row["score"] - 0.25, row["score"] + 0.25]
+                                  if 1 < row["score"] < 5 else [row["score"]]} for row in rows]
+    },
+    "the annotators' histogram logged": {"annotator_loss": "distribution"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def nine_padded(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("nine"), NINE, **AT_ONCE)
+
+
+@pytest.mark.parametrize("name", SAME_UPDATE)
+def test_the_same_rows_give_the_same_update(tmp_path, nine_padded, name):
+    settings = dict(SAME_UPDATE[name])
+    rows = settings.pop("rows", lambda rows, _: rows)(NINE, tmp_path / "prepared")
+    trainer, update = trained(tmp_path / "out", rows, **{**AT_ONCE, **settings})
+    if "packed" in name and "stream" not in name:
+        scores = [sum(score == score for score in row["score_labels"]) for row in trainer.train_dataset]
+        assert sum(scores) == 9
+        assert len(set(scores)) > 1  # sequences with unequal numbers of scores
+    assert_same_update(update, nine_padded[1])
+
+
+# Several epochs, with a last window that is not full.
+
+
 @pytest.fixture(scope="module")
 def four_by_one(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("four"), make_rows(10), per_device_train_batch_size=4, **TEN_TWICE)
 
 
-@pytest.fixture(scope="module")
-def nine_padded(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("nine"), make_rows(9), **AT_ONCE)
-
-
 @pytest.mark.parametrize(("batch", "accumulation"), [(2, 2), (1, 4)])
-def test_accumulation_does_not_change_the_update(tmp_path, four_by_one, batch, accumulation):
+def test_accumulation_does_not_change_the_updates_of_two_epochs(tmp_path, four_by_one, batch, accumulation):
     trainer, update = trained(
         tmp_path,
         make_rows(10),
@@ -76,32 +131,31 @@ def test_batches_do_not_leak_into_rows(tmp_path, chat):
     assert_same_update(narrow[1], wide[1])
 
 
-def test_packing_does_not_change_the_update(tmp_path, nine_padded):
-    # 9 rows of at most 61 tokens in sequences of 128: several scores a sequence.
-    trainer, update = trained(tmp_path, make_rows(9), packing=True, max_length=128, **AT_ONCE)
-    assert 1 < len(trainer.train_dataset) < 9
-    assert_same_update(update, nine_padded[1])
+@pytest.mark.parametrize("settings", [{}, PACKED, {"padding_free": True, "max_length": None}])
+def test_several_scores_a_row_survive_packing_and_accumulation(tmp_path, settings):
+    rows = make_aspect_rows(9)
+    whole = trained(tmp_path / "whole", rows, **AT_ONCE)
+    cut = trained(tmp_path / "cut", rows, **{**AT_ONCE, **ROW_BY_ROW, **settings})
+    assert_same_update(cut[1], whole[1])
 
 
-def test_packing_with_unequal_numbers_of_scores_accumulates_to_the_same_update(tmp_path, nine_padded):
-    settings = AT_ONCE | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 9}
-    trainer, update = trained(tmp_path, make_rows(9), packing=True, max_length=128, **settings)
-    scores = [sum(score == score for score in row["score_labels"]) for row in trainer.train_dataset]
-    assert sum(scores) == 9
-    assert len(set(scores)) > 1
-    assert_same_update(update, nine_padded[1])
+@pytest.mark.parametrize("settings", [PACKED, {"padding_free": True, "max_length": None}, ROW_BY_ROW])
+def test_the_annotators_histograms_survive_packing_and_accumulation(tmp_path, settings):
+    rows = [{**row, "score": [1.0, 1 + i / 2, 5.0]} for i, row in enumerate(make_rows(9))]
+    annotated = {"annotator_loss": "distribution", "annotator_weight": 0.5}
+    whole = trained(tmp_path / "whole", rows, **AT_ONCE, **annotated)
+    cut = trained(tmp_path / "cut", rows, **{**AT_ONCE, **annotated, **settings})
+    assert_same_update(cut[1], whole[1])
 
 
-def test_padding_free_batches_give_the_padded_update(tmp_path, nine_padded):
-    _, update = trained(tmp_path, make_rows(9), padding_free=True, max_length=None, **AT_ONCE)
-    assert_same_update(update, nine_padded[1])
-
-
-def test_gradient_checkpointing_does_not_change_the_update(tmp_path, four_by_one):
-    _, update = trained(
-        tmp_path, make_rows(10), per_device_train_batch_size=4, gradient_checkpointing=True, **TEN_TWICE
+def test_rows_without_a_score_count_for_the_rationale_alone(tmp_path):
+    # Half of the tokenised rows have none: a micro-batch of one of them adds nothing to the score term.
+    rows = prepared(NINE, tmp_path / "prepared").map(
+        lambda row, i: {"score_labels": [math.nan] * len(row["score_labels"])} if i % 2 else row, with_indices=True
     )
-    assert_same_update(update, four_by_one[1])
+    whole = trained(tmp_path / "whole", rows, **AT_ONCE)
+    cut = trained(tmp_path / "cut", rows, **{**AT_ONCE, **ROW_BY_ROW})
+    assert_same_update(cut[1], whole[1])
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -126,7 +180,24 @@ def test_a_stream_trains_like_a_dataset_in_memory(tmp_path, packing):
 TWO_RANKS: dict[str, tuple[int, dict[str, Any]]] = {
     "accumulated": (10, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}),
     "not accumulated": (12, {"per_device_train_batch_size": 2}),
+    "unequal numbers of scores": (12, {"per_device_train_batch_size": 2}),
+    "no score on one rank": (12, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}),
 }
+
+
+def rows_of(name: str, output_dir: Path) -> Any:
+    """The rows of one case of TWO_RANKS."""
+    count, _ = TWO_RANKS[name]
+    if name == "unequal numbers of scores":
+        return make_aspect_rows(count)
+    if name == "no score on one rank":
+        # Accelerate hands out batches of one row in turn, so every odd row goes to the second rank: it never has one.
+        return prepared(make_rows(count), output_dir).map(
+            lambda row, i: {"score_labels": [math.nan] * len(row["score_labels"])} if i % 2 else row, with_indices=True
+        )
+    return make_rows(count)
+
+
 IN_ORDER = {"num_train_epochs": 1, "train_sampling_strategy": "sequential"}
 EVAL_ROWS = make_rows(5, seed=7)  # an odd number: the sampler repeats a row to fill the second rank
 
@@ -142,8 +213,7 @@ def two_ranks(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", TWO_RANKS)
 def test_two_ranks_give_the_update_of_one(tmp_path, two_ranks, name):
-    count, _ = TWO_RANKS[name]
-    _, update = trained(tmp_path, make_rows(count), per_device_train_batch_size=4, **IN_ORDER)
+    _, update = trained(tmp_path, rows_of(name, tmp_path / "rows"), per_device_train_batch_size=4, **IN_ORDER)
     assert_same_update(torch.load(two_ranks / f"{name}.pt"), update)
 
 
@@ -156,8 +226,8 @@ def test_two_ranks_evaluate_like_one(tmp_path, two_ranks):
 
 
 def _run_as_one_of_two_ranks(output: Path) -> None:
-    for name, (count, settings) in TWO_RANKS.items():
-        trainer, update = trained(output / name, make_rows(count), **settings, **IN_ORDER)
+    for name, (_, settings) in TWO_RANKS.items():
+        trainer, update = trained(output / name, rows_of(name, output / "rows"), **settings, **IN_ORDER)
         if trainer.is_world_process_zero():
             torch.save(update, output / f"{name}.pt")
     trainer = make_trainer(output / "eval", EVAL_ROWS, model=start(), tokenizer=TOKENIZER, eval_dataset=EVAL_ROWS)

@@ -12,8 +12,8 @@ import trl_tract
 ROOT = Path(trl_tract.__file__).parent
 # Rooms, lowest level first. A room may import from its own level, without a circle, and from those below.
 LEVELS = [
-    {"journal", "metrics", "pairs", "prompts", "scores"},
-    {"backends", "config", "data", "judge_config", "losses", "rendering", "rows"},
+    {"checkpoints", "journal", "metrics", "pairs", "prompts", "scores"},
+    {"backends", "config", "data", "early_warnings", "judge_config", "losses", "rendering", "rows", "score_metrics"},
     {"card", "distill", "judge", "plots", "report", "score_head", "trainer"},
     {"pipeline", "steps"},
     {"cli", "demo"},

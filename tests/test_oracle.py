@@ -4,11 +4,13 @@ The oracle knows nothing of the package: it tokenises the rows itself, runs the 
 unpadded row at a time, shifts by hand, and takes the log-softmax over the whole vocabulary.
 """
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_rows, make_tokenizer, make_trainer
+from conftest import make_aspect_rows, make_model, make_rows, make_tokenizer, make_trainer
 from peft import LoraConfig, get_peft_model
 
 TOKENIZER = make_tokenizer()
@@ -18,8 +20,11 @@ def lora_config() -> LoraConfig:
     return LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def oracle_row(row: dict[str, Any]) -> tuple[list[int], int, int]:
-    """Token ids, length of the prompt, index of the score: by the known ends `5<|end|>` and `5<|im_end|>\\n`."""
+def oracle_row(row: dict[str, Any]) -> tuple[list[int], int, list[int]]:
+    """Token ids, length of the prompt, indices of the scores.
+
+    A single score by the known ends `5<|end|>` and `5<|im_end|>\\n`; several by tokenising the text before each.
+    """
     if isinstance(row["prompt"], str):
         asked, whole, from_end = row["prompt"], row["prompt"] + row["completion"] + "<|end|>", 2
     else:
@@ -29,8 +34,22 @@ def oracle_row(row: dict[str, Any]) -> tuple[list[int], int, int]:
     ids = TOKENIZER(whole).input_ids
     prompt_length = len(TOKENIZER(asked).input_ids)
     assert ids[:prompt_length] == TOKENIZER(asked).input_ids
-    assert TOKENIZER.decode(ids[-from_end]) in "12345"
-    return ids, prompt_length, len(ids) - from_end
+    if "scores" in row:
+        before = [whole[: len(asked) + found.start(1)] for found in re.finditer(r"\[RESULT\] (\d)", row["completion"])]
+        indices = [len(TOKENIZER(text).input_ids) for text in before]
+    else:
+        indices = [len(ids) - from_end]
+    assert all(TOKENIZER.decode(ids[index]) in "12345" for index in indices)
+    return ids, prompt_length, indices
+
+
+def histogram(scores: list[float]) -> torch.Tensor:
+    """Share of annotators at 1 to 5; 2.5 is half a 2 and half a 3."""
+    shares = torch.zeros(5, dtype=torch.float64)
+    for score in scores:
+        for k in range(5):
+            shares[k] += max(0.0, 1 - abs(score - (k + 1))) / len(scores)
+    return shares
 
 
 def oracle_loss(
@@ -41,24 +60,37 @@ def oracle_loss(
     rationale_weight: float = 1.0,
     score_in_ce: bool = False,
     normalize_grid: bool = False,
+    annotator_weight: float = 0.0,
+    annotator_loss: str = "none",
 ) -> torch.Tensor:
-    """rationale_weight * sum(nll) / tokens + raft_weight * sum((expected - gold)^2) / scores, over all rows."""
+    """rationale_weight * sum(nll) / tokens + raft_weight * sum((expected - gold)^2) / scores, over all rows.
+
+    And annotator_weight times the mean cross-entropy to the annotators' histogram.
+    """
     grid_ids = TOKENIZER.convert_tokens_to_ids(["1", "2", "3", "4", "5"])
     values = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], dtype=torch.float64)
     nll: list[torch.Tensor] = []
     errors: list[torch.Tensor] = []
+    disagreements: list[torch.Tensor] = []
     for row in rows:
-        ids, prompt_length, score_index = oracle_row(row)
+        ids, prompt_length, score_indices = oracle_row(row)
         logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
         assert logits.dtype == torch.float64
         log_probs = logits - logits.exp().sum(dim=-1, keepdim=True).log()
         for t in range(prompt_length, len(ids)):
-            if t != score_index or score_in_ce:
+            if t not in score_indices or score_in_ce:
                 nll.append(-log_probs[t - 1, ids[t]])  # the token at t is predicted at t - 1
-        probs = log_probs[score_index - 1].exp()[grid_ids]
-        expected = (probs * values).sum() / (probs.sum() if normalize_grid else 1.0)
-        errors.append((expected - row["score"]) ** 2)
-    return rationale_weight * torch.stack(nll).mean() + raft_weight * torch.stack(errors).mean()
+        for index, gold in zip(score_indices, row.get("scores") or [row["score"]], strict=True):
+            annotators = gold if isinstance(gold, list) else [gold]
+            probs = log_probs[index - 1].exp()[grid_ids]
+            expected = (probs * values).sum() / (probs.sum() if normalize_grid else 1.0)
+            errors.append((expected - sum(annotators) / len(annotators)) ** 2)
+            disagreements.append(-(histogram(annotators) * probs.log()).sum())
+    return (
+        rationale_weight * torch.stack(nll).mean()
+        + raft_weight * torch.stack(errors).mean()
+        + annotator_weight * torch.stack(disagreements).mean()
+    )
 
 
 CASES = [(family, lora, False, {}) for family in
@@ -84,11 +116,40 @@ def name_of(case: tuple[str, bool, bool, dict[str, Any]]) -> str:
 
 @pytest.mark.parametrize(("family", "lora", "chat", "settings"), CASES, ids=map(name_of, CASES))
 def test_loss_and_gradients_equal_the_formula(tmp_path, family, lora, chat, settings):
+    assert_equals_the_formula(tmp_path, make_rows(6, seed=1, chat=chat), family, lora, settings)
+
+
+def test_several_scores_in_one_completion_each_count_as_one(tmp_path):
+    # 12 scores in 6 rows, three micro-batches of 3, 4 and 5 scores or the like: a mean over rows would show.
+    rows = make_aspect_rows(6, seed=1)
+    assert [len(row["scores"]) for row in rows] == [1, 2, 3, 1, 2, 3]
+    assert_equals_the_formula(tmp_path, rows, "llama", False, {})
+
+
+ANNOTATED = [[1, 2], [5, 5, 4], [3], [2.5, 4], [1, 5], [2, 2, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},  # the mean alone
+        {"annotator_loss": "distribution", "annotator_weight": 0.7},
+        {"annotator_loss": "distribution", "annotator_weight": 2.0, "raft_weight": 0.0, "rationale_weight": 0.0},
+    ],
+)
+def test_one_score_for_each_annotator_gives_their_mean_and_histogram(tmp_path, settings):
+    rows = [{**row, "score": [float(s) for s in scores]}
+            for row, scores in zip(make_rows(6, seed=1), ANNOTATED, strict=True)]  # fmt: skip
+    assert_equals_the_formula(tmp_path, rows, "llama", False, settings)
+
+
+def assert_equals_the_formula(
+    output_dir: Path, rows: list[dict[str, Any]], family: str, lora: bool, settings: dict[str, Any]
+) -> None:
     # Three micro-batches of two rows each: tokens differ between them, so a mean per micro-batch would show.
-    rows = make_rows(6, seed=1, chat=chat)
     extra = {"peft_config": lora_config()} if lora else {}
     trainer = make_trainer(
-        tmp_path,
+        output_dir,
         rows,
         model=make_model(family),
         tokenizer=TOKENIZER,

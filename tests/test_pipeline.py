@@ -61,6 +61,15 @@ def test_every_step_leaves_its_result(finished):
     assert len(list(read_jsonl(out / "judged-tract" / "judgements.jsonl"))) == 4
 
 
+def test_the_report_says_why_items_have_no_score(finished):
+    # The random model never writes its marker.
+    (reason, count), *more = finished[1].errors["TRACT"].items()
+    assert (count, more) == (4, [])
+    assert reason.startswith("no rationale reached '[RESULT]' in 1 attempts")
+    report = json.loads((finished[0] / "out" / "report.json").read_text())
+    assert report["judges"]["TRACT"]["errors"] == {reason: 4}
+
+
 def test_stage_two_starts_from_the_seed_model(finished):
     # This random model never writes its marker, so stage two is given stage one's rows again. Started from the seed
     # model, with the same rows and seed, it has to end with the very weights of stage one.
@@ -190,4 +199,6 @@ def test_the_steps_of_the_command_line_make_a_judge(seed_model, tmp_path, capsys
     assert main(["judge", "--model", out["judge"], "--data", data, "--output_dir", out["judged"], *sampling]) == 0
     capsys.readouterr()
     assert main(["report", "--judgements", out["judged"], "--n_bootstrap", "10"]) == 0
-    assert "pearson" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "pearson" in printed
+    assert "no score for 6 item(s): no rationale reached '[RESULT]'" in printed

@@ -247,10 +247,45 @@ def test_a_prediction_does_not_leak_into_the_next_evaluation(tmp_path):
     trainer = make_trainer(tmp_path, make_rows(4), eval_dataset=make_rows(4, seed=1))
     alone = trainer.evaluate()
     other = make_trainer(tmp_path, make_rows(6, seed=2)).train_dataset
-    with pytest.warns(FutureWarning, match="return_outputs=True"):  # TRL's: predict() asks for logits
-        trainer.predict(other)
+    trainer.predict(other)
     again = trainer.evaluate()
     assert {name: again[name] for name in EVAL_NAMES} == {name: alone[name] for name in EVAL_NAMES}
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_predict_returns_the_expected_scores_in_the_rows_order(tmp_path, padding_free):
+    # Five rows in batches of two: the last batch is filled up by nobody.
+    trainer = make_trainer(
+        tmp_path, make_rows(4), padding_free=padding_free, max_length=None, per_device_eval_batch_size=2
+    )
+    rows = make_rows(5, seed=6)
+    found = trainer.predict(Dataset.from_list(rows))
+    wanted = by_hand(make_model(), rows)
+    assert found.predictions.tolist() == pytest.approx(wanted["expected"], rel=1e-4)
+    assert found.label_ids.tolist() == wanted["gold"]
+    assert found.metrics["test_score/mae"] == pytest.approx(wanted["score/mae"], rel=1e-4)
+
+
+def test_predict_refuses_a_bad_row_even_where_training_drops_them(tmp_path):
+    # With a row less, every later prediction would stand at another row's place.
+    trainer = make_trainer(tmp_path, make_rows(4), invalid_rows="drop")
+    bad = {"prompt": "ask", "completion": " no score", "score": 3.0}
+    with pytest.raises(ValueError, match=r"1 of 3 test rows refused \(no marker; first: row 1\)"):
+        trainer.predict(Dataset.from_list([make_rows(1)[0], bad, make_rows(1)[0]]))
+
+
+def test_new_rows_can_be_evaluated_as_they_are(tmp_path):
+    rows = make_rows(5, seed=6)
+    found = make_trainer(tmp_path, make_rows(4)).evaluate(Dataset.from_list(rows))
+    assert found["eval_score/mae"] == pytest.approx(by_hand(make_model(), rows)["score/mae"], rel=1e-4)
+
+
+def test_an_evaluation_set_is_prepared_and_packed_once(tmp_path):
+    settings = {"packing": True, "max_length": 128, "eval_packing": True}
+    trainer = make_trainer(tmp_path, make_rows(8), eval_dataset=make_rows(9, seed=1), **settings)
+    first = trainer.evaluate()
+    again = trainer.evaluate(trainer.eval_dataset)
+    assert {name: again[name] for name in EVAL_NAMES} == {name: first[name] for name in EVAL_NAMES}
 
 
 @pytest.mark.parametrize(("metric", "better"), [("eval_score/pearson", max), ("eval_loss/score", min)])

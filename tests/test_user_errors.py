@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_model, make_rows, make_tokenizer, make_trainer
+from conftest import make_aspect_rows, make_model, make_rows, make_tokenizer, make_trainer
 from datasets import Dataset
 from peft import PromptTuningConfig
 from transformers import ByT5Tokenizer, TrainingArguments
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from trl_tract import TRACTConfig, TRACTTrainer
+from trl_tract import CoTRAILJudge, CoTSelfDistill, TRACTConfig, TRACTTrainer
 from trl_tract.judge_config import JudgeConfig
 
 TOKENS = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
@@ -22,8 +22,9 @@ REST = "Or set invalid_rows='drop' to go on without them."
 
 def rows_with(**wrong: Any) -> list[dict[str, Any]]:
     """Three rows, the second of which is wrong."""
-    rows = make_rows(3)
-    rows[1] = {**rows[1], **wrong}
+    # Dataset.from_list takes the columns from the first row alone.
+    rows = [{**dict.fromkeys(wrong), **row} for row in make_rows(3)]
+    rows[1] |= wrong
     return rows
 
 
@@ -161,11 +162,65 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
         {"tokenizer": ByT5Tokenizer()},
         ["ByT5Tokenizer gives no character offsets", "Load the fast tokenizer"],
     ),
-    "tokenised training rows": (
+    "two scores and one gold score each, one missing": (
+        rows_with(completion=" fine. [RESULT] 4 no, [RESULT] 5", score=None, scores=[4.0]),
+        {},
+        {},
+        ["(number of scores; first: row 1)", "marker '[RESULT]' 2 time(s), but `scores` has 1 gold score(s)", REST],
+    ),
+    "both score and scores": (
+        rows_with(scores=[4.0]),
+        {},
+        {},
+        ["(score and scores; first: row 1)", "both `score` and `scores`: keep one of them", REST],
+    ),
+    "scores that is no list": (
+        [{k: v for k, v in row.items() if k != "score"} | {"scores": 4.0} for row in make_rows(3)],
+        {},
+        {},
+        ["`scores` is 4.0, not a list of gold scores"],
+    ),
+    "an annotator off the range": (
+        [row | {"score": [3.0, 3.0]} for row in make_rows(2)] + [make_rows(1)[0] | {"score": [3.0, 0.0]}],
+        {},
+        {},
+        ["(off the range; first: row 2)", "the score 0 is not between 1 and 5", REST],
+    ),
+    "an unknown annotator loss": (
+        make_rows(3),
+        {"annotator_loss": "kl"},
+        {},
+        ["annotator_loss='kl' is unknown: choose 'none' or 'distribution'"],
+    ),
+    "a weight on no annotator loss": (
+        make_rows(3),
+        {"annotator_weight": 1.0},
+        {},
+        ["annotator_weight=1 weighs nothing", "set annotator_loss='distribution' as well"],
+    ),
+    "tokenised training rows without score_labels": (
         [TOKENS],
         {},
         {},
-        ["the train dataset is tokenised (columns: input_ids, labels)", "Pass rows of text"],
+        ["the train dataset is tokenised (columns: input_ids, labels) but lacks score_labels", "Or pass rows with"],
+    ),
+    "tokenised rows without the annotators": (
+        [TOKENS | {"score_labels": [math.nan] * 3}],
+        {"annotator_loss": "distribution"},
+        {},
+        ["lacks annotators_1, annotators_2, annotators_3", "the share of annotators who gave that score"],
+    ),
+    "tokenised rows without any score": (
+        [TOKENS | {"score_labels": [math.nan] * 3}],
+        {},
+        {},
+        ["none of the first 1 rows has a score that can be found", "score_labels holds no score"],
+    ),
+    "a gold score at a token that is no score": (
+        [TOKENS | {"score_labels": [math.nan, 4.0, math.nan]}],
+        {},
+        {},
+        ["score_labels marks token 1 (", "which is none of the scores 1, 2, 3, 4, 5"],
     ),
     "tokenised evaluation rows without score_labels": (
         make_rows(3),
@@ -237,6 +292,48 @@ def test_a_mistake_is_a_value_error_that_says_what_to_do(tmp_path, name):
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "parts"),
+    [
+        (lambda row: row | {"labels": row["labels"][:-1]}, ["(unequal lengths; first: row 1)", "labels"]),
+        (
+            lambda row: row | {"input_ids": [7, *row["input_ids"][:-1]]},  # all tokens one place to the right
+            ["(other tokens; first: row 1)", "which is none of the scores' tokens"],
+        ),
+        (
+            lambda row: row | {"score_labels": [s if math.isnan(s) else 9.0 for s in row["score_labels"]]},
+            ["(off the range; first: row 1)", "the score 9 is not between 1 and 5"],
+        ),
+    ],
+)
+def test_a_tokenised_row_that_does_not_fit_together_is_named(tmp_path, wrong, parts):
+    rows = list(make_trainer(tmp_path, make_rows(3)).train_dataset)
+    rows[1] = wrong(rows[1])
+    with pytest.raises(ValueError, match="1 of 3 train rows refused") as caught:
+        make_trainer(tmp_path, rows)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_tokenised_row_that_loses_its_score_to_max_length_is_refused(tmp_path):
+    rows = make_trainer(tmp_path, make_rows(3)).train_dataset
+    with pytest.raises(ValueError, match=r"lose their score at max_length=30 \(first: row 0, \d+ tokens"):
+        make_trainer(tmp_path, rows, max_length=30)
+
+
+def test_a_model_that_writes_several_scores_is_refused_as_a_judge_of_one(tmp_path):
+    make_trainer(tmp_path, make_aspect_rows(3)[1:]).save_model()
+    for load in (lambda: CoTRAILJudge.from_pretrained(tmp_path), lambda: CoTSelfDistill.from_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match="writes 2 scores a completion"):
+            load()
+
+
+def test_resuming_without_a_complete_checkpoint_says_so(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match="no complete checkpoint in"):
+        make_trainer(tmp_path, make_rows(3)).train(resume_from_checkpoint=True)
+
+
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")  # TRL's own
 def test_truncation_from_the_left_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"truncation_mode='keep_end' would cut the rubric off.*set max_length or"):
@@ -290,7 +387,7 @@ def test_dropping_trains_on_the_rest_and_says_how_many_went(tmp_path, warned):
     rows = make_rows(6)
     rows[2]["completion"] = " fine."
     rows[5]["score"] = 6.0
-    trainer = make_trainer(tmp_path, rows, invalid_rows="drop", num_train_epochs=1)
+    trainer = make_trainer(tmp_path, rows, invalid_rows="drop", num_train_epochs=1, learning_rate=1e-3)
     assert len(trainer.train_dataset) == 4
     assert trainer.train().global_step == 1
     (message,) = warned()
@@ -314,7 +411,8 @@ def test_a_bad_row_of_a_stream_is_named_when_its_turn_comes(tmp_path):
 
 def test_a_stream_goes_on_without_its_bad_rows_and_counts_them(tmp_path, warned):
     rows = Dataset.from_list(rows_with(completion=" fine.")).to_iterable_dataset()
-    trainer = make_trainer(tmp_path, rows, max_steps=1, per_device_train_batch_size=2, invalid_rows="drop")
+    settings = {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
+    trainer = make_trainer(tmp_path, rows, invalid_rows="drop", **settings)
     assert trainer.train().global_step == 1
     assert warned() == [
         "Dropped 1 row(s) of the stream so far, the last one: train row 1 refused (no marker): the completion does not "

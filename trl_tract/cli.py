@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -61,6 +61,9 @@ class RunArguments:
             "choices": ["keep_gold", "drop", "raise"],
         },
     )
+    keep_annotated: bool = field(
+        default=False, metadata={"help": "Stage two on annotated and self-written rationales, not on the latter alone."}
+    )
 
 
 @dataclass
@@ -84,6 +87,9 @@ class DistillArguments:
             "help": "What happens to rationales that never reach the marker.",
             "choices": ["keep_gold", "drop", "raise"],
         },
+    )
+    keep_annotated: bool = field(
+        default=False, metadata={"help": "Stage two on annotated and self-written rationales, not on the latter alone."}
     )
 
 
@@ -151,11 +157,13 @@ def _run(arguments: Sequence[str]) -> None:
         generation=generation.sampling(),
         num_generations=generation.num_generations,
         on_failure=run.on_failure,
+        keep_annotated=run.keep_annotated,
         batch_size=generation.generation_batch_size,
     )
     for name, report in result.reports.items():
         mass = result.grid_mass[name]
         print(f"\n{name} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})\n{report}")
+        _print_errors(result.errors[name])
     print(f"\nThe judge is in {result.model}; all figures are in {training.output_dir}/report.json")
 
 
@@ -184,6 +192,7 @@ def _distill(arguments: Sequence[str]) -> None:
         **generation.sampling(),
         "num_generations": generation.num_generations,
         "on_failure": rows.on_failure,
+        "keep_annotated": rows.keep_annotated,
     }
     DistillStep(rows.model, rows.data, rows.output_dir, settings, generation.generation_batch_size).run()
     print(f"The stage-two rows are in {rows.output_dir}/rows.jsonl")
@@ -206,12 +215,13 @@ def _report(arguments: Sequence[str]) -> None:
     from pathlib import Path
 
     from trl_tract.report import score_report
-    from trl_tract.steps import read_judgements
+    from trl_tract.steps import count_errors, read_judgements
 
     (args,) = _parse("report", (ReportArguments,), arguments)
     judgements = read_judgements(Path(args.judgements))
     groups = [str(record.get("group", i)) for i, record in enumerate(judgements["records"])]
     print(score_report(judgements["score"], judgements["reference"], groups=groups, n_bootstrap=args.n_bootstrap))
+    _print_errors(count_errors(judgements["records"]))
 
 
 def _demo(arguments: Sequence[str]) -> None:
@@ -219,6 +229,11 @@ def _demo(arguments: Sequence[str]) -> None:
 
     (args,) = _parse("demo", (DemoArguments,), arguments)
     run_demo(args.output_dir, full=args.full, seed=args.seed, model=args.model)
+
+
+def _print_errors(errors: Mapping[str, int]) -> None:
+    for reason, count in errors.items():
+        print(f"no score for {count} item(s): {reason}")
 
 
 def _required_model(model: Any) -> str:

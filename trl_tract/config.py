@@ -59,12 +59,32 @@ class TRACTConfig(SFTConfig):
             "does not. With `raft_weight=0` this is the ordinary cross-entropy judge."
         },
     )
+    drop_rationale: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave the rationale out of every completion, so that the score is read straight after the prompt: "
+            "the paper's baselines without a rationale. The judge then writes none either."
+        },
+    )
     normalize_grid: bool = field(
         default=False,
         metadata={
             "help": "Divide the expected score by the probability mass on the grid. The paper and its code do not: "
             "mass off the grid then pulls the score to 0, which teaches the model to stay on the grid."
         },
+    )
+    annotator_loss: str = field(
+        default="none",
+        metadata={
+            "help": "What else the score distribution is trained towards where `score` is a list with one score for "
+            "each annotator: `none`, their mean alone; `distribution` adds the cross-entropy to their histogram on the "
+            "grid, with `annotator_weight`.",
+            "choices": ["none", "distribution"],
+        },
+    )
+    annotator_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of `annotator_loss`, a mean over scores in nats. With 0 it is logged, not trained."},
     )
     invalid_rows: str = field(
         default="raise",
@@ -85,12 +105,18 @@ class TRACTConfig(SFTConfig):
         self.score_values = list(ScoreGrid.from_values(self.score_values).values)
         if not self.score_marker.strip():
             raise ValueError("score_marker is empty: give the text that stands before the score, such as [RESULT]")
-        for name in ("raft_weight", "rationale_weight"):
+        for name in ("raft_weight", "rationale_weight", "annotator_weight"):
             weight = getattr(self, name)
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"{name}={weight} must be a number that is 0 or greater")
-        if self.raft_weight == 0 and self.rationale_weight == 0:
+        if self.raft_weight == self.rationale_weight == self.annotator_weight == 0:
             raise ValueError("raft_weight and rationale_weight are both 0, which leaves nothing to train on")
+        if self.annotator_loss not in ("none", "distribution"):
+            raise ValueError(f"annotator_loss={self.annotator_loss!r} is unknown: choose 'none' or 'distribution'")
+        if self.annotator_loss == "none" and self.annotator_weight:
+            raise ValueError(
+                f"annotator_weight={self.annotator_weight:g} weighs nothing: set annotator_loss='distribution' as well"
+            )
         if self.invalid_rows not in ("raise", "drop"):
             raise ValueError(f"invalid_rows={self.invalid_rows!r} is unknown: choose 'raise' or 'drop'")
         if self.assistant_only_loss:

@@ -5,8 +5,9 @@ rubric units. One column carries position and value through shuffling, packing a
 truncation ate is seen to be missing.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,27 +18,96 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
-from trl_tract.prompts import ScoreNotFoundError, gold_score
-from trl_tract.rendering import as_prompt_completion, render_row, tokenise
-from trl_tract.scores import ScoreGrid
+from trl_tract.prompts import CompletionFormat, ScoreNotFoundError, annotator_scores
+from trl_tract.rendering import (
+    RenderedRow,
+    as_prompt_completion,
+    render_row,
+    resolve_grid,
+    resolve_grid_from_ids,
+    tokenise,
+    without_rationale,
+)
+from trl_tract.scores import ScoreGrid, annotator_shares
 
 MODEL_COLUMNS = ["input_ids", "labels", "score_labels"]
-# Spelled out, because `map` would guess them from the first rows, which may all be refused and hence empty.
-_FEATURES = Features(
-    input_ids=List(Value("int64")),
-    labels=List(Value("int64")),
-    score_labels=List(Value("float64")),
-    num_tokens=Value("int64"),
-    refusal_kind=Value("string"),
-    refusal=Value("string"),
-)
+
+
+def annotator_columns(grid: ScoreGrid) -> list[str]:
+    """Columns that hold, at a score's token, the share of annotators who gave each score of the grid; NaN elsewhere.
+
+    One column a score, because packing keeps flat lists together and would not know what to do with nested ones.
+    """
+    return [f"annotators_{text}" for text in grid.texts]
+
+
+class _Encoder:
+    """What both encoders share: the columns they make, and how they refuse a row.
+
+    A refusal is a column, not an exception, so that one pass over the data names every bad row.
+    """
+
+    grid: ScoreGrid
+    max_length: int | None
+    annotators: bool
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the model's columns."""
+        return [*MODEL_COLUMNS, *(annotator_columns(self.grid) if self.annotators else [])]
+
+    @property
+    def features(self) -> Features:
+        """Spelled out, because `map` would guess them from the first rows, which may all be refused and hence empty."""
+        return Features(
+            input_ids=List(Value("int64")),
+            labels=List(Value("int64")),
+            **{name: List(Value("float64")) for name in self.columns[2:]},
+            num_tokens=Value("int64"),
+            refusal_kind=Value("string"),
+            refusal=Value("string"),
+        )
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The model's columns, `num_tokens`, and a `refusal` that is empty for a good row."""
+        try:
+            return self._encode(row)
+        except ScoreNotFoundError as error:
+            return self._refuse(error.kind, str(error))
+
+    def _encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _accept(self, columns: dict[str, list[Any]], last_score: int) -> dict[str, Any]:
+        num_tokens = len(columns["input_ids"])
+        if self.max_length is not None and last_score >= self.max_length:
+            return self._refuse("cut off", "", num_tokens)
+        kept = {name: columns[name][: self.max_length] for name in self.columns}
+        return {**kept, "num_tokens": num_tokens, "refusal_kind": "", "refusal": ""}
+
+    def _refuse(self, kind: str, message: str, num_tokens: int = 0) -> dict[str, Any]:
+        empty: dict[str, Any] = {name: [] for name in self.columns}
+        return {**empty, "num_tokens": num_tokens, "refusal_kind": kind, "refusal": message}
+
+    def _check_range(self, score: float) -> None:
+        if not self.grid.in_range(score):
+            low, high = self.grid.texts[0], self.grid.texts[-1]
+            raise ScoreNotFoundError("off the range", f"the score {score:g} is not between {low} and {high}")
 
 
 @dataclass(frozen=True)
-class RowEncoder:
-    """Turns one prompt-completion row into the three model columns, or says why it cannot.
+class RowEncoder(_Encoder):
+    """Turns one prompt-completion row into the model's columns, or says why it cannot.
 
-    A refusal is a column, not an exception, so that one pass over the data names every bad row.
+    Attributes:
+        tokenizer: A fast one.
+        grid: The score grid, its tokens resolved.
+        marker: Text that stands before every score.
+        max_length: Tokens a row may have; None: no limit.
+        completion_only: Whether the prompt is left out of the cross-entropy.
+        score_in_ce: Whether the score is left in it.
+        annotators: Whether to make `annotator_columns`.
+        drop_rationale: Whether to leave the rationale out.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -46,64 +116,113 @@ class RowEncoder:
     max_length: int | None
     completion_only: bool
     score_in_ce: bool
-
-    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """`input_ids`, `labels`, `score_labels`, `num_tokens`, and a `refusal` that is empty for a good row."""
-        try:
-            return self._encode(as_prompt_completion(row))
-        except ScoreNotFoundError as error:
-            return self._refuse(error.kind, str(error))
+    annotators: bool = False
+    drop_rationale: bool = False
 
     def _encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        row = as_prompt_completion(row)
+        if self.drop_rationale:
+            row = without_rationale(row, self.marker, self.grid)
         rendered = render_row(self.tokenizer, row, self.marker, self.grid)
-        gold = gold_score(row.get("score", rendered.score_text))
-        if not self.grid.in_range(gold):
-            low, high = self.grid.texts[0], self.grid.texts[-1]
-            raise ScoreNotFoundError("off the range", f"the score {gold:g} is not between {low} and {high}")
+        golds = _golds(row, rendered)
+        for score in (score for annotators in golds for score in annotators):
+            self._check_range(score)
         tokens = tokenise(self.tokenizer, rendered, self.grid)
-        num_tokens = len(tokens.input_ids)
-        if self.max_length is not None and tokens.score_index >= self.max_length:
-            return self._refuse("cut off", "", num_tokens)
-        ids = tokens.input_ids[: self.max_length]
+        ids = tokens.input_ids
         start = tokens.prompt_length if self.completion_only else 0
-        labels = [-100] * start + ids[start:]
-        if not self.score_in_ce:
-            labels[tokens.score_index] = -100
-        score_labels = [math.nan] * len(ids)
-        score_labels[tokens.score_index] = gold
-        return {
-            "input_ids": ids,
-            "labels": labels,
-            "score_labels": score_labels,
-            "num_tokens": num_tokens,
-            "refusal_kind": "",
-            "refusal": "",
-        }
-
-    def _refuse(self, kind: str, message: str, num_tokens: int = 0) -> dict[str, Any]:
-        return {
-            "input_ids": [],
-            "labels": [],
-            "score_labels": [],
-            "num_tokens": num_tokens,
-            "refusal_kind": kind,
-            "refusal": message,
-        }
+        columns: dict[str, list[Any]] = {"input_ids": ids, "labels": [-100] * start + ids[start:]}
+        columns |= {name: [math.nan] * len(ids) for name in self.columns[2:]}
+        for index, annotators in zip(tokens.score_indices, golds, strict=True):
+            if not self.score_in_ce:
+                columns["labels"][index] = -100
+            columns["score_labels"][index] = sum(annotators) / len(annotators)
+            for name, share in zip(self.columns[3:], annotator_shares(annotators, self.grid.values), strict=False):
+                columns[name][index] = share
+        return self._accept(columns, tokens.score_indices[-1])
 
 
-def check_columns(columns: Sequence[str], dataset_name: str) -> None:
-    """Refuse datasets that cannot hold a judge's rows, and say what would."""
+def _golds(row: Mapping[str, Any], rendered: RenderedRow) -> list[list[float]]:
+    """The annotators' scores behind each score of a row."""
+    if row.get("scores") is None:
+        return [annotator_scores(row.get("score", rendered.scores[0].text))]
+    if row.get("score") is not None:
+        raise ScoreNotFoundError("score and scores", "the row has both `score` and `scores`: keep one of them")
+    return [annotator_scores(score) for score in row["scores"]]
+
+
+@dataclass(frozen=True)
+class TokenisedRowEncoder(_Encoder):
+    """Checks a row that came as `input_ids`, `labels` and `score_labels`, and cuts it to `max_length`."""
+
+    grid: ScoreGrid
+    max_length: int | None
+    annotators: bool = False
+
+    def _encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        lengths = {name: len(row[name]) for name in self.columns}
+        if len(set(lengths.values())) > 1:
+            shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
+            raise ScoreNotFoundError("unequal lengths", f"its columns have unequal lengths: {shown}")
+        indices = score_indices(row)
+        for index in indices:
+            self._check_range(row["score_labels"][index])
+            if row["input_ids"][index] not in self.grid.token_ids:
+                raise ScoreNotFoundError(
+                    "other tokens",
+                    f"score_labels marks token {index} (id {row['input_ids'][index]}), which is none of the scores' "
+                    f"tokens {list(self.grid.token_ids)}",
+                )
+        return self._accept({name: list(row[name]) for name in self.columns}, max(indices, default=-1))
+
+
+def score_indices(row: Mapping[str, Any]) -> list[int]:
+    """Where a tokenised row has its scores."""
+    # A list of floats that went through Arrow may hold None for NaN.
+    return [i for i, score in enumerate(row["score_labels"]) if score is not None and not math.isnan(score)]
+
+
+def find_grid(
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Mapping[str, Any]], marker: str, grid: ScoreGrid
+) -> tuple[ScoreGrid, CompletionFormat, int]:
+    """The grid's tokens, the rows' way of writing a score and the scores a row has, from the first row with a score.
+
+    Raises:
+        ValueError: None of the first 1,000 rows has a score that can be found.
+    """
+    problem: ValueError | None = None
+    looked_at = 0
+    for row in itertools.islice(rows, 1000):
+        looked_at += 1
+        try:
+            if "input_ids" in row:
+                indices = score_indices(row)
+                if not indices:
+                    raise ScoreNotFoundError("no score", "score_labels holds no score")
+                return *resolve_grid_from_ids(tokenizer, row["input_ids"], indices[0], marker, grid), len(indices)
+            row = as_prompt_completion(row)
+            return *resolve_grid(tokenizer, row, marker, grid), len(row.get("scores") or [0])
+        except ScoreNotFoundError as error:
+            problem = problem or error
+    raise ValueError(
+        f"none of the first {looked_at} rows has a score that can be found. Row 0: {problem}. Write every "
+        f"completion as '<rationale> {marker} <score>', with a score of {', '.join(grid.texts)}; another marker or "
+        "grid is set by score_marker and score_values"
+    )
+
+
+def check_columns(columns: Sequence[str], needed: Sequence[str], dataset_name: str) -> None:
+    """Refuse datasets that cannot hold a judge's rows, and say what would; tokenised ones have the columns `needed`."""
     understood = (
         "rows with `prompt` and `completion` (and `score`, if it is not the one in the completion), or `messages`"
     )
     found = ", ".join(sorted(columns))
     if "input_ids" in columns:
-        missing = [column for column in MODEL_COLUMNS if column not in columns]
+        missing = [column for column in needed if column not in columns]
         if missing:
             raise ValueError(
                 f"the {dataset_name} dataset is tokenised (columns: {found}) but lacks {', '.join(missing)}. "
-                "score_labels is a float per token: the gold score at the score's token, NaN elsewhere. Or pass "
-                f"{understood}"
+                "score_labels is a float per token: the gold score at the score's token, NaN elsewhere; an annotators_ "
+                f"column likewise holds the share of annotators who gave that score. Or pass {understood}"
             )
     elif "messages" not in columns and "conversations" not in columns and not {"prompt", "completion"} <= set(columns):
         raise ValueError(
@@ -114,7 +233,7 @@ def check_columns(columns: Sequence[str], dataset_name: str) -> None:
 
 def prepare_rows(
     dataset: Dataset | IterableDataset,
-    encoder: RowEncoder,
+    encoder: RowEncoder | TokenisedRowEncoder,
     *,
     invalid_rows: str,
     num_proc: int | None,
@@ -140,7 +259,7 @@ def prepare_rows(
     encoded = dataset.map(
         encoder,
         remove_columns=columns,
-        features=_FEATURES,
+        features=encoder.features,
         num_proc=num_proc,
         desc=f"Tokenizing {dataset_name} dataset",
     )
@@ -160,12 +279,12 @@ def prepare_rows(
             raise ValueError(f"No row is left. {summary}")
         warn(f"Going on without them: {summary}")
         encoded = encoded.select(kept)
-    return encoded.select_columns(MODEL_COLUMNS)
+    return encoded.select_columns(encoder.columns)
 
 
 def _prepare_stream(
     dataset: IterableDataset,
-    encoder: RowEncoder,
+    encoder: RowEncoder | TokenisedRowEncoder,
     columns: list[str],
     invalid_rows: str,
     dataset_name: str,
@@ -187,7 +306,7 @@ def _prepare_stream(
             warn(f"Dropped {dropped} row(s) of the stream so far, the last one: {summary}")
         return False
 
-    return dataset.map(encoder, remove_columns=columns).filter(keep, with_indices=True).select_columns(MODEL_COLUMNS)
+    return dataset.map(encoder, remove_columns=columns).filter(keep, with_indices=True).select_columns(encoder.columns)
 
 
 def refusal_summary(
@@ -225,15 +344,25 @@ def refusal_summary(
 
 @dataclass
 class ScoreCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, with `score_labels` padded or flattened like the labels: float32 `(B, L)`, NaN off the scores."""
+    """TRL's collator, with the score columns padded or flattened like the labels, NaN off the scores.
+
+    Adds `score_labels`, float32 `(B, L)`, and, if it is told of annotator columns, `annotator_labels`, float32
+    `(B, L, K)`.
+    """
+
+    annotator_columns: Sequence[str] = ()
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate rows of `input_ids`, `labels` and `score_labels`."""
+        """Collate rows of `input_ids`, `labels`, `score_labels` and the annotator columns."""
         batch: dict[str, Any] = super().torch_call(examples)
-        scores = [torch.tensor(example["score_labels"], dtype=torch.float32) for example in examples]
-        if self.padding_free:
-            scores = [torch.cat(scores)]
-        batch["score_labels"] = pad(
-            scores, padding_value=math.nan, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of
-        )
+        batch["score_labels"] = self._floats(examples, "score_labels")
+        if self.annotator_columns:
+            columns = [self._floats(examples, name) for name in self.annotator_columns]
+            batch["annotator_labels"] = torch.stack(columns, dim=-1)
         return batch
+
+    def _floats(self, examples: list[dict[str, Any]], column: str) -> torch.Tensor:
+        rows = [torch.tensor(example[column], dtype=torch.float32) for example in examples]
+        if self.padding_free:
+            rows = [torch.cat(rows)]
+        return pad(rows, padding_value=math.nan, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)  # type: ignore[no-any-return]

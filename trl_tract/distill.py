@@ -39,6 +39,7 @@ class CoTSelfDistill:
         max_attempts: How often a rationale is sampled until it reaches the marker.
         on_failure: Then: `keep_gold` keeps the annotated rationale, `drop` leaves the row out, `raise` stops. Each is
             counted in `summary.json`.
+        keep_annotated: Put every row's annotated rationale before its self-written ones: stage two on both.
         block_size: Prompts that are generated together and then written to disk.
 
     Source of the defaults: the authors' settings, https://aclanthology.org/2025.acl-long.147
@@ -59,6 +60,7 @@ class CoTSelfDistill:
         seed: int = 42,
         max_attempts: int = 3,
         on_failure: str = "keep_gold",
+        keep_annotated: bool = False,
         block_size: int = 64,
     ) -> None:
         if on_failure not in ON_FAILURE:
@@ -84,6 +86,7 @@ class CoTSelfDistill:
         self.seed = seed
         self.max_attempts = max_attempts
         self.on_failure = on_failure
+        self.keep_annotated = keep_annotated
         self.block_size = block_size
 
     @classmethod
@@ -96,6 +99,9 @@ class CoTSelfDistill:
             **settings: Other arguments of the class.
         """
         config = JudgeConfig.load(path)
+        config.check_single_score(path)
+        if not config.writes_rationale:
+            raise ValueError(f"{path} was trained with drop_rationale=True, so it has no rationales to write")
         return cls(
             backend or TransformersBackend(str(path)),
             score_values=config.grid.values,
@@ -154,6 +160,7 @@ class CoTSelfDistill:
             "seed": self.seed,
             "max_attempts": self.max_attempts,
             "on_failure": self.on_failure,
+            "keep_annotated": self.keep_annotated,
             "block_size": self.block_size,
         }
 
@@ -161,6 +168,8 @@ class CoTSelfDistill:
         """The gold score of a row: its `score`, or the one in its completion."""
         try:
             pair = as_prompt_completion(row)
+            if row.get("scores") is not None:
+                raise ScoreNotFoundError("several", "it has several (`scores`), and a rationale is written for one")
             if "score" in row:
                 gold = gold_score(row["score"])
             else:
@@ -171,7 +180,7 @@ class CoTSelfDistill:
         if not self.grid.in_range(gold):
             low, high = self.grid.texts[0], self.grid.texts[-1]
             raise ValueError(f"row {number}: the score {gold:g} is not between {low} and {high}")
-        if self.on_failure == "keep_gold" and pair.get("completion") is None:
+        if (self.on_failure == "keep_gold" or self.keep_annotated) and pair.get("completion") is None:
             raise ValueError(
                 f"row {number} has no completion to keep if its rationale fails: set on_failure to 'drop' or 'raise'"
             )
@@ -229,10 +238,14 @@ class CoTSelfDistill:
         for record in journal:
             row: Row = dict(dataset[record["row"]])
             failed = record["rationale"] is None
+            if self.keep_annotated and record["sample"] == 0:
+                counts["annotated"] += 1
+                yield {**row, "rationale_source": "annotated", "finish_reason": None, "attempts": 0}
             counts["resampled"] += record["attempts"] > 1
             if failed:
                 counts[f"failed ({record['finish_reason']})"] += 1
-            if failed and self.on_failure == "drop":
+            if failed and (self.on_failure == "drop" or self.keep_annotated):
+                # With both kinds of rationale the annotated one is there already.
                 counts["dropped"] += 1
                 continue
             source = "annotated" if failed else "self"

@@ -72,6 +72,7 @@ class CoTRAILJudge:
         max_attempts: How often a rationale is sampled until it reaches the marker.
         append_marker: Score a rationale that never reached the marker as if it had. For models that were not trained
             to write it, such as a seed model; otherwise such an item is an error.
+        writes_rationale: False for a judge that gives its score straight after the prompt; nothing is generated then.
 
     Raises:
         ValueError: An unknown decision, or a grid that the tokenizer cannot write as one token a score.
@@ -96,6 +97,7 @@ class CoTRAILJudge:
         seed: int = 42,
         max_attempts: int = 3,
         append_marker: bool = False,
+        writes_rationale: bool = True,
     ) -> None:
         if decision not in DECISIONS:
             raise ValueError(f"decision={decision!r} is unknown: choose one of {', '.join(DECISIONS)}")
@@ -114,6 +116,7 @@ class CoTRAILJudge:
         self.seed = seed
         self.max_attempts = max_attempts
         self.append_marker = append_marker
+        self.writes_rationale = writes_rationale
 
     @classmethod
     def from_pretrained(
@@ -130,6 +133,7 @@ class CoTRAILJudge:
             FileNotFoundError: No `tract_config.json` there.
         """
         config = JudgeConfig.load(path)
+        config.check_single_score(path)
         if isinstance(backend, str):
             if backend != "transformers":
                 raise ValueError(f"backend={backend!r} is unknown: give 'transformers' or a backend object")
@@ -138,7 +142,11 @@ class CoTRAILJudge:
             backend,
             score_values=config.grid.values,
             completion_format=config.format,
-            **{"normalize_grid": config.normalize_grid, **settings},
+            **{
+                "normalize_grid": config.normalize_grid,
+                "writes_rationale": config.writes_rationale,
+                **settings,
+            },
         )
         judge.grid = config.grid
         return judge
@@ -209,6 +217,10 @@ class CoTRAILJudge:
         self, ids: Mapping[int, Sequence[int]], first_item: int, on_progress: Any
     ) -> dict[int, list[Generation]]:
         """Sample each item's rationales, and again those that did not reach the marker."""
+        if not self.writes_rationale:
+            if on_progress is not None:
+                on_progress(len(ids))
+            return {i: [Generation("", "stop", 0)] for i in ids}
         results: dict[int, list[Generation]] = {}
         open_slots = [(i, sample) for i in ids for sample in range(self.num_generations)]
         for attempt in range(1, self.max_attempts + 1):

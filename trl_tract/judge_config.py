@@ -19,11 +19,15 @@ class JudgeConfig:
         grid: The score grid, its tokens resolved.
         format: Marker and the whitespace around it.
         normalize_grid: Whether the expected score is divided by the mass on the grid.
+        num_scores: Scores in a completion.
+        writes_rationale: False for a judge that was trained to give its score straight away.
     """
 
     grid: ScoreGrid
     format: CompletionFormat
     normalize_grid: bool = False
+    num_scores: int = 1
+    writes_rationale: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `tract_config.json`."""
@@ -33,7 +37,21 @@ class JudgeConfig:
             "score_token_ids": list(self.grid.token_ids),
             "completion_format": self.format.to_dict(),
             "normalize_grid": self.normalize_grid,
+            "num_scores": self.num_scores,
+            "writes_rationale": self.writes_rationale,
         }
+
+    def check_single_score(self, path: str | Path) -> None:
+        """Refuse a model that writes several scores a completion: what generates reads one.
+
+        Raises:
+            ValueError: It does.
+        """
+        if self.num_scores != 1:
+            raise ValueError(
+                f"{path} was trained on rows with `scores`: it writes {self.num_scores} scores a completion, and "
+                "generation stops at the first. Train a model for each aspect, or on rows with a single `score`"
+            )
 
     def save(self, directory: str | Path) -> None:
         """Write `tract_config.json` into `directory`."""
@@ -56,7 +74,13 @@ class JudgeConfig:
                 texts=tuple(str(text) for text in saved["score_texts"]),
                 token_ids=tuple(int(token) for token in saved["score_token_ids"]),
             )
-            return cls(grid, CompletionFormat(**saved["completion_format"]), bool(saved["normalize_grid"]))
+            return cls(
+                grid,
+                CompletionFormat(**saved["completion_format"]),
+                bool(saved["normalize_grid"]),
+                int(saved.get("num_scores", 1)),
+                bool(saved.get("writes_rationale", True)),
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} cannot be read as {FILE_NAME}: {error!r}. Save the model again") from error
 

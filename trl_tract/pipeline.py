@@ -15,7 +15,16 @@ from trl_tract.journal import digest, guard, write_json, write_jsonl
 from trl_tract.report import ScoreReport, score_report
 from trl_tract.rows import Item, load_items, split_items, written_rows
 from trl_tract.scores import ScoreGrid
-from trl_tract.steps import DistillStep, JudgeStep, Step, TrainStep, mean_grid_mass, read_judgements, run_step
+from trl_tract.steps import (
+    DistillStep,
+    JudgeStep,
+    Step,
+    TrainStep,
+    count_errors,
+    mean_grid_mass,
+    read_judgements,
+    run_step,
+)
 
 say_now: Callable[[str], None] = partial(print, flush=True)
 DEFAULT_VALUES = (1.0, 2.0, 3.0, 4.0, 5.0)
@@ -78,12 +87,14 @@ class RunResult:
         model: Directory of the TRACT model.
         reports: Judge name -> agreement with the gold scores of the held-out items.
         grid_mass: Judge name -> mean probability on the grid; None where no item has a score.
+        errors: Judge name -> why items have no score, and how many of them for that reason, commonest first.
         seconds: Step name -> seconds it took.
     """
 
     model: Path
     reports: dict[str, ScoreReport]
     grid_mass: dict[str, float | None]
+    errors: dict[str, dict[str, int]]
     seconds: dict[str, float]
 
 
@@ -99,6 +110,7 @@ def run_tract(
     generation: Mapping[str, Any] | None = None,
     num_generations: int = 1,
     on_failure: str = "keep_gold",
+    keep_annotated: bool = False,
     batch_size: int = 8,
     isolate: bool | None = None,
     say: Callable[[str], None] = say_now,
@@ -119,6 +131,7 @@ def run_tract(
             `repetition_penalty`, `max_new_tokens`, `seed`, `max_attempts`.
         num_generations: Stage-two rows for each prompt.
         on_failure: What happens to rationales that never reach the marker: see CoTSelfDistill.
+        keep_annotated: Stage two on annotated and self-written rationales, not on the latter alone.
         batch_size: Prompts generated at once.
         isolate: Run each step in a process of its own; by default on a GPU.
         say: Prints the headings.
@@ -136,6 +149,7 @@ def run_tract(
         "generation": generation,
         "num_generations": num_generations,
         "on_failure": on_failure,
+        "keep_annotated": keep_annotated,
     }
     run = Run(directory, settings, isolate=isolate, total=7, say=say)
     train_file, eval_file = directory / "train.jsonl", directory / "eval.jsonl"
@@ -168,7 +182,12 @@ def run_tract(
         str(directory / "stage1"),
         str(train_file),
         str(directory / "self-generated"),
-        {**generation, "num_generations": num_generations, "on_failure": on_failure},
+        {
+            **generation,
+            "num_generations": num_generations,
+            "on_failure": on_failure,
+            "keep_annotated": keep_annotated,
+        },
         batch_size,
     )
     run.step("distill", "Self-generation: the stage-one model writes its own rationales", distill)
@@ -198,12 +217,14 @@ def summarise(directory: Path, judged: Mapping[str, str], seconds: dict[str, flo
     """Agreement of each judge with the gold scores; `judged` maps its name to its folder of judgements."""
     reports: dict[str, ScoreReport] = {}
     mass: dict[str, float | None] = {}
+    errors: dict[str, dict[str, int]] = {}
     for name, folder in judged.items():
         judgements = read_judgements(directory / folder)
         groups = [str(record.get("group", i)) for i, record in enumerate(judgements["records"])]
         reports[name] = score_report(judgements["score"], judgements["reference"], groups=groups)
         mass[name] = mean_grid_mass(judgements)
-    return RunResult(directory / "tract", reports, mass, seconds)
+        errors[name] = count_errors(judgements["records"])
+    return RunResult(directory / "tract", reports, mass, errors, seconds)
 
 
 def write_report(directory: Path, result: RunResult) -> None:
@@ -212,7 +233,7 @@ def write_report(directory: Path, result: RunResult) -> None:
         directory / "report.json",
         {
             "judges": {
-                name: {**report.to_dict(), "grid_mass": result.grid_mass[name]}
+                name: {**report.to_dict(), "grid_mass": result.grid_mass[name], "errors": result.errors[name]}
                 for name, report in result.reports.items()
             },
             "seconds": result.seconds,

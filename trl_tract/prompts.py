@@ -102,6 +102,49 @@ def locate_score(completion: str, marker: str, score_texts: Sequence[str]) -> Sc
     marker_start = completion.rfind(marker)
     if marker_start < 0:
         raise ScoreNotFoundError("no marker", f"the completion does not hold the marker {marker!r}")
+    span = _span_at(completion, marker_start, marker, score_texts)
+    others = [found for found in _NUMBER.findall(completion[span.end :]) if found in score_texts]
+    if others:
+        raise ScoreNotFoundError(
+            "two scores", f"score {span.text!r} is followed by another one: {completion[span.start :][:60]!r}"
+        )
+    earlier = _earlier_score(completion[:marker_start], marker, score_texts)
+    if earlier is not None:
+        raise ScoreNotFoundError(
+            "two scores",
+            f"the completion holds {marker!r} with a score twice: {earlier!r} and {span.text!r}. If both are meant, "
+            "give one gold score for each in a column `scores`",
+        )
+    return span
+
+
+def locate_scores(completion: str, marker: str, score_texts: Sequence[str], count: int) -> tuple[ScoreSpan, ...]:
+    """Find the scores of a completion that has several, one behind each marker, in their order.
+
+    Args:
+        completion: For each aspect of the rubric a rationale, the marker and a score.
+        marker: Text that stands before every score.
+        score_texts: The admissible scores as they are written.
+        count: Scores there have to be.
+
+    Raises:
+        ScoreNotFoundError: A marker without an admissible score, or another number of markers than `count`.
+
+    Example:
+        >>> [span.text for span in locate_scores("Clear. [RESULT] 4 Rude. [RESULT] 1", "[RESULT]", ["1", "4"], 2)]
+        ['4', '1']
+    """
+    starts = [found.start() for found in re.finditer(re.escape(marker), completion)]
+    if len(starts) != count:
+        raise ScoreNotFoundError(
+            "number of scores",
+            f"the completion holds the marker {marker!r} {len(starts)} time(s), but `scores` has {count} gold score(s)",
+        )
+    return tuple(_span_at(completion, start, marker, score_texts) for start in starts)
+
+
+def _span_at(completion: str, marker_start: int, marker: str, score_texts: Sequence[str]) -> ScoreSpan:
+    """The score behind the marker that begins at `marker_start`."""
     after = completion[marker_start + len(marker) :]
     separator = after[: len(after) - len(after.lstrip())]
     tail = after.lstrip()
@@ -112,14 +155,6 @@ def locate_score(completion: str, marker: str, score_texts: Sequence[str]) -> Sc
         shown = tail if len(tail) <= 40 else tail[:40] + "…"
         raise ScoreNotFoundError(
             "not on the grid", f"{shown!r} follows the marker; the admissible scores are {', '.join(score_texts)}"
-        )
-    others = [found for found in _NUMBER.findall(tail[len(text) :]) if found in score_texts]
-    if others:
-        raise ScoreNotFoundError("two scores", f"score {text!r} is followed by another one: {tail[:60]!r}")
-    earlier = _earlier_score(completion[:marker_start], marker, score_texts)
-    if earlier is not None:
-        raise ScoreNotFoundError(
-            "two scores", f"the completion holds {marker!r} with a score twice: {earlier!r} and {text!r}"
         )
     start = marker_start + len(marker) + len(separator)
     rationale = completion[:marker_start]
@@ -160,6 +195,29 @@ def score_text(value: float) -> str:
     return str(int(value)) if float(value).is_integer() else repr(float(value))
 
 
+def annotator_scores(value: Any) -> list[float]:
+    """The scores behind a gold score: a number alone, or one for each annotator.
+
+    Raises:
+        ScoreNotFoundError: Not a number, NaN, infinite, or an empty list.
+
+    Example:
+        >>> annotator_scores(4), annotator_scores([3, 4])
+        ([4.0], [3.0, 4.0])
+    """
+    if isinstance(value, list | tuple):
+        if not value:
+            raise ScoreNotFoundError("no score", "the score is an empty list")
+        return [number for item in value for number in annotator_scores(item)]
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ScoreNotFoundError("not a number", f"the score is {value!r}, not a number") from None
+    if not math.isfinite(number):
+        raise ScoreNotFoundError("not a number", f"the score is {number}")
+    return [number]
+
+
 def gold_score(value: Any) -> float:
     """Read the gold score of a row: a number, or the mean of a list of them (one per annotator).
 
@@ -170,17 +228,8 @@ def gold_score(value: Any) -> float:
         >>> gold_score(4), gold_score([3, 4])
         (4.0, 3.5)
     """
-    if isinstance(value, list | tuple):
-        if not value:
-            raise ScoreNotFoundError("no score", "the score is an empty list")
-        return sum(gold_score(item) for item in value) / len(value)
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ScoreNotFoundError("not a number", f"the score is {value!r}, not a number") from None
-    if not math.isfinite(number):
-        raise ScoreNotFoundError("not a number", f"the score is {number}")
-    return number
+    scores = annotator_scores(value)
+    return sum(scores) / len(scores)
 
 
 RUBRIC_PROMPT = """\

@@ -1,4 +1,4 @@
-"""A row -> the text that is tokenised, its token ids, and the place of its score in both.
+"""A row -> the text that is tokenised, its token ids, and the place of its scores in both.
 
 Training and judging share these functions: a judge is asked with exactly the token prefix that a training row with the
 same rationale has before its score. Knows nothing of datasets or models.
@@ -12,40 +12,45 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length, is_conversational, maybe_convert_to_chatml
 
-from trl_tract.prompts import CompletionFormat, Prompt, Row, ScoreNotFoundError, locate_score
+from trl_tract.prompts import CompletionFormat, Prompt, Row, ScoreNotFoundError, ScoreSpan, locate_score, locate_scores
 from trl_tract.scores import ScoreGrid, tokens_covering
 
 
 @dataclass(frozen=True)
+class RenderedScore:
+    """A score as it is written, and its first character and one past its last in the row's text."""
+
+    text: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class RenderedRow:
-    """A row as the text that is tokenised, with its score found.
+    """A row as the text that is tokenised, with its scores found.
 
     Attributes:
         text: Prompt and completion, with the chat template's or the end-of-sequence text.
         prompt_text: The prompt alone, as the model is asked.
-        score_start: First character of the score in `text`.
-        score_end: One past the last.
-        score_text: The score as it is written.
-        format: Marker and the whitespace around it.
+        scores: Its scores in their order: one, or one for each entry of `scores`.
+        format: The last score's marker and the whitespace around it.
         add_special_tokens: Whether the tokenizer adds its own: True for plain text, False after a chat template.
     """
 
     text: str
     prompt_text: str
-    score_start: int
-    score_end: int
-    score_text: str
+    scores: tuple[RenderedScore, ...]
     format: CompletionFormat
     add_special_tokens: bool
 
 
 @dataclass(frozen=True)
 class TokenisedRow:
-    """A row's token ids, where its completion starts, and where its score stands."""
+    """A row's token ids, where its completion starts, and where its scores stand."""
 
     input_ids: list[int]
     prompt_length: int
-    score_index: int
+    score_indices: tuple[int, ...]
 
 
 def as_prompt_completion(row: Mapping[str, Any]) -> Row:
@@ -57,6 +62,16 @@ def as_prompt_completion(row: Mapping[str, Any]) -> Row:
     if not messages or messages[-1]["role"] != "assistant":
         raise ScoreNotFoundError("no completion", "the last message is not the assistant's")
     return {**rest, "prompt": messages[:-1], "completion": messages[-1:]}
+
+
+def without_rationale(row: Mapping[str, Any], marker: str, grid: ScoreGrid) -> Row:
+    """A prompt-completion row whose completion is marker and score alone."""
+    if row.get("scores") is not None:
+        raise ScoreNotFoundError("several scores", "a completion with several `scores` needs what stands between them")
+    content = completion_text(row.get("completion"))
+    start = content[: len(content) - len(content.lstrip())]
+    bare = start + content[locate_score(content, marker, grid.texts).marker_start :]
+    return {**row, **with_completion(row["prompt"], bare)}
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **template: Any) -> tuple[str, bool]:
@@ -80,8 +95,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
 def render_row(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], marker: str, grid: ScoreGrid) -> RenderedRow:
     """Write a prompt-completion row as text, as SFTTrainer would, and find its score.
 
+    A row with a list of gold `scores` has one score behind each marker; any other row has a single one.
+
     Raises:
-        ScoreNotFoundError: The completion has no score, or no single one.
+        ScoreNotFoundError: The completion has no score, or another number of them.
     """
     prompt, completion = row.get("prompt"), row.get("completion")
     if prompt is None:
@@ -102,24 +119,35 @@ def render_row(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], marke
         eos = tokenizer.eos_token or ""
         text += "" if text.endswith(eos) else eos
     content = completion_text(completion)
-    span = locate_score(content, marker, grid.texts)
-    # The template may strip or rewrite the rationale, so the marker and score are looked up in what it rendered, and
-    # only behind the prompt, which may hold a forged marker of its own.
-    written = content[span.marker_start : span.end]
-    rendered_from = common_prefix_length(before, text)
-    at = text.rfind(written, rendered_from)
-    if at < 0:
-        raise ScoreNotFoundError("rewritten", f"the chat template rewrites {written!r}, so the score cannot be found")
+    golds = row.get("scores")
+    if golds is None:
+        spans: tuple[ScoreSpan, ...] = (locate_score(content, marker, grid.texts),)
+    elif isinstance(golds, list | tuple) and golds:
+        spans = locate_scores(content, marker, grid.texts, len(golds))
+    else:
+        raise ScoreNotFoundError("not a list", f"`scores` is {golds!r}, not a list of gold scores in their order")
+    # The template may strip or rewrite the rationale, so markers and scores are looked up in what it rendered, last
+    # one first, and only behind the prompt, which may hold a forged marker of its own.
+    rendered_from, rendered_to = common_prefix_length(before, text), len(text)
+    scores: list[RenderedScore] = []
+    for span in reversed(spans):
+        written = content[span.marker_start : span.end]
+        at = text.rfind(written, rendered_from, rendered_to)
+        if at < 0:
+            raise ScoreNotFoundError(
+                "rewritten", f"the chat template rewrites {written!r}, so the score cannot be found"
+            )
+        scores.insert(0, RenderedScore(span.text, at + span.start - span.marker_start, at + len(written)))
+        rendered_to = at
+    last = spans[-1]
     return RenderedRow(
         text=text,
         prompt_text=before,
-        score_start=at + span.start - span.marker_start,
-        score_end=at + len(written),
-        score_text=span.text,
+        scores=tuple(scores),
         format=CompletionFormat(
             marker,
-            lead=span.lead if content[: span.marker_start].strip() else " ",
-            separator=span.separator,
+            lead=last.lead if content[: last.marker_start].strip() else " ",
+            separator=last.separator,
             start=content[: len(content) - len(content.lstrip())],
         ),
         add_special_tokens=add_special_tokens,
@@ -147,7 +175,7 @@ def completion_text(completion: str | Sequence[Mapping[str, Any]] | None) -> str
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, rendered: RenderedRow, grid: ScoreGrid) -> TokenisedRow:
-    """Tokenise a rendered row once and find its score's token by the characters it covers.
+    """Tokenise a rendered row once and find the token of each score by the characters it covers.
 
     Raises:
         ScoreNotFoundError: The score is not the grid's token, because the row writes it in another way.
@@ -158,16 +186,19 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, rendered: RenderedRow, grid: Sc
     asked = tokenizer(rendered.prompt_text, add_special_tokens=special)["input_ids"]
     # Some templates render the prompt differently when it stands alone: like SFTTrainer, train where they diverge.
     prompt_length = common_prefix_length(asked, ids)
-    covering = tokens_covering(encoded["offset_mapping"], rendered.score_start, rendered.score_end)
-    expected = grid.token_ids[grid.texts.index(rendered.score_text)]
-    if len(covering) != 1 or ids[covering[0]] != expected:
-        found = tokenizer.convert_ids_to_tokens([ids[i] for i in covering])
-        raise ScoreNotFoundError(
-            "other tokens",
-            f"score {rendered.score_text!r} is the token(s) {found} here and "
-            f"{tokenizer.convert_ids_to_tokens(expected)!r} in the first row: write marker and score alike in all rows",
-        )
-    return TokenisedRow(ids, prompt_length, covering[0])
+    indices = []
+    for score in rendered.scores:
+        covering = tokens_covering(encoded["offset_mapping"], score.start, score.end)
+        expected = grid.token_ids[grid.texts.index(score.text)]
+        if len(covering) != 1 or ids[covering[0]] != expected:
+            found = tokenizer.convert_ids_to_tokens([ids[i] for i in covering])
+            raise ScoreNotFoundError(
+                "other tokens",
+                f"score {score.text!r} is the token(s) {found} here and {tokenizer.convert_ids_to_tokens(expected)!r} "
+                "in the first row: write marker and score alike in all rows",
+            )
+        indices.append(covering[0])
+    return TokenisedRow(ids, prompt_length, tuple(indices))
 
 
 def resolve_grid(
@@ -180,13 +211,50 @@ def resolve_grid(
             "tokenizer of this model"
         )
     rendered = render_row(tokenizer, row, marker, grid)
+    first = rendered.scores[0]
     resolved = grid.resolve(
         tokenizer,
-        rendered.text[: rendered.score_start],
-        rendered.text[rendered.score_end :],
+        rendered.text[: first.start],
+        rendered.text[first.end :],
         add_special_tokens=rendered.add_special_tokens,
     )
     return resolved, rendered.format
+
+
+# Tokens around a score that are read back as text: enough to hold the marker and what decides the score's token.
+_WINDOW = 24
+
+
+def resolve_grid_from_ids(
+    tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], score_index: int, marker: str, grid: ScoreGrid
+) -> tuple[ScoreGrid, CompletionFormat]:
+    """Like `resolve_grid`, for a row that came as tokens: the text around its score is read back from them.
+
+    Raises:
+        ScoreNotFoundError: There is no admissible score at `score_index`, or no marker before it.
+    """
+    start = max(0, score_index - _WINDOW)
+    window = str(tokenizer.decode(input_ids[start : score_index + 1], clean_up_tokenization_spaces=False))
+    text = next((text for text in sorted(grid.texts, key=len, reverse=True) if window.endswith(text)), None)
+    token = tokenizer.convert_ids_to_tokens(input_ids[score_index])
+    if text is None:
+        raise ScoreNotFoundError(
+            "other tokens",
+            f"score_labels marks token {score_index} ({token!r}), which is none of the scores {', '.join(grid.texts)}",
+        )
+    before = window[: -len(text)]
+    unspaced = before.rstrip()
+    if not unspaced.endswith(marker):
+        raise ScoreNotFoundError(
+            "no marker", f"token {score_index} is the score {text!r}, but {before[-40:]!r} stands before it"
+        )
+    after = str(tokenizer.decode(input_ids[score_index + 1 : score_index + 5], clean_up_tokenization_spaces=False))
+    resolved = grid.resolve(tokenizer, before, after)
+    if resolved.token_ids[grid.texts.index(text)] != input_ids[score_index]:
+        raise ScoreNotFoundError("other tokens", f"this tokenizer does not write the score {text!r} as {token!r}")
+    rationale = unspaced[: -len(marker)]
+    lead = rationale[len(rationale.rstrip()) :] if rationale.strip() else " "
+    return resolved, CompletionFormat(marker, lead=lead, separator=before[len(unspaced) :])
 
 
 def score_prefix_ids(
@@ -204,4 +272,4 @@ def score_prefix_ids(
     completion = completion_format.join(rationale, grid.texts[0])
     rendered = render_row(tokenizer, with_completion(prompt, completion), completion_format.marker, grid)
     tokens = tokenise(tokenizer, rendered, grid)
-    return tokens.input_ids[: tokens.score_index]
+    return tokens.input_ids[: tokens.score_indices[-1]]

@@ -1,4 +1,4 @@
-"""The score rows: grid-token probabilities at the score positions, computed inside the model's own forward pass.
+"""The score rows: grid-token log-probabilities at the score positions, computed inside the model's own forward pass.
 
 Inside, because under FSDP2 and ZeRO-3 the head's weight is whole only there. Knows nothing of losses or datasets.
 """
@@ -13,18 +13,18 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from trl_tract.losses import grid_probs
+from trl_tract.losses import grid_logprobs
 
 
 def add_score_head(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
-    """Let `model(..., score_positions=mask)` also return `score_probs`, at the cost of the S score rows alone.
+    """Let `model(..., score_positions=mask)` also return `score_logprobs`, at the cost of the S score rows alone.
 
-    `score_positions`, bool `(B, L - 1)`, is True where the next token is a score; `score_probs`, float32 `(S, K)`,
-    holds the grid's probabilities there, in row-major order of the mask. Calls without `score_positions` are left as
-    they were.
+    `score_positions`, bool `(B, L - 1)`, is True where the next token is a score; `score_logprobs`, float32 `(S, K)`,
+    holds the grid's log-probabilities there, nats, in row-major order of the mask. Calls without `score_positions` are
+    left as they were.
 
     Whatever forward the model has at this time is wrapped, TRL's fused LM head included, and no second forward pass is
-    made: a hook keeps the backbone's last hidden state.
+    made: a hook takes the score rows from the backbone's last hidden state.
 
     Args:
         model: Causal language model, without its PEFT wrapper.
@@ -38,7 +38,7 @@ def add_score_head(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
     def forward(self: Any, *args: Any, score_positions: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if score_positions is None:
             return inner_forward(*args, **kwargs)
-        hidden_states: list[torch.Tensor] = []
+        score_logprobs: list[torch.Tensor] = []
         labels = kwargs.get("labels")
         kept = None
         if kwargs.get("fused_lm_head") and labels is not None and labels.device.type == "cpu":
@@ -47,22 +47,25 @@ def add_score_head(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
             kept[0, 0] |= ~kept.any()
             kwargs["labels"], kwargs["shift_labels"] = None, labels[:, 1:][kept][None]
 
-        def keep_hidden_states(module: Any, inputs: Any, output: Any) -> Any:
-            hidden_states.append(output.last_hidden_state)
+        # Before the fused head, so that autograd reaches it afterwards: else its gradient of the head's weight, (V, H),
+        # would be alive beside the fused head's tiles, at the peak of the step.
+        def score_first(module: Any, inputs: Any, output: Any) -> Any:
+            hidden_states = output.last_hidden_state  # (B, L, H)
+            rows = hidden_states[:, :-1][score_positions.to(hidden_states.device)]  # (S, H)
+            logits = transform(_apply_head(self.get_output_embeddings(), rows))  # (S, V)
+            score_logprobs.append(grid_logprobs(logits, token_ids))
             if kept is not None:
-                output.last_hidden_state = output.last_hidden_state[:, :-1][kept][None]  # (1, N, H)
+                output.last_hidden_state = hidden_states[:, :-1][kept][None]  # (1, N, H)
             return output
 
         # Backbone and head are looked up at each call: PEFT and FSDP replace modules after this function has run.
-        hook = self.base_model.register_forward_hook(keep_hidden_states)
+        hook = self.base_model.register_forward_hook(score_first)
         try:
             outputs = inner_forward(*args, **kwargs)
         finally:
             hook.remove()
-        rows = hidden_states[0][:, :-1][score_positions.to(hidden_states[0].device)]  # (S, H)
-        logits = transform(_apply_head(self.get_output_embeddings(), rows))  # (S, V)
         output_type: Any = type(outputs)
-        return _with_score_probs(output_type)(**outputs, score_probs=grid_probs(logits, token_ids))
+        return _with_score_logprobs(output_type)(**outputs, score_logprobs=score_logprobs[0])
 
     model.forward = types.MethodType(forward, model)
 
@@ -109,7 +112,7 @@ def logit_transform(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Te
 
 
 @functools.cache
-def _with_score_probs(output_type: Any) -> Any:
-    """A ModelOutput class with a declared `score_probs`: DDP and FSDP rebuild outputs from their declared fields."""
-    fields = [("score_probs", torch.Tensor | None, field(default=None))]
+def _with_score_logprobs(output_type: Any) -> Any:
+    """A ModelOutput class with a declared `score_logprobs`: DDP and FSDP rebuild outputs from their declared fields."""
+    fields = [("score_logprobs", torch.Tensor | None, field(default=None))]
     return make_dataclass(f"{output_type.__name__}WithScores", fields, bases=(output_type,))

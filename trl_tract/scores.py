@@ -3,6 +3,7 @@
 Knows tokenizers, because a score has to be one token where it stands; knows nothing of models or training.
 """
 
+import bisect
 import itertools
 import math
 from collections.abc import Sequence
@@ -114,6 +115,28 @@ def tokens_covering(offsets: Sequence[tuple[int, int]], start: int, end: int) ->
         [2]
     """
     return [i for i, (first, last) in enumerate(offsets) if first < end and last > start and first < last]
+
+
+def annotator_shares(scores: Sequence[float], values: Sequence[float]) -> list[float]:
+    """The annotators' histogram on the grid: the share of them at each value, summing to 1.
+
+    A score between two values counts for both, the nearer one more, so the histogram's mean is the annotators' mean.
+
+    Args:
+        scores: One score for each annotator, within the grid's range, rubric units.
+        values: Grid values, increasing, `K` of them, rubric units.
+
+    Example:
+        >>> annotator_shares([1, 3, 2.5], [1, 2, 3])
+        [0.3333333333333333, 0.16666666666666666, 0.5]
+    """
+    shares = [0.0] * len(values)
+    for score in scores:
+        upper = min(max(bisect.bisect_right(values, score), 1), len(values) - 1)
+        part = (score - values[upper - 1]) / (values[upper] - values[upper - 1])
+        shares[upper - 1] += (1 - part) / len(scores)
+        shares[upper] += part / len(scores)
+    return shares
 
 
 def expected_score(probs: torch.Tensor, values: torch.Tensor, *, normalize: bool = False) -> torch.Tensor:

@@ -6,6 +6,8 @@ GPU memory is not given back inside a process, so on a GPU every step gets one.
 import json
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,10 +16,10 @@ import numpy as np
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_tract.backends import TransformersBackend
+from trl_tract.checkpoints import last_complete_checkpoint
 from trl_tract.config import TRACTConfig
 from trl_tract.distill import CoTSelfDistill
 from trl_tract.journal import Journal, digest, guard, read_jsonl, write_json
@@ -65,8 +67,7 @@ class TrainStep:
             peft_config=get_peft_config(model_args),
             quantization_config=get_quantization_config(model_args),
         )
-        checkpoint = get_last_checkpoint(self.output_dir) if Path(self.output_dir).is_dir() else None
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint(self.output_dir) is not None)
         trainer.save_model()
         trainer.save_state()
         trainer.create_model_card()
@@ -191,6 +192,11 @@ def mean_grid_mass(judgements: dict[str, Any]) -> float | None:
     """Mean probability on the grid over the items that have a score; None if none has."""
     scored = judgements["grid_mass"][np.isfinite(judgements["grid_mass"])]
     return float(scored.mean()) if len(scored) else None
+
+
+def count_errors(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Why judgements have no score, and how many of them for that reason, commonest first."""
+    return dict(Counter(record["error"] for record in records if record["error"]).most_common())
 
 
 def _dataset(path: str) -> Dataset:

@@ -1,6 +1,6 @@
 """TRACTTrainer: what SFTTrainer does differently for TRACT, and nothing else. Knows nothing of generation."""
 
-import itertools
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,25 +9,32 @@ from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from transformers.utils import logging
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names, pack_dataset
 
 from trl_tract.card import write_model_card
+from trl_tract.checkpoints import last_complete_checkpoint
 from trl_tract.config import TRACTConfig
-from trl_tract.data import MODEL_COLUMNS, RowEncoder, ScoreCollator, check_columns, prepare_rows
+from trl_tract.data import (
+    MODEL_COLUMNS,
+    RowEncoder,
+    ScoreCollator,
+    TokenisedRowEncoder,
+    annotator_columns,
+    check_columns,
+    find_grid,
+    prepare_rows,
+)
+from trl_tract.early_warnings import EarlyWarnings
 from trl_tract.judge_config import JudgeConfig
-from trl_tract.losses import raft_squared_error
-from trl_tract.metrics import pearson, rmse, spearman
-from trl_tract.prompts import ScoreNotFoundError
-from trl_tract.rendering import as_prompt_completion, resolve_grid
+from trl_tract.losses import annotator_cross_entropy, raft_squared_error
 from trl_tract.score_head import add_score_head
+from trl_tract.score_metrics import ScoreMetrics
 from trl_tract.scores import ScoreGrid, expected_score
 
 logger = logging.get_logger(__name__)
-
-_SUMS = ["nll", "tokens", "squared_error", "absolute_error", "expected", "grid_mass", "scores"]
 
 
 class TRACTTrainer(SFTTrainer):
@@ -42,8 +49,10 @@ class TRACTTrainer(SFTTrainer):
         model: Model id, directory, or loaded model, as for SFTTrainer.
         args: TRACTConfig; a plain SFTConfig or TrainingArguments is taken over field by field.
         data_collator: Has to pass `score_labels` on; leave it out for the default.
-        train_dataset: Rows of `prompt`, `completion` and, if it is not the one in the completion, `score`; or
-            `messages`, the last assistant turn being the completion.
+        train_dataset: Rows of `prompt`, `completion` and, if it is not the one in the completion, `score` (a list has
+            one score for each annotator); or `messages`, the last assistant turn being the completion. A completion
+            with several scores has a list of gold `scores` instead. Or tokenised: `input_ids`, `labels` and
+            `score_labels`.
         eval_dataset: Likewise, or a dict of datasets.
         processing_class: Tokenizer; it must be a fast one.
         **kwargs: Every other argument of SFTTrainer.
@@ -97,6 +106,8 @@ class TRACTTrainer(SFTTrainer):
             raise ValueError("the train dataset is empty")
         self.score_grid = ScoreGrid.from_values(args.score_values)
         self.judge_config: JudgeConfig | None = None
+        annotators = annotator_columns(self.score_grid) if args.annotator_loss != "none" else []
+        self._columns = [*MODEL_COLUMNS, *annotators]
         super().__init__(
             model=model,
             args=args,
@@ -113,13 +124,13 @@ class TRACTTrainer(SFTTrainer):
             raise ValueError("context and sequence parallelism cut a rationale from its score: set both sizes to 1")
         if data_collator is None:
             # SFTTrainer refuses a custom collator with padding-free batches, so its own is replaced afterwards.
-            self.data_collator = ScoreCollator(**vars(self.data_collator))
+            self.data_collator = ScoreCollator(**vars(self.data_collator), annotator_columns=self._columns[3:])
         self._values = torch.tensor(self.score_grid.values, device=self.accelerator.device)
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         add_score_head(base, self.score_grid.token_ids)
         self._num_scores: torch.Tensor | None = None
-        self._score_sums = {mode: torch.zeros(len(_SUMS)) for mode in ("train", "eval")}
-        self._eval_scores: list[torch.Tensor] = []
+        self._score_metrics = {mode: ScoreMetrics(self.accelerator) for mode in ("train", "eval")}
+        self._early_warnings = EarlyWarnings(self.args)
 
     def _prepare_dataset(
         self,
@@ -133,15 +144,22 @@ class TRACTTrainer(SFTTrainer):
         if isinstance(dataset, Dataset) and len(dataset) == 0:
             raise ValueError(f"the {dataset_name} dataset is empty")
         columns = get_dataset_column_names(dataset)
-        if "input_ids" in columns and not self.score_grid.token_ids:
-            raise ValueError(
-                f"the {dataset_name} dataset is tokenised (columns: {', '.join(sorted(columns))}), so the scores' "
-                "tokens cannot be looked up in its text. Pass rows of text, with `prompt` and `completion`"
+        check_columns(columns, self._columns, dataset_name)
+        if self.judge_config is None:
+            grid, completion_format, num_scores = find_grid(
+                self._tokenizer, dataset, args.score_marker, self.score_grid
             )
-        check_columns(columns, dataset_name)
-        if "input_ids" not in columns:
-            if self.judge_config is None:
-                self._resolve_scores(dataset, args)
+            self.score_grid = grid
+            self.judge_config = JudgeConfig(
+                grid, completion_format, args.normalize_grid, num_scores, writes_rationale=not args.drop_rationale
+            )
+        if "seq_lengths" in columns:
+            return dataset  # prepared and packed before
+        annotators = args.annotator_loss != "none"
+        encoder: RowEncoder | TokenisedRowEncoder
+        if "input_ids" in columns:
+            encoder = TokenisedRowEncoder(self.score_grid, args.max_length, annotators)
+        else:
             encoder = RowEncoder(
                 tokenizer=self._tokenizer,
                 grid=self.score_grid,
@@ -149,52 +167,30 @@ class TRACTTrainer(SFTTrainer):
                 max_length=args.max_length,
                 completion_only=self.completion_only_loss or "prompt" not in columns,
                 score_in_ce=args.score_in_ce,
+                annotators=annotators,
+                drop_rationale=args.drop_rationale,
             )
-            with PartialState().main_process_first():
-                dataset = prepare_rows(
-                    dataset,
-                    encoder,
-                    invalid_rows=args.invalid_rows,
-                    num_proc=args.dataset_num_proc,
-                    dataset_name=dataset_name,
-                    warn=logger.warning,
-                )
+        with PartialState().main_process_first():
+            dataset = prepare_rows(
+                dataset,
+                encoder,
+                invalid_rows=args.invalid_rows,
+                num_proc=args.dataset_num_proc,
+                dataset_name=dataset_name,
+                warn=logger.warning,
+            )
         if args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)
         if packing:
             # SFTTrainer's own packing keeps `input_ids` and `labels` alone.
-            dataset = pack_dataset(dataset.select_columns(MODEL_COLUMNS), args.max_length, args.packing_strategy)
+            dataset = pack_dataset(dataset.select_columns(self._columns), args.max_length, args.packing_strategy)
             if args.shuffle_dataset:
                 dataset = dataset.shuffle(seed=args.seed)
         return dataset
 
-    def _resolve_scores(self, dataset: Dataset | IterableDataset, args: TRACTConfig) -> None:
-        """Find the grid's tokens and the rows' way of writing a score in the first row that has one."""
-        problem: ValueError | None = None
-        looked_at = 0
-        for row in itertools.islice(dataset, 1000):
-            looked_at += 1
-            try:
-                grid, completion_format = resolve_grid(
-                    self._tokenizer, as_prompt_completion(row), args.score_marker, self.score_grid
-                )
-            except ScoreNotFoundError as error:
-                problem = problem or error
-                continue
-            self.score_grid = grid
-            self.judge_config = JudgeConfig(grid, completion_format, args.normalize_grid)
-            return
-        scores = ", ".join(self.score_grid.texts)
-        raise ValueError(
-            f"none of the first {looked_at} rows has a score that can be found. Row 0: {problem}. Write every "
-            f"completion as '<rationale> {args.score_marker} <score>', with a score of {scores}; another marker or "
-            "grid is set by score_marker and score_values"
-        )
-
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "score_labels" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, "score_labels"]
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self._columns]))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -219,6 +215,7 @@ class TRACTTrainer(SFTTrainer):
         inputs = dict(inputs)
         score_positions = _score_mask(inputs)  # (B, L - 1), aligned with the shifted labels
         gold = inputs.pop("score_labels")[:, 1:][score_positions]  # (S,)
+        annotators = inputs.pop("annotator_labels", None)  # (B, L, K)
         forwards: list[Any] = []
 
         def recorded(**kwargs: Any) -> Any:
@@ -230,87 +227,95 @@ class TRACTTrainer(SFTTrainer):
         )
         rationale_loss, outputs = result if return_outputs else (result, None)
 
-        probs = forwards[0].score_probs  # (S, K); later forwards, if any, only feed metrics
-        squared_error = raft_squared_error(probs, gold, self._values, normalize=self.args.normalize_grid)
+        logprobs = forwards[0].score_logprobs  # (S, K); later forwards, if any, only feed metrics
+        expected = expected_score(logprobs.exp(), self._values, normalize=self.args.normalize_grid)
+        squared_error = raft_squared_error(expected, gold)
+        score_term = self.args.raft_weight * squared_error.sum()
+        annotator_loss = None
+        if annotators is not None:
+            annotator_loss = annotator_cross_entropy(logprobs, annotators[:, 1:][score_positions])
+            score_term = score_term + self.args.annotator_weight * annotator_loss.sum()
         if num_items_in_batch is None:
-            score_loss = squared_error.sum() / max(len(gold), 1)
+            score_term = score_term / max(len(gold), 1)
         else:
-            score_loss = squared_error.sum() / self._num_scores.clamp(min=1)  # type: ignore[union-attr]
+            score_term = score_term / self._num_scores.clamp(min=1)  # type: ignore[union-attr]
             if self.args.average_tokens_across_devices:
                 # The count covers every rank, and DDP averages the gradients over ranks: like SFTTrainer's own term.
-                score_loss = score_loss * (self.accelerator.num_processes // self.get_tp_size())
-        self._record(forwards, inputs, probs.detach(), gold, squared_error.detach(), score_positions)
-        loss = self.args.rationale_weight * rationale_loss + self.args.raft_weight * score_loss
-        return (loss, outputs) if return_outputs else loss
+                score_term = score_term * (self.accelerator.num_processes // self.get_tp_size())
 
-    @torch.no_grad()
-    def _record(
-        self,
-        forwards: list[Any],
-        inputs: dict[str, Any],
-        probs: torch.Tensor,
-        gold: torch.Tensor,
-        squared_error: torch.Tensor,
-        score_positions: torch.Tensor,
-    ) -> None:
-        """Add this batch to the sums behind the logged means, on all ranks, without waiting for the device."""
         mode = "train" if self.model.training else "eval"
-        expected = expected_score(probs, self._values, normalize=self.args.normalize_grid)
         fused = next(outputs for outputs in forwards if "log_probs" in outputs)
-        sums = torch.stack(
-            [
-                -fused.log_probs.sum(),
-                fused.label_mask.sum(),
-                squared_error.sum(),
-                (expected - gold).abs().sum(),
-                expected.sum(),
-                probs.sum(),
-                torch.tensor(float(len(gold)), device=gold.device),
-            ]
-        ).double()
-        self._score_sums[mode] = self._score_sums[mode].to(sums.device) + self.accelerator.reduce(sums, "sum")
+        self._score_metrics[mode].add(fused, expected, gold, squared_error, logprobs, annotator_loss)
         if mode == "eval":
-            # Scores as (B, L - 1) rows, so that what the sampler repeats to fill the last batch can be left out.
-            table = torch.full((2, *score_positions.shape), torch.nan, device=gold.device)
-            table[:, score_positions] = torch.stack([expected, gold])
-            table = self.accelerator.pad_across_processes(table.transpose(0, 1), dim=2, pad_index=torch.nan)
-            pairs = self.accelerator.gather_for_metrics(table).transpose(0, 1).flatten(1)
-            self._eval_scores.append(pairs[:, pairs[1].isfinite()].cpu())
+            self._score_metrics[mode].add_pairs(expected, gold, score_positions)
+        loss = self.args.rationale_weight * rationale_loss + score_term
+        if self.aux_loss_enabled and self.args.rationale_weight != 1:
+            # TRL's loss holds the experts' balancing loss, which is no part of the rationale: keep it whole.
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + (1 - self.args.rationale_weight) * self.router_aux_loss_coef * fused.aux_loss / steps
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log TRACT's means beside TRL's own; those of an evaluation come with its other metrics."""
         if self.model.training:
-            logs.update(self._score_means("train"))
+            means = self._score_metrics["train"].means()
+            for warning in self._early_warnings.after_log(means, self.state.global_step):
+                logger.warning(warning)
+            logs.update(self._shown(means))
         super().log(logs, start_time)
 
+    def _shown(self, means: dict[str, float]) -> dict[str, float]:
+        hidden = ("spread/", "loss/annotators" if self.args.annotator_loss == "none" else "spread/")
+        return {name: value for name, value in means.items() if not name.startswith(hidden)}
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end."""
+        for warning in self._early_warnings.at_start():
+            logger.warning(warning)
+        if resume_from_checkpoint is True:
+            checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                raise ValueError(f"no complete checkpoint in {self.args.output_dir}: train without resuming")
+            resume_from_checkpoint = str(checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Add the means and, over the whole evaluation set, the correlations: S numbers, never logits."""
-        self._eval_scores.clear()
-        self._score_sums["eval"].zero_()
+        """Add the means and, over the whole evaluation set, the correlations and the predictions."""
+        seen = self._score_metrics["eval"]
+        seen.clear()
+        if self.compute_metrics is None:
+            kwargs["prediction_loss_only"] = True  # or logits would be gathered, which nobody asked for
         output = super().evaluation_loop(*args, **kwargs)
-        values = self._score_means("eval")
-        if self._eval_scores:
-            expected, gold = torch.cat(self._eval_scores, dim=1).double().numpy()
-            values["score/pearson"] = pearson(expected, gold)
-            values["score/spearman"] = spearman(expected, gold)
-            values["score/rmse"] = rmse(expected, gold)
         prefix = kwargs.get("metric_key_prefix", "eval")
+        values = {**self._shown(seen.means()), **seen.correlations()}
         output.metrics.update({f"{prefix}_{name}": value for name, value in values.items()})
+        if seen.pairs and self.compute_metrics is None:
+            expected, gold = seen.predictions()
+            output = output._replace(predictions=expected, label_ids=gold)
         return output
 
-    def _score_means(self, mode: str) -> dict[str, float]:
-        """The means since the last call, by the names under which they are logged; none where no score was seen."""
-        sums = dict(zip(_SUMS, self._score_sums[mode].tolist(), strict=True))
-        self._score_sums[mode].zero_()
-        if not sums["scores"]:
-            return {}
-        return {
-            "loss/rationale": sums["nll"] / max(sums["tokens"], 1),
-            "loss/score": sums["squared_error"] / sums["scores"],
-            "score/expected": sums["expected"] / sums["scores"],
-            "score/mae": sums["absolute_error"] / sums["scores"],
-            "score/grid_mass": sums["grid_mass"] / sums["scores"],
-        }
+    def predict(
+        self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Expected scores of new rows, given their rationales.
+
+        Args:
+            test_dataset: Rows as for training, not packed.
+            ignore_keys: As for Trainer.
+            metric_key_prefix: Put before the names of the metrics.
+
+        Returns:
+            `predictions`: expected scores in rubric units, in the rows' order, `(n,)`; `label_ids`: gold scores,
+            `(n,)`; `metrics`: as from `evaluate`.
+
+        Raises:
+            ValueError: A row whose score cannot be found, whatever `invalid_rows` is: a prediction less would shift
+                the others.
+        """
+        args = copy.copy(self.args)
+        args.invalid_rows, args.shuffle_dataset = "raise", False
+        rows = self._prepare_dataset(test_dataset, self.processing_class, args, False, None, "test")
+        return super().predict(rows, ignore_keys, metric_key_prefix)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, and beside it `tract_config.json`, from which a judge reads grid and marker."""

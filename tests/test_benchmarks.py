@@ -1,0 +1,80 @@
+"""The benchmarks in `examples/benchmarks` run, measure what they say, and end with a line of JSON."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
+
+
+@pytest.fixture
+def step_cost(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import step_cost
+
+    yield step_cost
+    # A folder of scripts: its names should not stay importable.
+    for name in ("step_cost", "contenders"):
+        sys.modules.pop(name, None)
+
+
+def test_peak_bytes_counts_what_was_live_at_once(step_cost):
+    def step():
+        first = torch.empty(1000)  # 4000 bytes
+        del first
+        second, third = torch.empty(500), torch.empty(750)  # 2000 + 3000 bytes, together
+        return second, third
+
+    assert step_cost.peak_bytes(step, "cpu") == 5000
+
+
+@pytest.fixture
+def smoke(step_cost, capsys):
+    step_cost.main(["--smoke", "--device", "cpu"])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_smoke_ends_with_a_table_and_json(smoke):
+    result = json.loads(smoke[-1])
+    assert result["benchmark"] == "step_cost"
+    assert {"torch", "transformers", "trl", "trl_tract"} <= result["versions"].keys()
+    assert result["device"]
+    assert result["arguments"]["rounds"] == 3
+    assert [line.split(" | ")[0] for line in smoke[2:-1]] == ["| 512", "| 2048"]
+    for row in result["rows"]:
+        # 2 rows of 48 tokens: a quarter is completion (12), whose score has no label.
+        assert (row["tokens"], row["labelled_tokens"], row["scores"], row["rounds"]) == (96, 22, 2, 3)
+        assert row["score_rows_bytes"] == 2 * row["vocab"] * 4
+        assert set(row["peak_bytes"]) == set(row["seconds"]) == {"sft", "tract", "full"}
+        assert row["tract_over_sft"]["min"] <= row["tract_over_sft"]["median"] <= row["tract_over_sft"]["max"]
+        # The contender from full logits computes the same loss: else its cost would say nothing.
+        assert row["loss"]["full"] == pytest.approx(row["loss"]["tract"], rel=1e-5)
+
+
+def test_same_positions_gives_both_heads_the_same_labels(step_cost, tmp_path):
+    from contenders import Cell, make_contenders
+
+    sizes = {"shape": "tiny", "vocab": 512, "length": 48, "batch": 2, "completion_share": 0.25}
+    cell = Cell(**sizes, tied=True, checkpointing=True, same_positions=True, device="cpu", dtype="float32")
+    # 12 tokens a row: rationale, marker, score and end.
+    assert make_contenders(cell, str(tmp_path)).labelled_tokens == 24
+
+
+def test_full_logits_that_do_not_fit_are_left_out_by_name(step_cost, monkeypatch, capsys):
+    monkeypatch.setattr(step_cost, "free_bytes", lambda device: 2**20)
+    step_cost.main(["--smoke", "--device", "cpu"])
+    printed = capsys.readouterr().out.splitlines()
+    # 1.1 x 3 x 96 positions x 2048 tokens x 4 bytes = 2.6 MB, and 0.9 of 1 MiB may be used.
+    small, large = json.loads(printed[-1])["rows"]
+    assert "full_over_tract" in small
+    assert "full_over_tract" not in large
+    assert large["full_left_out"] == "needs 0.0 GiB, free 0.0 GiB"
+
+
+def test_a_saved_output_is_drawn_again(step_cost, smoke, tmp_path):
+    (tmp_path / "saved.txt").write_text("\n".join(smoke))
+    step_cost.main(["--replot", str(tmp_path / "saved.txt"), "--plot", str(tmp_path / "plot.png")])
+    assert (tmp_path / "plot.png").stat().st_size > 10_000

@@ -1,0 +1,151 @@
+"""A run that is killed, between checkpoints or while it writes one, ends where the run that was not killed ends.
+
+Run as a script, this file is the training that gets killed.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, make_rows, make_tokenizer, make_trainer
+from transformers import TrainerCallback
+
+from trl_tract.checkpoints import last_complete_checkpoint
+
+TOKENIZER = make_tokenizer()
+STEPS = 12
+FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+
+
+def trainer_of(output_dir: Path):
+    # Dropout would show a random state that was not restored, AdamW one that was not saved.
+    model = make_model(std=0.05)
+    model.config.attention_dropout = 0.1
+    return make_trainer(
+        output_dir,
+        make_rows(14),
+        model=model,
+        tokenizer=TOKENIZER,
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        optim="adamw_torch",
+        learning_rate=0.01,
+        lr_scheduler_type="cosine",
+        save_strategy="steps",
+        save_steps=2,
+        logging_strategy="steps",
+        logging_steps=1,
+    )
+
+
+def train_to_the_end(output_dir: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """Weights and log of a run that goes on from whatever is in the directory."""
+    trainer = trainer_of(output_dir)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir) is not None)
+    log = [{k: v for k, v in entry.items() if k in ("step", "loss/score", "score/expected", "loss/rationale")}
+           for entry in trainer.state.log_history if "loss/score" in entry]  # fmt: skip
+    return {k: v.clone() for k, v in trainer.model.state_dict().items()}, log
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return train_to_the_end(tmp_path_factory.mktemp("whole"))
+
+
+def assert_ends_alike(output_dir: Path, uninterrupted) -> None:
+    weights, log = train_to_the_end(output_dir)
+    assert [entry["step"] for entry in log] == list(range(1, STEPS + 1))
+    assert log == uninterrupted[1]  # every step's means, counts of scores and tokens included
+    for name, weight in uninterrupted[0].items():
+        assert torch.equal(weights[name], weight), name
+
+
+def killed_when(output_dir: Path, moment) -> None:
+    """Start the training in a process of its own and kill it as soon as `moment()` is true."""
+    process = subprocess.Popen([sys.executable, __file__, str(output_dir)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not moment():
+        assert process.poll() is None, "the training ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "file"), [(4, "model.safetensors"), (8, "optimizer.pt"), (4, "trainer_state.json")])
+def test_killed_while_a_checkpoint_is_written(tmp_path, uninterrupted, step, file):
+    killed_when(tmp_path, lambda: (tmp_path / f"checkpoint-{step}" / file).exists())
+    assert_ends_alike(tmp_path, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 7])
+def test_killed_between_checkpoints(tmp_path, uninterrupted, step):
+    killed_when(tmp_path, (tmp_path / f"step-{step}").exists)
+    assert_ends_alike(tmp_path, uninterrupted)
+
+
+# The same without processes: every state that a kill can leave, made by hand.
+
+
+@pytest.fixture(scope="module")
+def halfway(tmp_path_factory) -> Path:
+    """The run's directory as it is after 4 of its 12 steps."""
+    output = tmp_path_factory.mktemp("halfway")
+
+    class StopAtFour(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    trainer = trainer_of(output)
+    trainer.add_callback(StopAtFour())
+    trainer.train()
+    return output
+
+
+@pytest.mark.parametrize("kept", range(len(FILES) + 1))
+def test_a_checkpoint_that_lacks_a_file_is_passed_over(tmp_path, halfway, uninterrupted, kept):
+    shutil.copytree(halfway, tmp_path, dirs_exist_ok=True)
+    for file in FILES[kept:]:
+        (tmp_path / "checkpoint-4" / file).unlink()
+    wanted = "checkpoint-4" if kept == len(FILES) else "checkpoint-2"
+    assert last_complete_checkpoint(tmp_path).name == wanted
+    assert_ends_alike(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("state", ["", '{"global_step": 4, "log_hi', "[]"])
+def test_a_checkpoint_whose_state_is_cut_is_passed_over(tmp_path, state):
+    for step in (2, 4, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-12").mkdir()
+    assert last_complete_checkpoint(tmp_path).name == "checkpoint-4"
+
+
+def test_a_directory_without_checkpoints_has_none(tmp_path):
+    assert last_complete_checkpoint(tmp_path) is None
+    assert last_complete_checkpoint(tmp_path / "missing") is None
+
+
+def _train_and_tell(output_dir: Path) -> None:
+    class Tell(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            (output_dir / f"step-{state.global_step}").touch()
+
+    trainer = trainer_of(output_dir)
+    trainer.add_callback(Tell())
+    trainer.train()
+
+
+if __name__ == "__main__":
+    _train_and_tell(Path(sys.argv[1]))

@@ -1,0 +1,97 @@
+"""What goes wrong early in training and would otherwise be seen at its end: each said once, with its likely cause.
+
+Looks at logged means alone; knows nothing of models or the trainer.
+"""
+
+from collections.abc import Mapping
+
+from trl_tract.config import TRACTConfig
+
+PAPER_LEARNING_RATE = 1e-5
+# From here on the means are of a model that has moved: the first steps of any run look bad.
+FIRST_STEPS = 20
+LEAST_GRID_MASS = 0.01
+# Parts of the score range. Three log entries in a row, so that one of a few like scores does not count.
+LEAST_SPREAD, GOLD_SPREAD, STILL_FOR = 0.01, 0.1, 3
+
+
+class EarlyWarnings:
+    """Says what looks wrong, each thing once.
+
+    Args:
+        args: Of the trainer.
+
+    Example:
+        >>> EarlyWarnings(TRACTConfig("out", learning_rate=1e-2)).at_start()[0]
+        'learning_rate=0.01 is 1000 times the 1e-05 ...'
+    """
+
+    def __init__(self, args: TRACTConfig) -> None:
+        self.args = args
+        self._said: set[str] = set()
+        self._still = 0
+
+    def at_start(self) -> list[str]:
+        """What is wrong before the first step."""
+        times = self.args.learning_rate / PAPER_LEARNING_RATE
+        if times <= 100:
+            return []
+        return self._once(
+            "learning rate",
+            f"learning_rate={self.args.learning_rate:g} is {times:.0f} times the {PAPER_LEARNING_RATE:g} that TRACT's "
+            "authors used for LoRA on 7B models. Small models take more, but if loss/score stops falling or all scores "
+            "come out alike, this is the first thing to lower",
+        )
+
+    def after_log(self, means: Mapping[str, float], step: int) -> list[str]:
+        """What the means of one log entry show.
+
+        Args:
+            means: From `ScoreMetrics.means`.
+            step: Optimizer steps done.
+        """
+        if step < FIRST_STEPS or "score/grid_mass" not in means:
+            return []
+        said = []
+        if means["score/grid_mass"] < LEAST_GRID_MASS:
+            said += self._once(
+                "grid mass",
+                f"after {step} steps only {means['score/grid_mass']:.1e} of the probability at the score is on the "
+                f"grid, so expected scores are near 0. {self._mass_cause()}",
+            )
+        low, high = self.args.score_values[0], self.args.score_values[-1]
+        still = means["spread/expected"] < LEAST_SPREAD * (high - low)
+        varied = means["spread/gold"] > GOLD_SPREAD * (high - low)
+        self._still = self._still + 1 if still and varied else 0
+        if self._still >= STILL_FOR:
+            said += self._once(
+                "still",
+                f"after {step} steps the expected score is {means['score/expected']:.2f} for every row, while gold "
+                f"scores differ. {self._still_cause()}",
+            )
+        return said
+
+    def _mass_cause(self) -> str:
+        if self.args.normalize_grid and not self.args.score_in_ce:
+            return "normalize_grid=True leaves the mass untrained: set score_in_ce=True, or normalize_grid=False"
+        if self.args.raft_weight == 0 and not self.args.score_in_ce:
+            return "With raft_weight=0 and score_in_ce=False nothing trains the score: set one of them"
+        return (
+            "Likely the learning rate is too low, or the model's chat template or tokenizer is not the one it was "
+            "trained with"
+        )
+
+    def _still_cause(self) -> str:
+        if self.args.raft_weight == 0 and not self.args.score_in_ce:
+            return "With raft_weight=0 and score_in_ce=False nothing trains the score: set one of them"
+        return (
+            "Likely all its probability went to one score, where the squared error has no gradient: start again with "
+            "a lower learning_rate, or with score_in_ce=True. If it never moved at all, check that the trainable "
+            "parameters are the ones you meant"
+        )
+
+    def _once(self, what: str, message: str) -> list[str]:
+        if what in self._said:
+            return []
+        self._said.add(what)
+        return [message]
