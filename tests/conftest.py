@@ -23,8 +23,10 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     LlamaTokenizer,
+    MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3MoeConfig,
 )
 from transformers.tokenization_utils_base import generate_merges
 
@@ -116,6 +118,17 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "gemma2": (Gemma2Config, {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 3.0}),
     "cohere": (CohereConfig, {"num_key_value_heads": 2, "logit_scale": 0.5}),
     "granite": (GraniteConfig, {"num_key_value_heads": 2, "logits_scaling": 2.0}),
+    "mixtral": (MixtralConfig, {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "moe_intermediate_size": 16,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+        },
+    ),
 }
 
 

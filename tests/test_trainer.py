@@ -252,12 +252,12 @@ def test_a_prediction_does_not_leak_into_the_next_evaluation(tmp_path):
     assert {name: again[name] for name in EVAL_NAMES} == {name: alone[name] for name in EVAL_NAMES}
 
 
-@pytest.mark.parametrize("padding_free", [False, True])
-def test_predict_returns_the_expected_scores_in_the_rows_order(tmp_path, padding_free):
+@pytest.mark.parametrize(
+    "settings", [{}, {"padding_free": True, "max_length": None}, {"train_sampling_strategy": "group_by_length"}]
+)
+def test_predict_returns_the_expected_scores_in_the_rows_order(tmp_path, settings):
     # Five rows in batches of two: the last batch is filled up by nobody.
-    trainer = make_trainer(
-        tmp_path, make_rows(4), padding_free=padding_free, max_length=None, per_device_eval_batch_size=2
-    )
+    trainer = make_trainer(tmp_path, make_rows(4), per_device_eval_batch_size=2, **settings)
     rows = make_rows(5, seed=6)
     found = trainer.predict(Dataset.from_list(rows))
     wanted = by_hand(make_model(), rows)

@@ -129,6 +129,11 @@ class TRACTConfig(SFTConfig):
                 f"truncation_mode={self.truncation_mode!r} would cut the rubric off. Rows that do not fit are refused: "
                 "leave it out, and set max_length or invalid_rows"
             )
+        if self.activation_offloading and not torch.accelerator.is_available():
+            raise ValueError(
+                "activation_offloading=True moves activations from an accelerator to main memory, and there is no "
+                "accelerator here. Leave it out"
+            )
         if self.packing and self.packing_strategy != "bfd":
             raise ValueError(
                 f"packing_strategy={self.packing_strategy!r} may cut a row in two, and a score would lose its "

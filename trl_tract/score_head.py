@@ -10,7 +10,6 @@ from dataclasses import field, make_dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from trl_tract.losses import grid_logprobs
@@ -52,7 +51,9 @@ def add_score_head(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
         def score_first(module: Any, inputs: Any, output: Any) -> Any:
             hidden_states = output.last_hidden_state  # (B, L, H)
             rows = hidden_states[:, :-1][score_positions.to(hidden_states.device)]  # (S, H)
-            logits = transform(_apply_head(self.get_output_embeddings(), rows))  # (S, V)
+            # By its own call, which gathers the weight where FSDP2 or ZeRO-3 hold a shard of it.
+            head = self.get_output_embeddings()
+            logits = transform(head(rows.to(head.weight.device)))  # (S, V)
             score_logprobs.append(grid_logprobs(logits, token_ids))
             if kept is not None:
                 output.last_hidden_state = hidden_states[:, :-1][kept][None]  # (1, N, H)
@@ -68,17 +69,6 @@ def add_score_head(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
         return _with_score_logprobs(output_type)(**outputs, score_logprobs=score_logprobs[0])
 
     model.forward = types.MethodType(forward, model)
-
-
-def _apply_head(head: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    """Logits `(S, V)` of hidden states `(S, H)`."""
-    weight = head.weight
-    rows = rows.to(weight.device)  # type: ignore[arg-type]
-    if not isinstance(weight, DTensor):
-        return head(rows)  # type: ignore[no-any-return]
-    # FSDP2 leaves a root-level head sharded; its own forward would mix sharded and plain tensors.
-    bias = head.bias.full_tensor() if isinstance(head.bias, DTensor) else None
-    return torch.nn.functional.linear(rows, weight.full_tensor(), bias)
 
 
 def logit_transform(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:

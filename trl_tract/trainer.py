@@ -43,7 +43,8 @@ class TRACTTrainer(SFTTrainer):
         loss = rationale_weight * sum(nll) / tokens + raft_weight * sum((expected - gold)^2) / scores
 
     Both counts run over the whole accumulated batch on all ranks, so batch size, accumulation and world size do not
-    change the update. The cross-entropy is TRL's own; one forward pass serves both terms.
+    change the update. The cross-entropy is TRL's own; one forward pass serves both terms. A mixture of experts
+    keeps its load-balancing term whole, whatever the weights.
 
     Args:
         model: Model id, directory, or loaded model, as for SFTTrainer.
@@ -229,49 +230,59 @@ class TRACTTrainer(SFTTrainer):
 
         logprobs = forwards[0].score_logprobs  # (S, K); later forwards, if any, only feed metrics
         expected = expected_score(logprobs.exp(), self._values, normalize=self.args.normalize_grid)
-        squared_error = raft_squared_error(expected, gold)
-        score_term = self.args.raft_weight * squared_error.sum()
+        squared_error = raft_squared_error(expected, gold)  # (S,)
+        per_score = self.args.raft_weight * squared_error
         annotator_loss = None
         if annotators is not None:
-            annotator_loss = annotator_cross_entropy(logprobs, annotators[:, 1:][score_positions])
-            score_term = score_term + self.args.annotator_weight * annotator_loss.sum()
-        if num_items_in_batch is None:
-            score_term = score_term / max(len(gold), 1)
-        else:
-            score_term = score_term / self._num_scores.clamp(min=1)  # type: ignore[union-attr]
-            if self.args.average_tokens_across_devices:
-                # The count covers every rank, and DDP averages the gradients over ranks: like SFTTrainer's own term.
-                score_term = score_term * (self.accelerator.num_processes // self.get_tp_size())
+            annotator_loss = annotator_cross_entropy(logprobs, annotators[:, 1:][score_positions])  # (S,)
+            per_score = per_score + self.args.annotator_weight * annotator_loss
+        score_loss = self._mean_over_scores(per_score, counted=num_items_in_batch is not None)
 
         mode = "train" if self.model.training else "eval"
         fused = next(outputs for outputs in forwards if "log_probs" in outputs)
         self._score_metrics[mode].add(fused, expected, gold, squared_error, logprobs, annotator_loss)
         if mode == "eval":
             self._score_metrics[mode].add_pairs(expected, gold, score_positions)
-        loss = self.args.rationale_weight * rationale_loss + score_term
-        if self.aux_loss_enabled and self.args.rationale_weight != 1:
-            # TRL's loss holds the experts' balancing loss, which is no part of the rationale: keep it whole.
-            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + (1 - self.args.rationale_weight) * self.router_aux_loss_coef * fused.aux_loss / steps
+        loss = self.args.rationale_weight * rationale_loss + score_loss
+        if self.aux_loss_enabled:
+            # The experts' load balance is no part of the rationale. TRL adds it to the cross-entropy, but not with label
+            # smoothing: top up what rationale_weight took away, or all of it.
+            smoothed = self.label_smoother is not None and self.args.loss_type == "nll"
+            present = 0.0 if smoothed else self.args.rationale_weight
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + (1 - present) * self.router_aux_loss_coef * forwards[0].aux_loss / steps
         return (loss, outputs) if return_outputs else loss
+
+    def _mean_over_scores(self, per_score: torch.Tensor, *, counted: bool) -> torch.Tensor:
+        """This micro-batch's part of the mean over all scores of the update; in evaluation its own mean."""
+        if not counted:
+            return per_score.sum() / max(len(per_score), 1)
+        part = per_score.sum() / self._num_scores.clamp(min=1)  # type: ignore[union-attr]
+        if self.args.average_tokens_across_devices:
+            # The count covers every rank, and DDP averages the gradients over ranks: like SFTTrainer's own term.
+            part = part * (self.accelerator.num_processes // self.get_tp_size())
+        return part
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log TRACT's means beside TRL's own; those of an evaluation come with its other metrics."""
         if self.model.training:
             means = self._score_metrics["train"].means()
-            for warning in self._early_warnings.after_log(means, self.state.global_step):
-                logger.warning(warning)
+            self._warn(self._early_warnings.after_log(means, self.state.global_step))
             logs.update(self._shown(means))
         super().log(logs, start_time)
 
     def _shown(self, means: dict[str, float]) -> dict[str, float]:
-        hidden = ("spread/", "loss/annotators" if self.args.annotator_loss == "none" else "spread/")
+        hidden = ("spread/", "loss/annotators") if self.args.annotator_loss == "none" else ("spread/",)
         return {name: value for name, value in means.items() if not name.startswith(hidden)}
+
+    def _warn(self, warnings: list[str]) -> None:
+        if self.is_world_process_zero():
+            for warning in warnings:
+                logger.warning(warning)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end."""
-        for warning in self._early_warnings.at_start():
-            logger.warning(warning)
+        self._warn(self._early_warnings.at_start())
         if resume_from_checkpoint is True:
             checkpoint = last_complete_checkpoint(self.args.output_dir)
             if checkpoint is None:
@@ -315,7 +326,12 @@ class TRACTTrainer(SFTTrainer):
         args = copy.copy(self.args)
         args.invalid_rows, args.shuffle_dataset = "raise", False
         rows = self._prepare_dataset(test_dataset, self.processing_class, args, False, None, "test")
-        return super().predict(rows, ignore_keys, metric_key_prefix)
+        strategy = self.args.train_sampling_strategy
+        try:
+            self.args.train_sampling_strategy = "sequential"  # the host also groups evaluation rows by length
+            return super().predict(rows, ignore_keys, metric_key_prefix)
+        finally:
+            self.args.train_sampling_strategy = strategy
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, and beside it `tract_config.json`, from which a judge reads grid and marker."""

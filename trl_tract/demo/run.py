@@ -31,7 +31,7 @@ class Size:
 
 # Where rows are few, two a step learn more per token than four or eight.
 QUICK = Size(training_rows=160, held_out_items=60, epochs=1, batch_size=2, minutes=10)
-FULL = Size(training_rows=480, held_out_items=120, epochs=2, batch_size=4, minutes=20)
+FULL = Size(training_rows=480, held_out_items=120, epochs=2, batch_size=4, minutes=35)
 
 GENERATION_BATCH_SIZE = 32
 LORA = {"dtype": "auto", "use_peft": True, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0}

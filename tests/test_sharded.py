@@ -1,0 +1,194 @@
+"""Sharded weights take the step of whole ones: FSDP2, and DeepSpeed ZeRO-3 where it is installed, on two CPU ranks.
+
+Both shard the output head outside the model's forward pass. Run as a script under `torchrun`, this file is the two-rank
+half of the tests.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from conftest import make_model, make_rows, make_tokenizer, make_trainer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate"
+TOKENIZER = make_tokenizer()
+# 8 rows pack into sequences of 2, 2, 3 and 1 scores, all of them in one update: 5 scores on one rank, 3 on the other.
+# The learning rate makes that update large against the rounding of the weights.
+SETTINGS = {"packing": True, "max_length": 128, "train_sampling_strategy": "sequential", "learning_rate": 5.0}
+ALONE = {"per_device_train_batch_size": 4}
+A_RANK = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+# Without the threshold the small weights of a tiny model would stay whole.
+ZERO3 = {
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero_allow_untested_optimizer": True,
+    "gradient_clipping": 0.0,
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+}
+TIED = {"own head": False, "tied embeddings": True}
+
+
+def start(name: str) -> Any:
+    model = make_model(std=0.05)
+    model.config.tie_word_embeddings = TIED[name]
+    model.tie_weights()
+    return model
+
+
+def trainer_on(output_dir: Path, model: Any, **settings: Any) -> Any:
+    settings = {**SETTINGS, "max_steps": 1, **settings}
+    return make_trainer(output_dir, make_rows(8), model=model, tokenizer=TOKENIZER, **settings)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
+
+
+def gradients(trainer: Any) -> tuple[dict[str, torch.Tensor], int]:
+    """The gradients of the one update, and the number of scores that this rank saw."""
+    steps = trainer.args.gradient_accumulation_steps
+    batches, num_items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), steps, trainer.args.device)
+    trainer.model.train()
+    for batch in batches:
+        trainer.compute_loss(trainer.model, batch, num_items_in_batch=num_items).backward()
+    found = {name: whole(parameter.grad) for name, parameter in trainer.model.named_parameters()}
+    return found, sum(int(batch["score_labels"].isfinite().sum()) for batch in batches)
+
+
+def assert_same_step(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, step in wanted.items():
+        assert step.norm() > 0, name
+        assert (found[name] - step).norm() <= 1e-5 * step.norm(), name
+
+
+def change(after: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    before = weights(start(name))
+    return {key: weight - before[key] for key, weight in after.items()}
+
+
+def on_two_ranks(job: str, output: Path) -> Path:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    # DeepSpeed takes the CPU only when told to, and compiles a part of itself the first time.
+    env = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([*command, __file__, job, str(output)], capture_output=True, text=True, timeout=600, env=env)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def fsdp2(tmp_path_factory) -> Path:
+    return on_two_ranks("fsdp2", tmp_path_factory.mktemp("fsdp2"))
+
+
+@pytest.fixture(scope="module")
+def zero3(tmp_path_factory) -> Path:
+    return on_two_ranks("zero3", tmp_path_factory.mktemp("zero3"))
+
+
+@pytest.fixture(scope="module", params=TIED)
+def alone(request, tmp_path_factory) -> tuple[str, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Name of the model, its gradients, and what one step does to its weights, in one process with whole weights."""
+    name = request.param
+    output = tmp_path_factory.mktemp("alone")
+    wanted, num_scores = gradients(trainer_on(output, start(name), **ALONE))
+    assert num_scores == 8
+    trainer = trainer_on(output, start(name), **ALONE)
+    trainer.train()
+    return name, wanted, change(weights(trainer.model), name)
+
+
+def test_fsdp2_gives_the_gradients_of_whole_weights(fsdp2, alone):
+    name, wanted, _ = alone
+    ranks = [torch.load(fsdp2 / f"gradients of {name}, rank {rank}.pt") for rank in (0, 1)]
+    assert [num_scores for _, num_scores in ranks] == [5, 3]
+    for found, _ in ranks:
+        assert_same_step(found, wanted)
+
+
+def test_training_under_fsdp2_takes_the_step_of_whole_weights(fsdp2, alone):
+    name, _, wanted = alone
+    assert_same_step(change(torch.load(fsdp2 / f"weights of {name}.pt"), name), wanted)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install deepspeed"
+)
+def test_training_under_zero3_takes_the_step_of_whole_weights(zero3, alone):
+    name, _, wanted = alone
+    assert_same_step(change(torch.load(zero3 / f"weights of {name}.pt"), name), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "section"),
+    [("ddp", "MULTI_GPU", {}), ("fsdp2", "FSDP", {"fsdp_version": 2}), ("zero3", "DEEPSPEED", {"zero_stage": 3})],
+)
+def test_accelerate_knows_every_line_of_the_example_configs(name, kind, section):
+    file = CONFIGS / f"{name}.yaml"
+    config = load_config_from_file(str(file))
+    assert (config.distributed_type, config.num_processes, config.mixed_precision) == (kind, 2, "bf16")
+    # accelerate checks the names at the top alone; those below become options of its launcher.
+    below = config.fsdp_config | config.deepspeed_config
+    options = vars(launch_command_parser().parse_args(["train.py"]))
+    assert below.keys() <= options.keys()
+    assert section.items() <= below.items()
+    assert f"accelerate launch --config_file examples/accelerate/{name}.yaml" in file.read_text()
+
+
+def _fsdp2(output: Path) -> None:
+    for name in TIED:
+        # By hand, as in torch's manual: every layer, then the root with what is left, the head among it.
+        trainer = trainer_on(output / "by hand", start(name), **A_RANK)
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in trainer.model.model.layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        fully_shard(trainer.model, mesh=mesh, reshard_after_forward=True)
+        torch.save(gradients(trainer), output / f"gradients of {name}, rank {trainer.args.process_index}.pt")
+
+        # By accelerate, which puts norm and head in a unit of their own. On CPUs it runs DDP, whatever it is asked for
+        # (AcceleratorState.__init__), so it has to be told once it has decided.
+        trainer = trainer_on(output / "by accelerate", start(name), **A_RANK)
+        trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
+        )
+        trainer.accelerator.state.distributed_type = DistributedType.FSDP
+        trainer.is_fsdp_enabled = True
+        trainer.train()
+        assert all(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters())
+        after = weights(trainer.model)
+        if trainer.is_world_process_zero():
+            torch.save(after, output / f"weights of {name}.pt")
+
+
+def _zero3(output: Path) -> None:
+    import deepspeed
+
+    # All models first: once a config asks for ZeRO-3, transformers shards whatever it makes.
+    for name, model in {name: start(name) for name in TIED}.items():
+        trainer = trainer_on(output / "trainer", model, deepspeed=ZERO3, **A_RANK)
+        trainer.train()
+        assert not any(parameter.numel() for parameter in trainer.model.parameters())
+        with deepspeed.zero.GatheredParameters(list(trainer.model.parameters())):
+            after = weights(trainer.model)
+        if trainer.is_world_process_zero():
+            torch.save(after, output / f"weights of {name}.pt")
+
+
+if __name__ == "__main__":
+    {"fsdp2": _fsdp2, "zero3": _zero3}[sys.argv[1]](Path(sys.argv[2]))
+    torch.distributed.destroy_process_group()
