@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from trl_tract import ScoreGrid
 from trl_tract.data import RowEncoder
 from trl_tract.prompts import CompletionFormat, ScoreNotFoundError, locate_score
-from trl_tract.rendering import as_prompt_completion, resolve_grid, score_prefix_ids
+from trl_tract.rendering import as_prompt_completion, resolve_grid, resolve_grid_from_ids, score_prefix_ids
 
 MARKER = "[RESULT]"
 ONE_TO_FIVE = ScoreGrid.from_values([1, 2, 3, 4, 5])
@@ -282,6 +282,29 @@ def test_score_in_ce_leaves_the_labels_as_sft_trainer_makes_them(tmp_path):
 
 
 # The judge's prefix is the training row's
+
+
+@pytest.mark.parametrize("style", ["{} [RESULT] {}", " {} [RESULT] {}", "{}\n[RESULT]\n{}", "{} [RESULT]{}"])
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("vocabulary", ["splitting", "merging", "glued before", "glued after", "mistral"])
+@pytest.mark.parametrize("rationale", ["fine", "3 of 5 points, 1 of them twice " * 9])
+def test_a_tokenised_row_tells_the_grid_that_its_text_tells(vocabulary, chat, style, mistral_tokenizer, rationale):
+    template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    tokenizer = {
+        "splitting": SPLITTING,
+        "merging": MERGING,
+        "glued before": GLUED_BEFORE,
+        "glued after": make_merging_tokenizer([(digit, "Ċ") for digit in "12345"], chat_template=template),
+        "mistral": mistral_tokenizer,
+    }[vocabulary]
+    row = row_of("write [RESULT] and a score ->", style.format(rationale.strip(), 3), chat=chat)
+    grid, completion_format = resolve_grid(tokenizer, row, MARKER, ONE_TO_FIVE)
+    encoded = encoder_for(tokenizer, row)(row)
+    (at,) = [i for i, value in enumerate(encoded["score_labels"]) if not math.isnan(value)]
+    found, found_format = resolve_grid_from_ids(tokenizer, encoded["input_ids"], at, MARKER, ONE_TO_FIVE)
+    assert found.token_ids == grid.token_ids
+    assert (found_format.lead, found_format.separator) == (completion_format.lead, completion_format.separator)
+
 
 PIECES = st.sampled_from(["[RESULT]", "[", "]", "[RES", " ", "\n", "5", "10", "4.5", "é", "😀", "\u2028", "<|im_end|>"])
 RATIONALES = st.lists(PIECES | st.text(max_size=8), max_size=8).map("".join)

@@ -258,6 +258,12 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
         {},
         ["packing_strategy='wrapped' may cut a row in two", "Use packing_strategy='bfd'"],
     ),
+    "packing that splits": (
+        make_rows(3),
+        {"packing": True, "packing_strategy": "bfd_split"},
+        {},
+        ["packing_strategy='bfd_split' may cut a row in two", "Use packing_strategy='bfd'"],
+    ),
     "a loss on all assistant turns": (
         make_rows(3, chat=True),
         {"assistant_only_loss": True},

@@ -234,7 +234,8 @@ def resolve_grid_from_ids(
         ScoreNotFoundError: There is no admissible score at `score_index`, or no marker before it.
     """
     start = max(0, score_index - _WINDOW)
-    window = str(tokenizer.decode(input_ids[start : score_index + 1], clean_up_tokenization_spaces=False))
+    whole = str(tokenizer.decode(input_ids[start : score_index + 1], clean_up_tokenization_spaces=False))
+    window = whole.rstrip()  # some vocabularies glue the newline after a score to it
     text = next((text for text in sorted(grid.texts, key=len, reverse=True) if window.endswith(text)), None)
     token = tokenizer.convert_ids_to_tokens(input_ids[score_index])
     if text is None:
@@ -249,7 +250,7 @@ def resolve_grid_from_ids(
             "no marker", f"token {score_index} is the score {text!r}, but {before[-40:]!r} stands before it"
         )
     after = str(tokenizer.decode(input_ids[score_index + 1 : score_index + 5], clean_up_tokenization_spaces=False))
-    resolved = grid.resolve(tokenizer, before, after)
+    resolved = grid.resolve(tokenizer, before, whole[len(window) :] + after)
     if resolved.token_ids[grid.texts.index(text)] != input_ids[score_index]:
         raise ScoreNotFoundError("other tokens", f"this tokenizer does not write the score {text!r} as {token!r}")
     rationale = unspaced[: -len(marker)]

@@ -245,8 +245,8 @@ class TRACTTrainer(SFTTrainer):
             self._score_metrics[mode].add_pairs(expected, gold, score_positions)
         loss = self.args.rationale_weight * rationale_loss + score_loss
         if self.aux_loss_enabled:
-            # The experts' load balance is no part of the rationale. TRL adds it to the cross-entropy, but not with label
-            # smoothing: top up what rationale_weight took away, or all of it.
+            # The experts' load balance is no part of the rationale. TRL adds it to the cross-entropy, but not with
+            # label smoothing: top up what rationale_weight took away, or all of it.
             smoothed = self.label_smoother is not None and self.args.loss_type == "nll"
             present = 0.0 if smoothed else self.args.rationale_weight
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
