@@ -22,8 +22,9 @@ class EarlyWarnings:
         args: Of the trainer.
 
     Example:
-        >>> EarlyWarnings(TRACTConfig("out", learning_rate=1e-2)).at_start()[0]
-        'learning_rate=0.01 is 1000 times the 1e-05 ...'
+        >>> (message,) = EarlyWarnings(TRACTConfig("out", learning_rate=1e-2)).at_start()
+        >>> message.split(" that ")[0]
+        'learning_rate=0.01 is 1000 times the 1e-05'
     """
 
     def __init__(self, args: TRACTConfig) -> None:
