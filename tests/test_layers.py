@@ -14,7 +14,7 @@ ROOT = Path(trl_tract.__file__).parent
 LEVELS = [
     {"checkpoints", "journal", "metrics", "pairs", "prompts", "scores"},
     {"backends", "config", "data", "early_warnings", "judge_config", "losses", "rendering", "rows", "score_metrics"},
-    {"card", "distill", "judge", "plots", "report", "score_head", "trainer"},
+    {"card", "distill", "judge", "plots", "report", "rewards", "score_head", "trainer"},
     {"pipeline", "steps"},
     {"cli", "demo"},
 ]
@@ -74,6 +74,7 @@ def test_rooms_do_not_import_in_circles():
         ("losses", {"transformers", "trl"}),
         ("judge", {"trl", "datasets"}),
         ("report", {"torch", "transformers", "trl"}),
+        ("rewards", {"torch", "transformers", "trl"}),
     ],
 )
 def test_a_room_knows_nothing_of_what_its_docstring_says(room, unknown):

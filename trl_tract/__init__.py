@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from trl_tract.pipeline import run_tract
     from trl_tract.prompts import from_feedback_collection, from_prometheus_eval, rubric_prompt
     from trl_tract.report import score_report
+    from trl_tract.rewards import make_reward_func
     from trl_tract.scores import ScoreGrid, expected_score
     from trl_tract.trainer import TRACTTrainer
 
@@ -28,6 +29,7 @@ _ROOMS = {
     "expected_score": "scores",
     "from_feedback_collection": "prompts",
     "from_prometheus_eval": "prompts",
+    "make_reward_func": "rewards",
     "rubric_prompt": "prompts",
     "run_tract": "pipeline",
     "score_report": "report",
@@ -44,6 +46,7 @@ __all__ = [
     "expected_score",
     "from_feedback_collection",
     "from_prometheus_eval",
+    "make_reward_func",
     "rubric_prompt",
     "run_tract",
     "score_report",
