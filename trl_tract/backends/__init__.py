@@ -1,7 +1,15 @@
 """Generation backends: one protocol, several engines, and a public double for tests."""
 
-from trl_tract.backends.base import Backend, FinishReason, Generation
+from trl_tract.backends.base import Backend, FinishReason, Generation, Sampling, SamplingOptions
 from trl_tract.backends.scripted import ScriptedBackend
 from trl_tract.backends.transformers import TransformersBackend
 
-__all__ = ["Backend", "FinishReason", "Generation", "ScriptedBackend", "TransformersBackend"]
+__all__ = [
+    "Backend",
+    "FinishReason",
+    "Generation",
+    "Sampling",
+    "SamplingOptions",
+    "ScriptedBackend",
+    "TransformersBackend",
+]

@@ -5,13 +5,14 @@ Knows the protocol and a tokenizer; runs no model.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import asdict
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from trl_tract.backends.base import Generation
+from trl_tract.backends.base import Generation, Sampling, SamplingOptions
 
 Script = Callable[[str, int], str] | Mapping[str, str] | Sequence[str]
 Probabilities = Callable[[list[int]], Sequence[float]] | Sequence[float]
@@ -47,6 +48,7 @@ class ScriptedBackend:
     """
 
     name = "scripted"
+    max_calls = 1
 
     def __init__(
         self,
@@ -76,36 +78,30 @@ class ScriptedBackend:
         *,
         n: int = 1,
         stop: str | None = None,
-        max_new_tokens: int = 1024,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
         seed: int = 0,
         on_progress: Callable[[int], None] | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> list[list[Generation]]:
         """Read `n` continuations of each prompt from the script; see `Backend.generate`.
 
         Raises:
-            ValueError: An empty prompt, or `n` above 1 with temperature 0.
+            ValueError: An empty prompt, or a setting out of range.
             LookupError: The script has no text for a prompt, or none left.
         """
+        settings = Sampling(**sampling)
         call = len(self.generate_calls)
         self.generate_calls.append(
             {
                 "prompts": [list(prompt) for prompt in prompts],
                 "n": n,
                 "stop": stop,
-                "max_new_tokens": max_new_tokens,
-                "temperature": temperature,
-                "top_p": top_p,
-                "repetition_penalty": repetition_penalty,
                 "seed": seed,
+                **asdict(settings),
             }
         )
         if call in self.generate_errors:
             raise self.generate_errors[call]
-        if temperature == 0 and n > 1:
-            raise ValueError(f"n={n} with temperature=0 gives the same text {n} times: set n=1")
+        settings.check(n, stop)
         results = []
         for index, prompt in enumerate(prompts):
             if not len(prompt):
@@ -114,7 +110,7 @@ class ScriptedBackend:
                 results.append([Generation("", "prompt_too_long", 0)] * n)
             else:
                 room = math.inf if self.context_length is None else self.context_length - len(prompt)
-                limit = int(min(max_new_tokens, room))
+                limit = int(min(settings.max_new_tokens, room))
                 written = self._decode(prompt, skip_special_tokens=False)
                 results.append([self._say(self._look_up(written, seed + sample), stop, limit) for sample in range(n)])
             if on_progress is not None:

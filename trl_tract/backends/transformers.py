@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from os import PathLike, fspath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from trl_tract.backends.base import Generation
+from trl_tract.backends.base import Generation, Sampling, SamplingOptions
 from trl_tract.backends.loading import load, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -48,9 +48,11 @@ class TransformersBackend:
         model: The model that answers.
         tokenizer: Its tokenizer.
         batch_size: Sequences in one forward pass; halved for the rest of a call when the device runs out of memory.
+        max_calls: 1: a batch at a time.
     """
 
     name = "transformers"
+    max_calls = 1
 
     def __init__(
         self,
@@ -106,12 +108,9 @@ class TransformersBackend:
         *,
         n: int = 1,
         stop: str | None = None,
-        max_new_tokens: int = 1024,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
         seed: int = 0,
         on_progress: Callable[[int], None] | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> list[list[Generation]]:
         """Sample `n` continuations of each prompt; see `Backend.generate`.
 
@@ -123,17 +122,16 @@ class TransformersBackend:
             prompts: Token ids, one sequence a prompt.
             n: Continuations per prompt.
             stop: Text that ends a continuation; it is not part of the result.
-            max_new_tokens: Tokens sampled at most per continuation; never more than the context window has left.
-            temperature: 0 decodes greedily (then `n` must be 1).
-            top_p: Nucleus sampling threshold.
-            repetition_penalty: 1 leaves the logits alone; it counts the prompt's tokens too.
             seed: Text is the same for the same seed, prompts, settings, batch size and machine.
             on_progress: Called with the number of prompts that have just been finished.
+            **sampling: Fields of `Sampling`. A continuation never has more tokens than the context window has left;
+                the repetition penalty counts the prompt's tokens too.
 
         Raises:
             ValueError: A setting out of range, or a prompt that is empty or holds an id outside the vocabulary.
         """
-        _check_sampling(n, stop, max_new_tokens, temperature, top_p, repetition_penalty)
+        settings = Sampling(**sampling)
+        settings.check(n, stop)
         rows = self._checked(prompts, "prompts")
         results: list[list[Generation]] = [[] for _ in rows]
         pending: deque[_Sequence] = deque()
@@ -142,16 +140,21 @@ class TransformersBackend:
             if room < 2:
                 results[prompt] = [Generation("", "prompt_too_long", 0)] * n
             else:
-                limit = int(min(max_new_tokens, room))
+                limit = int(min(settings.max_new_tokens, room))
                 pending.extend(_Sequence(prompt, rows[prompt], limit) for _ in range(n))
         _report(on_progress, sum(bool(done) for done in results))
 
-        sampling: dict[str, Any] = {"do_sample": False}
-        if temperature > 0:
+        decoding: dict[str, Any] = {"do_sample": False}
+        if settings.temperature > 0:
             # top_k=0: the library's own default keeps only 50 tokens.
-            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        if repetition_penalty != 1.0:
-            sampling["repetition_penalty"] = repetition_penalty
+            decoding = {
+                "do_sample": True,
+                "temperature": settings.temperature,
+                "top_p": settings.top_p,
+                "top_k": 0,
+            }
+        if settings.repetition_penalty != 1.0:
+            decoding["repetition_penalty"] = settings.repetition_penalty
         ends_stop = None if stop is None else _MayEnd(stop, self.tokenizer)
         eos = self._eos_ids()
         batches = 0
@@ -160,7 +163,7 @@ class TransformersBackend:
             nonlocal batches
             batches += 1
             with _seeded(self.model.device, f"{seed}/{batches}"):
-                self._extend(batch, sampling, eos, ends_stop)
+                self._extend(batch, decoding, eos, ends_stop)
             finished = 0
             for sequence in batch:
                 if sequence.ended or len(sequence.written) == sequence.limit:
@@ -217,7 +220,7 @@ class TransformersBackend:
         return logprobs
 
     def _extend(
-        self, batch: list["_Sequence"], sampling: dict[str, Any], eos: list[int], ends_stop: "_MayEnd | None"
+        self, batch: list["_Sequence"], decoding: dict[str, Any], eos: list[int], ends_stop: "_MayEnd | None"
     ) -> None:
         """Write on every sequence until it ends, or until the first of them has no room left."""
         input_ids, attention_mask = self._left_padded([sequence.prompt_ids + sequence.written for sequence in batch])
@@ -231,7 +234,7 @@ class TransformersBackend:
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=_settings(
-                **sampling,
+                **decoding,
                 max_new_tokens=min(sequence.limit - len(sequence.written) for sequence in batch),
                 eos_token_id=eos or None,
                 pad_token_id=self._pad_id(),
@@ -388,25 +391,6 @@ class _StopText(StoppingCriteria):
                 self.ended_at[row] = length
         ended = [row in self.ended_at for row in range(len(input_ids))]
         return torch.tensor(ended, device=input_ids.device)
-
-
-def _check_sampling(
-    n: int, stop: str | None, max_new_tokens: int, temperature: float, top_p: float, repetition_penalty: float
-) -> None:
-    if n < 1:
-        raise ValueError(f"n={n} must be 1 or more")
-    if stop == "":
-        raise ValueError('stop="" would end every continuation before its first token: pass None for no stop text')
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be 1 or more")
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
-    if temperature == 0 and n > 1:
-        raise ValueError(f"n={n} with temperature=0 gives the same text {n} times: raise the temperature, or set n=1")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must lie in (0, 1]")
-    if repetition_penalty <= 0:
-        raise ValueError(f"repetition_penalty={repetition_penalty} must be above 0; 1 leaves the logits alone")
 
 
 def _report(on_progress: Callable[[int], None] | None, finished: int) -> None:
