@@ -8,7 +8,7 @@ import inspect
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from os import PathLike, fspath
@@ -18,21 +18,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from trl_tract.backends.base import Generation, Sampling, SamplingOptions
 from trl_tract.backends.loading import load, load_tokenizer
+from trl_tract.backends.stop_text import MayEnd, StopText, decode
 
 logger = logging.getLogger(__name__)
 
 _Item = TypeVar("_Item")
-_SLACK_TOKENS = 8  # Read before the stop text's own tokens: the first token of a window may lose its leading space.
 
 
 class TransformersBackend:
@@ -155,7 +149,7 @@ class TransformersBackend:
             }
         if settings.repetition_penalty != 1.0:
             decoding["repetition_penalty"] = settings.repetition_penalty
-        ends_stop = None if stop is None else _MayEnd(stop, self.tokenizer)
+        ends_stop = None if stop is None else MayEnd(stop, self.tokenizer)
         eos = self._eos_ids()
         batches = 0
 
@@ -220,7 +214,7 @@ class TransformersBackend:
         return logprobs
 
     def _extend(
-        self, batch: list["_Sequence"], decoding: dict[str, Any], eos: list[int], ends_stop: "_MayEnd | None"
+        self, batch: list["_Sequence"], decoding: dict[str, Any], eos: list[int], ends_stop: MayEnd | None
     ) -> None:
         """Write on every sequence until it ends, or until the first of them has no room left."""
         input_ids, attention_mask = self._left_padded([sequence.prompt_ids + sequence.written for sequence in batch])
@@ -228,7 +222,7 @@ class TransformersBackend:
         criteria = StoppingCriteriaList()
         watch = None
         if ends_stop is not None:
-            watch = _StopText(ends_stop, [length - len(sequence.written) for sequence in batch])
+            watch = StopText(ends_stop, [length - len(sequence.written) for sequence in batch])
             criteria.append(watch)
         output = self.model.generate(
             input_ids=input_ids,
@@ -252,7 +246,7 @@ class TransformersBackend:
     def _finish(self, sequence: "_Sequence", stop: str | None, eos: list[int]) -> Generation:
         written = sequence.written
         at_eos = bool(written) and written[-1] in eos
-        text = _decode(self.tokenizer, written[:-1] if at_eos else written)
+        text = decode(self.tokenizer, written[:-1] if at_eos else written)
         if stop is not None and stop in text:
             return Generation(text[: text.index(stop)], "stop", len(written))
         return Generation(text, "eos" if at_eos else "length", len(written))
@@ -351,56 +345,9 @@ class _Sequence:
     ended: bool = False
 
 
-class _MayEnd:
-    """Tells which tokens can complete the stop text, so that the others need not be decoded."""
-
-    def __init__(self, stop: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.stop = stop
-        self.tokenizer = tokenizer
-        self.window = len(stop.encode()) + _SLACK_TOKENS  # A token holds a byte or more.
-        self._known: dict[int, bool] = {}
-
-    def __call__(self, token: int) -> bool:
-        if token not in self._known:
-            text = _decode(self.tokenizer, [token])
-            last = self.stop[-1]
-            # A lone token may lose its spaces, and a piece of a character decodes to the replacement character.
-            self._known[token] = last.isspace() or last in text or "\ufffd" in text
-        return self._known[token]
-
-
-class _StopText(StoppingCriteria):
-    """Ends each row once its continuation holds the stop text.
-
-    The library's own `stop_strings` prepares a table over the whole vocabulary, works on it at every step, and lets
-    the end of the prompt count as the beginning of the stop text.
-    """
-
-    def __init__(self, may_end: _MayEnd, starts: list[int]) -> None:
-        self.may_end = may_end
-        self.starts = starts
-        self.ended_at: dict[int, int] = {}
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        length = input_ids.shape[1]
-        for row, token in enumerate(input_ids[:, -1].tolist()):
-            if row in self.ended_at or not self.may_end(token):
-                continue
-            start = max(self.starts[row], length - self.may_end.window)
-            if self.may_end.stop in _decode(self.may_end.tokenizer, input_ids[row, start:].tolist()):
-                self.ended_at[row] = length
-        ended = [row in self.ended_at for row in range(len(input_ids))]
-        return torch.tensor(ended, device=input_ids.device)
-
-
 def _report(on_progress: Callable[[int], None] | None, finished: int) -> None:
     if on_progress is not None and finished:
         on_progress(finished)
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
-    # clean_up_tokenization_spaces rewrites " ." to "." on some tokenizers, and with it the text to be matched.
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 @contextmanager
