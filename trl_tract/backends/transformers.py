@@ -4,7 +4,6 @@ Knows models, adapters, batches and memory; knows nothing of scores, markers or 
 """
 
 import hashlib
-import inspect
 import logging
 import math
 from collections import deque
@@ -21,6 +20,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from trl_tract.backends.base import Generation, Sampling, SamplingOptions
+from trl_tract.backends.forward import forward, innermost, left_padded, shared_cache
 from trl_tract.backends.loading import load, load_tokenizer
 from trl_tract.backends.stop_text import MayEnd, StopText, decode
 
@@ -193,16 +193,10 @@ class TransformersBackend:
         logprobs = np.full((len(rows), len(wanted)), np.nan)
         window = self._context
         fitting = [row for row in range(len(rows)) if window is None or len(rows[row]) <= window]
-        forward_arguments = inspect.signature(_innermost(self.model).forward).parameters
 
         def step(batch: list[int]) -> list[int]:
-            input_ids, attention_mask = self._left_padded([rows[row] for row in batch])
-            extra: dict[str, Any] = {}
-            if "position_ids" in forward_arguments:
-                extra["position_ids"] = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
-            if "logits_to_keep" in forward_arguments:
-                extra["logits_to_keep"] = 1
-            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).logits
+            padded = left_padded([rows[row] for row in batch], self._pad_id(), self.model.device)
+            logits = forward(self.model, *padded, use_cache=False).logits
             last = logits[:, -1]  # (B, V)
             # Softmax over all of V first: gathering before it would renormalise over the tokens asked for.
             last = last.to(torch.promote_types(last.dtype, torch.float32)).log_softmax(dim=-1)
@@ -217,7 +211,8 @@ class TransformersBackend:
         self, batch: list["_Sequence"], decoding: dict[str, Any], eos: list[int], ends_stop: MayEnd | None
     ) -> None:
         """Write on every sequence until it ends, or until the first of them has no room left."""
-        input_ids, attention_mask = self._left_padded([sequence.prompt_ids + sequence.written for sequence in batch])
+        rows = [sequence.prompt_ids + sequence.written for sequence in batch]
+        input_ids, attention_mask = left_padded(rows, self._pad_id(), self.model.device)
         length = input_ids.shape[1]
         criteria = StoppingCriteriaList()
         watch = None
@@ -234,6 +229,8 @@ class TransformersBackend:
                 pad_token_id=self._pad_id(),
             ),
             stopping_criteria=criteria,
+            # The last token is left to the decoding: its logits are what the rows of a prompt draw from.
+            **shared_cache(self.model, [row[:-1] for row in rows], self._pad_id()),
         )
         for row, (sequence, new) in enumerate(zip(batch, output[:, length:].tolist(), strict=True)):
             # What follows the end is padding, and padding may be an end-of-sequence token too: the first end counts.
@@ -278,7 +275,7 @@ class TransformersBackend:
     @contextmanager
     def _borrowed_model(self) -> Iterator[None]:
         """The model in evaluation mode and without its checkpoint's sampling settings; both are put back."""
-        owner = _innermost(self.model)
+        owner = innermost(self.model)
         checkpoint_settings = owner.generation_config
         modes = [(module, module.training) for module in self.model.modules()]
         try:
@@ -291,14 +288,6 @@ class TransformersBackend:
             owner.generation_config = checkpoint_settings
             for module, training in modes:
                 module.training = training
-
-    def _left_padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and attention mask, both `(B, L)` int64."""
-        length = max(len(row) for row in rows)
-        pad = self._pad_id()
-        ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-        return ids.to(self.model.device), mask.to(self.model.device)
 
     def _checked(self, rows: Sequence[Sequence[int]], what: str) -> list[list[int]]:
         vocabulary = self.model.config.get_text_config().vocab_size
@@ -319,7 +308,7 @@ class TransformersBackend:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def _eos_ids(self) -> list[int]:
-        configured = _innermost(self.model).generation_config.eos_token_id
+        configured = innermost(self.model).generation_config.eos_token_id
         ids = configured if isinstance(configured, list | tuple) else [configured]
         return sorted({int(token) for token in (*ids, self.tokenizer.eos_token_id) if token is not None})
 
@@ -363,11 +352,6 @@ def _seeded(device: torch.device, key: str) -> Iterator[None]:
             with module.device(device) if hasattr(module, "device") else nullcontext():
                 module.manual_seed(seed)
         yield
-
-
-def _innermost(model: PreTrainedModel | PeftModel) -> Any:
-    """The transformers model under an adapter: it holds the forward signature and the generation settings."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _settings(**fields: Any) -> Any:

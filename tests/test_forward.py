@@ -1,0 +1,162 @@
+"""Continuations of one prompt share its prefill, and are what they would be if each had computed it."""
+
+import inspect
+
+import pytest
+import torch
+from conftest import CONFIGS, make_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GPT2Config, Lfm2Config, MambaConfig, MistralConfig
+
+from trl_tract.backends import TransformersBackend, forward, transformers
+
+WINDOW = 5  # tokens: shorter than the prompts
+SIZES = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SINGLE = {"gemma2", "mixtral", "qwen3_moe"}  # whose attention or experts do not compute in float64
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.4}
+
+
+def make(name: str):
+    """A random model: a family of `conftest`, or one whose cache or positions are of another kind.
+
+    In float64 two ways of computing a logit differ by 1e-14, and no draw turns on that.
+    """
+    if name in CONFIGS:
+        model = make_model(name, dtype=torch.float32 if name in SINGLE else torch.float64)
+    else:
+        torch.manual_seed(0)
+        configs = {
+            "gpt2": lambda: GPT2Config(vocab_size=384, n_embd=32, n_layer=2, n_head=4, initializer_range=0.4),
+            "mistral": lambda: MistralConfig(**SIZES, **HEADS, sliding_window=WINDOW),
+            "lfm2": lambda: Lfm2Config(**SIZES, **HEADS, layer_types=["conv", "full_attention"], bos_token_id=None),
+            "mamba": lambda: MambaConfig(vocab_size=384, hidden_size=32, num_hidden_layers=2, state_size=4),
+        }
+        model = AutoModelForCausalLM.from_config(configs[name]()).double()
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+@pytest.fixture
+def prompts():
+    """Of 20, 1 and 9 tokens: the shortest has nothing before its last token."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(4, 384, (length,), generator=generator).tolist() for length in (20, 1, 9)]
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """Watch a model: the `(rows, tokens)` of each forward pass."""
+
+    def watch(model):
+        shapes = []
+        model.get_input_embeddings().register_forward_hook(lambda module, args, out: shapes.append((*out.shape[:2],)))
+        return shapes
+
+    return watch
+
+
+@pytest.fixture
+def unshared(monkeypatch):
+    """Generate with every row computing its own prompt, as for a model whose cache cannot be shared."""
+
+    def generate(backend, prompts, **settings):
+        with monkeypatch.context() as patch:
+            patch.setattr(transformers, "shared_cache", lambda *arguments: {})
+            return backend.generate(prompts, **settings)
+
+    return generate
+
+
+def test_a_prompt_is_computed_once_for_all_its_continuations(tokenizer, prompts, embedded):
+    backend = TransformersBackend(make("llama"), tokenizer, batch_size=8)
+    shapes = embedded(backend.model)
+    backend.generate([prompts[0]], n=3, max_new_tokens=4)
+    assert shapes == [(1, 19), (3, 1), (3, 1), (3, 1), (3, 1)]
+
+
+def test_prompts_that_differ_are_computed_as_they_always_were(tokenizer, prompts, embedded):
+    backend = TransformersBackend(make("llama"), tokenizer, batch_size=8)
+    shapes = embedded(backend.model)
+    backend.generate(prompts, max_new_tokens=2)
+    assert shapes == [(3, 20), (3, 1)]
+
+
+# Batches of 4 hold 3 + 1, 2 + 2 and 1 of the three prompts' continuations.
+SETTINGS = {"n": 3, "max_new_tokens": 12, "repetition_penalty": 1.2, "top_p": 0.9}
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "gpt2", "mistral"])
+def test_sharing_changes_no_text(name, tokenizer, prompts, embedded, unshared):
+    backend = TransformersBackend(make(name), tokenizer, batch_size=4)
+    shapes = embedded(backend.model)
+    texts = backend.generate(prompts, **SETTINGS)
+    assert shapes[:2] == [(2, 19), (4, 1)]
+    assert texts == unshared(backend, prompts, **SETTINGS)
+    assert len({generation.text for row in texts for generation in row}) == 9
+
+
+def test_a_window_shorter_than_the_prompt_is_shared(tokenizer, prompts, embedded, unshared):
+    # Gemma 2 alternates layers with a window and layers without.
+    model = make("gemma2")
+    model.config.sliding_window = WINDOW
+    for layer in model.model.layers:
+        if layer.self_attn.sliding_window is not None:
+            layer.self_attn.sliding_window = WINDOW
+    backend = TransformersBackend(model, tokenizer, batch_size=4)
+    shapes = embedded(model)
+    texts = backend.generate(prompts, **SETTINGS)
+    assert shapes[:2] == [(2, 19), (4, 1)]
+    assert texts == unshared(backend, prompts, **SETTINGS)
+    assert texts != TransformersBackend(make("gemma2"), tokenizer, batch_size=4).generate(prompts, **SETTINGS)
+
+
+def test_an_adapted_model_shares_too(tokenizer, prompts, embedded, unshared):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    backend = TransformersBackend(get_peft_model(make("llama"), lora).double(), tokenizer, batch_size=4)
+    shapes = embedded(backend.model)
+    texts = backend.generate(prompts, **SETTINGS)
+    assert shapes[:2] == [(2, 19), (4, 1)]
+    assert texts == unshared(backend, prompts, **SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "mamba"])
+def test_a_running_state_is_not_shared(name, tokenizer, prompts):
+    model = make(name)
+    assert forward.shared_cache(model, [prompts[0]] * 2, pad=0) == {}
+    samples = TransformersBackend(model, tokenizer).generate(prompts, n=3, max_new_tokens=4)
+    assert [len(row) for row in samples] == [3, 3, 3]
+
+
+def test_vectors_before_the_tokens_are_not_shared(tokenizer, prompts):
+    prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = get_peft_model(make("llama"), prefix).double().eval()
+    assert forward.shared_cache(model, [prompts[0]] * 2, pad=0) == {}
+
+
+def test_a_model_without_a_cache_is_not_shared(prompts):
+    class Forgetful(type(make("llama"))):
+        def forward(self, input_ids=None, attention_mask=None):
+            return super().forward(input_ids, attention_mask)
+
+    assert forward.shared_cache(Forgetful(make("llama").config), [prompts[0]] * 2, pad=0) == {}
+
+
+def test_a_prompt_of_one_token_has_nothing_to_share():
+    assert forward.shared_cache(make("llama"), [[], []], pad=0) == {}
+
+
+def test_memory_that_runs_out_behind_the_shared_prompt_halves_the_batch(tokenizer, prompts, monkeypatch):
+    backend = TransformersBackend(make("llama"), tokenizer, batch_size=4)
+    unlimited, sizes = backend.model.forward, []
+
+    def limited(*args, **kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return unlimited(*args, **kwargs)
+
+    limited.__signature__ = inspect.signature(unlimited)
+    monkeypatch.setattr(backend.model, "forward", limited)
+    samples = backend.generate([prompts[0]], n=4, max_new_tokens=3)
+    assert sizes == [1, 4, 1, 2, 2, 2, 1, 2, 2, 2]  # The prompt once, all four; then twice the prompt and two of them.
+    assert len({generation.text for generation in samples[0]}) == 4
