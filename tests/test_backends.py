@@ -458,6 +458,45 @@ class TestLoading:
         assert not backend.model.training
         assert TransformersBackend(str(base_dir), dtype=torch.float32, device="cpu").model.dtype == torch.float32
 
+    @pytest.fixture
+    def two_accelerators(self, monkeypatch):
+        """A machine with two of them, as far as `torch.accelerator` tells, the first of them current."""
+        device = torch.device("cuda")
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: device)
+        monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+    # A cluster may show each process one accelerator alone, whatever its number is.
+    @pytest.mark.parametrize(
+        ("local_rank", "count", "device"),
+        [(None, 2, "cuda:0"), ("0", 2, "cuda:0"), ("1", 2, "cuda:1"), ("1", 1, "cuda:0")],
+    )
+    def test_each_process_loads_on_its_own_accelerator(
+        self, base_dir, tokenizer, two_accelerators, monkeypatch, local_rank, count, device
+    ):
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+        if local_rank is not None:
+            monkeypatch.setenv("LOCAL_RANK", local_rank)
+        placed = []
+        monkeypatch.setattr(
+            LlamaForCausalLM, "from_pretrained", lambda *args, device_map, **kwargs: placed.append(device_map)
+        )
+        with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'eval'"):  # Nothing was loaded.
+            TransformersBackend(base_dir, tokenizer)
+        assert placed == [torch.device(device)]
+
+    def test_a_process_without_an_accelerator_of_its_own_is_told(self, base_dir, two_accelerators, monkeypatch):
+        monkeypatch.setenv("LOCAL_RANK", "2")
+        with pytest.raises(RuntimeError, match=r"process 2 .* there are 2.* at most 2 processes"):
+            TransformersBackend(base_dir)
+
+    def test_a_rank_without_any_accelerator_loads_on_the_cpu(self, base_dir, monkeypatch):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        assert TransformersBackend(base_dir).model.device == torch.device("cpu")
+
     @pytest.mark.parametrize("own_tokenizer", [True, False])
     def test_an_adapter_directory_equals_the_adapter_in_memory(
         self, adapted, base_dir, tokenizer, prompts, tmp_path, own_tokenizer
@@ -598,13 +637,15 @@ class TestScripted:
         with pytest.raises(ValueError, match="probabilities"):
             ScriptedBackend([], tokenizer, probs=probs).next_token_logprobs([[5]], [3, 4])
 
-    def test_it_fails_on_the_calls_it_is_told_to_and_counts_all(self, tokenizer):
+    @pytest.mark.parametrize("record_calls", [True, False])
+    def test_it_fails_on_the_calls_it_is_told_to_and_counts_all(self, tokenizer, record_calls):
         backend = ScriptedBackend(
             ["fair"] * 2,
             tokenizer,
             probs=[0.5],
             generate_errors={1: ConnectionError("gone")},
             logprob_errors={0: OSError("lost")},
+            record_calls=record_calls,
         )
         backend.generate([[5]])
         with pytest.raises(ConnectionError, match="gone"):
@@ -612,5 +653,5 @@ class TestScripted:
         backend.generate([[5]])
         with pytest.raises(OSError, match="lost"):
             backend.next_token_logprobs([[5]], [3])
-        assert [call["seed"] for call in backend.generate_calls] == [0, 9, 0]
-        assert backend.logprob_calls == [[[5]]]
+        assert [call["seed"] for call in backend.generate_calls] == ([0, 9, 0] if record_calls else [])
+        assert backend.logprob_calls == ([[[5]]] if record_calls else [])

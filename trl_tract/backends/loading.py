@@ -3,6 +3,7 @@
 Knows nothing of generation.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -25,15 +26,13 @@ def load(
         model_id: Full model or adapter.
         tokenizer: Used as it is; None: the adapter's own, or else its base model's.
         dtype: None: the checkpoint's own.
-        device: None: the accelerator, or else the CPU.
+        device: None: this process's accelerator, or else the CPU.
         merge_adapter: Add the adapter to the weights.
 
     Raises:
         ValueError: An adapter does not say which base model it belongs to.
     """
-    if device is None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = accelerator or "cpu"
+    device = _own_device() if device is None else device
     is_adapter = find_adapter_config_file(model_id) is not None
     base_id = model_id
     if is_adapter:
@@ -54,6 +53,30 @@ def load(
             model = model.merge_and_unload()
     model.eval()
     return model, tokenizer
+
+
+def _own_device() -> torch.device:
+    """The accelerator of this process, or the CPU where there is none.
+
+    `torchrun` and `accelerate launch` number the processes of a machine in LOCAL_RANK, and each must load its model on
+    an accelerator of its own: the current one is the first in all of them.
+
+    Raises:
+        RuntimeError: There are several accelerators, but fewer than processes.
+    """
+    current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if current is None:
+        return torch.device("cpu")
+    local_rank = os.environ.get("LOCAL_RANK")
+    count = torch.accelerator.device_count()
+    if local_rank is None or count == 1:  # Clusters may show each process its own accelerator alone.
+        return torch.device(current.type, torch.accelerator.current_device_index())
+    if int(local_rank) >= count:
+        raise RuntimeError(
+            f"process {local_rank} of this machine (LOCAL_RANK) has no accelerator of its own: there are {count}. "
+            f"Start at most {count} processes a machine, or pass device"
+        )
+    return torch.device(current.type, int(local_rank))
 
 
 def _has_tokenizer(model_id: str) -> bool:

@@ -3,6 +3,7 @@
 Knows the protocol and a tokenizer; runs no model.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -35,10 +36,12 @@ class ScriptedBackend:
         generate_errors: Exceptions to raise, by the number of the `generate` call (the first is 0).
         logprob_errors: The same for `next_token_logprobs`.
         model_id: Name for provenance.
+        record_calls: Keep what each call was asked for. Turn it off for runs of any length in flat memory.
 
     Attributes:
         generate_calls: The settings of each `generate` call, prompts included, in order; calls that raised count.
-        logprob_calls: The token id lists of each `next_token_logprobs` call.
+            Empty without `record_calls`.
+        logprob_calls: The token id lists of each `next_token_logprobs` call, likewise.
 
     Example:
         >>> from trl_tract.backends import ScriptedBackend
@@ -60,6 +63,7 @@ class ScriptedBackend:
         generate_errors: Mapping[int, Exception] | None = None,
         logprob_errors: Mapping[int, Exception] | None = None,
         model_id: str = "scripted",
+        record_calls: bool = True,
     ) -> None:
         self.script = script
         self.tokenizer = tokenizer
@@ -68,8 +72,11 @@ class ScriptedBackend:
         self.generate_errors = dict(generate_errors or {})
         self.logprob_errors = dict(logprob_errors or {})
         self.model_id = model_id
+        self.record_calls = record_calls
         self.generate_calls: list[dict[str, Any]] = []
         self.logprob_calls: list[list[list[int]]] = []
+        self._generate_number = itertools.count()
+        self._logprob_number = itertools.count()
         self._texts_used = 0
 
     def generate(
@@ -89,16 +96,17 @@ class ScriptedBackend:
             LookupError: The script has no text for a prompt, or none left.
         """
         settings = Sampling(**sampling)
-        call = len(self.generate_calls)
-        self.generate_calls.append(
-            {
-                "prompts": [list(prompt) for prompt in prompts],
-                "n": n,
-                "stop": stop,
-                "seed": seed,
-                **asdict(settings),
-            }
-        )
+        call = next(self._generate_number)
+        if self.record_calls:
+            self.generate_calls.append(
+                {
+                    "prompts": [list(prompt) for prompt in prompts],
+                    "n": n,
+                    "stop": stop,
+                    "seed": seed,
+                    **asdict(settings),
+                }
+            )
         if call in self.generate_errors:
             raise self.generate_errors[call]
         settings.check(n, stop)
@@ -125,9 +133,10 @@ class ScriptedBackend:
         Raises:
             ValueError: No `probs` were scripted, or they are not one probability for each of `token_ids`.
         """
-        call = len(self.logprob_calls)
+        call = next(self._logprob_number)
         rows = [list(row) for row in token_id_lists]
-        self.logprob_calls.append(rows)
+        if self.record_calls:
+            self.logprob_calls.append(rows)
         if call in self.logprob_errors:
             raise self.logprob_errors[call]
         if self.probs is None:

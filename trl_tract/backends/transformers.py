@@ -66,7 +66,8 @@ class TransformersBackend:
             tokenizer: The checkpoint's own by default: the adapter's if it has one, else its base's.
             batch_size: Sequences in one forward pass; each of `n` continuations of a prompt is one.
             dtype: Of the weights; the checkpoint's own by default.
-            device: Where to load; the accelerator if there is one, else the CPU.
+            device: Where to load; the accelerator if there is one, each process of `torchrun` or `accelerate launch`
+                its own, else the CPU.
             merge_adapter: Add a loaded adapter into its base's weights. Decodes faster, but the sum is rounded to the
                 weights' 16 bits, so scores move a little against the unmerged adapter. No effect on a full model.
 
