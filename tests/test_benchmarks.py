@@ -78,3 +78,64 @@ def test_a_saved_output_is_drawn_again(step_cost, smoke, tmp_path):
     (tmp_path / "saved.txt").write_text("\n".join(smoke))
     step_cost.main(["--replot", str(tmp_path / "saved.txt"), "--plot", str(tmp_path / "plot.png")])
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.fixture
+def generation(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import generation
+
+    yield generation
+    sys.modules.pop("generation", None)
+
+
+@pytest.fixture
+def generation_smoke(generation, capsys):
+    generation.main(["--smoke", "--ask", "durable", "samples"])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_generation_smoke_ends_with_json(generation_smoke):
+    assert generation_smoke["benchmark"] == "generation"
+    assert {"torch", "transformers", "trl_tract"} <= generation_smoke["versions"].keys()
+    (durable,) = generation_smoke["results"]["durable"]
+    assert durable["rationales_per_second"].keys() == {"durable", "bare"}
+    for ratio in ("bare_over_durable_in_seconds", "bare_over_durable_in_cpu_seconds"):
+        assert durable[ratio]["min"] <= durable[ratio]["median"] <= durable[ratio]["max"]
+    assert [row["n"] for row in generation_smoke["results"]["samples"]] == [1, 2]
+
+
+def test_both_sides_of_the_durable_comparison_write_the_same_number_of_tokens(generation, monkeypatch):
+    written = []
+    generate = generation.FullLength.generate
+
+    def counted(self, *arguments, **settings):
+        sampled = generate(self, *arguments, **settings)
+        written.append(sum(one.num_tokens for row in sampled for one in row))
+        return sampled
+
+    monkeypatch.setattr(generation.FullLength, "generate", counted)
+    generation.main(["--smoke", "--ask", "durable"])
+    # 6 prompts of 4 tokens: a warm-up and two rounds of two contenders.
+    assert written == [24] * 6
+
+
+def test_the_prompt_is_computed_once_on_one_side_and_n_times_on_the_other(generation):
+    backend = generation.FullLength(None, 2, None)
+    computed = []
+    backend.model.get_input_embeddings().register_forward_hook(lambda module, args, out: computed.append(out[..., 0]))
+    ids = list(range(10)) * 4
+    backend.generate([ids], n=2, max_new_tokens=1)
+    shared = sum(each.numel() for each in computed)
+    computed.clear()
+    with generation.every_row_computes_its_prompt():
+        backend.generate([ids], n=2, max_new_tokens=1)
+    assert (shared, sum(each.numel() for each in computed)) == (39 + 2, 80)
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_distillation_is_that_of_its_own_process(generation, capfd):
+    generation.main(["--ask", "memory", "--rows", "30"])
+    (row,) = json.loads(capfd.readouterr().out.splitlines()[-1])["results"]["memory"]
+    assert row["rows"] == 30
+    assert 0 < row["imports_bytes"] < row["peak_bytes"]
