@@ -81,4 +81,4 @@ def test_stage_two_on_both_kinds_of_rationale(tmp_path):
     assert both["completion"][::2][0] == rows[0]["completion"]
     assert both["prompt"] == [rows[i]["prompt"] for i in (0, 0, 1, 2, 2)]
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert (summary["annotated"], summary["self"], summary["dropped"]) == (3, 2, 1)
+    assert (summary["annotated"], summary["self_written"], summary["dropped"]) == (3, 2, 1)

@@ -1,20 +1,18 @@
 """Self-distillation: own rationales, gold scores, nothing lost, nothing twice."""
 
-import errno
 import json
-import os
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_model, make_rows, make_tokenizer
+from conftest import make_rows, make_tokenizer
 from datasets import Dataset
 
-from trl_tract import CoTSelfDistill, TransformersBackend
+from trl_tract import CoTSelfDistill
 from trl_tract.backends import ScriptedBackend
-from trl_tract.journal import Journal, read_jsonl
-from trl_tract.prompts import CompletionFormat
+from trl_tract.blocks import Shard
+from trl_tract.distill import read_summary
+from trl_tract.journal import read_jsonl, write_jsonl
 
 TOKENIZER = make_tokenizer()
 
@@ -117,7 +115,7 @@ def test_drop_leaves_rows_out_and_counts_them(tmp_path):
 
 def test_raise_names_the_row_and_what_to_do(tmp_path):
     backend = ScriptedBackend(FailsUntil(9), TOKENIZER)
-    with pytest.raises(RuntimeError, match=r"row 0: no rationale reached '\[RESULT\]' in 3 attempts.*max_new_tokens"):
+    with pytest.raises(RuntimeError, match=r"row 0: no usable rationale in 3 attempts \(no marker, .*max_new_tokens"):
         CoTSelfDistill(backend, on_failure="raise").distill(Dataset.from_list(make_rows(1)), tmp_path / "out")
 
 
@@ -144,77 +142,99 @@ def test_a_strangers_directory_is_refused(tmp_path):
         scripted().distill(Dataset.from_list(make_rows(1)), tmp_path)
 
 
-def test_a_full_disk_keeps_what_was_written_and_says_how_to_go_on(tmp_path, monkeypatch):
-    rows = Dataset.from_list(make_rows(6))
-    wanted = scripted(block_size=2).distill(rows, tmp_path / "whole")
-    real = os.fsync
-    calls = []
-
-    def full(descriptor: int) -> None:
-        calls.append(descriptor)
-        if len(calls) == 3:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"No space left on device after 4 records.*start the same command again"):
-        scripted(block_size=2).distill(rows, tmp_path / "out")
-    monkeypatch.undo()
-    assert scripted(block_size=2).distill(rows, tmp_path / "out")["completion"] == wanted["completion"]
+def distil_one(tmp_path: Path, texts: list[str], annotated: str = " old [RESULT] 4", **settings: Any) -> Any:
+    """The stage-two row and the summary after the model wrote `texts`, one an attempt."""
+    rows = Dataset.from_list([{"prompt": "a", "completion": annotated, "score": 4.0}])
+    CoTSelfDistill(ScriptedBackend(texts, TOKENIZER), **settings).distill(rows, tmp_path / "out")
+    (row,) = read_jsonl(tmp_path / "out" / "rows.jsonl")
+    return row, json.loads((tmp_path / "out" / "summary.json").read_text())
 
 
-def real_distiller() -> CoTSelfDistill:
-    # A random model never writes the marker, so the letter "e" stands in for it.
-    backend = TransformersBackend(make_model(), TOKENIZER, batch_size=4)
-    form = CompletionFormat("e", lead="", separator=" ")
-    return CoTSelfDistill(
-        backend, completion_format=form, max_new_tokens=24, block_size=4, max_attempts=2, on_failure="keep_gold"
-    )
+@pytest.mark.parametrize(
+    ("text", "failure"),
+    [
+        (" no marker", "no marker"),
+        (" " + "much too long " * 8, "length"),
+        ("[RESULT] 4", "empty"),
+        (" it is polite." * 16 + " [RESULT] 4", "repetition"),
+        (" so the score is 4. [RESULT] 4", "leak"),
+    ],
+    ids=lambda value: value if len(value) < 12 else "text",
+)
+def test_each_failure_is_sampled_again_and_counted(tmp_path, text, failure):
+    limit = 40 if failure == "length" else 1024
+    row, summary = distil_one(tmp_path, [text, text, " good [RESULT] 1"], max_new_tokens=limit)
+    assert row["completion"] == " good [RESULT] 4"
+    assert row["attempts"] == 3
+    assert summary["attempts_failed"][failure] == 2
+    assert sum(summary["attempts_failed"].values()) == 2
+    assert summary["resampled"] == 1
 
 
-def test_a_run_killed_anywhere_ends_with_the_same_bytes(tmp_path):
-    rows = Dataset.from_list(make_rows(11))
-    real_distiller().distill(rows, tmp_path / "whole")
-    whole = (tmp_path / "whole" / "rationales.jsonl").read_bytes()
-    sources = {row["rationale_source"] for row in read_jsonl(tmp_path / "whole" / "rows.jsonl")}
-    assert sources == {"self", "annotated"}  # both ways out of a block are passed through
-    for cut in random.Random(0).sample(range(len(whole)), 6):
-        out = tmp_path / f"cut-{cut}"
-        out.mkdir()
-        for name in ("settings.json",):
-            (out / name).write_bytes((tmp_path / "whole" / name).read_bytes())
-        (out / "rationales.jsonl").write_bytes(whole[:cut])
-        real_distiller().distill(rows, out)
-        assert (out / "rationales.jsonl").read_bytes() == whole, cut
+def test_a_stated_score_is_no_leak_where_the_annotated_rationale_states_one(tmp_path):
+    text = " so the score is 4. [RESULT] 4"
+    row, summary = distil_one(tmp_path, [text], annotated=" hence a score of 2. [RESULT] 2")
+    assert row["rationale_source"] == "self"
+    assert summary["attempts_failed"]["leak"] == 0
 
 
-def test_a_journal_takes_an_unfinished_block_back(tmp_path):
-    journal = Journal(tmp_path / "j.jsonl", block=2)
-    journal.append([{"i": 0}, {"i": 1}])
-    with (tmp_path / "j.jsonl").open("a") as file:
-        file.write('{"i": 2}\n{"i": 3')
-    assert [record["i"] for record in Journal(tmp_path / "j.jsonl", block=2)] == [0, 1]
+def test_leaks_can_be_allowed(tmp_path):
+    row, _ = distil_one(tmp_path, [" so the score is 4. [RESULT] 4"], allow_leaks=True)
+    assert row["completion"] == " so the score is 4. [RESULT] 4"
 
 
-HOSTILE = [
-    "\x00nul",
-    "line\nbreak\r\n",
-    "\u2028separator\u2029",
-    "\u202eright to left",
-    "<script>",
-    "\U0001f600",
-    "\x1b[2J",
-]
+def test_a_greedy_rationale_is_not_sampled_again(tmp_path):
+    row, _ = distil_one(tmp_path, [" no marker"], temperature=0.0)
+    assert row["attempts"] == 1
 
 
-def test_hostile_text_is_stored_and_read_back_unchanged(tmp_path):
-    journal = Journal(tmp_path / "j.jsonl", block=1)
-    journal.append([{"text": text} for text in HOSTILE])
-    assert [record["text"] for record in Journal(tmp_path / "j.jsonl", block=1)] == HOSTILE
+def test_a_prompt_without_room_is_asked_once(tmp_path):
+    backend = ScriptedBackend(lambda prompt, seed: " good [RESULT]", TOKENIZER, context_length=4)
+    rows = Dataset.from_list([{"prompt": "far too long for it", "completion": " old [RESULT] 4"}])
+    (row,) = CoTSelfDistill(backend).distill(rows, tmp_path / "out")
+    assert (row["finish_reason"], row["attempts"], row["rationale_source"]) == ("prompt too long", 1, "annotated")
 
 
-def test_a_broken_line_is_named(tmp_path):
-    file = Path(tmp_path / "rows.jsonl")
-    file.write_text('{"a": 1}\n{"a":\n')
-    with pytest.raises(ValueError, match=r"rows.jsonl, line 2: not JSON"):
-        list(read_jsonl(file))
+def test_the_summary_adds_up_and_prints(tmp_path):
+    script = {row["prompt"]: " good [RESULT]" for row in make_rows(3)}
+    script[make_rows(3)[1]["prompt"]] = " never"
+    distiller = CoTSelfDistill(ScriptedBackend(script, TOKENIZER), on_failure="drop", num_generations=2)
+    distiller.distill(Dataset.from_list(make_rows(3)), tmp_path / "out")
+    summary = read_summary(tmp_path / "out")
+    assert (summary.rationales, summary.self_written, summary.annotated, summary.dropped) == (6, 4, 0, 2)
+    assert summary.failed["no marker"] == 2
+    assert summary.attempts_failed["no marker"] == 6
+    assert "no marker                      2         6" in str(summary)
+
+
+def test_a_file_of_rows_gives_the_rows_of_the_dataset(tmp_path):
+    rows = make_rows(5)
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    wanted = scripted().distill(Dataset.from_list(rows), tmp_path / "dataset")
+    written = scripted().distill_file(tmp_path / "in.jsonl", tmp_path / "file")
+    assert list(read_jsonl(written)) == wanted.to_list()
+
+
+def test_shards_give_the_rows_of_one_run(tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", make_rows(11))
+    distil = scripted(block_size=2).distill_file
+    wanted = distil(tmp_path / "in.jsonl", tmp_path / "whole")
+    assert distil(tmp_path / "in.jsonl", tmp_path / "parts", shard=Shard.parse("2/2")) is None
+    written = distil(tmp_path / "in.jsonl", tmp_path / "parts", shard=Shard.parse("1/2"))
+    assert written.read_bytes() == wanted.read_bytes()
+
+
+def test_several_calls_at_once_keep_the_order_of_the_rows(tmp_path):
+    rows = Dataset.from_list(make_rows(20))
+    wanted = scripted(block_size=2).distill(rows, tmp_path / "one")
+    distiller = scripted(block_size=2)
+    distiller.backend.max_calls = 5
+    assert distiller.distill(rows, tmp_path / "five").to_list() == wanted.to_list()
+
+
+def test_hostile_rationales_are_kept_unchanged_and_never_scored(tmp_path):
+    hostile = [" \x00 nul", " \u202eright to left", " <script>alert(1)</script>", " \x1b[2Jgone", " 5 [RES ULT] 5"]
+    rows = Dataset.from_list([{"prompt": text, "completion": " old [RESULT] 2"} for text in hostile])
+    backend = ScriptedBackend(lambda prompt, seed: f"{prompt} [RESULT] 5 [RESULT] 5", TOKENIZER)
+    distilled = CoTSelfDistill(backend).distill(rows, tmp_path / "out")
+    assert distilled["completion"] == [f"{text} [RESULT] 2" for text in hostile]

@@ -1,12 +1,16 @@
 """`trl-tract`: parses and calls. Heavy imports wait until a command is known, so that `--help` answers at once."""
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import trl_tract
+
+BACKENDS = ("transformers", "vllm", "server")
 
 USAGE = """\
 usage: trl-tract COMMAND [options]      trl-tract COMMAND --help shows the options of a command
@@ -36,12 +40,73 @@ class GenerationArguments:
         default=3, metadata={"help": "How often a rationale is sampled until it reaches the marker."}
     )
     generation_seed: int = field(default=42, metadata={"help": "Seed of the sampling."})
-    generation_batch_size: int = field(default=8, metadata={"help": "Prompts generated at once."})
+    generation_batch_size: int = field(
+        default=8, metadata={"help": "Sequences generated at once by the transformers backend."}
+    )
+    backend: str = field(
+        default="transformers",
+        metadata={
+            "help": "What generates: this process, vLLM in this process, or a server (see --base_url).",
+            "choices": list(BACKENDS),
+        },
+    )
+    engine_args: str | None = field(
+        default=None,
+        metadata={"help": "More arguments of the backend, as JSON: '{\"tensor_parallel_size\": 2}' for vLLM."},
+    )
 
     def sampling(self) -> dict[str, Any]:
         """As arguments of the distiller and the judge."""
         names = ("temperature", "top_p", "repetition_penalty", "max_new_tokens", "max_attempts")
         return {**{name: getattr(self, name) for name in names}, "seed": self.generation_seed}
+
+    def engine(self) -> dict[str, Any]:
+        """As arguments of `make_backend`.
+
+        Raises:
+            ValueError: `engine_args` is not a JSON object.
+        """
+        options: dict[str, Any] = {"batch_size": self.generation_batch_size} if self.backend == "transformers" else {}
+        if self.engine_args:
+            try:
+                options |= json.loads(self.engine_args)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"--engine_args {self.engine_args!r} is not a JSON object: {error}") from error
+        return {"name": self.backend, **options}
+
+
+@dataclass
+class WorkerArguments:
+    """Where the server is, and this job's share of the rows."""
+
+    base_url: str | None = field(
+        default=None,
+        metadata={"help": "With --backend server: its address, such as http://localhost:8000/v1."},
+    )
+    served_model: str | None = field(
+        default=None, metadata={"help": "What the server calls the model; by default the same as --model."}
+    )
+    max_concurrency: int = field(default=64, metadata={"help": "Requests that the server is sent at once."})
+    block_size: int = field(default=64, metadata={"help": "Rows that are generated together and then written to disk."})
+    shard: str | None = field(
+        default=None,
+        metadata={
+            "help": "i/n, for one job of an array: do the i-th of n shares of the rows (i from 1). The job that ends "
+            "last writes the result. Not needed under accelerate launch or torchrun."
+        },
+    )
+
+    def engine(self, generation: GenerationArguments) -> dict[str, Any]:
+        """As arguments of `make_backend`."""
+        options = generation.engine()
+        if generation.backend == "server":
+            options = {
+                "base_url": self.base_url,
+                "served_model": self.served_model,
+                "max_concurrency": self.max_concurrency,
+                **options,
+            }
+        return options
 
 
 @dataclass
@@ -87,6 +152,10 @@ class DistillArguments:
             "help": "What happens to rationales that never reach the marker.",
             "choices": ["keep_gold", "drop", "raise"],
         },
+    )
+    allow_leaks: bool = field(
+        default=False,
+        metadata={"help": "Accept rationales that state a score although the row's annotated one states none."},
     )
     keep_annotated: bool = field(
         default=False, metadata={"help": "Stage two on annotated and self-written rationales, not on the latter alone."}
@@ -158,7 +227,7 @@ def _run(arguments: Sequence[str]) -> None:
         num_generations=generation.num_generations,
         on_failure=run.on_failure,
         keep_annotated=run.keep_annotated,
-        batch_size=generation.generation_batch_size,
+        backend=generation.engine(),
     )
     for name, report in result.reports.items():
         mass = result.grid_mass[name]
@@ -185,30 +254,47 @@ def _train(arguments: Sequence[str]) -> None:
 
 
 def _distill(arguments: Sequence[str]) -> None:
+    from pathlib import Path
+
+    from trl_tract.distill import read_summary
     from trl_tract.steps import DistillStep
 
-    rows, generation = _parse("distill", (DistillArguments, GenerationArguments), arguments)
+    rows, generation, worker = _parse("distill", (DistillArguments, GenerationArguments, WorkerArguments), arguments)
     settings = {
         **generation.sampling(),
         "num_generations": generation.num_generations,
         "on_failure": rows.on_failure,
+        "allow_leaks": rows.allow_leaks,
         "keep_annotated": rows.keep_annotated,
+        "block_size": worker.block_size,
     }
-    DistillStep(rows.model, rows.data, rows.output_dir, settings, generation.generation_batch_size).run()
-    print(f"The stage-two rows are in {rows.output_dir}/rows.jsonl")
+    step = DistillStep(rows.model, rows.data, rows.output_dir, settings, worker.engine(generation), worker.shard)
+    written = step.run()
+    if written is not None and _is_first_process():
+        print(f"{read_summary(Path(rows.output_dir))}\nThe stage-two rows are in {written}")
 
 
 def _judge(arguments: Sequence[str]) -> None:
     from trl_tract.steps import JudgeStep
 
-    rows, generation = _parse("judge", (JudgeArguments, GenerationArguments), arguments)
+    rows, generation, worker = _parse("judge", (JudgeArguments, GenerationArguments, WorkerArguments), arguments)
     settings = {
         **generation.sampling(),
         "num_generations": generation.num_generations,
         "decision": rows.decision,
     }
-    JudgeStep(rows.model, rows.data, rows.output_dir, settings, generation.generation_batch_size).run()
-    print(f"The judgements are in {rows.output_dir}/judgements.jsonl")
+    step = JudgeStep(
+        rows.model,
+        rows.data,
+        rows.output_dir,
+        settings,
+        worker.engine(generation),
+        shard=worker.shard,
+        block_size=worker.block_size,
+    )
+    written = step.run()
+    if written is not None and _is_first_process():
+        print(f"The judgements are in {written}")
 
 
 def _report(arguments: Sequence[str]) -> None:
@@ -229,6 +315,11 @@ def _demo(arguments: Sequence[str]) -> None:
 
     (args,) = _parse("demo", (DemoArguments,), arguments)
     run_demo(args.output_dir, full=args.full, seed=args.seed, model=args.model)
+
+
+def _is_first_process() -> bool:
+    """Whether this is the process that speaks for all that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _print_errors(errors: Mapping[str, int]) -> None:

@@ -3,27 +3,93 @@
 The gold score is attached, the model's own score is never read. Knows nothing of the trainer.
 """
 
+import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from datasets import Dataset, Features, Value
-from tqdm.auto import tqdm
 
-from trl_tract.backends import Backend, Generation, TransformersBackend
-from trl_tract.journal import Journal, digest, guard, write_json, write_jsonl
+from trl_tract.backends import Backend, Generation, Sampling, TransformersBackend
+from trl_tract.blocks import BlockLog, Record, Report, Shard
+from trl_tract.failures import FAILURES, Failure, rationale_failure, stated_score
+from trl_tract.journal import JsonlRows, digest, write_json, write_jsonl
 from trl_tract.judge_config import JudgeConfig
 from trl_tract.prompts import CompletionFormat, Row, ScoreNotFoundError, gold_score, locate_score
 from trl_tract.rendering import as_prompt_completion, completion_text, prompt_ids
 from trl_tract.scores import ScoreGrid
 
+logger = logging.getLogger(__name__)
+
 ON_FAILURE = ("keep_gold", "drop", "raise")
 PROVENANCE = {"rationale_source": Value("string"), "finish_reason": Value("string"), "attempts": Value("int64")}
+_MANY_FAILED = 0.2
+
+
+class Rows(Protocol):
+    """Rows by number: a `Dataset`, `JsonlRows`, a list."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+@dataclass
+class DistillSummary:
+    """What became of the rationales of a self-distillation; printed, it is a table. `summary.json` holds the same.
+
+    Attributes:
+        rows: Training rows.
+        rationales: Asked for: rows times `num_generations`.
+        self_written: Rationales of the model's own among the stage-two rows.
+        annotated: Annotated rationales among them.
+        dropped: Rationales that failed and left no row.
+        resampled: Rationales that took more than one attempt.
+        failed: How often the last attempt failed, by reason.
+        attempts_failed: How often any attempt failed, by reason.
+    """
+
+    rows: int
+    rationales: int
+    self_written: int = 0
+    annotated: int = 0
+    dropped: int = 0
+    resampled: int = 0
+    failed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FAILURES, 0))
+    attempts_failed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FAILURES, 0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All attributes by name."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        counts = {
+            "rows": self.rows,
+            "rationales asked for": self.rationales,
+            "self-written": self.self_written,
+            "annotated": self.annotated,
+            "dropped": self.dropped,
+            "sampled more than once": self.resampled,
+        }
+        lines = [f"{name:24}{count:>10,}" for name, count in counts.items()]
+        lines.append(f"{'failed':24}{'at last':>10}{'attempts':>10}")
+        lines += [f"  {name:22}{self.failed[name]:>10,}{self.attempts_failed[name]:>10,}" for name in FAILURES]
+        return "\n".join(lines)
+
+
+def read_summary(directory: Path) -> DistillSummary:
+    """The summary of a finished self-distillation."""
+    return DistillSummary(**json.loads((directory / "summary.json").read_text(encoding="utf-8")))
 
 
 class CoTSelfDistill:
     """Replace the rationales of training rows by the model's own, and keep the gold scores.
+
+    What is finished is on disk: killed at any instant and started again with the same arguments, a run goes on. Under
+    `torchrun` or `accelerate launch` the processes share the rows.
 
     Args:
         backend: The stage-one model.
@@ -35,10 +101,13 @@ class CoTSelfDistill:
         top_p: Of sampling.
         repetition_penalty: Of sampling.
         max_new_tokens: Tokens a rationale may have.
-        seed: Of sampling; the same seed gives the same rationales with the transformers backend.
-        max_attempts: How often a rationale is sampled until it reaches the marker.
+        seed: Of sampling; the same seed gives the same rationales with the transformers backend, however often the run
+            was stopped and however many processes shared it.
+        max_attempts: How often a rationale is sampled, each time with another seed, until nothing is wrong with it:
+            see `trl_tract.failures`.
         on_failure: Then: `keep_gold` keeps the annotated rationale, `drop` leaves the row out, `raise` stops. Each is
             counted in `summary.json`.
+        allow_leaks: Accept rationales that state a score although the row's annotated one states none.
         keep_annotated: Put every row's annotated rationale before its self-written ones: stage two on both.
         block_size: Prompts that are generated together and then written to disk.
 
@@ -60,34 +129,32 @@ class CoTSelfDistill:
         seed: int = 42,
         max_attempts: int = 3,
         on_failure: str = "keep_gold",
+        allow_leaks: bool = False,
         keep_annotated: bool = False,
         block_size: int = 64,
     ) -> None:
         if on_failure not in ON_FAILURE:
             raise ValueError(f"on_failure={on_failure!r} is unknown: choose one of {', '.join(ON_FAILURE)}")
-        for name, number in (
-            ("num_generations", num_generations),
-            ("max_attempts", max_attempts),
-            ("max_new_tokens", max_new_tokens),
-            ("block_size", block_size),
-        ):
-            if number < 1:
-                raise ValueError(f"{name}={number} must be 1 or more")
+        if max_attempts < 1:
+            raise ValueError(f"max_attempts={max_attempts} must be 1 or more")
         self.backend = backend
         self.grid = ScoreGrid.from_values(score_values)
         self.format = completion_format or CompletionFormat(score_marker)
         self.num_generations = num_generations
-        self.sampling = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "repetition_penalty": repetition_penalty,
-            "max_new_tokens": max_new_tokens,
-        }
+        self.sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+        )
+        self.sampling.check(num_generations, self.format.marker)
         self.seed = seed
         self.max_attempts = max_attempts
         self.on_failure = on_failure
+        self.allow_leaks = allow_leaks
         self.keep_annotated = keep_annotated
         self.block_size = block_size
+        self._stated_score = stated_score(self.grid.texts)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, backend: Backend | None = None, **settings: Any) -> "CoTSelfDistill":
@@ -112,8 +179,8 @@ class CoTSelfDistill:
     def distill(self, dataset: Dataset, output_dir: str | Path) -> Dataset:
         """Write a rationale for every row.
 
-        `output_dir` receives `rationales.jsonl` as it is produced, `rows.jsonl` (the stage-two rows) and
-        `summary.json`. Run again after it was stopped, it goes on with the first rationale that is missing.
+        `output_dir` receives the rationales in `blocks/` as they are produced, and in the end `rows.jsonl` (the
+        stage-two rows) and `summary.json`.
 
         Args:
             dataset: Training rows: `prompt`, `completion`, `score`, or `messages`.
@@ -121,48 +188,80 @@ class CoTSelfDistill:
 
         Returns:
             The rows with new completions, the same columns, and `rationale_source` (`self` or `annotated`),
-            `finish_reason` and `attempts`.
+            `finish_reason` (`stop`, or why the last attempt failed) and `attempts`.
 
         Raises:
             ValueError: A row has no gold score; it is named, before anything is generated.
             FileExistsError: `output_dir` holds another run.
             OSError: The disk is full; what was written stays, and the run can be continued.
-            RuntimeError: With `on_failure="raise"`, a rationale never reached the marker.
+            RuntimeError: Another process is at work in `output_dir`; or, with `on_failure="raise"`, a rationale failed
+                in all its attempts.
         """
         directory = Path(output_dir)
-        golds = [self._gold(row, number) for number, row in enumerate(dataset)]
-        guard(directory, self._settings(dataset), "self-distillation")
-        journal = Journal(directory / "rationales.jsonl", self.block_size * self.num_generations)
-        first = min(journal.records // self.num_generations, len(dataset))
-        with tqdm(total=len(dataset), initial=first, desc="Writing rationales", unit="row") as progress:
-            for start in range(first, len(dataset), self.block_size):
-                rows = [
-                    as_prompt_completion(dataset[i]) for i in range(start, min(start + self.block_size, len(dataset)))
-                ]
-                journal.append(self._block(rows, start, progress))
-        written = directory / "rows.jsonl"
-        counts: Counter[str] = Counter()
-        write_jsonl(written, self._stage_two_rows(dataset, golds, journal, counts))
-        write_json(directory / "summary.json", {"rows": len(dataset), **counts})
+        self._distill(dataset, directory, None)
         features = Features({**dataset.features, **PROVENANCE})
-        return Dataset.from_json(str(written), features=features, cache_dir=str(directory / "cache"))
+        rows: Dataset = Dataset.from_json(
+            str(directory / "rows.jsonl"), features=features, cache_dir=str(directory / "cache")
+        )
+        return rows
 
-    def _settings(self, dataset: Dataset) -> dict[str, Any]:
+    def distill_file(self, data: str | Path, output_dir: str | Path, *, shard: Shard | None = None) -> Path | None:
+        """Like `distill`, for a JSONL file of any size: its rows are read when their turn comes.
+
+        Args:
+            data: JSONL of training rows.
+            output_dir: Holds one run.
+            shard: This job's share of the rows, for an array of jobs; by default this process's share under a launcher.
+
+        Returns:
+            `rows.jsonl` in `output_dir`; None if other shards still have to be done.
+
+        Raises:
+            ValueError, FileExistsError, OSError, RuntimeError: As in `distill`.
+        """
+        directory = Path(output_dir)
+        finished = self._distill(JsonlRows(Path(data)), directory, shard)
+        return directory / "rows.jsonl" if finished else None
+
+    def _distill(self, rows: Rows, directory: Path, shard: Shard | None) -> bool:
+        settings = {**self._settings(), "rows_digest": digest(self._checked(rows))}
+        log = BlockLog(
+            directory, settings, "self-distillation", rows=len(rows), block_size=self.block_size, shard=shard
+        )
+
+        def write(records: Iterator[Record]) -> None:
+            summary = DistillSummary(len(rows), len(rows) * self.num_generations)
+            write_jsonl(directory / "rows.jsonl", self._stage_two_rows(rows, records, summary))
+            write_json(directory / "summary.json", summary.to_dict())  # last: where it stands, the run is over
+            if sum(summary.failed.values()) > _MANY_FAILED * summary.rationales:
+                logger.warning("many rationales failed:\n%s", summary)
+
+        return log.run(
+            lambda numbers, report: self._block([rows[i] for i in numbers], numbers.start, report),
+            directory / "summary.json",
+            write,
+            max_calls=self.backend.max_calls,
+        )
+
+    def _settings(self) -> dict[str, Any]:
         return {
             "model": self.backend.model_id,
             "backend": self.backend.name,
-            "rows": len(dataset),
-            "rows_digest": digest(dataset),
             "score_values": list(self.grid.values),
             "format": self.format.to_dict(),
             "num_generations": self.num_generations,
-            **self.sampling,
+            **asdict(self.sampling),
             "seed": self.seed,
             "max_attempts": self.max_attempts,
             "on_failure": self.on_failure,
+            "allow_leaks": self.allow_leaks,
             "keep_annotated": self.keep_annotated,
-            "block_size": self.block_size,
         }
+
+    def _checked(self, rows: Rows) -> Iterator[Row]:
+        for number, row in enumerate(rows):
+            self._gold(row, number)
+            yield row
 
     def _gold(self, row: Mapping[str, Any], number: int) -> float:
         """The gold score of a row: its `score`, or the one in its completion."""
@@ -180,41 +279,56 @@ class CoTSelfDistill:
         if not self.grid.in_range(gold):
             low, high = self.grid.texts[0], self.grid.texts[-1]
             raise ValueError(f"row {number}: the score {gold:g} is not between {low} and {high}")
+        if "prompt" not in pair:
+            raise ValueError(f"row {number} has no prompt: its columns are {', '.join(sorted(row))}")
         if (self.on_failure == "keep_gold" or self.keep_annotated) and pair.get("completion") is None:
             raise ValueError(
                 f"row {number} has no completion to keep if its rationale fails: set on_failure to 'drop' or 'raise'"
             )
         return gold
 
-    def _block(self, rows: Sequence[Row], start: int, progress: Any) -> list[dict[str, Any]]:
-        """Sample until every rationale of the block reached the marker, or its attempts are used up."""
-        prompts = [prompt_ids(self.backend.tokenizer, row["prompt"]) for row in rows]
+    def _block(self, rows: Sequence[Row], start: int, report: Report) -> list[Record]:
+        """Sample until nothing is wrong with any rationale of the block, or the attempts are used up."""
+        pairs = [as_prompt_completion(row) for row in rows]
+        prompts = [prompt_ids(self.backend.tokenizer, pair["prompt"]) for pair in pairs]
+        stated = [None if self.allow_leaks or self._states_score(pair) else self._stated_score for pair in pairs]
         slots = [(row, sample) for row in range(len(rows)) for sample in range(self.num_generations)]
-        results: dict[tuple[int, int], dict[str, Any]] = {}
-        for attempt in range(1, self.max_attempts + 1):
-            open_slots = [slot for slot in slots if results.get(slot, {}).get("rationale") is None]
+        results: dict[tuple[int, int], Record] = {
+            (row, sample): {"row": start + row, "sample": sample, "rationale": None, "failures": []}
+            for row, sample in slots
+        }
+        attempts = self.max_attempts if self.sampling.temperature > 0 else 1  # greedy text would come out the same
+        for attempt in range(1, attempts + 1):
+            open_slots = [slot for slot in slots if _is_open(results[slot])]
             if not open_slots:
                 break
-            generations = self._sample(prompts, open_slots, attempt, start, progress if attempt == 1 else None)
+            generations = self._sample(prompts, open_slots, attempt, start, report)
             for slot, generation in zip(open_slots, generations, strict=True):
-                rationale = generation.text.rstrip()
-                reached = generation.finish_reason == "stop" and bool(rationale)
-                results[slot] = {
-                    "row": start + slot[0],
-                    "sample": slot[1],
-                    "rationale": rationale if reached else None,
-                    "finish_reason": generation.finish_reason if rationale else "empty",
-                    "attempts": attempt,
-                }
+                text = generation.text.rstrip()
+                failure = rationale_failure(text, generation.finish_reason, stated[slot[0]])
+                if failure is None:
+                    results[slot]["rationale"] = text
+                else:
+                    results[slot]["failures"].append(failure)
         if self.on_failure == "raise":
             for result in results.values():
-                if result["rationale"] is None:
-                    raise RuntimeError(
-                        f"row {result['row']}: no rationale reached {self.format.marker!r} in {self.max_attempts} "
-                        f"attempts (the last ended by {result['finish_reason']!r}). Raise max_new_tokens or "
-                        "max_attempts, or set on_failure to 'keep_gold' or 'drop'"
-                    )
+                self._raise_if_failed(result)
         return [results[slot] for slot in slots]
+
+    def _states_score(self, pair: Row) -> bool:
+        """Whether the annotated rationale states a score, so that the model was taught to."""
+        if pair.get("completion") is None:
+            return False
+        annotated = completion_text(pair["completion"]).rpartition(self.format.marker)[0]
+        return self._stated_score.search(annotated) is not None
+
+    def _raise_if_failed(self, result: Record) -> None:
+        if result["rationale"] is None:
+            raise RuntimeError(
+                f"row {result['row']}: no usable rationale in {len(result['failures'])} attempts "
+                f"({', '.join(result['failures'])}). Raise max_new_tokens or "
+                "max_attempts, or set on_failure to 'keep_gold' or 'drop'"
+            )
 
     def _sample(
         self,
@@ -222,43 +336,48 @@ class CoTSelfDistill:
         slots: Sequence[tuple[int, int]],
         attempt: int,
         start: int,
-        progress: Any,
+        report: Report,
     ) -> list[Generation]:
         """One continuation for each slot. The seed depends on block and attempt alone, so a rerun repeats the text."""
-        seed = int(digest([self.seed, start, attempt])[:8], 16)
-        settings: dict[str, Any] = {**self.sampling, "stop": self.format.marker, "seed": seed}
+        settings: dict[str, Any] = {**asdict(self.sampling), "stop": self.format.marker}
+        settings["seed"] = int(digest([self.seed, start, attempt])[:8], 16)
         if attempt == 1:
-            sampled = self.backend.generate(prompts, n=self.num_generations, on_progress=progress.update, **settings)
+            sampled = self.backend.generate(prompts, n=self.num_generations, on_progress=report, **settings)
             return [sampled[row][sample] for row, sample in slots]
-        return [samples[0] for samples in self.backend.generate([prompts[row] for row, _ in slots], n=1, **settings)]
+        return [samples[0] for samples in self.backend.generate([prompts[row] for row, _ in slots], **settings)]
 
-    def _stage_two_rows(
-        self, dataset: Dataset, golds: Sequence[float], journal: Journal, counts: "Counter[str]"
-    ) -> Iterator[Row]:
-        for record in journal:
-            row: Row = dict(dataset[record["row"]])
-            failed = record["rationale"] is None
+    def _stage_two_rows(self, rows: Rows, records: Iterator[Record], summary: DistillSummary) -> Iterator[Row]:
+        for record in records:
+            number: int = record["row"]
+            failures: list[Failure] = record["failures"]
+            row: Row = dict(rows[number])
+            attempts = len(failures) + (record["rationale"] is not None)
+            provenance = {"finish_reason": "stop", "attempts": attempts}
             if self.keep_annotated and record["sample"] == 0:
-                counts["annotated"] += 1
+                summary.annotated += 1
                 yield {**row, "rationale_source": "annotated", "finish_reason": None, "attempts": 0}
-            counts["resampled"] += record["attempts"] > 1
-            if failed:
-                counts[f"failed ({record['finish_reason']})"] += 1
-            if failed and (self.on_failure == "drop" or self.keep_annotated):
-                # With both kinds of rationale the annotated one is there already.
-                counts["dropped"] += 1
-                continue
-            source = "annotated" if failed else "self"
-            counts[source] += 1
-            if not failed:
-                text = self.format.join(record["rationale"], self.grid.nearest_text(golds[record["row"]]))
+            summary.resampled += attempts > 1
+            for failure, count in Counter(failures).items():
+                summary.attempts_failed[failure] += count
+            if record["rationale"] is not None:
+                summary.self_written += 1
+                text = self.format.join(record["rationale"], self.grid.nearest_text(self._gold(row, number)))
                 _replace_completion(row, text)
-            yield {
-                **row,
-                "rationale_source": source,
-                "finish_reason": record["finish_reason"],
-                "attempts": record["attempts"],
-            }
+                yield {**row, "rationale_source": "self", **provenance}
+                continue
+            last = failures[-1]
+            summary.failed[last] += 1
+            # With both kinds of rationale the annotated one is there already.
+            if self.on_failure == "drop" or self.keep_annotated:
+                summary.dropped += 1
+            else:
+                summary.annotated += 1
+                yield {**row, "rationale_source": "annotated", **provenance, "finish_reason": last}
+
+
+def _is_open(result: Record) -> bool:
+    """Whether a rationale is to be sampled (again). One that finds no room never will."""
+    return result["rationale"] is None and result["failures"][-1:] != ["prompt too long"]
 
 
 def _replace_completion(row: Row, text: str) -> None:

@@ -1,4 +1,4 @@
-"""An append-only JSONL file that survives being killed, and a guard that one directory holds one run.
+"""JSON files that are written whole or not at all, JSONL files of any size, and a guard that a directory holds one run.
 
 Knows nothing of rationales, scores or models.
 """
@@ -6,29 +6,38 @@ Knows nothing of rationales, scores or models.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write rows as JSONL, whole or not at all; how many there were."""
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     count = 0
     with partial.open("w", encoding="utf-8") as file:
         for row in rows:
             # ASCII escapes: control characters and line separators in model text then stay inside their line.
             file.write(json.dumps(row) + "\n")
             count += 1
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
     return count
+
+
+def _partial(path: Path) -> Path:
+    """Where a file is written before it takes its name; another one for each process."""
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -37,19 +46,63 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: A line is not a JSON object; it is named.
     """
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: not JSON ({error}). Each line has to be one object"
-                ) from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: {type(row).__name__} instead of an object")
-            yield row
+            if line.strip():
+                yield _object(line, f"{path}, line {number}")
+
+
+class JsonlRows(Sequence[dict[str, Any]]):
+    """The rows of a JSONL file by number, read when they are asked for: a file of any size costs 8 bytes a row.
+
+    Several threads may read at once.
+
+    Args:
+        path: One JSON object a line; blank lines are passed over.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offsets = array("Q")
+        offset = 0
+        with path.open("rb") as file:
+            for line in file:
+                if line.strip():
+                    self._offsets.append(offset)
+                offset += len(line)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        with self.path.open("rb") as file:
+            file.seek(self._offsets[index])
+            return _object(file.readline(), f"{self.path}, row {index}")
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return read_jsonl(self.path)
+
+
+def _write_new(path: Path, content: Any) -> None:
+    """Write a JSON file whole, unless there is one already."""
+    partial = _partial(path)
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        os.link(partial, path)
+    finally:
+        partial.unlink()
+
+
+def _object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{where}: not JSON ({error}). Each line has to be one object") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: {type(row).__name__} instead of an object")
+    return row
 
 
 def digest(items: Iterable[Any]) -> str:
@@ -76,14 +129,16 @@ def guard(directory: Path, settings: Mapping[str, Any], what: str) -> None:
     file = directory / "settings.json"
     wanted = json.loads(json.dumps(settings))
     if not file.exists():
-        strangers = sorted(entry.name for entry in directory.iterdir())
-        if strangers:
+        names = sorted(entry.name for entry in directory.iterdir())
+        strangers = [name for name in names if not name.endswith(".partial")]
+        if strangers and not file.exists():
             raise FileExistsError(
                 f"{directory} already holds {', '.join(strangers[:5])}, which is not of a {what} that can be "
                 "continued. Choose an empty output directory"
             )
-        write_json(file, wanted)
-        return
+        # Of the workers that start at once, the first one's settings stand, and the others are compared with them.
+        with suppress(FileExistsError):
+            _write_new(file, wanted)
     held = json.loads(file.read_text(encoding="utf-8"))
     changed = [name for name in {**held, **wanted} if held.get(name) != wanted.get(name)]
     if changed:
@@ -92,53 +147,3 @@ def guard(directory: Path, settings: Mapping[str, Any], what: str) -> None:
             f"{directory} holds another {what} ({differences}). Choose another output directory, or go on with the "
             "settings that it was started with"
         )
-
-
-class Journal:
-    """Records appended a block at a time, each block on disk before the next one is made.
-
-    Args:
-        path: The JSONL file; continued if it exists.
-        block: Records that belong together. What was written of an unfinished block is taken back when the journal is
-            opened, so a run that was killed makes that block again, from the same seed, with the same result.
-    """
-
-    def __init__(self, path: Path, block: int) -> None:
-        self.path = path
-        self.records = 0
-        if path.exists():
-            self._repair(block)
-
-    def _repair(self, block: int) -> None:
-        ends = [0]
-        with self.path.open("rb") as file:
-            for line in file:
-                # A line without its newline was being written when the run ended.
-                if line.endswith(b"\n"):
-                    ends.append(ends[-1] + len(line))
-        self.records = (len(ends) - 1) // block * block
-        os.truncate(self.path, ends[self.records])
-
-    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Write a block and wait until it is on disk.
-
-        Raises:
-            OSError: It could not be written, for example since the disk is full. What was complete before stays.
-        """
-        lines = [json.dumps(record) + "\n" for record in records]
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(lines)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{error.strerror} after {self.records} records. They are kept: mend the cause and start the same "
-                "command again, it goes on from there",
-                str(self.path),
-            ) from error
-        self.records += len(lines)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return read_jsonl(self.path) if self.path.exists() else iter(())

@@ -111,7 +111,7 @@ def run_tract(
     num_generations: int = 1,
     on_failure: str = "keep_gold",
     keep_annotated: bool = False,
-    batch_size: int = 8,
+    backend: Mapping[str, Any] | None = None,
     isolate: bool | None = None,
     say: Callable[[str], None] = say_now,
 ) -> RunResult:
@@ -132,11 +132,16 @@ def run_tract(
         num_generations: Stage-two rows for each prompt.
         on_failure: What happens to rationales that never reach the marker: see CoTSelfDistill.
         keep_annotated: Stage two on annotated and self-written rationales, not on the latter alone.
-        batch_size: Prompts generated at once.
+        backend: What generates: `name` (`transformers` or `vllm`) and arguments of that backend, such as `batch_size`.
         isolate: Run each step in a process of its own; by default on a GPU.
         say: Prints the headings.
     """
     training, model_args, generation = dict(training or {}), dict(model_args or {}), dict(generation or {})
+    engine = dict(backend or {})
+    if engine.get("name") == "server":
+        raise ValueError(
+            "a server cannot serve models that a run has yet to train: use the backend vllm or transformers"
+        )
     training.pop("output_dir", None)
     directory = Path(output_dir)
     settings = {
@@ -150,6 +155,7 @@ def run_tract(
         "num_generations": num_generations,
         "on_failure": on_failure,
         "keep_annotated": keep_annotated,
+        "backend": engine.get("name", "transformers"),
     }
     run = Run(directory, settings, isolate=isolate, total=7, say=say)
     train_file, eval_file = directory / "train.jsonl", directory / "eval.jsonl"
@@ -173,9 +179,7 @@ def run_tract(
         return TrainStep(model, str(rows), str(directory / name), training=training, model_args=model_args)
 
     def judge(name: str) -> JudgeStep:
-        return JudgeStep(
-            str(directory / name), str(eval_file), str(directory / f"judged-{name}"), generation, batch_size
-        )
+        return JudgeStep(str(directory / name), str(eval_file), str(directory / f"judged-{name}"), generation, engine)
 
     run.step("stage1", "Stage one: the seed model on the annotated rationales", train(train_file, "stage1"))
     distill = DistillStep(
@@ -188,7 +192,7 @@ def run_tract(
             "on_failure": on_failure,
             "keep_annotated": keep_annotated,
         },
-        batch_size,
+        engine,
     )
     run.step("distill", "Self-generation: the stage-one model writes its own rationales", distill)
     stage_two_rows = directory / "self-generated" / "rows.jsonl"

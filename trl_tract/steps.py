@@ -7,24 +7,25 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import set_seed
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from trl_tract.backends import TransformersBackend
+from trl_tract.backends import make_backend
+from trl_tract.blocks import BlockLog, Record, Report, Shard
 from trl_tract.checkpoints import last_complete_checkpoint
 from trl_tract.config import TRACTConfig
 from trl_tract.distill import CoTSelfDistill
-from trl_tract.journal import Journal, digest, guard, read_jsonl, write_json
+from trl_tract.journal import JsonlRows, digest, read_jsonl, write_json, write_jsonl
 from trl_tract.judge import CoTRAILJudge
 from trl_tract.judge_config import JudgeConfig
+from trl_tract.prompts import gold_score
 from trl_tract.trainer import TRACTTrainer
 
 
@@ -80,9 +81,10 @@ class DistillStep:
     Attributes:
         model: Stage-one model or adapter directory.
         data: JSONL of training rows.
-        output_dir: Receives `rows.jsonl`, the stage-two rows.
+        output_dir: Receives `rows.jsonl`, the stage-two rows, and `summary.json`.
         settings: Arguments of CoTSelfDistill.
-        batch_size: Prompts generated at once.
+        backend: Arguments of `make_backend`: `name`, and what that backend takes.
+        shard: `i/n`, this job's share of the rows; None: this process's share under a launcher.
     """
 
     kind: ClassVar[str] = "distill"
@@ -90,27 +92,31 @@ class DistillStep:
     data: str
     output_dir: str
     settings: dict[str, Any] = field(default_factory=dict)
-    batch_size: int = 8
+    backend: dict[str, Any] = field(default_factory=dict)
+    shard: str | None = None
 
-    def run(self) -> None:
-        """Generate, or go on generating."""
+    def run(self) -> Path | None:
+        """Generate, or go on generating; the stage-two rows, or None if other shards still have to be done."""
         JudgeConfig.load(self.model)  # what is missing is said before the weights are loaded
-        backend = TransformersBackend(self.model, batch_size=self.batch_size)
-        distiller = CoTSelfDistill.from_pretrained(self.model, backend, **self.settings)
-        distiller.distill(_dataset(self.data), self.output_dir)
+        shard = Shard.parse(self.shard) if self.shard else None
+        distiller = CoTSelfDistill.from_pretrained(
+            self.model, make_backend(self.model, **self.backend), **self.settings
+        )
+        return distiller.distill_file(self.data, self.output_dir, shard=shard)
 
 
 @dataclass
 class JudgeStep:
-    """Judge evaluation rows; what is finished of them survives an interruption.
+    """Judge rows; what is finished of them survives an interruption.
 
     Attributes:
         model: Judge directory, or a seed model with `untrained`.
         data: JSONL of rows with `prompt` and, if known, `score`.
         output_dir: Receives `judgements.jsonl`.
         settings: Arguments of CoTRAILJudge.
-        batch_size: Prompts generated at once.
+        backend: Arguments of `make_backend`: `name`, and what that backend takes.
         untrained: The model was never trained as a judge: grid and marker come from `settings`.
+        shard: `i/n`, this job's share of the rows; None: this process's share under a launcher.
         block_size: Items that are judged together and then written to disk.
     """
 
@@ -119,38 +125,51 @@ class JudgeStep:
     data: str
     output_dir: str
     settings: dict[str, Any] = field(default_factory=dict)
-    batch_size: int = 8
+    backend: dict[str, Any] = field(default_factory=dict)
     untrained: bool = False
+    shard: str | None = None
     block_size: int = 64
 
-    def run(self) -> None:
-        """Judge, or go on judging."""
+    def run(self) -> Path | None:
+        """Judge, or go on judging; the judgements, or None if other shards still have to be done."""
         if not self.untrained:
             JudgeConfig.load(self.model)  # what is missing is said before the directory is claimed for this model
-        rows = list(read_jsonl(Path(self.data)))
-        settings = {**self.settings, "model": self.model, "rows_digest": digest(rows), "block_size": self.block_size}
-        directory = Path(self.output_dir)
-        guard(directory, settings, "judging run")
-        journal = Journal(directory / "judgements.jsonl", self.block_size)
-        if journal.records >= len(rows):
-            return
-        backend = TransformersBackend(self.model, batch_size=self.batch_size)
+        rows = JsonlRows(Path(self.data))
+        name = self.backend.get("name", "transformers")
+        directory, final = Path(self.output_dir), Path(self.output_dir) / "judgements.jsonl"
+        log = BlockLog(
+            directory,
+            {**self.settings, "model": self.model, "backend": name, "rows_digest": digest(rows)},
+            "judging",
+            rows=len(rows),
+            block_size=self.block_size,
+            shard=Shard.parse(self.shard) if self.shard else None,
+        )
+        if final.exists():
+            return final
+        backend = make_backend(self.model, **self.backend)
         if self.untrained:
             judge = CoTRAILJudge(backend, **self.settings)
         else:
             judge = CoTRAILJudge.from_pretrained(self.model, backend, **self.settings)
-        with tqdm(total=len(rows), initial=journal.records, desc="Judging", unit="row") as progress:
-            for start in range(journal.records, len(rows), self.block_size):
-                block = rows[start : start + self.block_size]
-                judgements = judge.judge(block, first=start, on_progress=progress.update)
-                journal.append(
-                    {
-                        "reference": row.get("score"),
-                        **{name: row[name] for name in ("id", "group") if name in row},
-                        **judgement.to_dict(),
-                    }
-                    for row, judgement in zip(block, judgements, strict=True)
-                )
+
+        def work(numbers: range, report: Report) -> list[Record]:
+            block = [rows[i] for i in numbers]
+            judgements = judge.judge(block, first=numbers.start, on_progress=report)
+            return [
+                {
+                    "reference": None if row.get("score") is None else gold_score(row["score"]),
+                    **{name: row[name] for name in ("id", "group") if name in row},
+                    **judgement.to_dict(),
+                    "backend": backend.name,
+                }
+                for row, judgement in zip(block, judgements, strict=True)
+            ]
+
+        def write(records: Iterator[Record]) -> None:
+            write_jsonl(final, records)
+
+        return final if log.run(work, final, write, max_calls=backend.max_calls) else None
 
 
 Step = TrainStep | DistillStep | JudgeStep

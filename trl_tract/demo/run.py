@@ -33,7 +33,7 @@ class Size:
 QUICK = Size(training_rows=160, held_out_items=60, epochs=1, batch_size=2, minutes=10)
 FULL = Size(training_rows=480, held_out_items=120, epochs=2, batch_size=4, minutes=35)
 
-GENERATION_BATCH_SIZE = 32
+GENERATION = {"name": "transformers", "batch_size": 32}
 LORA = {"dtype": "auto", "use_peft": True, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
 SAMPLING = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.03, "max_new_tokens": 36}
 
@@ -90,7 +90,7 @@ def run_demo(output_dir: str, *, full: bool, seed: int = 0, model: str | None = 
             str(eval_file),
             str(directory / JUDGES[name]),
             {**SAMPLING, "seed": seed, **changes},
-            GENERATION_BATCH_SIZE,
+            GENERATION,
             untrained=trained is None,
         )
 
@@ -101,7 +101,7 @@ def run_demo(output_dir: str, *, full: bool, seed: int = 0, model: str | None = 
         str(train_file),
         str(directory / "self-generated"),
         {**SAMPLING, "seed": seed},
-        GENERATION_BATCH_SIZE,
+        GENERATION,
     )
     run.step("distill", "Self-generation: the stage-one model writes its own rationales", distill)
     stage_two_rows = directory / "self-generated" / "rows.jsonl"
