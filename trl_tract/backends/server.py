@@ -195,8 +195,8 @@ class ServerBackend(RequestBackend):
         try:
             answer = await self._ask_once("POST", "/completions", body, _is_json_object)
             choice = answer["choices"][0]
-            seen, written, shown = choice["prompt_token_ids"], choice["token_ids"], choice["logprobs"]
-            best = float(shown["token_logprobs"][0])
+            seen, (written,) = choice["prompt_token_ids"], choice["token_ids"]
+            (best,) = choice["logprobs"]["token_logprobs"]
             scores = _read_scores(seen, chosen, answer)
         except Refused as refused:
             if refused.status not in (400, 422):
@@ -209,7 +209,7 @@ class ServerBackend(RequestBackend):
         # The likeliest token has at least the mean probability, and no token more: logits rarely look like that.
         if not -math.log(len(self.tokenizer)) - 1 <= best <= 1e-3 or max(scores.values()) > best + 1e-3:
             raise ValueError(
-                f"{self._server.url} reports {best} for the likeliest token {written}: those are no log-probabilities. "
+                f"{self._server.url} reports {best} for the likeliest token ({written}): that is no log-probability. "
                 "Start it with --logprobs-mode raw_logprobs, vLLM's default"
             )
         if seen != expected:

@@ -151,6 +151,7 @@ class VLLMBackend(RequestBackend):
 
     async def _complete(self, prompt: list[int], **sampling: Any) -> Any:
         from vllm import SamplingParams
+        from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -158,9 +159,8 @@ class VLLMBackend(RequestBackend):
         params = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **sampling)
         name = f"trl-tract-{next(self._numbers)}"
         output = None
-        prompt_input = {"prompt_token_ids": prompt}
         try:
-            async for partly in self.engine.generate(prompt_input, params, name, lora_request=self._adapter):
+            async for partly in self.engine.generate(tokens_input(prompt), params, name, lora_request=self._adapter):
                 output = partly
         except EngineDeadError as error:
             raise RuntimeError(f"vLLM's engine has died on {self.model_id}; its log above says why") from error
