@@ -77,6 +77,10 @@ class TestGenerate:
         spelled = tokenizer("it is fair. [RESULT]")["input_ids"]
         assert generation == Generation("it is fair. ", "stop", len(spelled))
 
+    def test_a_stop_that_the_ids_do_not_spell_is_cut_where_the_server_cut_it(self, backend, server):
+        server.always = edit_choice(token_ids=[9, 10], text="cut here", finish_reason="stop", stop_reason=STOP)
+        assert backend.generate([[5]], stop=STOP) == [[Generation("cut here", "stop", 2)]]
+
     def test_the_end_of_the_models_turn_is_told_from_the_stop(self, backend, server, tokenizer):
         server.texts[5] = "it is fair."
         ((generation,),) = backend.generate([[5]], stop=STOP)

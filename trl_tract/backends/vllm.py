@@ -36,7 +36,6 @@ class VLLMBackend(RequestBackend):
     Attributes:
         name: `"vllm"`.
         model_id: What was loaded.
-        engine: vLLM's `AsyncLLM`.
     """
 
     name = "vllm"
@@ -86,29 +85,31 @@ class VLLMBackend(RequestBackend):
         }
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(arguments["tokenizer"])
         try:
-            self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+            engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except (ValueError, TypeError) as error:  # Its own checks; pydantic's errors are ValueErrors.
             raise ValueError(f"vLLM refuses to run {base_id}: {error}") from error
         except Exception as error:
             raise RuntimeError(f"vLLM's engine does not start on {base_id}: {error}; its log above says why") from error
-        limit = 2 * self.engine.vllm_config.scheduler_config.max_num_seqs
+        limit = 2 * engine.vllm_config.scheduler_config.max_num_seqs
         loop = RequestLoop(limit)
-        self._closing = weakref.finalize(self, _shut, loop, self.engine)
+        # The only reference: an engine that lives on until the interpreter is taken apart complains then.
+        self._engines = [engine]
+        self._closing = weakref.finalize(self, _shut, loop, self._engines)
         self._numbers = itertools.count()
         self._adapter = None
         super().__init__(
             model_id,
             tokenizer,
             loop,
-            context_length=self.engine.model_config.max_model_len,
-            vocabulary=self.engine.model_config.get_vocab_size(),
+            context_length=engine.model_config.max_model_len,
+            vocabulary=engine.model_config.get_vocab_size(),
             concurrency=limit,
             request_seeds=request_seeds,
         )
         if adapter is not None:
             self._adapter = LoRARequest(lora_name="judge", lora_int_id=1, lora_path=model_id)
             try:
-                loop.wait_for(self.engine.add_lora(self._adapter))
+                loop.wait_for(engine.add_lora(self._adapter))
             except BaseException as error:
                 self.close()
                 if isinstance(error, Exception):
@@ -160,7 +161,9 @@ class VLLMBackend(RequestBackend):
         name = f"trl-tract-{next(self._numbers)}"
         output = None
         try:
-            async for partly in self.engine.generate(tokens_input(prompt), params, name, lora_request=self._adapter):
+            async for partly in self._engines[0].generate(
+                tokens_input(prompt), params, name, lora_request=self._adapter
+            ):
                 output = partly
         except EngineDeadError as error:
             raise RuntimeError(f"vLLM's engine has died on {self.model_id}; its log above says why") from error
@@ -169,10 +172,11 @@ class VLLMBackend(RequestBackend):
         return output
 
 
-def _shut(loop: RequestLoop, engine: Any) -> None:
+def _shut(loop: RequestLoop, engines: list[Any]) -> None:
     loop.cancel()
-    engine.shutdown()
+    engines[0].shutdown()
     loop.close()
+    engines.clear()
 
 
 def _check_arguments(engine_args: Mapping[str, Any], known: list[str]) -> None:
