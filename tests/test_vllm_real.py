@@ -3,7 +3,9 @@
 For an environment that has vLLM (docs/generation.md). Without one, `pytest -m vllm` fails: it does not skip.
 """
 
+import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,9 +20,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from trl_tract import CoTRAILJudge, ServerBackend, TransformersBackend, VLLMBackend
+from trl_tract import CoTRAILJudge, CoTSelfDistill, ServerBackend, TransformersBackend, VLLMBackend
 from trl_tract.backends import Generation
 from trl_tract.demo.seed_model import save_seed_model
+from trl_tract.journal import read_jsonl, write_jsonl
 
 pytestmark = [
     pytest.mark.vllm,
@@ -294,3 +297,35 @@ class TestServer(AsTransformers):
 
         assert backend.generate(prompts, on_progress=kill_once, **settings) == expected
         assert sum(reports) == len(prompts)
+
+    def test_self_distillation_killed_at_twenty_instants_has_every_row_once(self, server, model, tmp_path):
+        data, out = tmp_path / "rows.jsonl", tmp_path / "out"
+        prompts = [f"{EXAMPLES}Reply: {reply} ({number})\nFeedback:" for number in range(12) for reply in REPLIES]
+        write_jsonl(data, [{"prompt": prompt, "completion": " Old. [RESULT] 3"} for prompt in prompts])
+        processes = multiprocessing.get_context("forkserver")
+        processes.set_forkserver_preload(["trl_tract.distill", "trl_tract.backends.server"])
+        arguments = (f"http://127.0.0.1:{server.port}", model, str(data), str(out))
+        instants, killed, seen = random.Random(0), 0, []
+        while killed < 20:
+            process = processes.Process(target=distil, args=arguments)
+            process.start()
+            process.join(instants.uniform(0.5, 4))
+            if not process.is_alive():
+                break  # it is done: what is left of the twenty kills has nothing to hit
+            process.kill()
+            process.join()
+            killed += 1
+            seen.append(sum(path.read_bytes().count(b"\n") for path in out.glob("blocks/*.jsonl")))
+        distil(*arguments)
+        rows = list(read_jsonl(out / "rows.jsonl"))
+        assert [row["prompt"] for row in rows] == prompts
+        assert killed >= 5
+        assert seen == sorted(seen)
+        print(f"{killed} kills, blocks on disk at each: {seen}; {rows[0]['rationale_source']}")
+
+
+def distil(url: str, model: str, data: str, out: str) -> None:
+    """Self-distillation through a server, in a process that is killed."""
+    with ServerBackend(url, "seed", max_concurrency=8) as backend:
+        settings = {"block_size": 2, "max_new_tokens": 24, "max_attempts": 2, "allow_leaks": True}
+        CoTSelfDistill(backend, **settings).distill_file(data, out)
