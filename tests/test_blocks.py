@@ -120,6 +120,25 @@ def test_after_a_full_disk_the_run_ends_with_every_row(tmp_path, monkeypatch):
     assert final_rows(tmp_path) == list(range(10))
 
 
+def test_a_disk_that_is_full_for_the_result_alone_says_how_to_go_on(tmp_path):
+    def full(records: Iterator[Record]) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match=r"No space left on device with 10 of 10 rows done.*start the same again"):
+        make_log(tmp_path).run(numbered, tmp_path / "final.jsonl", full)
+    assert run(make_log(tmp_path), work=None)
+
+
+def test_a_result_that_cannot_be_written_leaves_nothing_half_written(tmp_path):
+    def broken() -> Iterator[Record]:
+        yield {"row": 0}
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left"):
+        write_jsonl(tmp_path / "final.jsonl", broken())
+    assert list(tmp_path.iterdir()) == []
+
+
 class TestTwoRuns:
     def test_at_once_on_one_directory_are_refused(self, tmp_path):
         held = make_log(tmp_path)

@@ -166,12 +166,7 @@ class BlockLog:
         except OSError as error:
             if self._path.exists():
                 os.truncate(self._path, size)
-            raise OSError(
-                error.errno,
-                f"{error.strerror} with {self.finished_rows} of {self.rows} rows done. They are kept: mend the cause "
-                "and start the same again, it goes on from there",
-                str(self._path),
-            ) from error
+            raise self._kept(error, self._path) from error
         self.refresh()
 
     def records(self) -> Iterator[Record]:
@@ -252,7 +247,10 @@ class BlockLog:
                 if not final.exists():
                     for left_by_a_kill in final.parent.glob(f"{final.name}.*.partial"):
                         left_by_a_kill.unlink()
-                    write(self.records())
+                    try:
+                        write(self.records())
+                    except OSError as error:
+                        raise self._kept(error, final) from error
         elif not final.exists():
             logger.warning(
                 "shard %s is done; %d of %d rows are on disk in %s. The shard that ends last writes %s",
@@ -262,6 +260,14 @@ class BlockLog:
                 self.directory,
                 final.name,
             )
+
+    def _kept(self, error: OSError, path: Path) -> OSError:
+        return OSError(
+            error.errno,
+            f"{error.strerror} with {self.finished_rows} of {self.rows} rows done. They are kept: mend the cause and "
+            "start the same again, it goes on from there",
+            str(path),
+        )
 
     def _to_do(self) -> Iterator[int]:
         mine = (block for block in range(len(self)) if self.shard.owns(block))

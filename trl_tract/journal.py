@@ -24,14 +24,17 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write rows as JSONL, whole or not at all; how many there were."""
     partial = _partial(path)
     count = 0
-    with partial.open("w", encoding="utf-8") as file:
-        for row in rows:
-            # ASCII escapes: control characters and line separators in model text then stay inside their line.
-            file.write(json.dumps(row) + "\n")
-            count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for row in rows:
+                # ASCII escapes: control characters and line separators in model text then stay inside their line.
+                file.write(json.dumps(row) + "\n")
+                count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)  # of a full disk, say
     return count
 
 
