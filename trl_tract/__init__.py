@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trl_tract.backends import TransformersBackend
+    from trl_tract.backends import ServerBackend, TransformersBackend, VLLMBackend
     from trl_tract.config import TRACTConfig
     from trl_tract.distill import CoTSelfDistill
     from trl_tract.judge import CoTRAILJudge, Judgement
@@ -23,9 +23,11 @@ _ROOMS = {
     "CoTSelfDistill": "distill",
     "Judgement": "judge",
     "ScoreGrid": "scores",
+    "ServerBackend": "backends",
     "TRACTConfig": "config",
     "TRACTTrainer": "trainer",
     "TransformersBackend": "backends",
+    "VLLMBackend": "backends",
     "expected_score": "scores",
     "from_feedback_collection": "prompts",
     "from_prometheus_eval": "prompts",
@@ -40,9 +42,11 @@ __all__ = [
     "CoTSelfDistill",
     "Judgement",
     "ScoreGrid",
+    "ServerBackend",
     "TRACTConfig",
     "TRACTTrainer",
     "TransformersBackend",
+    "VLLMBackend",
     "expected_score",
     "from_feedback_collection",
     "from_prometheus_eval",

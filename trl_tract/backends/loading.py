@@ -33,18 +33,14 @@ def load(
         ValueError: An adapter does not say which base model it belongs to.
     """
     device = _own_device() if device is None else device
-    is_adapter = find_adapter_config_file(model_id) is not None
-    base_id = model_id
-    if is_adapter:
-        base_id = PeftConfig.from_pretrained(model_id).base_model_name_or_path
-        if not base_id:
-            raise ValueError(f"{model_id}/adapter_config.json names no base model: set base_model_name_or_path in it")
+    adapter = adapter_config(model_id)
+    base_id = model_id if adapter is None else str(adapter.base_model_name_or_path)
     if tokenizer is None:
-        tokenizer = load_tokenizer(model_id if not is_adapter or _has_tokenizer(model_id) else base_id)
+        tokenizer = load_tokenizer(tokenizer_id(model_id, base_id))
     model: Any = AutoModelForCausalLM.from_pretrained(
         base_id, dtype=dtype or "auto", device_map=torch.device(device), trust_remote_code=False
     )
-    if is_adapter:
+    if adapter is not None:
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             # Tokens added in training: the adapter's embedding rows only fit a base that has them.
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -77,6 +73,25 @@ def _own_device() -> torch.device:
             f"Start at most {count} processes a machine, or pass device"
         )
     return torch.device(current.type, int(local_rank))
+
+
+def adapter_config(model_id: str) -> PeftConfig | None:
+    """The configuration of an adapter; None for a full model.
+
+    Raises:
+        ValueError: The adapter does not say which base model it belongs to.
+    """
+    if find_adapter_config_file(model_id) is None:
+        return None
+    config = PeftConfig.from_pretrained(model_id)
+    if not config.base_model_name_or_path:
+        raise ValueError(f"{model_id}/adapter_config.json names no base model: set base_model_name_or_path in it")
+    return config
+
+
+def tokenizer_id(model_id: str, base_id: str) -> str:
+    """Where the tokenizer of a model is: an adapter's own if it has one, else its base's."""
+    return model_id if model_id == base_id or _has_tokenizer(model_id) else base_id
 
 
 def _has_tokenizer(model_id: str) -> bool:

@@ -1,0 +1,198 @@
+"""What backends share that send one request a prompt to an engine which joins them into batches of its own.
+
+Knows prompts, limits, order and progress; the engine is the subclass's.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import sha256
+from types import TracebackType
+from typing import Self, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from trl_tract.backends.base import Generation, Sampling, SamplingOptions
+from trl_tract.backends.request_loop import RequestLoop
+from trl_tract.backends.tokens import checked_ids, ended
+
+MAX_LOGPROB_IDS = 128  # vLLM's bound on `logprob_token_ids` of one request.
+_BLOCK = 64  # Prompts that a caller is expected to hand over at a time.
+
+
+@dataclass(frozen=True)
+class Written:
+    """One continuation as vLLM reports it, in process and over HTTP alike.
+
+    Attributes:
+        token_ids: Every token sampled, with the end-of-sequence token or the stop text's tokens.
+        text: Up to the stop text.
+        finish_reason: `stop` or `length`.
+        stop_reason: The stop text, another end-of-sequence token than the first, or None.
+    """
+
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    stop_reason: str | int | None
+
+
+class RequestBackend(ABC):
+    """A backend whose engine serves many requests at once, from any number of threads.
+
+    Attributes:
+        model_id: The model, for provenance.
+        tokenizer: Its tokenizer.
+        max_calls: Calls that it takes to keep the engine busy while the last continuations of some are being written.
+        context_length: Tokens of prompt and continuation together.
+    """
+
+    name: str
+
+    def __init__(
+        self,
+        model_id: str,
+        tokenizer: PreTrainedTokenizerBase,
+        loop: RequestLoop,
+        *,
+        context_length: int,
+        vocabulary: int,
+        concurrency: int,
+        request_seeds: bool,
+    ) -> None:
+        self.model_id = model_id
+        self.tokenizer = tokenizer
+        self.context_length = context_length
+        # Twice what runs at once, so that a block's stragglers never leave the engine waiting; and two more.
+        self.max_calls = 2 + math.ceil(2 * concurrency / _BLOCK)
+        self._vocabulary = vocabulary
+        self._requests = loop
+        self._request_seeds = request_seeds
+
+    @abstractmethod
+    async def _sample(
+        self, prompt: list[int], n: int, stop: str | None, settings: Sampling, seed: int | None
+    ) -> list[Written] | None:
+        """Sample `n` continuations; None where the engine finds the prompt too long after all."""
+
+    @abstractmethod
+    async def _score(self, prompt: list[int], token_ids: list[int]) -> Mapping[int, float] | None:
+        """Log-probabilities of up to MAX_LOGPROB_IDS different tokens; None where the prompt is too long after all."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        n: int = 1,
+        stop: str | None = None,
+        seed: int = 0,
+        on_progress: Callable[[int], None] | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> list[list[Generation]]:
+        """Sample `n` continuations of each prompt; see `Backend.generate`.
+
+        Args:
+            prompts: Token ids, one sequence a prompt.
+            n: Continuations per prompt.
+            stop: Text that ends a continuation; it is not part of the result.
+            seed: Used only with `request_seeds`. Otherwise the engine's own seed decides, and the text also depends
+                on what else the engine does at the time.
+            on_progress: Called, in the caller's thread, with the number of prompts that have just been finished.
+            **sampling: Fields of `Sampling`. A continuation never has more tokens than the context window has left.
+                vLLM raises temperatures between 0 and 0.01 to 0.01.
+
+        Raises:
+            ValueError: A setting out of range, or a prompt that is empty or holds an id outside the vocabulary.
+            RuntimeError: The engine failed, or `cancel` or `close` was called.
+        """
+        settings = Sampling(**sampling)
+        settings.check(n, stop)
+        rows = checked_ids(prompts, "prompts", self._vocabulary)
+        results: list[list[Generation]] = [[Generation("", "prompt_too_long", 0)] * n for _ in rows]
+        numbers: list[int] = []
+        requests: list[Callable[[], Awaitable[list[Written] | None]]] = []
+        for number, row in enumerate(rows):
+            room = self.context_length - len(row)
+            if room < 2:
+                continue
+            limited = replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
+            own_seed = _request_seed(seed, number) if self._request_seeds else None
+            numbers.append(number)
+            requests.append(partial(self._sample, row, n, stop, limited, own_seed))
+        if on_progress is not None and len(numbers) < len(rows):
+            on_progress(len(rows) - len(numbers))
+
+        def arrived(request: int, written: list[Written] | None) -> None:
+            if written is not None:
+                results[numbers[request]] = [self._finish(one, stop) for one in written]
+            if on_progress is not None:
+                on_progress(1)
+
+        self._requests.run(requests, arrived)
+        return results
+
+    def next_token_logprobs(
+        self, token_id_lists: Sequence[Sequence[int]], token_ids: Sequence[int]
+    ) -> NDArray[np.float64]:
+        """Log-probabilities of `token_ids` as the next token; see `Backend.next_token_logprobs`.
+
+        Args:
+            token_id_lists: Token ids, one sequence a row.
+            token_ids: The tokens asked for, `K` of them. More than 128 take several requests a row.
+
+        Returns:
+            `(len(token_id_lists), K)`, nats. A row that leaves no room for one more token is NaN.
+
+        Raises:
+            ValueError: A row that is empty, or an id outside the vocabulary.
+            RuntimeError: The engine failed, or `cancel` or `close` was called.
+        """
+        rows = checked_ids(token_id_lists, "token_id_lists", self._vocabulary)
+        (wanted,) = checked_ids([token_ids], "token_ids", self._vocabulary)
+        logprobs = np.full((len(rows), len(wanted)), np.nan)
+        different = list(dict.fromkeys(wanted))
+        parts = [different[start : start + MAX_LOGPROB_IDS] for start in range(0, len(different), MAX_LOGPROB_IDS)]
+        places = {token: [column for column, id_ in enumerate(wanted) if id_ == token] for token in different}
+        asked = [(number, part) for number, row in enumerate(rows) if len(row) < self.context_length for part in parts]
+
+        def arrived(request: int, scored: Mapping[int, float] | None) -> None:
+            if scored is not None:
+                number, part = asked[request]
+                for token in part:
+                    logprobs[number, places[token]] = scored[token]
+
+        self._requests.run([partial(self._score, rows[number], part) for number, part in asked], arrived)
+        return logprobs
+
+    def cancel(self) -> None:
+        """Cancel the requests of all calls under way, such as after Ctrl-C; those calls end with a RuntimeError."""
+        self._requests.cancel()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the engine holds. Calls under way end with a RuntimeError; more than once does no harm."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _finish(self, written: Written, stop: str | None) -> Generation:
+        at_stop_text = stop is not None and written.stop_reason == stop
+        at_eos = written.finish_reason == "stop" and not at_stop_text
+        generation = ended(self.tokenizer, written.token_ids, at_eos=at_eos, stop=stop)
+        if at_stop_text and generation.finish_reason != "stop":
+            # The ids spell the stop text only behind the prompt's last token: the engine saw it, take its cut.
+            return Generation(written.text, "stop", len(written.token_ids))
+        return generation
+
+
+def _request_seed(seed: int, number: int) -> int:
+    return int.from_bytes(sha256(f"{seed}/{number}".encode()).digest()[:4], "big")

@@ -1,0 +1,226 @@
+"""Generation and exact log-probabilities with vLLM, in this process.
+
+Knows the engine, its arguments and adapters. vLLM and its CUDA come in with the first backend, not with this module.
+"""
+
+import difflib
+import importlib.util
+import itertools
+import weakref
+from collections.abc import Mapping
+from dataclasses import fields
+from os import PathLike, fspath
+from typing import Any
+
+from peft import PeftConfig
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from trl_tract.backends.base import Sampling
+from trl_tract.backends.loading import adapter_config, load_tokenizer, tokenizer_id
+from trl_tract.backends.request_loop import RequestLoop
+from trl_tract.backends.requests import RequestBackend, Written
+
+_INSTALL = 'pip install "trl-tract[vllm]"'
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # What vLLM makes room for.
+
+
+class VLLMBackend(RequestBackend):
+    """A causal language model run by vLLM's asynchronous engine.
+
+    The engine joins the requests of all threads into batches, shares the work on equal beginnings of prompts (prefix
+    caching), and keeps adapters apart from their 16-bit base.
+
+    A script that makes one needs `if __name__ == "__main__":`, since vLLM starts a process for its engine. In that
+    process lies the GPU's memory: `close`, or the end of a `with` block, gives it back.
+
+    Attributes:
+        name: `"vllm"`.
+        model_id: What was loaded.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        model: str | PathLike[str],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        request_seeds: bool = False,
+        **engine_args: Any,
+    ) -> None:
+        """Start the engine.
+
+        Args:
+            model: Directory or hub id of a full model, or of a LoRA adapter (served on the base that it names).
+            tokenizer: The checkpoint's own by default: the adapter's if it has one, else its base's.
+            request_seeds: Give each request a seed of its own, so that a prompt's text no longer depends on what else
+                is being written. vLLM's CPU engine can die of such requests.
+            **engine_args: Any argument of vLLM's engine: `dtype`, `max_model_len`, `gpu_memory_utilization`, `seed`,
+                `tensor_parallel_size`, `data_parallel_size`, ... Prefix caching is on unless switched off here.
+
+        Raises:
+            ImportError: vLLM is not installed.
+            ValueError: An engine argument that vLLM does not have or that would make log-probabilities inexact; an
+                encoder-decoder; bitsandbytes weights; an adapter without a base, or of a kind that vLLM cannot serve.
+            RuntimeError: The engine does not start.
+        """
+        if importlib.util.find_spec("vllm") is None:
+            raise ImportError(f"VLLMBackend needs vLLM: {_INSTALL}")
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.lora.request import LoRARequest
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        model_id = fspath(model)
+        _check_arguments(engine_args, [field.name for field in fields(AsyncEngineArgs)])
+        adapter = adapter_config(model_id)
+        base_id = model_id if adapter is None else str(adapter.base_model_name_or_path)
+        _check_checkpoint(base_id)
+        arguments = {
+            "model": base_id,
+            "tokenizer": tokenizer_id(model_id, base_id),
+            "enable_prefix_caching": True,
+            "disable_log_stats": True,
+            **({} if adapter is None else _lora_arguments(model_id, adapter)),
+            **engine_args,
+        }
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(arguments["tokenizer"])
+        try:
+            engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        except (ValueError, TypeError) as error:  # Its own checks; pydantic's errors are ValueErrors.
+            raise ValueError(f"vLLM refuses to run {base_id}: {error}") from error
+        except Exception as error:
+            raise RuntimeError(f"vLLM's engine does not start on {base_id}: {error}; its log above says why") from error
+        limit = 2 * engine.vllm_config.scheduler_config.max_num_seqs
+        loop = RequestLoop(limit)
+        # The only reference: an engine that lives on until the interpreter is taken apart complains then.
+        self._engines = [engine]
+        self._closing = weakref.finalize(self, _shut, loop, self._engines)
+        self._numbers = itertools.count()
+        self._adapter = None
+        super().__init__(
+            model_id,
+            tokenizer,
+            loop,
+            context_length=engine.model_config.max_model_len,
+            vocabulary=engine.model_config.get_vocab_size(),
+            concurrency=limit,
+            request_seeds=request_seeds,
+        )
+        if adapter is not None:
+            self._adapter = LoRARequest(lora_name="judge", lora_int_id=1, lora_path=model_id)
+            try:
+                loop.wait_for(engine.add_lora(self._adapter))
+            except BaseException as error:
+                self.close()
+                if isinstance(error, Exception):
+                    raise ValueError(
+                        f"vLLM cannot serve the adapter {model_id} unmerged: {error}. Merge it into its base, or use "
+                        "TransformersBackend"
+                    ) from error
+                raise
+
+    def close(self) -> None:
+        """End the engine and its processes, with the memory they hold; more than once does no harm."""
+        self._closing()
+
+    async def _sample(
+        self, prompt: list[int], n: int, stop: str | None, settings: Sampling, seed: int | None
+    ) -> list[Written] | None:
+        output = await self._complete(
+            prompt,
+            n=n,
+            max_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            repetition_penalty=settings.repetition_penalty,
+            stop=stop,
+            seed=seed,
+        )
+        written = []
+        for one in sorted(output.outputs, key=lambda one: one.index):
+            if one.finish_reason not in ("stop", "length"):
+                raise RuntimeError(f"vLLM gave up on a continuation ({one.finish_reason}); its log above says why")
+            written.append(Written(list(one.token_ids), one.text, one.finish_reason, one.stop_reason))
+        return written
+
+    async def _score(self, prompt: list[int], token_ids: list[int]) -> Mapping[int, float] | None:
+        output = await self._complete(
+            prompt, max_tokens=1, temperature=0.0, logprob_token_ids=token_ids, detokenize=False
+        )
+        (shown,) = output.outputs[0].logprobs
+        return {token: float(shown[token].logprob) for token in token_ids}
+
+    async def _complete(self, prompt: list[int], **sampling: Any) -> Any:
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        # Everything that shapes the text is given here: the engine reads no defaults from the checkpoint.
+        params = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **sampling)
+        name = f"trl-tract-{next(self._numbers)}"
+        output = None
+        try:
+            async for partly in self._engines[0].generate(
+                tokens_input(prompt), params, name, lora_request=self._adapter
+            ):
+                output = partly
+        except EngineDeadError as error:
+            raise RuntimeError(f"vLLM's engine has died on {self.model_id}; its log above says why") from error
+        if output is None or not output.finished:
+            raise RuntimeError(f"vLLM left a request of {len(prompt)} tokens unfinished; its log above says why")
+        return output
+
+
+def _shut(loop: RequestLoop, engines: list[Any]) -> None:
+    loop.cancel()
+    engines[0].shutdown()
+    loop.close()
+    engines.clear()
+
+
+def _check_arguments(engine_args: Mapping[str, Any], known: list[str]) -> None:
+    for name in engine_args:
+        if name not in known:
+            similar = difflib.get_close_matches(name, known, n=3)
+            hint = f": did you mean {' or '.join(similar)}?" if similar else ""
+            raise ValueError(f"vLLM's engine has no argument {name!r}{hint}")
+    if engine_args.get("logprobs_mode", "raw_logprobs") != "raw_logprobs":
+        raise ValueError(
+            f"logprobs_mode={engine_args['logprobs_mode']!r} would report other numbers than the log-probabilities "
+            "under the whole vocabulary: leave it out"
+        )
+    if engine_args.get("trust_remote_code"):
+        raise ValueError("trust_remote_code=True would run code from the checkpoint: only models known to vLLM are run")
+    if engine_args.get("quantization") == "bitsandbytes":
+        raise ValueError(
+            "vLLM no longer reads bitsandbytes weights (since 0.28): leave quantization out. An adapter trained on a "
+            "4-bit base is served on the 16-bit base"
+        )
+
+
+def _check_checkpoint(base_id: str) -> None:
+    config = AutoConfig.from_pretrained(base_id, trust_remote_code=False)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{base_id} is an encoder-decoder; only causal language models can be used")
+    quantised = getattr(config, "quantization_config", None)
+    method = quantised.get("quant_method") if isinstance(quantised, Mapping) else getattr(quantised, "quant_method", "")
+    if "bitsandbytes" in str(method).lower():
+        raise ValueError(
+            f"{base_id} holds bitsandbytes weights, which vLLM no longer reads (since 0.28): name its 16-bit original "
+            "instead, in an adapter as base_model_name_or_path of adapter_config.json"
+        )
+
+
+def _lora_arguments(model_id: str, adapter: PeftConfig) -> dict[str, Any]:
+    if str(getattr(adapter.peft_type, "value", adapter.peft_type)) != "LORA":
+        raise ValueError(
+            f"{model_id} is a {adapter.peft_type} adapter; vLLM serves LoRA alone: use TransformersBackend"
+        )
+    rank = max([adapter.r, *(adapter.rank_pattern or {}).values()])
+    fitting = [room for room in _LORA_RANKS if room >= rank]
+    if not fitting:
+        raise ValueError(
+            f"{model_id} has rank {rank}, and vLLM serves at most {_LORA_RANKS[-1]}: merge it into its base"
+        )
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": fitting[0]}
