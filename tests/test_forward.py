@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from conftest import CONFIGS, make_model
@@ -160,3 +161,48 @@ def test_memory_that_runs_out_behind_the_shared_prompt_halves_the_batch(tokenize
     samples = backend.generate([prompts[0]], n=4, max_new_tokens=3)
     assert sizes == [1, 4, 1, 2, 2, 2, 1, 2, 2, 2]  # The prompt once, all four; then twice the prompt and two of them.
     assert len({generation.text for generation in samples[0]}) == 4
+
+
+@pytest.fixture
+def rationales(prompts):
+    """Three rows that go on from the first prompt, one that stands alone, two that go on from the last prompt."""
+    generator = torch.Generator().manual_seed(1)
+    long, _, short = prompts
+    tails = [torch.randint(4, 384, (length,), generator=generator).tolist() for length in (7, 2, 5, 6, 3, 1)]
+    starts = [long, long, long, [], short, short]
+    return [start + tail for start, tail in zip(starts, tails, strict=True)]
+
+
+def test_rows_that_follow_each_other_and_share_half_are_of_one_group(rationales):
+    assert forward.common_prefixes(rationales) == [(0, 20)] * 3 + [(1, 5)] + [(2, 9)] * 2
+    assert forward.common_prefixes([[1, 2, 3], [1, 2, 3], [1, 2, 4, 5, 6]]) == [(0, 2), (0, 2), (1, 4)]
+    assert forward.common_prefixes([]) == []
+
+
+def whole_rows(model, rows):
+    with torch.no_grad():
+        logits = torch.stack([model(input_ids=torch.tensor([row])).logits[0, -1] for row in rows])
+    return logits.double().log_softmax(dim=-1).numpy()
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "gpt2", "mistral"])
+def test_shared_beginnings_change_no_log_probability(name, tokenizer, rationales):
+    model = make(name)
+    logprobs = TransformersBackend(model, tokenizer, batch_size=4).next_token_logprobs(rationales, range(384))
+    bound = 1e-3 if name in SINGLE else 1e-10
+    np.testing.assert_allclose(logprobs, whole_rows(model, rationales), atol=bound, rtol=0)
+
+
+def test_a_beginning_is_computed_once_for_all_rows_that_have_it(tokenizer, rationales, embedded):
+    backend = TransformersBackend(make("llama"), tokenizer, batch_size=3)
+    shapes = embedded(backend.model)
+    backend.next_token_logprobs(rationales, [5])
+    # Of the row that stands alone, only the last token is left to the second pass.
+    assert shapes == [(1, 20), (3, 7), (2, 9), (3, 3)]
+
+
+def test_a_window_is_not_shared_behind_padding(tokenizer, rationales, embedded):
+    backend = TransformersBackend(make("mistral"), tokenizer, batch_size=3)
+    shapes = embedded(backend.model)
+    backend.next_token_logprobs(rationales, [5])
+    assert shapes == [(3, 27), (3, 12)]

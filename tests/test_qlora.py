@@ -12,13 +12,14 @@ from bitsandbytes.nn import Linear4bit
 from conftest import PLAIN, make_model, make_rows, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_options import oracle_terms
+from test_options import gradient_of, oracle_terms
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_tract import CoTRAILJudge, TRACTConfig, TRACTTrainer, TransformersBackend
 
 TOKENIZER = make_tokenizer()
 ROWS = make_rows(8, seed=1)
+LEARNING_RATE = 0.5
 
 
 def lora_config() -> LoraConfig:
@@ -43,7 +44,7 @@ def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def qlora_trainer(seed_model: Path, output_dir: Path, compute_dtype: torch.dtype, **settings: Any) -> TRACTTrainer:
-    settings = {"max_steps": 2, "learning_rate": 0.5, "train_sampling_strategy": "sequential", **settings}
+    settings = {"max_steps": 2, "learning_rate": LEARNING_RATE, "train_sampling_strategy": "sequential", **settings}
     return TRACTTrainer(
         str(seed_model),
         args=TRACTConfig(str(output_dir), **{**PLAIN, **settings}),
@@ -76,10 +77,24 @@ def dequantised(model: Any) -> Any:
     return plain.double()
 
 
+def loss_of(plain: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
+    nll, _, errors = oracle_terms(plain, rows)
+    return nll.mean() + errors.mean()
+
+
 def loss_by_hand(model: Any) -> float:
     with torch.no_grad():
-        nll, _, errors = oracle_terms(dequantised(model), ROWS)
-    return (nll.mean() + errors.mean()).item()
+        return loss_of(dequantised(model), ROWS).item()
+
+
+def loss_after_two_steps_by_hand(model: Any) -> float:
+    """Two steps of plain gradient descent on the adapters, four rows each, in float64."""
+    plain = dequantised(model)
+    for rows in (ROWS[:4], ROWS[4:]):
+        for name, gradient in gradient_of(loss_of(plain, rows), plain).items():
+            plain.get_parameter(name).data -= LEARNING_RATE * gradient
+    with torch.no_grad():
+        return loss_of(plain, ROWS).item()
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
@@ -87,10 +102,12 @@ def run(request, seed_model, tmp_path_factory) -> dict[str, Any]:
     """Two steps, and the evaluation before and after them, beside the same by hand."""
     trainer = qlora_trainer(seed_model, tmp_path_factory.mktemp("run"), request.param, per_device_eval_batch_size=8)
     found, wanted = [trainer.evaluate()["eval_loss"]], [loss_by_hand(trainer.model)]
+    descended = loss_after_two_steps_by_hand(trainer.model)
     steps = trainer.train().global_step
     found.append(trainer.evaluate()["eval_loss"])
     wanted.append(loss_by_hand(trainer.model))
-    return {"dtype": request.param, "trainer": trainer, "found": found, "wanted": wanted, "steps": steps}
+    told = {"found": found, "wanted": wanted, "steps": steps, "descended": descended}
+    return {"dtype": request.param, "trainer": trainer, **told}
 
 
 def test_every_linear_layer_but_the_head_is_nf4_with_double_quantisation(run):
@@ -113,9 +130,12 @@ def test_the_loss_after_training_is_that_of_the_dequantised_weights_with_the_ada
     assert run["found"][1] == pytest.approx(run["wanted"][1], rel=bound)
 
 
-def test_two_steps_lower_the_loss(run):
+def test_two_steps_lower_the_loss_as_much_as_two_by_hand(run):
+    # How far they lower it depends on where the adapters start, and so on the versions of torch and PEFT.
     assert run["steps"] == 2
-    assert run["found"][1] < 0.95 * run["found"][0]
+    by_hand = run["wanted"][0] - run["descended"]
+    assert by_hand > 0.1
+    assert run["found"][0] - run["found"][1] == pytest.approx(by_hand, rel=0.01)
 
 
 def test_every_adapter_has_been_trained_and_nothing_else(run):

@@ -141,11 +141,12 @@ def ask_durable(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = list(made_up_rows(arguments.prompts, arguments.prompt_tokens))
     prompts = [prompt_ids(backend.tokenizer, row["prompt"]) for row in rows]
     settings = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.03, "max_new_tokens": arguments.new_tokens}
+    # What fails is not sampled again: an untrained model may write anything.
+    distiller = CoTSelfDistill(backend, max_attempts=1, **settings)
 
     def durable() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            written = CoTSelfDistill(backend, **settings).distill(Dataset.from_list(rows), folder)
-            assert set(written["rationale_source"]) == {"self"}
+            distiller.distill(Dataset.from_list(rows), folder)
 
     def bare() -> None:
         backend.generate(prompts, n=1, seed=42, **settings)
@@ -189,19 +190,12 @@ def ask_samples(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def distill_file(rows: Path, output_dir: Path, backend: Any) -> None:
-    """What `trl-tract distill` does with a file of rows, whatever the model."""
-    with rows.open(encoding="utf-8") as lines:
-        dataset = Dataset.from_list([json.loads(line) for line in lines])
-    CoTSelfDistill(backend).distill(dataset, output_dir)
-
-
 def memory_child(rows: Path) -> None:
     """Distil a file of rows with a scripted backend, and print this process's peak resident set before and after."""
     script = ScriptedBackend(lambda prompt, seed: f"It is polite . {MARKER} 3", word_tokenizer(), record_calls=False)
     before = peak_rss_bytes()
     with tempfile.TemporaryDirectory() as folder:
-        distill_file(rows, Path(folder), script)
+        CoTSelfDistill(script).distill_file(rows, folder)
     print(json.dumps({"imports_bytes": before, "peak_bytes": peak_rss_bytes()}))
 
 

@@ -45,13 +45,62 @@ def forward(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, *
     return model(input_ids=input_ids, attention_mask=attention_mask, **extra, **cache)
 
 
-def shared_cache(model: Any, prefixes: Sequence[Sequence[int]], pad: int) -> dict[str, Any]:
+def last_logits(model: Any, rows: Sequence[Sequence[int]], prefixes: Sequence[int], pad: int) -> torch.Tensor:
+    """Logits after the last token of each row, `(B, V)`; equal beginnings are computed once.
+
+    Args:
+        model: The model, in evaluation mode.
+        rows: Token ids, `B` sequences.
+        prefixes: How many tokens of each row may be shared, fewer than it has; see `common_prefixes`.
+        pad: Token id to pad with.
+    """
+    beginnings = [row[:length] for row, length in zip(rows, prefixes, strict=True)]
+    cache = shared_cache(model, beginnings, pad, gaps=True)
+    if not cache:
+        logits = forward(model, *left_padded(rows, pad, model.device), use_cache=False).logits
+    else:
+        # Behind the beginnings the rows are padded once more, and only the mask and the positions tell.
+        _, before = left_padded(beginnings, pad, model.device)
+        ids, mask = left_padded([row[n:] for row, n in zip(rows, prefixes, strict=True)], pad, model.device)
+        logits = forward(model, ids, torch.cat([before, mask], dim=1), use_cache=True, **cache).logits
+    last: torch.Tensor = logits[:, -1]
+    return last
+
+
+def common_prefixes(rows: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """For each row the number of its group, and how many tokens its group begins with in common.
+
+    Rows that follow each other are of one group as long as they share half of their tokens or more: a prompt with
+    several rationales. The last token is never shared.
+    """
+    groups: list[list[Sequence[int]]] = []
+    common: list[Sequence[int]] = []
+    for row in rows:
+        shared = _common_beginning(common[-1], row) if groups else []
+        if shared and 2 * len(shared) >= len(row):
+            groups[-1].append(row)
+            common[-1] = shared
+        else:
+            groups.append([row])
+            common.append(row)
+    lengths = [min(len(begin), *(len(row) - 1 for row in group)) for begin, group in zip(common, groups, strict=True)]
+    return [(number, lengths[number]) for number, group in enumerate(groups) for _ in group]
+
+
+def _common_beginning(one: Sequence[int], other: Sequence[int]) -> Sequence[int]:
+    differ = (place for place, (left, right) in enumerate(zip(one, other, strict=False)) if left != right)
+    return one[: next(differ, min(len(one), len(other)))]
+
+
+def shared_cache(model: Any, prefixes: Sequence[Sequence[int]], pad: int, *, gaps: bool = False) -> dict[str, Any]:
     """Keys and values of the rows' prefixes, where equal prefixes are computed once.
 
     Args:
         model: The model, in evaluation mode.
         prefixes: Token ids that each row begins with, `B` sequences.
         pad: Token id to pad with.
+        gaps: Rows go on behind padding. A window would count that padding, and so would a model that is not told
+            positions.
 
     Returns:
         The cache of `B` rows, left padded to the longest prefix, by the name that the model calls it: an argument for
@@ -59,7 +108,7 @@ def shared_cache(model: Any, prefixes: Sequence[Sequence[int]], pad: int) -> dic
         the model's cache cannot be shared.
     """
     unique = list(dict.fromkeys(tuple(prefix) for prefix in prefixes))
-    name = _cache_argument(model)
+    name = _cache_argument(model, gaps)
     if name is None or len(unique) == len(prefixes) or not any(unique):
         return {}
     cache: Any = DynamicCache(config=innermost(model).config.get_text_config())
@@ -70,7 +119,7 @@ def shared_cache(model: Any, prefixes: Sequence[Sequence[int]], pad: int) -> dic
     return {name: cache}
 
 
-def _cache_argument(model: Any) -> str | None:
+def _cache_argument(model: Any, gaps: bool) -> str | None:
     """What the model calls its cache; None if its memory of a prefix is not keys and values of tokens alone.
 
     A window of the last tokens is: it holds what it would hold had every row computed it. State-space and convolution
@@ -81,8 +130,9 @@ def _cache_argument(model: Any) -> str | None:
         return None
     owner = innermost(model)
     layers = DynamicCache(config=owner.config.get_text_config()).layers
-    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
-        return None
+    known = (DynamicLayer,) if gaps else (DynamicLayer, DynamicSlidingWindowLayer)
     parameters = inspect.signature(owner.forward).parameters
+    if any(type(layer) not in known for layer in layers) or (gaps and "position_ids" not in parameters):
+        return None
     # transformers renames the argument in 5.24.
     return next((name for name in ("cache", "past_key_values") if name in parameters), None)

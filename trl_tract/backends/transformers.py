@@ -20,7 +20,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from trl_tract.backends.base import Generation, Sampling, SamplingOptions
-from trl_tract.backends.forward import forward, innermost, left_padded, shared_cache
+from trl_tract.backends.forward import common_prefixes, innermost, last_logits, left_padded, shared_cache
 from trl_tract.backends.loading import load, load_tokenizer
 from trl_tract.backends.stop_text import MayEnd, StopText, decode
 
@@ -177,7 +177,8 @@ class TransformersBackend:
         """Log-probabilities of `token_ids` as the next token; see `Backend.next_token_logprobs`.
 
         One forward pass of the model itself, so that logits which it caps or scales are capped or scaled; the softmax
-        is taken in float32.
+        is taken in float32. Rows that follow each other and begin alike, as the rationales of one prompt do, share
+        the computation of their beginning.
 
         Args:
             token_id_lists: Token ids, one sequence a row.
@@ -193,19 +194,19 @@ class TransformersBackend:
         (wanted,) = self._checked([token_ids], "token_ids")
         logprobs = np.full((len(rows), len(wanted)), np.nan)
         window = self._context
+        kin = common_prefixes(rows)
         fitting = [row for row in range(len(rows)) if window is None or len(rows[row]) <= window]
 
         def step(batch: list[int]) -> list[int]:
-            padded = left_padded([rows[row] for row in batch], self._pad_id(), self.model.device)
-            logits = forward(self.model, *padded, use_cache=False).logits
-            last = logits[:, -1]  # (B, V)
+            last = last_logits(self.model, [rows[row] for row in batch], [kin[row][1] for row in batch], self._pad_id())
             # Softmax over all of V first: gathering before it would renormalise over the tokens asked for.
             last = last.to(torch.promote_types(last.dtype, torch.float32)).log_softmax(dim=-1)
             logprobs[batch] = last[:, wanted].double().cpu().numpy()
             return []
 
+        fitting.sort(key=lambda row: (-kin[row][1], kin[row][0], -len(rows[row])))  # longest first, kin together
         with self._borrowed_model():
-            self._in_batches(deque(sorted(fitting, key=lambda row: -len(rows[row]))), step)
+            self._in_batches(deque(fitting), step)
         return logprobs
 
     def _extend(
