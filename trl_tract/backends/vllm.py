@@ -217,6 +217,9 @@ def _lora_arguments(model_id: str, adapter: PeftConfig) -> dict[str, Any]:
         raise ValueError(
             f"{model_id} is a {adapter.peft_type} adapter; vLLM serves LoRA alone: use TransformersBackend"
         )
+    if adapter.use_dora or adapter.modules_to_save:
+        kind = "DoRA" if adapter.use_dora else f"modules_to_save={sorted(adapter.modules_to_save)}"
+        raise ValueError(f"vLLM cannot serve {model_id} unmerged ({kind}): merge it, or use TransformersBackend")
     rank = max([adapter.r, *(adapter.rank_pattern or {}).values()])
     fitting = [room for room in _LORA_RANKS if room >= rank]
     if not fitting:
