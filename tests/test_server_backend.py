@@ -133,8 +133,14 @@ class TestGenerate:
         assert [request["prompt"] for request in server.requests] == [[6]]
         assert sum(reports) == 2
 
-    def test_a_prompt_that_the_server_finds_too_long_is_told_apart(self, backend, server):
-        message = "This model's maximum context length is 32 tokens. However, you requested 40 tokens."
+    @pytest.mark.parametrize(
+        "message",
+        [
+            "This model's maximum context length is 32 tokens. However, your prompt contains 40 input tokens.",
+            "max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)",
+        ],
+    )
+    def test_a_prompt_that_the_server_finds_too_long_is_told_apart(self, backend, server, message):
         server.faults.append(says(400, {"error": {"message": message}}))
         assert backend.generate([[5]]) == [[Generation("", "prompt_too_long", 0)]]
 

@@ -4,6 +4,7 @@ Knows the engine, its arguments and adapters. vLLM and its CUDA come in with the
 """
 
 import difflib
+import gc
 import importlib.util
 import itertools
 import weakref
@@ -177,6 +178,7 @@ def _shut(loop: RequestLoop, engines: list[Any]) -> None:
     engines[0].shutdown()
     loop.close()
     engines.clear()
+    gc.collect()
 
 
 def _check_arguments(engine_args: Mapping[str, Any], known: list[str]) -> None:
