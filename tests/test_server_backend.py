@@ -133,8 +133,14 @@ class TestGenerate:
         assert [request["prompt"] for request in server.requests] == [[6]]
         assert sum(reports) == 2
 
-    def test_a_prompt_that_the_server_finds_too_long_is_told_apart(self, backend, server):
-        message = "This model's maximum context length is 32 tokens. However, you requested 40 tokens."
+    @pytest.mark.parametrize(
+        "message",
+        [
+            "This model's maximum context length is 32 tokens. However, your prompt contains 40 input tokens.",
+            "max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)",
+        ],
+    )
+    def test_a_prompt_that_the_server_finds_too_long_is_told_apart(self, backend, server, message):
         server.faults.append(says(400, {"error": {"message": message}}))
         assert backend.generate([[5]]) == [[Generation("", "prompt_too_long", 0)]]
 
@@ -383,9 +389,9 @@ class TestManyCallers:
             backend.generate([[5]] * 10)
         assert time.monotonic() - started < 2
         server.delay = 0.0
-        time.sleep(0.3)
-        assert len(server.requests) == 2  # The other eight were never sent.
         assert backend.generate([[6]])[0][0].text == text_of(6)
+        assert time.monotonic() - started < 2  # It did not wait for the two under way,
+        assert len(server.requests) == 3  # and the other eight were never sent.
 
     @pytest.mark.parametrize("end", ["cancel", "close"])
     def test_calls_of_other_threads_can_be_ended(self, backend, server, end):
@@ -412,6 +418,12 @@ class TestStart:
     def test_a_model_that_is_not_served_is_refused_with_those_that_are(self, connect):
         with pytest.raises(ValueError, match="does not serve 'jugde', but 'judge'"):
             connect(model="jugde")
+
+    def test_a_refused_start_leaves_no_thread_behind(self, connect):
+        with pytest.raises(ValueError, match="does not serve") as failure:
+            connect(model="jugde")
+        assert failure.traceback  # Keeps the half-made backend alive: it must have closed itself.
+        assert not [thread for thread in threading.enumerate() if thread.name == "trl-tract requests"]
 
     def test_an_address_where_nothing_listens_is_an_error_that_names_it(self, connect):
         with socket.create_server(("127.0.0.1", 0)) as free:

@@ -143,6 +143,11 @@ class AsTransformers:
         assert np.isfinite(logprobs[1]).all()
 
 
+def test_an_engine_argument_that_vllm_lacks_is_refused_with_the_nearest(model):
+    with pytest.raises(ValueError, match=r"'gpu_memory_utilisation': did you mean gpu_memory_utilization"):
+        VLLMBackend(model, gpu_memory_utilisation=0.5)
+
+
 class TestInProcess(AsTransformers):
     @pytest.fixture(scope="class")
     def backend(self, model):

@@ -25,7 +25,10 @@ _UPGRADE = (
     "/v1/completions, as vLLM 0.32 does: upgrade it with pip install -U vllm"
 )
 _START_SECONDS = 30.0
-_TOO_LONG = re.compile(r"context (length|window)|max(imum)?[_ ]model[_ ]len", re.IGNORECASE)
+# The last is what vLLM says to a prompt that fills the window to the last token.
+_TOO_LONG = re.compile(
+    r"context (length|window)|max(imum)?[_ ]model[_ ]len|max_tokens must be at least 1, got 0", re.IGNORECASE
+)
 _NO_PROBABILITY = -9999.0  # How vLLM writes minus infinity, which JSON lacks.
 
 

@@ -4,6 +4,7 @@ Knows the engine, its arguments and adapters. vLLM and its CUDA come in with the
 """
 
 import difflib
+import gc
 import importlib.util
 import itertools
 import weakref
@@ -177,6 +178,7 @@ def _shut(loop: RequestLoop, engines: list[Any]) -> None:
     engines[0].shutdown()
     loop.close()
     engines.clear()
+    gc.collect()
 
 
 def _check_arguments(engine_args: Mapping[str, Any], known: list[str]) -> None:
@@ -217,6 +219,9 @@ def _lora_arguments(model_id: str, adapter: PeftConfig) -> dict[str, Any]:
         raise ValueError(
             f"{model_id} is a {adapter.peft_type} adapter; vLLM serves LoRA alone: use TransformersBackend"
         )
+    if adapter.use_dora or adapter.modules_to_save:
+        kind = "DoRA" if adapter.use_dora else f"modules_to_save={sorted(adapter.modules_to_save)}"
+        raise ValueError(f"vLLM cannot serve {model_id} unmerged ({kind}): merge it, or use TransformersBackend")
     rank = max([adapter.r, *(adapter.rank_pattern or {}).values()])
     fitting = [room for room in _LORA_RANKS if room >= rank]
     if not fitting:

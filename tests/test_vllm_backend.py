@@ -1,0 +1,97 @@
+"""What VLLMBackend refuses before it starts an engine; `test_vllm_real.py` has the engine."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import make_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import BartConfig
+
+import trl_tract.backends.vllm as vllm_backend
+from trl_tract import VLLMBackend
+from trl_tract.backends.loading import adapter_config
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+def test_without_vllm_the_error_is_the_line_that_installs_it(monkeypatch):
+    monkeypatch.setattr(vllm_backend.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'pip install "trl-tract\[vllm\]"'):
+        VLLMBackend("judge")
+
+
+def test_the_other_backends_come_without_vllm_and_without_an_http_client():
+    code = "import sys, trl_tract.backends; print(sorted({'vllm', 'aiohttp'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"max_modle_len": 512}, r"no argument 'max_modle_len': did you mean max_model_len\?"),
+        ({"logprobs_mode": "processed_logprobs"}, "logprobs_mode='processed_logprobs' would report other numbers"),
+        ({"trust_remote_code": True}, "would run code from the checkpoint"),
+        ({"quantization": "bitsandbytes"}, r"no longer reads bitsandbytes weights \(since 0.28\)"),
+    ],
+)
+def test_an_engine_argument_that_cannot_work_is_refused(argument, message):
+    known = ["max_model_len", "logprobs_mode", "trust_remote_code", "quantization", "dtype"]
+    with pytest.raises(ValueError, match=message):
+        vllm_backend._check_arguments(argument, known)
+
+
+def test_engine_arguments_that_vllm_has_pass():
+    vllm_backend._check_arguments({"dtype": "float32", "logprobs_mode": "raw_logprobs"}, ["dtype", "logprobs_mode"])
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    BartConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is an encoder-decoder"):
+        vllm_backend._check_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+def test_bitsandbytes_weights_are_refused_and_others_are_not(model, tmp_path, quantised):
+    model.config.save_pretrained(tmp_path)
+    if not quantised:
+        vllm_backend._check_checkpoint(str(tmp_path))
+        return
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="name its 16-bit original instead"):
+        vllm_backend._check_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "room"), [({"r": 8}, 8), ({"r": 12}, 16), ({"r": 4, "rank_pattern": {"q_proj": 20}}, 32)]
+)
+def test_room_is_made_for_the_largest_rank_of_an_adapter(settings, room):
+    arguments = vllm_backend._lora_arguments("a", LoraConfig(**settings))
+    assert arguments == {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (LoraConfig(use_dora=True), "DoRA"),
+        (LoraConfig(modules_to_save=["lm_head"]), r"modules_to_save=\['lm_head'\]"),
+        (LoraConfig(r=1000), "rank 1000, and vLLM serves at most 512"),
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "serves LoRA alone: use TransformersBackend"),
+    ],
+)
+def test_an_adapter_that_vllm_cannot_serve_is_refused(adapter, message):
+    with pytest.raises(ValueError, match=message):
+        vllm_backend._lora_arguments("somewhere", adapter)
+
+
+def test_an_adapter_without_a_base_is_refused(model, tmp_path):
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="names no base model: set base_model_name_or_path"):
+        adapter_config(str(tmp_path))
