@@ -18,8 +18,10 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from trl_tract import __version__
-from trl_tract.page.charts import DARK, LIGHT, Chart, JudgedScores, learning_charts, score_charts
-from trl_tract.page.text import Excerpt, excerpt, prompt_text
+from trl_tract.page.charts import JudgedScores, score_charts
+from trl_tract.page.drawing import DARK, LIGHT, Chart
+from trl_tract.page.learning import learning_charts
+from trl_tract.page.text import common_prefix, excerpt, prompt_text
 from trl_tract.pairs import METRICS
 from trl_tract.report import Comparison, Interval, ScoreReport
 
@@ -97,10 +99,6 @@ def write_page(judged: JudgedItems, path: str | Path, *, worst: int = 12) -> lis
         ImportError: matplotlib is not installed.
         ValueError: There are not as many prompts as records.
     """
-    if judged.prompts is not None and len(judged.prompts) != len(judged.records):
-        raise ValueError(
-            f"{len(judged.prompts)} prompts and {len(judged.records)} judgements: give the rows that were judged"
-        )
     path = Path(path)
     charts, learning = score_charts(_scores(judged)), learning_charts(judged.curves)
     pictures = path.with_name(f"{path.stem}-plots")
@@ -109,11 +107,28 @@ def write_page(judged: JudgedItems, path: str | Path, *, worst: int = 12) -> lis
     for chart in (*charts, *learning):
         written.append(pictures / f"{chart.name}.png")
         written[-1].write_bytes(chart.png())
-    path.write_text(_html(judged, charts, learning, worst), encoding="utf-8", newline="\n")
+    path.write_text(page_html(judged, charts, learning, worst=worst), encoding="utf-8", newline="\n")
     return written
 
 
-def _html(judged: JudgedItems, charts: Sequence[Chart], learning: Sequence[Chart], worst: int) -> str:
+def page_html(
+    judged: JudgedItems, charts: Sequence[Chart] = (), learning: Sequence[Chart] = (), *, worst: int = 12
+) -> str:
+    """The page as a string: one HTML document with its style, its pictures and nothing else to load.
+
+    Args:
+        judged: The judge and its items.
+        charts: Pictures of its scores.
+        learning: Pictures of its training.
+        worst: How many of the items with the largest errors are shown.
+
+    Raises:
+        ValueError: There are not as many prompts as records.
+    """
+    if judged.prompts is not None and len(judged.prompts) != len(judged.records):
+        raise ValueError(
+            f"{len(judged.prompts)} prompts and {len(judged.records)} judgements: give the rows that were judged"
+        )
     style, style_hash = _style()
     failures = Counter(record["error"] for record in judged.records if record.get("error")).most_common()
     context = {
@@ -129,7 +144,7 @@ def _html(judged: JudgedItems, charts: Sequence[Chart], learning: Sequence[Chart
         "learning": [_embedded(chart) for chart in learning],
         "failures": [{"reason": excerpt(str(reason), 500), "count": count} for reason, count in failures[:_REASONS]],
         "more_failures": sum(count for _, count in failures[_REASONS:]),
-        "items": [_item(judged, index) for index in _worst(judged.records, worst)],
+        "items": _items(judged, _worst(judged.records, worst)),
         "settings": [
             (excerpt(str(name), 100).text, excerpt(str(value), 500).text) for name, value in judged.settings.items()
         ],
@@ -175,10 +190,15 @@ def _scores(judged: JudgedItems) -> JudgedScores:
 
 def _tiles(judged: JudgedItems) -> list[dict[str, str]]:
     report = judged.report
-    tiles = [_tile("Pearson", report.pearson), _tile("Spearman", report.spearman), _tile("RMSE", report.rmse)]
+    tiles = [
+        _tile("Pearson", report.pearson),
+        _tile("Spearman", report.spearman),
+        _tile("RMSE", report.rmse),
+        _tile("Kappa", report.qwk),
+    ]
     mass = [record["grid_mass"] for record in judged.records if _is_number(record.get("grid_mass"))]
     if mass:
-        tiles.append({"label": "Mean grid mass", "number": f"{np.mean(mass):.3f}", "range": "probability on the grid"})
+        tiles.append({"label": "Mean grid mass", "number": f"{np.mean(mass):.3f}", "range": "probability"})
     tiles.append({"label": "Without a score", "number": f"{report.failed:,}", "range": f"of {len(judged.records):,}"})
     return tiles
 
@@ -227,7 +247,13 @@ def _worst(records: Sequence[Mapping[str, Any]], count: int) -> list[int]:
     return [int(index) for index in np.argsort(-errors, kind="stable")[:count] if errors[index] >= 0]
 
 
-def _item(judged: JudgedItems, index: int) -> dict[str, Any]:
+def _items(judged: JudgedItems, indices: Sequence[int]) -> list[dict[str, Any]]:
+    prompts = [] if judged.prompts is None else [prompt_text(judged.prompts[index]) for index in indices]
+    common = common_prefix(prompts) if len(set(prompts)) > 1 else 0
+    return [_item(judged, index, common) for index in indices]
+
+
+def _item(judged: JudgedItems, index: int, common: int) -> dict[str, Any]:
     record = judged.records[index]
     facts = [("Item", str(record.get("id", index)))]
     if record.get("group") is not None:
@@ -255,13 +281,16 @@ def _item(judged: JudgedItems, index: int) -> dict[str, Any]:
             if text
         ],
         "prompt": None if prompt is None else excerpt(prompt, PROMPT_CHARACTERS),
-        "prompt_start": None if prompt is None else _first_words(prompt),
+        "prompt_start": None if prompt is None else _beginning(prompt, common),
     }
 
 
-def _first_words(text: str) -> Excerpt:
-    beginning = excerpt(" ".join(text[:1000].split()), 140)
-    return Excerpt(beginning.text, len(text), beginning.shown)
+def _beginning(text: str, common: int) -> str:
+    """The first words that set a prompt apart: those behind the instructions that all prompts begin with."""
+    start = text.rfind("\n", 0, common) + 1
+    words = " ".join(text[start : start + 1000].split())
+    shown = excerpt(words, 140)
+    return f"{'… ' if start else ''}{shown.text}{'…' if shown.is_cut or start + 1000 < len(text) else ''}"
 
 
 def _bars(probs: Any, grid: Sequence[float] | None, gold: float) -> dict[str, Any] | None:
@@ -280,11 +309,12 @@ def _bars(probs: Any, grid: Sequence[float] | None, gold: float) -> dict[str, An
         bars.append(
             {
                 "x": round((place + 0.15) * step, 2),
-                "y": round(72 - tall, 2),
+                "y": round(84 - tall, 2),
                 "width": round(0.7 * step, 2),
                 "height": round(tall, 2),
                 "middle": round((place + 0.5) * step, 2),
                 "label": f"{values[place]:g}" if values is not None and place % every == 0 else "",
+                "share": f"{probability:.2f}" if every == 1 and probability >= 0.005 else "",
             }
         )
     names = [f"{value:g}" for value in values] if values is not None else [f"no. {i + 1}" for i in range(len(mean))]

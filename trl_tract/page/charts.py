@@ -1,47 +1,29 @@
-"""The pictures of a report: each a title, a caption, a description in words, and a drawing in light or dark colours.
+"""The pictures of one judge's scores.
 
 Needs matplotlib. Knows nothing of files, HTML, models or names: no text from data reaches a drawing.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trl_tract.metrics import calibration_error
 from trl_tract.page.bins import Bins, density, gold_bins, prediction_bins
+from trl_tract.page.drawing import Chart, Theme, legible, require_matplotlib
 from trl_tract.pairs import Floats, round_to_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 MAX_POINTS = 1500
 """With more items than this, a random part of them is drawn as points; all else is computed from every item."""
 
 _MAX_CELLS = 60  # grid values a confusion matrix may have: beyond that a cell is smaller than a pixel on a phone
 _LABELLED_CELLS = 11  # up to this many, the counts fit into the cells
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a drawing. `series` are told apart in greyscale and by colour-blind readers too."""
-
-    ink: str
-    muted: str
-    rule: str
-    surface: str
-    series: tuple[str, str]
-    faint: str
-    ramp: tuple[str, str]
-
-
-LIGHT = Theme("#16161a", "#55545c", "#e4e3e8", "#ffffff", ("#2a6fc4", "#c2410c"), "#c9dcf4", ("#f1f5fb", "#14427d"))
-DARK = Theme("#f2f2f5", "#b9b8c2", "#34343b", "#1c1c21", ("#6ea8f0", "#fb923c"), "#27415f", ("#23272f", "#8fc0fb"))
 
 
 @dataclass(frozen=True)
@@ -63,108 +45,22 @@ class JudgedScores:
     grid: tuple[float, ...] | None = None
 
 
-@dataclass(frozen=True)
-class Chart:
-    """One picture.
-
-    Attributes:
-        name: Stem of its file.
-        title: What it shows.
-        caption: How to read it.
-        alt: What there is to see in it, in words.
-        draw: Draws it.
-        size: Inches.
-    """
-
-    name: str
-    title: str
-    caption: str
-    alt: str
-    draw: Callable[[Axes, Theme], None] = field(repr=False)
-    size: tuple[float, float] = (5.2, 3.9)
-
-    def svg(self, theme: Theme) -> bytes:
-        """As an SVG document with glyphs as paths and a transparent ground; the same bytes every time."""
-        import matplotlib as mpl
-
-        buffer = io.BytesIO()
-        with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": self.name}):
-            figure = self._figure(theme)
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        return buffer.getvalue()
-
-    def png(self) -> bytes:
-        """As a PNG with its title, light."""
-        figure = self._figure(LIGHT)
-        figure.suptitle(self.title, color=LIGHT.ink, fontsize=12, x=0.02, ha="left", fontweight="bold")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=150, facecolor=LIGHT.surface, metadata={"Software": None})
-        return buffer.getvalue()
-
-    def _figure(self, theme: Theme) -> Figure:
-        from matplotlib.figure import Figure
-
-        # Figure, not pyplot: no global state, no window.
-        figure = Figure(figsize=self.size, layout="constrained")
-        axes = figure.subplots()
-        axes.set_facecolor("none")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(theme.muted)
-        axes.tick_params(colors=theme.muted, labelsize=10)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.label.set(color=theme.ink, size=11)
-        axes.grid(color=theme.rule, linewidth=0.8)
-        axes.set_axisbelow(True)
-        self.draw(axes, theme)
-        return figure
-
-
 def score_charts(scores: JudgedScores) -> list[Chart]:
     """The pictures of one judge; those for which there is nothing to draw are left out.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    _require_matplotlib()
+    require_matplotlib()
     if not len(scores.gold):
         return []
     charts = [_predicted_against_gold(scores), _error_by_gold(scores), _reliability(scores)]
     if scores.probs is not None and scores.grid is not None:
-        charts.append(_probability_reliability(scores))
+        charts.append(_probability_reliability(scores.probs, scores.gold, scores.grid))
     charts += _confusion(scores)
     if np.isfinite(scores.grid_mass).any():
         charts.append(_grid_mass(scores))
     return charts
-
-
-def learning_charts(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Chart]:
-    """What was logged in training, one picture for each quantity, one line for each stage.
-
-    Args:
-        curves: Stage ("stage one", "stage two") -> the `log_history` of its trainer.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    _require_matplotlib()
-    charts = []
-    for key, title, unit in _LOGGED:
-        lines = {
-            (stage, prefix): points
-            for stage, history in curves.items()
-            for prefix in ("", "eval_")
-            if (points := _points(history, prefix + key))
-        }
-        if lines:
-            charts.append(_learning(key, title, unit, lines))
-    return charts
-
-
-def _require_matplotlib() -> None:
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ImportError('The report page needs matplotlib: pip install "trl-tract[report]"') from error
 
 
 def _predicted_against_gold(scores: JudgedScores) -> Chart:
@@ -195,9 +91,7 @@ def _predicted_against_gold(scores: JudgedScores) -> Chart:
         axes.scatter(x, y, s=9 if n < 500 else 5, color=theme.series[0], alpha=opacity, linewidths=0, zorder=3)
         means = [predicted[bins.codes == code].mean() for code in range(len(bins.centres))]
         width = 0.34 * bins.step
-        axes.hlines(
-            means, bins.centres - width, bins.centres + width, color=theme.series[1], linewidth=2.4, zorder=4
-        )
+        axes.hlines(means, bins.centres - width, bins.centres + width, color=theme.series[1], linewidth=2.4, zorder=4)
         axes.set(xlabel="gold score", ylabel="predicted score")
         axes.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin))
 
@@ -244,9 +138,10 @@ def _error_by_gold(scores: JudgedScores) -> Chart:
     return Chart(
         "error-by-gold",
         "Error by gold score",
-        "The box holds the middle half of the errors, the bar in it is their median, and the whiskers reach from 5 to "
-        "95 %. A slope downwards is a judge that keeps to the middle of its scale.",
-        "Box plot of errors. Mean error by gold score: " + _listed(bins, [group.mean() for group in groups], signed=True),
+        "The box holds the middle half of the errors, the bar in it is their median, and the whiskers reach from the "
+        "5th to the 95th percentile. A slope downwards is a judge that keeps to the middle of its scale.",
+        "Box plot of errors. Mean error by gold score: "
+        + _listed(bins, [group.mean() for group in groups], signed=True),
         draw,
     )
 
@@ -269,17 +164,16 @@ def _reliability(scores: JudgedScores) -> Chart:
         "reliability",
         "Reliability of the scores",
         "Items sorted by their prediction, in groups of about the same size: does what is judged about 3 also have a "
-        "gold score of about 3? The whiskers are 95 % intervals of the mean. Calibration error: "
+        "gold score of about 3? The whiskers are 95 % intervals of the mean. Calibration error: "
         f"{error:.3f} rubric units.",
         "Mean gold score by mean predicted score: " + "; ".join(f"{a:.2f}: {b:.2f}" for a, b in zip(x, y, strict=True)),
         draw,
     )
 
 
-def _probability_reliability(scores: JudgedScores) -> Chart:
-    assert scores.probs is not None and scores.grid is not None
-    stated = scores.probs.ravel()
-    hit = (round_to_grid(scores.gold, scores.grid)[:, None] == np.array(scores.grid)).ravel()
+def _probability_reliability(probs: Floats, gold: Floats, grid: tuple[float, ...]) -> Chart:
+    stated = probs.ravel()
+    hit = (round_to_grid(gold, grid)[:, None] == np.array(grid)).ravel()
     codes = np.minimum((stated * 10).astype(np.int64), 9)
     counts = np.bincount(codes, minlength=10)
     used = counts > 0
@@ -299,7 +193,8 @@ def _probability_reliability(scores: JudgedScores) -> Chart:
         "Reliability of the probabilities",
         "Of all scores that were given about this probability, how many were the gold score (rounded to the grid)? "
         "Below the dashed line the judge is surer than it should be. Larger dots stand for more probabilities.",
-        "Share of gold scores by stated probability: " + "; ".join(f"{a:.2f}: {b:.2f}" for a, b in zip(x, y, strict=True)),
+        "Share of gold scores by stated probability: "
+        + "; ".join(f"{a:.2f}: {b:.2f}" for a, b in zip(x, y, strict=True)),
         draw,
     )
 
@@ -335,8 +230,7 @@ def _confusion(scores: JudgedScores) -> list[Chart]:
         axes.tick_params(length=0)
         if len(values) <= _LABELLED_CELLS:
             for row, column in np.ndindex(*counts.shape):
-                # Both ramps start near the surface and end near the ink: past half way the surface's colour is legible.
-                color = theme.surface if share[row, column] > 0.5 else theme.ink
+                color = legible(ramp(share[row, column]), theme.ink, theme.surface)
                 size = 10 if counts.max() < 10_000 else 8
                 text = f"{counts[row, column]:,}"
                 axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=color, size=size)
@@ -379,55 +273,6 @@ def _grid_mass(scores: JudgedScores) -> Chart:
         f"Histogram of grid mass: mean {mass.mean():.3f}, smallest {mass.min():.3f}, {below:.1%} of items below 0.9.",
         draw,
     )
-
-
-_LOGGED = (
-    ("loss/rationale", "Cross-entropy of the rationale", "nats per token"),
-    ("loss/score", "Squared error of the expected score", "squared rubric units"),
-    ("score/mae", "Mean absolute error in training", "rubric units"),
-    ("score/grid_mass", "Grid mass in training", "probability"),
-)
-
-
-def _points(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    points = [(entry.get("step"), entry[key]) for entry in history if key in entry]
-    return [
-        (float(step), float(value))
-        for step, value in points
-        if isinstance(step, int | float) and isinstance(value, int | float) and np.isfinite(value)
-    ]
-
-
-def _learning(
-    key: str, title: str, unit: str, lines: Mapping[tuple[str, str], list[tuple[float, float]]]
-) -> Chart:
-    stages = list(dict.fromkeys(stage for stage, _ in lines))
-
-    def draw(axes: Axes, theme: Theme) -> None:
-        for (stage, prefix), points in lines.items():
-            second = stages.index(stage) % 2
-            x, y = np.array(points).T
-            axes.plot(
-                x,
-                y,
-                color=theme.series[second],
-                # Told apart without colour too: the second stage is dashed, held-out rows have markers.
-                linestyle=(0, (5, 2)) if second else "-",
-                linewidth=1.0 if prefix else 1.8,
-                marker="D" if prefix else ("o" if len(points) == 1 else None),
-                markersize=5,
-                label=f"{stage}, held out" if prefix else stage,
-            )
-        axes.set(xlabel="step", ylabel=unit)
-        legend = axes.legend(frameon=False, fontsize=10)
-        for text in legend.get_texts():
-            text.set_color(theme.ink)
-
-    ends = "; ".join(
-        f"{stage}{', held out' if prefix else ''}: from {points[0][1]:.3f} to {points[-1][1]:.3f}"
-        for (stage, prefix), points in lines.items()
-    )
-    return Chart(f"learning-{key.replace('/', '-').replace('_', '-')}", title, f"As logged. {ends}.", ends, draw)
 
 
 def _jitter_step(values: Floats) -> float:

@@ -70,6 +70,18 @@ def excerpt(text: str, limit: int) -> Excerpt:
     return Excerpt(visible(text[:limit]), len(text), min(limit, len(text)))
 
 
+def common_prefix(texts: Sequence[str]) -> int:
+    """How many characters all texts begin with.
+
+    Example:
+        >>> common_prefix(["Judge: a", "Judge: b"])
+        7
+    """
+    # Whatever the first and the last in order share, all between them share too.
+    first, last = min(texts), max(texts)
+    return next((place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+
+
 def prompt_text(prompt: Any) -> str:
     """A prompt as one text: plain as it is, chat messages behind the name of their role.
 
