@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from trl_tract.journal import digest, guard, write_json, write_jsonl
 from trl_tract.report import ScoreReport, score_report
-from trl_tract.results import item_groups, write_run_page
+from trl_tract.results import finish_card, item_groups, write_run_page
 from trl_tract.rows import Item, load_items, split_items, written_rows
 from trl_tract.scores import ScoreGrid
 from trl_tract.steps import (
@@ -203,6 +203,15 @@ def run_tract(
     def report() -> None:
         write_report(directory, result)
         write_run_page(directory, JUDGED, result.reports, say)
+        judge_name = list(JUDGED)[-1]
+        finish_card(
+            directory,
+            result.reports[judge_name],
+            data=data,
+            held_out=eval_data or data,
+            grid_mass=result.grid_mass[judge_name],
+            errors=result.errors[judge_name],
+        )
 
     run.step("report", "Writing the report", report)
     return result

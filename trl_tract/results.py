@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from trl_tract.card import add_evaluation, add_training_run
 from trl_tract.journal import digest, read_jsonl
 from trl_tract.judge_config import JudgeConfig
 from trl_tract.page import JudgedItems, OtherJudge, write_page
@@ -83,6 +84,43 @@ def write_run_page(
         say(f"    no report page: {error}")
     else:
         say(f"    {page} and {len(pictures)} pictures in {page.stem}-plots")
+
+
+def finish_card(
+    run: Path,
+    report: ScoreReport,
+    *,
+    data: str,
+    held_out: str,
+    grid_mass: float | None,
+    errors: Mapping[str, int],
+) -> None:
+    """Tell the TRACT model's card what training could not know: the evaluation, where rows came from, stage one.
+
+    Args:
+        run: The run's folder.
+        report: Agreement of the TRACT model with the gold scores.
+        data: File or hub id of the annotated rows.
+        held_out: File or hub id of the items that were judged.
+        grid_mass: Mean probability on the grid.
+        errors: Why items have no score, and how many for each reason.
+    """
+    card, summary = run / "tract" / "README.md", run / "self-generated" / "summary.json"
+    add_training_run(
+        card, run / "stage1" / "README.md", data=data, summary=json.loads(summary.read_text(encoding="utf-8"))
+    )
+    on_disk = Path(held_out).exists()
+    settings = _settings(run / "judged-tract")
+    sampling = ", ".join(f"`{name}` {value}" for name, value in settings.items() if name not in _INTERNAL | {"model"})
+    add_evaluation(
+        card,
+        report,
+        dataset_name=Path(held_out).name if on_disk else held_out,
+        dataset_type=None if on_disk else held_out,
+        grid_mass=grid_mass,
+        errors=errors,
+        notes=[f"Judged with {sampling}"] if sampling else [],
+    )
 
 
 def _settings(directory: Path) -> dict[str, Any]:
