@@ -8,6 +8,7 @@ from conftest import make_model, make_rows, make_tokenizer, make_trainer
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig
 
 from trl_tract import TRACTConfig, score_report
 from trl_tract.card import TrainingRows, add_evaluation, add_training_run, write_model_card
@@ -178,6 +179,14 @@ def test_a_path_on_this_disk_stays_out_of_the_card(tmp_path):
     assert "from `rows.jsonl`" in two.read_text()
     assert str(tmp_path) not in two.read_text()
     assert ModelCard.load(two).data.datasets is None
+
+
+def test_the_card_of_an_adapter_names_its_settings(tmp_path):
+    adapter = LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"])
+    make_trainer(tmp_path, make_rows(4), max_steps=1, extra={"peft_config": adapter}).create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    for line in ("- `peft_type`: LORA\n", "- `r`: 4\n", "- `target_modules`: q\\_proj, v\\_proj\n"):
+        assert line in text
 
 
 def test_a_trainer_whose_first_row_was_dropped_still_writes_its_card(tmp_path):

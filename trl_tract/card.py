@@ -106,7 +106,7 @@ Compare with people's scores on rows of your own before relying on it: `trl-trac
 _QUICK_START = """\
 from trl_tract import CoTRAILJudge
 
-judge = CoTRAILJudge.from_pretrained({path!r})
+judge = CoTRAILJudge.from_pretrained({path})
 prompt = {prompt}
 judgement = judge.judge([{{"prompt": prompt}}])[0]
 print(judgement.score, judgement.rationales)
@@ -127,6 +127,7 @@ _SETTINGS = [
     "bf16",
     "seed",
 ]
+_ADAPTER_SETTINGS = ["peft_type", "r", "lora_alpha", "lora_dropout", "target_modules"]
 _PACKAGES = ["trl", "transformers", "torch"]
 _METRIC_TYPES = {"pearson": "pearsonr", "spearman": "spearmanr"}  # what the Hub calls them
 _SOURCES = {"self": "self-written, by the stage-one model", "annotated": "annotated"}
@@ -159,6 +160,7 @@ def write_model_card(
     tags: Sequence[str],
     metrics: Mapping[str, Any],
     rows: TrainingRows | None = None,
+    adapter: Any = None,
 ) -> None:
     """Write `README.md` into the output directory of `args`.
 
@@ -171,6 +173,7 @@ def write_model_card(
         tags: Hub tags.
         metrics: The last evaluation's log entry; empty without one.
         rows: The training rows.
+        adapter: The PEFT configuration, where an adapter was trained.
     """
     rows = rows or TrainingRows()
     on_hub = base_model if base_model and not Path(base_model).exists() else None
@@ -182,7 +185,7 @@ def write_model_card(
     )
     prompt = rows.prompt if len(rows.rendered or "") <= PROMPT_CHARACTERS else None
     code = _QUICK_START.format(
-        path=args.hub_model_id or Path(args.output_dir or ".").name, prompt=python_literal(prompt)
+        path=python_literal(args.hub_model_id or Path(args.output_dir or ".").name), prompt=python_literal(prompt)
     )
     text = _TEMPLATE.format(
         metadata=metadata.to_yaml(),
@@ -196,7 +199,7 @@ def write_model_card(
         quick_start=fenced(code, "python"),
         evaluation=_given_rationales(metrics),
         data=_row_lines(rows, dataset_name),
-        settings="\n".join(f"- `{name}`: {plain_line(str(_plain(getattr(args, name))))}" for name in _SETTINGS),
+        settings="\n".join([*_setting_lines(args, _SETTINGS), *_setting_lines(adapter, _ADAPTER_SETTINGS)]),
         versions=", ".join([f"trl-tract {__version__}", *(f"{name} {version(name)}" for name in _PACKAGES)]),
         prompt=_prompt_section(rows),
     )
@@ -303,8 +306,15 @@ def add_training_run(readme: Path, stage_one: Path, *, data: str, summary: Mappi
     card.save(readme)
 
 
-def _plain(value: Any) -> Any:
-    return getattr(value, "value", value)  # an enum's value
+def _setting_lines(settings: Any, names: Sequence[str]) -> list[str]:
+    """A line for each setting that there is; an enum by its value, a set in alphabetical order."""
+    lines = []
+    for name in names:
+        if hasattr(settings, name):
+            value = getattr(settings, name)
+            shown = ", ".join(sorted(value)) if isinstance(value, set) else getattr(value, "value", value)
+            lines.append(f"- `{name}`: {plain_line(str(shown))}")
+    return lines
 
 
 def _given_rationales(metrics: Mapping[str, Any]) -> str:

@@ -357,6 +357,7 @@ class TRACTTrainer(SFTTrainer):
                 tags=[*self._tag_names, *tags],
                 metrics=next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {}),
                 rows=self._training_rows(),
+                adapter=next(iter(self.model.peft_config.values())) if is_peft_model(self.model) else None,
             )
 
     def _training_rows(self) -> TrainingRows:
