@@ -38,12 +38,12 @@ class Excerpt:
 def visible(text: str) -> str:
     """Write out characters that a reader cannot see: controls, direction marks, lone surrogates, tag characters.
 
-    They hide words, turn lines around, or cannot be written as UTF-8 at all. A C0 control becomes its control picture,
-    everything else its code point. Line ends become newlines.
+    They hide words, turn lines around, or cannot be written as UTF-8 at all. Each becomes its code point, which any
+    font can show. Line ends become newlines.
 
     Example:
         >>> visible("a" + chr(0) + "b" + chr(0x202E) + "c")
-        'a␀b⟨U+202E⟩c'
+        'a⟨U+0000⟩b⟨U+202E⟩c'
     """
     if _PRINTABLE_ASCII.fullmatch(text):
         return text
@@ -54,10 +54,7 @@ def visible(text: str) -> str:
 def _shown(character: str) -> str:
     if character in _HARMLESS or unicodedata.category(character) not in _REWRITTEN:
         return character
-    code = ord(character)
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
+    return f"⟨U+{ord(character):04X}⟩"
 
 
 def excerpt(text: str, limit: int) -> Excerpt:
@@ -68,6 +65,17 @@ def excerpt(text: str, limit: int) -> Excerpt:
         Excerpt(text='a long', length=12, shown=6)
     """
     return Excerpt(visible(text[:limit]), len(text), min(limit, len(text)))
+
+
+def short(text: str, limit: int) -> str:
+    """A text that fits a line: its first `limit` characters, made visible, with an ellipsis where more follow.
+
+    Example:
+        >>> short("a long story", 6)
+        'a long…'
+    """
+    beginning = excerpt(text, limit)
+    return f"{beginning.text}…" if beginning.is_cut else beginning.text
 
 
 def common_prefix(texts: Sequence[str]) -> int:

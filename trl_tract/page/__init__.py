@@ -18,7 +18,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from trl_tract import __version__
-from trl_tract.display import common_prefix, excerpt, prompt_text
+from trl_tract.display import common_prefix, excerpt, prompt_text, short
 from trl_tract.page.charts import JudgedScores, score_charts
 from trl_tract.page.drawing import DARK, LIGHT, Chart
 from trl_tract.page.learning import learning_charts
@@ -135,19 +135,17 @@ def page_html(
         "version": __version__,
         "style": style,
         "style_hash": style_hash,
-        "name": excerpt(judged.name, 200).text,
+        "name": short(judged.name, 200),
         "report": judged.report,
         "tiles": _tiles(judged),
-        "others": [{"name": excerpt(other.name, 200).text} for other in judged.others],
+        "others": [{"name": short(other.name, 200)} for other in judged.others],
         "metrics": [_metric(judged, name) for name in METRICS],
         "charts": [_embedded(chart) for chart in charts],
         "learning": [_embedded(chart) for chart in learning],
         "failures": [{"reason": excerpt(str(reason), 500), "count": count} for reason, count in failures[:_REASONS]],
         "more_failures": sum(count for _, count in failures[_REASONS:]),
         "items": _items(judged, _worst(judged.records, worst)),
-        "settings": [
-            (excerpt(str(name), 100).text, excerpt(str(value), 500).text) for name, value in judged.settings.items()
-        ],
+        "settings": [(short(str(name), 100), short(str(value), 500)) for name, value in judged.settings.items()],
     }
     sections = {
         "agreement": "Agreement",
@@ -204,9 +202,9 @@ def _tiles(judged: JudgedItems) -> list[dict[str, str]]:
 
 
 def _tile(label: str, interval: Interval) -> dict[str, str]:
-    number = "undefined" if np.isnan(interval.value) else f"{interval.value:.3f}"
+    number = "undefined" if np.isnan(interval.value) else f"{interval.value:z.3f}"
     known = not np.isnan(interval.low)
-    return {"label": label, "number": number, "range": f"{interval.low:.3f} to {interval.high:.3f}" if known else ""}
+    return {"label": label, "number": number, "range": f"{interval.low:z.3f} to {interval.high:z.3f}" if known else ""}
 
 
 def _metric(judged: JudgedItems, name: str) -> dict[str, Any]:
@@ -269,7 +267,7 @@ def _item(judged: JudgedItems, index: int, common: int) -> dict[str, Any]:
     return {
         "score": record["score"],
         "gold": record["reference"],
-        "facts": [(label, excerpt(text, 120).text) for label, text in facts],
+        "facts": [(label, short(text, 120)) for label, text in facts],
         "bars": _bars(record.get("probs"), judged.grid, record["reference"]),
         "rationale_count": len(rationales),
         "rationales": [
