@@ -6,6 +6,7 @@ import json
 import re
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -367,6 +368,14 @@ def test_a_folder_of_judgements_alone_has_a_page(run):
     judged = judged_items(run / "judged-tract", items(RECORDS).report)
     assert (judged.grid, judged.prompts, judged.settings) == (None, None, {})
     assert page_html(judged)
+
+
+def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
+    docs = Path(__file__).parent.parent / "docs" / "report.md"
+    (code,) = re.findall(r"```python\n(.*?)```", docs.read_text(encoding="utf-8"), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert "Polite, but no remedy." in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from browser import chromium, look
+from browser import chromium, look, require_chromium
 
 from trl_tract.page import JudgedItems, OtherJudge, write_page
 from trl_tract.report import compare, score_report
@@ -80,6 +80,13 @@ def opened(browser, page, **how):
         "document.querySelectorAll('main *').forEach(e => {"
         "  for (const kind of ['mouseover', 'focus', 'click']) e.dispatchEvent(new Event(kind, {bubbles: true})) })"
     )
+
+
+def test_a_missing_browser_fails_in_continuous_integration(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda program: None)
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="apt-get install -y chromium chromium-driver"):
+        require_chromium()
 
 
 def test_a_script_in_a_page_without_escaping_would_be_noticed(browser, tmp_path):
