@@ -12,10 +12,10 @@ import trl_tract
 ROOT = Path(trl_tract.__file__).parent
 # Rooms, lowest level first. A room may import from its own level, without a circle, and from those below.
 LEVELS = [
-    {"blocks", "checkpoints", "failures", "journal", "metrics", "pairs", "prompts", "scores"},
+    {"blocks", "checkpoints", "display", "failures", "journal", "markdown", "metrics", "pairs", "prompts", "scores"},
     {"backends", "config", "data", "early_warnings", "judge_config", "losses", "rendering", "rows", "score_metrics"},
-    {"card", "distill", "judge", "plots", "report", "rewards", "score_head", "trainer"},
-    {"pipeline", "steps"},
+    {"card", "distill", "judge", "page", "plots", "report", "rewards", "score_head", "trainer"},
+    {"pipeline", "results", "steps"},
     {"cli", "demo"},
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -73,6 +73,7 @@ def test_rooms_do_not_import_in_circles():
         ("scores", {"transformers", "trl"}),
         ("losses", {"transformers", "trl"}),
         ("judge", {"trl", "datasets"}),
+        ("page", {"torch", "transformers", "trl"}),
         ("report", {"torch", "transformers", "trl"}),
         ("rewards", {"torch", "transformers", "trl"}),
     ],

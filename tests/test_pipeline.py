@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from trl_tract import CoTRAILJudge, run_tract
 from trl_tract.cli import COMMANDS, main
 from trl_tract.journal import read_jsonl, write_jsonl
-from trl_tract.pipeline import Run
+from trl_tract.pipeline import JUDGED, Run
+from trl_tract.results import write_run_page
 
 TRAINING = {
     "max_steps": 2,
@@ -68,6 +69,34 @@ def test_the_report_says_why_items_have_no_score(finished):
     assert reason.startswith("no rationale reached '[RESULT]' in 1 attempts")
     report = json.loads((finished[0] / "out" / "report.json").read_text())
     assert report["judges"]["TRACT"]["errors"] == {reason: 4}
+
+
+def test_a_run_ends_with_a_page_and_its_pictures(finished):
+    out = finished[0] / "out"
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "0 of 4 items scored, 4 without a score" in page
+    assert "Learning curves" in page
+    assert "stage one" in page
+    assert (out / "report-plots" / "learning-loss-score.png").is_file()
+
+
+def test_a_run_ends_with_a_card_that_tells_of_both_stages_and_the_evaluation(finished):
+    card = (finished[0] / "out" / "tract" / "README.md").read_text(encoding="utf-8")
+    assert "### Stage one" in card
+    assert "- Annotated rows: 8, from `rows.jsonl`; stage one trained on them" in card
+    # The random model never writes its marker, so each row kept its annotated rationale.
+    assert "- Stage two: 8 rows, 0.0% of them with a rationale that the stage-one model wrote itself (0)" in card
+    assert "- Items without a score: 4 (no rationale reached" in card
+    assert str(finished[0]) not in card
+
+
+def test_a_run_without_matplotlib_ends_with_everything_but_the_page(finished, monkeypatch):
+    out, result, _ = finished[0] / "out", *finished[1:]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    said = []
+    write_run_page(out, JUDGED, result.reports, said.append)
+    assert said == ['    no report page: The report page needs matplotlib: pip install "trl-tract[report]"']
 
 
 def test_stage_two_starts_from_the_seed_model(finished):

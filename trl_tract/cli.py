@@ -184,6 +184,17 @@ class ReportArguments:
 
     judgements: str = field(metadata={"help": "Output directory of `trl-tract judge`."})
     n_bootstrap: int = field(default=1000, metadata={"help": "Resamples behind the intervals."})
+    html: str | None = field(
+        default=None,
+        metadata={"help": "Also write this HTML page, and its pictures as PNG files in a folder beside it."},
+    )
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSONL of the rows that were judged, for their prompts on the page; not needed for judgements in "
+            "the directory of a run."
+        },
+    )
 
 
 @dataclass
@@ -301,13 +312,23 @@ def _report(arguments: Sequence[str]) -> None:
     from pathlib import Path
 
     from trl_tract.report import score_report
+    from trl_tract.results import item_groups, judged_items
     from trl_tract.steps import count_errors, read_judgements
 
+    if arguments and not arguments[0].startswith("-"):  # `trl-tract report FOLDER`
+        arguments = ["--judgements", *arguments]
     (args,) = _parse("report", (ReportArguments,), arguments)
-    judgements = read_judgements(Path(args.judgements))
-    groups = [str(record.get("group", i)) for i, record in enumerate(judgements["records"])]
-    print(score_report(judgements["score"], judgements["reference"], groups=groups, n_bootstrap=args.n_bootstrap))
+    folder = Path(args.judgements)
+    judgements = read_judgements(folder)
+    groups = item_groups(judgements["records"])
+    report = score_report(judgements["score"], judgements["reference"], groups=groups, n_bootstrap=args.n_bootstrap)
+    print(report)
     _print_errors(count_errors(judgements["records"]))
+    if args.html:
+        from trl_tract.page import write_page
+
+        page, *pictures = write_page(judged_items(folder, report, data=args.data), args.html)
+        print(f"The page is {page}; its {len(pictures)} pictures are in {page.stem}-plots beside it")
 
 
 def _demo(arguments: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from trl_tract.journal import digest, guard, write_json, write_jsonl
 from trl_tract.report import ScoreReport, score_report
+from trl_tract.results import finish_card, item_groups, write_run_page
 from trl_tract.rows import Item, load_items, split_items, written_rows
 from trl_tract.scores import ScoreGrid
 from trl_tract.steps import (
@@ -27,6 +28,8 @@ from trl_tract.steps import (
 )
 
 say_now: Callable[[str], None] = partial(print, flush=True)
+JUDGED = {"stage one": "judged-stage1", "TRACT": "judged-tract"}
+"""The judges of a run, the one that is compared with the others last, and their folders of judgements."""
 DEFAULT_VALUES = (1.0, 2.0, 3.0, 4.0, 5.0)
 
 
@@ -199,8 +202,22 @@ def run_tract(
     run.step("stage2", "Stage two: the seed model again, on those rationales", train(stage_two_rows, "tract"))
     run.step("judge-stage1", "Judging the held-out items with the stage-one model", judge("stage1"))
     run.step("judge-tract", "Judging the held-out items with the TRACT model", judge("tract"))
-    result = summarise(directory, {"stage one": "judged-stage1", "TRACT": "judged-tract"}, run.seconds)
-    run.step("report", "Writing the report", lambda: write_report(directory, result))
+    result = summarise(directory, JUDGED, run.seconds)
+
+    def report() -> None:
+        write_report(directory, result)
+        write_run_page(directory, JUDGED, result.reports, say)
+        judge_name = list(JUDGED)[-1]
+        finish_card(
+            directory,
+            result.reports[judge_name],
+            data=data,
+            held_out=eval_data or data,
+            grid_mass=result.grid_mass[judge_name],
+            errors=result.errors[judge_name],
+        )
+
+    run.step("report", "Writing the report", report)
     return result
 
 
@@ -224,7 +241,7 @@ def summarise(directory: Path, judged: Mapping[str, str], seconds: dict[str, flo
     errors: dict[str, dict[str, int]] = {}
     for name, folder in judged.items():
         judgements = read_judgements(directory / folder)
-        groups = [str(record.get("group", i)) for i, record in enumerate(judgements["records"])]
+        groups = item_groups(judgements["records"])
         reports[name] = score_report(judgements["score"], judgements["reference"], groups=groups)
         mass[name] = mean_grid_mass(judgements)
         errors[name] = count_errors(judgements["records"])

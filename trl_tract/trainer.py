@@ -1,6 +1,7 @@
 """TRACTTrainer: what SFTTrainer does differently for TRACT, and nothing else. Knows nothing of generation."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.utils import logging
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names, pack_dataset
 
-from trl_tract.card import write_model_card
+from trl_tract.card import TrainingRows, write_model_card
 from trl_tract.checkpoints import last_complete_checkpoint
 from trl_tract.config import TRACTConfig
 from trl_tract.data import (
@@ -30,6 +31,7 @@ from trl_tract.data import (
 from trl_tract.early_warnings import EarlyWarnings
 from trl_tract.judge_config import JudgeConfig
 from trl_tract.losses import annotator_cross_entropy, raft_squared_error
+from trl_tract.rendering import as_prompt_completion, render_row
 from trl_tract.score_head import add_score_head
 from trl_tract.score_metrics import ScoreMetrics
 from trl_tract.scores import ScoreGrid, expected_score
@@ -105,6 +107,7 @@ class TRACTTrainer(SFTTrainer):
             )
         if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
             raise ValueError("the train dataset is empty")
+        self._given_rows = train_dataset
         self.score_grid = ScoreGrid.from_values(args.score_values)
         self.judge_config: JudgeConfig | None = None
         annotators = annotator_columns(self.score_grid) if args.annotator_loss != "none" else []
@@ -353,7 +356,24 @@ class TRACTTrainer(SFTTrainer):
                 dataset_name=dataset_name,
                 tags=[*self._tag_names, *tags],
                 metrics=next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {}),
+                rows=self._training_rows(),
+                adapter=next(iter(self.model.peft_config.values())) if is_peft_model(self.model) else None,
             )
+
+    def _training_rows(self) -> TrainingRows:
+        """What the card says of the rows; of a stream, which would have to be read again, nothing."""
+        given = self._given_rows
+        if not isinstance(given, Dataset):
+            return TrainingRows()
+        sources = Counter(given["rationale_source"]) if "rationale_source" in given.column_names else {}
+        for number in range(min(len(given), 20)):
+            try:
+                row = as_prompt_completion(given[number])
+                rendered = render_row(self.processing_class, row, self.args.score_marker, self.score_grid)
+            except (ValueError, KeyError, TypeError):
+                continue  # it was refused in training too, or came tokenised
+            return TrainingRows(len(given), row["prompt"], rendered.prompt_text, sources)
+        return TrainingRows(len(given), sources=sources)
 
 
 def _score_mask(batch: dict[str, Any]) -> torch.Tensor:

@@ -1,0 +1,199 @@
+"""The model card: safe with any prompt, and completed by what a run finds out after training."""
+
+import re
+
+import numpy as np
+import pytest
+from conftest import make_model, make_rows, make_tokenizer, make_trainer
+from huggingface_hub import ModelCard
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig
+
+from trl_tract import TRACTConfig, score_report
+from trl_tract.card import TrainingRows, add_evaluation, add_training_run, write_model_card
+from trl_tract.markdown import code_span, fenced, python_literal
+
+HOSTILE = (
+    "Judge `this`.\n```python\nprint('fence')\n```\n~~~\n</details> <!-- evaluation -->\nx\n<!-- /evaluation -->\n'\"\\"
+)
+
+
+def write(directory, prompt="Judge this.", **more):
+    rows = TrainingRows(8, prompt, prompt if isinstance(prompt, str) else "rendered", {"self": 6, "annotated": 2})
+    known = {"base_model": "someone/seed", "model_name": "my-judge", "dataset_name": None, "tags": [], "metrics": {}}
+    write_model_card(TRACTConfig(str(directory), bf16=False), None, **{**known, "rows": rows, **more})
+    return directory / "README.md"
+
+
+def quick_start(text):
+    (found,) = re.findall(r"(`{3,})python\nfrom trl_tract import(.*?)\n\1", text, flags=re.DOTALL)
+    return f"from trl_tract import{found[1]}"
+
+
+def prompt_of(code):
+    """What the quick start would judge."""
+    namespace = {}
+    exec(code[code.index("prompt = ") : code.index("judgement = ")], namespace)
+    return namespace["prompt"]
+
+
+@given(st.text())
+def test_a_prompt_of_any_text_is_in_the_quick_start_to_the_letter(text):
+    assert eval(python_literal(text)) == text
+
+
+@given(st.text(alphabet="'\"\\`<!-\n\r\u2028\ud800{}"))
+def test_a_prompt_of_quotes_fences_and_line_ends_is_in_the_quick_start_to_the_letter(text):
+    literal = python_literal([{"role": "user", "content": text}])
+    assert eval(literal) == [{"role": "user", "content": text}]
+    assert "<!--" not in literal
+    literal.encode()
+
+
+@given(st.text(alphabet="`a\n"))
+def test_no_line_of_a_fenced_text_closes_its_fence(text):
+    first, *body, last = fenced(text).split("\n")
+    assert set(first) == {"`"}
+    assert last == first
+    assert all(first not in line for line in body)
+
+
+@given(st.text(alphabet="`a\n "))
+def test_inline_code_is_one_line_and_closes_where_it_should(text):
+    span = code_span(text)
+    assert "\n" not in span
+    fence = re.match("`+", span).group() if text.strip("`") else span[: len(span) - len(span.lstrip("`"))]
+    assert fence not in re.sub(f"^{fence}|{fence}$", "", span)
+
+
+def test_a_prompt_with_fences_and_comments_stays_inside_its_block(tmp_path):
+    text = write(tmp_path, HOSTILE).read_text()
+    assert prompt_of(quick_start(text)) == HOSTILE
+    assert re.search(r"^(`{4,})text\n" + re.escape(HOSTILE) + r"\n\1$", text, re.MULTILINE)
+
+
+def test_a_prompt_with_a_sections_name_does_not_take_the_evaluation(tmp_path):
+    readme = write(tmp_path, HOSTILE)
+    add_evaluation(readme, score_report([1, 2, 4], [1, 3, 5], n_bootstrap=20), dataset_name="rows.jsonl")
+    text = readme.read_text()
+    assert text.index("| pearson |") < text.index("## Training data")
+    assert prompt_of(quick_start(text)) == HOSTILE
+
+
+def test_a_prompt_of_chat_messages_is_given_as_messages(tmp_path):
+    prompt = [{"role": "system", "content": "Judge."}, {"role": "user", "content": "One\ntwo"}]
+    assert prompt_of(quick_start(write(tmp_path, prompt).read_text())) == prompt
+
+
+def test_a_prompt_that_nobody_would_read_is_left_out_and_its_length_is_said(tmp_path):
+    text = write(tmp_path, "x" * 20_000).read_text()
+    assert prompt_of(quick_start(text)) == "..."
+    assert "the first 8,000 of 20,000 characters" in text
+
+
+@pytest.mark.parametrize("part", ["chiang-etal-2025-tract", "vonwerra2020trl"])
+def test_the_card_cites(tmp_path, part):
+    assert part in write(tmp_path).read_text()
+
+
+def test_the_card_says_whose_rationales_the_rows_have(tmp_path):
+    text = write(tmp_path).read_text()
+    assert "- Rows: 8\n" in text
+    assert "- Rationales self-written, by the stage-one model: 6 of 8, 75.0%" in text
+    assert "- Rationales annotated: 2 of 8, 25.0%" in text
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    readme = write(tmp_path)
+    readme.write_text(readme.read_text().replace("## Limits", "## Limits\n\nA person wrote this."))
+    report = score_report([1, 2, 4, np.nan, 3, 3, 5, 4, 1], [1, 3, 5, 2, 3, 2, 4, 4, 2], n_bootstrap=200)
+    add_evaluation(readme, report, dataset_name="held-out.jsonl", grid_mass=0.91, errors={"no [room]": 1})
+    return readme, report
+
+
+def test_the_evaluation_is_a_table_with_intervals(evaluated):
+    text, r = evaluated[0].read_text(), evaluated[1].pearson
+    assert f"| pearson | {r.value:.3f} | {r.low:.3f} to {r.high:.3f} |" in text
+    assert "Not evaluated yet." not in text
+    assert "- Items without a score: 1 (no \\[room\\]: 1)" in text
+    assert "- Mean probability on the grid: 0.910" in text
+
+
+def test_the_evaluation_is_in_the_hubs_metadata(evaluated):
+    data = ModelCard.load(evaluated[0]).data
+    results = {result.metric_type: result for result in data.eval_results}
+    r = evaluated[1].pearson
+    assert r.low < r.value < r.high
+    assert results["pearsonr"].metric_value == pytest.approx(r.value, abs=1e-4)
+    assert results["pearsonr"].metric_args == {"interval_95": [round(r.low, 4), round(r.high, 4)], "n": 8}
+    assert results["rmse"].dataset_name == "held-out.jsonl"
+    assert data.model_name == "my-judge"
+
+
+def test_what_a_person_wrote_into_the_card_stays(evaluated):
+    assert "A person wrote this." in evaluated[0].read_text()
+
+
+def test_a_second_evaluation_takes_the_place_of_the_first(evaluated):
+    readme, _ = evaluated
+    add_evaluation(readme, score_report([1, 2, 5], [1, 2, 5], n_bootstrap=0), dataset_name="other.jsonl")
+    text = readme.read_text()
+    assert text.count("| pearson |") == 1
+    assert "| pearson | 1.000 | - |" in text
+    assert {result.dataset_name for result in ModelCard.load(readme).data.eval_results} == {"other.jsonl"}
+
+
+def test_a_judge_that_always_failed_has_no_numbers_in_the_metadata(tmp_path):
+    readme = write(tmp_path)
+    add_evaluation(readme, score_report([np.nan] * 3, [1, 2, 3]), dataset_name="rows")
+    assert ModelCard.load(readme).data.eval_results is None
+    assert "| pearson | undefined | - |" in readme.read_text()
+
+
+def test_a_card_that_lost_its_places_is_named(tmp_path):
+    (tmp_path / "README.md").write_text("# mine\n")
+    with pytest.raises(ValueError, match=r"README\.md has no part between <!-- evaluation --> and"):
+        add_evaluation(tmp_path / "README.md", score_report([1, 2], [1, 2], n_bootstrap=0), dataset_name="rows")
+
+
+def test_a_run_puts_both_stages_into_the_card(tmp_path):
+    one, two = write(tmp_path / "one"), write(tmp_path / "two")
+    one.write_text(one.read_text().replace("- `raft_weight`: 1.0", "- `raft_weight`: 0.5"))
+    summary = {"rows": 10, "self_written": 9, "annotated": 1, "resampled": 3}
+    for _ in range(2):  # the second time changes nothing
+        add_training_run(two, one, data="someone/rows", summary=summary)
+    text = two.read_text()
+    stage_one, stage_two = text.split("### Stage two", 1)
+    assert "- `raft_weight`: 0.5" in stage_one.split("### Stage one", 1)[1]
+    assert "- `raft_weight`: 1.0" in stage_two
+    assert "- Stage two: 10 rows, 90.0% of them with a rationale that the stage-one model wrote itself (9)" in text
+    assert ModelCard.load(two).data.datasets == "someone/rows"
+
+
+def test_a_path_on_this_disk_stays_out_of_the_card(tmp_path):
+    one, two = write(tmp_path / "one"), write(tmp_path / "two")
+    (tmp_path / "rows.jsonl").write_text("{}")
+    add_training_run(two, one, data=str(tmp_path / "rows.jsonl"), summary={"rows": 1, "self_written": 1})
+    assert "from `rows.jsonl`" in two.read_text()
+    assert str(tmp_path) not in two.read_text()
+    assert ModelCard.load(two).data.datasets is None
+
+
+def test_the_card_of_an_adapter_names_its_settings(tmp_path):
+    adapter = LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"])
+    make_trainer(tmp_path, make_rows(4), max_steps=1, extra={"peft_config": adapter}).create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    for line in ("- `peft_type`: LORA\n", "- `r`: 4\n", "- `target_modules`: q\\_proj, v\\_proj\n"):
+        assert line in text
+
+
+def test_a_trainer_whose_first_row_was_dropped_still_writes_its_card(tmp_path):
+    rows = [{"prompt": "no score", "completion": " nothing", "score": 2.0}, *make_rows(3, fractions=False)]
+    trainer = make_trainer(
+        tmp_path, rows, model=make_model(), tokenizer=make_tokenizer(), invalid_rows="drop", max_steps=1
+    )
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert prompt_of(quick_start(text)) == rows[1]["prompt"]

@@ -1,0 +1,174 @@
+"""Folders of judgements and runs -> the page about them. Knows where a run keeps things, nothing of HTML or models."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trl_tract.card import add_evaluation, add_training_run
+from trl_tract.journal import digest, read_jsonl
+from trl_tract.judge_config import JudgeConfig
+from trl_tract.page import JudgedItems, OtherJudge, write_page
+from trl_tract.report import ScoreReport, compare
+from trl_tract.steps import read_judgements
+
+STAGES = {"stage one": "stage1", "stage two": "tract"}
+"""What a run calls its stages, and the folders they train in."""
+
+_INTERNAL = {"rows_digest", "block_size"}
+
+
+def item_groups(records: list[dict[str, Any]]) -> list[str]:
+    """The group of each item; an item without one is a group of its own."""
+    return [str(record.get("group", number)) for number, record in enumerate(records)]
+
+
+def judged_items(
+    directory: Path,
+    report: ScoreReport,
+    *,
+    name: str | None = None,
+    data: str | Path | None = None,
+    others: Mapping[str, tuple[Path, ScoreReport]] | None = None,
+) -> JudgedItems:
+    """What a page needs to know of a folder of judgements, and of the run that it belongs to.
+
+    Args:
+        directory: Output directory of a JudgeStep. If it lies in a run, that run's learning curves are shown.
+        report: Agreement of these judgements with their gold scores.
+        name: What the judge is called; by default its model.
+        data: JSONL of the rows that were judged, for their prompts; by default the run's held-out rows, if those were.
+        others: Name -> folder and report of other judges of the same items.
+
+    Raises:
+        ValueError: `data` holds other rows than those that were judged.
+    """
+    judgements = read_judgements(directory)
+    settings = _settings(directory)
+    return JudgedItems(
+        name=name or str(settings.get("model", directory.name)),
+        records=judgements["records"],
+        report=report,
+        grid=_grid(settings),
+        prompts=_prompts(directory, settings, data),
+        settings={label: value for label, value in settings.items() if label not in _INTERNAL},
+        others=[
+            OtherJudge(other, its_report, _difference(judgements, folder, report))
+            for other, (folder, its_report) in (others or {}).items()
+        ],
+        curves=_curves(directory.parent),
+    )
+
+
+def write_run_page(
+    directory: Path, judged: Mapping[str, str], reports: Mapping[str, ScoreReport], say: Callable[[str], None]
+) -> None:
+    """Write `report.html` of a run: its last judge, compared with the others; without matplotlib, say what is missing.
+
+    Args:
+        directory: The run's.
+        judged: Judge -> its folder of judgements.
+        reports: Judge -> agreement with the gold scores.
+        say: Prints where the page is.
+    """
+    *others, main = judged
+    items = judged_items(
+        directory / judged[main],
+        reports[main],
+        name=main,
+        others={name: (directory / judged[name], reports[name]) for name in others},
+    )
+    try:
+        page, *pictures = write_page(items, directory / "report.html")
+    except ImportError as error:
+        say(f"    no report page: {error}")
+    else:
+        say(f"    {page} and {len(pictures)} pictures in {page.stem}-plots")
+
+
+def finish_card(
+    run: Path,
+    report: ScoreReport,
+    *,
+    data: str,
+    held_out: str,
+    grid_mass: float | None,
+    errors: Mapping[str, int],
+) -> None:
+    """Tell the TRACT model's card what training could not know: the evaluation, where rows came from, stage one.
+
+    Args:
+        run: The run's folder.
+        report: Agreement of the TRACT model with the gold scores.
+        data: File or hub id of the annotated rows.
+        held_out: File or hub id of the items that were judged.
+        grid_mass: Mean probability on the grid.
+        errors: Why items have no score, and how many for each reason.
+    """
+    card, summary = run / "tract" / "README.md", run / "self-generated" / "summary.json"
+    add_training_run(
+        card, run / "stage1" / "README.md", data=data, summary=json.loads(summary.read_text(encoding="utf-8"))
+    )
+    on_disk = Path(held_out).exists()
+    settings = _settings(run / "judged-tract")
+    sampling = ", ".join(f"`{name}` {value}" for name, value in settings.items() if name not in _INTERNAL | {"model"})
+    add_evaluation(
+        card,
+        report,
+        dataset_name=Path(held_out).name if on_disk else held_out,
+        dataset_type=None if on_disk else held_out,
+        grid_mass=grid_mass,
+        errors=errors,
+        notes=[f"Judged with {sampling}"] if sampling else [],
+    )
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    file = directory / "settings.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def _grid(settings: Mapping[str, Any]) -> tuple[float, ...] | None:
+    """The grid that was judged on, where it is written down on this disk; no hub is asked for it."""
+    if values := settings.get("score_values"):
+        return tuple(float(value) for value in values)
+    model = settings.get("model")
+    if model is None or not Path(model).is_dir():
+        return None
+    try:
+        return JudgeConfig.load(model).grid.values
+    except FileNotFoundError:
+        return None
+
+
+def _prompts(directory: Path, settings: Mapping[str, Any], data: str | Path | None) -> list[Any] | None:
+    file = directory.parent / "eval.jsonl" if data is None else Path(data)
+    if data is None and not file.is_file():
+        return None
+    rows = list(read_jsonl(file))
+    if settings.get("rows_digest") == digest(rows):
+        return [row["prompt"] for row in rows]
+    if data is None:
+        return None
+    raise ValueError(f"{file} does not hold the rows that were judged in {directory}: give the file that `judge` read")
+
+
+def _difference(judgements: Mapping[str, Any], other: Path, report: ScoreReport) -> Any:
+    theirs = read_judgements(other)
+    return compare(
+        judgements["score"],
+        theirs["score"],
+        judgements["reference"],
+        groups=item_groups(judgements["records"]),
+        n_bootstrap=report.n_bootstrap,
+        seed=report.seed,
+    )
+
+
+def _curves(run: Path) -> dict[str, list[dict[str, Any]]]:
+    states = {stage: run / folder / "trainer_state.json" for stage, folder in STAGES.items()}
+    return {
+        stage: json.loads(file.read_text(encoding="utf-8"))["log_history"]
+        for stage, file in states.items()
+        if file.is_file()
+    }
