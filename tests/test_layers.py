@@ -13,7 +13,8 @@ ROOT = Path(trl_tract.__file__).parent
 # Rooms, lowest level first. A room may import from its own level, without a circle, and from those below.
 LEVELS = [
     {"checkpoints", "intervals", "journal", "metrics", "pairs", "prompts", "scores"},
-    {"backends", "config", "data", "early_warnings", "judge_config", "losses", "rendering", "rows", "score_metrics"},
+    {"backends", "calibration", "config", "data", "early_warnings", "evaluate_metric", "judge_config", "losses"}
+    | {"recalibration", "rendering", "rows", "score_metrics"},
     {"card", "distill", "judge", "plots", "report", "rewards", "score_head", "trainer"},
     {"pipeline", "steps"},
     {"cli", "demo"},
@@ -74,6 +75,8 @@ def test_rooms_do_not_import_in_circles():
         ("losses", {"transformers", "trl"}),
         ("judge", {"trl", "datasets"}),
         ("report", {"torch", "transformers", "trl"}),
+        ("calibration", {"torch", "transformers", "trl"}),
+        ("recalibration", {"torch", "trl"}),
         ("intervals", {"torch", "transformers", "trl"}),
         ("rewards", {"torch", "transformers", "trl"}),
     ],

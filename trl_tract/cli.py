@@ -113,8 +113,13 @@ class JudgeArguments:
 class ReportArguments:
     """Judgements to report on."""
 
-    judgements: str = field(metadata={"help": "Output directory of `trl-tract judge`."})
+    judgements: list[str] = field(
+        metadata={"help": "Output directories of `trl-tract judge`: one, or two on the same items to compare."}
+    )
     n_bootstrap: int = field(default=1000, metadata={"help": "Resamples behind the intervals."})
+    score_values: list[float] | None = field(
+        default=None, metadata={"help": "Grid to which kappa and accuracy round; by default the integers."}
+    )
 
 
 @dataclass
@@ -212,16 +217,36 @@ def _judge(arguments: Sequence[str]) -> None:
 
 
 def _report(arguments: Sequence[str]) -> None:
+    from itertools import takewhile
     from pathlib import Path
 
-    from trl_tract.report import score_report
-    from trl_tract.steps import count_errors, read_judgements
+    from trl_tract.report import compare, score_report
+    from trl_tract.steps import check_same_items, count_errors, mean_grid_mass, read_judgements
 
-    (args,) = _parse("report", (ReportArguments,), arguments)
-    judgements = read_judgements(Path(args.judgements))
-    groups = [str(record.get("group", i)) for i, record in enumerate(judgements["records"])]
-    print(score_report(judgements["score"], judgements["reference"], groups=groups, n_bootstrap=args.n_bootstrap))
-    _print_errors(count_errors(judgements["records"]))
+    # `report A B` is short for `report --judgements A B`.
+    named = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
+    (args,) = _parse(
+        "report", (ReportArguments,), [*(["--judgements"] if named else []), *named, *arguments[len(named) :]]
+    )
+    # A YAML file may name a single directory without making it a list.
+    folders = [args.judgements] if isinstance(args.judgements, str) else args.judgements
+    if len(folders) > 2:
+        raise ValueError(f"{len(folders)} directories were given: one is reported on, two are compared")
+    judged = [read_judgements(Path(folder)) for folder in folders]
+    if len(folders) == 2:
+        check_same_items(judged[0], judged[1], folders)
+    groups = [str(record.get("group", i)) for i, record in enumerate(judged[0]["records"])]
+    options: dict[str, Any] = {"groups": groups, "n_bootstrap": args.n_bootstrap, "grid": args.score_values}
+    for folder, each in zip(folders, judged, strict=True):
+        mass = mean_grid_mass(each)
+        print(f"{folder} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})")
+        print(score_report(each["score"], each["reference"], **options))
+        _print_errors(count_errors(each["records"]))
+        print()
+    if len(folders) == 2:
+        a, b = judged
+        print(f"a: {folders[0]}, b: {folders[1]}")
+        print(compare(a["score"], b["score"], a["reference"], **options))
 
 
 def _demo(arguments: Sequence[str]) -> None:
