@@ -279,9 +279,10 @@ def test_conformal_intervals_end_where_the_grid_ends():
     assert [end.tolist() for end in fitted.interval([1.5, 3.0])] == [[1.0, 1.0], [3.5, 5.0]]
 
 
-def test_the_rank_is_exact_where_rounding_would_miss_it():
-    # (99 + 1) * 0.95 is 95.0 on paper; the 95th smallest of the errors 1..99 is 95.
-    assert Conformal.fit(np.arange(1.0, 100), np.zeros(99), [-200, 200]).quantile == 95
+@pytest.mark.parametrize(("n", "rank"), [(99, 95), (20, 20), (39, 38)])
+def test_the_quantile_is_the_error_of_the_right_rank(n, rank):
+    # ceil(100 * 0.95), which is 95.0 on paper and a little more in floating point; ceil(19.95); ceil(38.0).
+    assert Conformal.fit(np.arange(1.0, n + 1), np.zeros(n), [-200, 200]).quantile == rank
 
 
 @pytest.mark.parametrize(("level", "enough"), [(0.95, 19), (0.9, 9), (0.5, 1)])

@@ -79,11 +79,12 @@ def grid_of(draw):
 # Where 1,000 draws cover more than 97 %: of 30 items, resamples hold so many ties that rank correlations vary more in
 # them than from sample to sample, and steps of 1/30 are coarse. Such intervals are too wide, never too narrow.
 WIDE = {
-    (normal, 30, False): {"spearman": 0.98, "kendall": 0.985},
-    (decoded_scores, 30, False): {"kendall": 0.98, "mae": 0.985, "accuracy": 0.98},
-    (expected_scores, 30, False): {"accuracy": 0.98, "kendall": 0.98},
-    (two_judges, 30, False): {"kendall": 0.985},
+    (normal, 30, False): {"spearman": 0.98, "kendall": 0.98},
+    (decoded_scores, 30, False): {"kendall": 0.98, "mae": 0.98, "accuracy": 0.98},
+    (two_judges, 30, False): {"kendall": 0.98},
 }
+# And where they cover less than 93 %: an error with long tails, seen in 30 questions, is known too badly.
+NARROW = {(normal, 30, True): {"rmse": 0.92}}
 
 
 @pytest.mark.slow
@@ -96,9 +97,9 @@ def test_95_percent_intervals_hold_the_truth_in_93_to_97_percent_of_samples(draw
     print(
         draw.__name__, n, "groups" if grouped else "items", shares
     )  # shown by `pytest -rP`: docs/evaluation.md's table
-    wide = WIDE.get((draw, n, grouped), {})
+    narrow, wide = (table.get((draw, n, grouped), {}) for table in (NARROW, WIDE))
     for name, share in shares.items():
-        assert 0.93 <= share <= wide.get(name, 0.97), (name, share)
+        assert narrow.get(name, 0.93) <= share <= wide.get(name, 0.97), (name, share)
 
 
 def test_intervals_hold_the_truth_of_expected_scores_in_quick():
@@ -220,6 +221,16 @@ def test_a_shares_interval_is_wilsons():
     assert [found.low, found.high] == pytest.approx([centre - half, centre + half], rel=1e-5)
 
 
+def test_a_share_of_dependent_items_counts_as_one_of_fewer():
+    # Twice the standard error of 40 independent items: as many as 10 of them, at the t of the 40 units that were drawn.
+    resampled = 0.3 + 2 * math.sqrt(0.3 * 0.7 / 40) * math.sqrt(39 / 40) * np.array([-1.0, 1.0])
+    z, n = 2.02269, 10
+    centre = (0.3 + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(0.3 * 0.7 / n + z**2 / (4 * n**2))
+    found = interval(0.3, resampled, 40, "share")
+    assert [found.low, found.high] == pytest.approx([centre - half, centre + half], rel=1e-5)
+
+
 def test_an_accuracy_of_one_is_not_certain():
     # Wilson's lower end for 20 of 20 at t(19) = 2.09302: 20 / (20 + t^2).
     found = score_report([1, 2, 3, 4] * 5, [1, 2, 3, 4] * 5).accuracy
@@ -233,6 +244,10 @@ def test_a_perfect_judge_has_no_interval_where_it_would_claim_certainty(name):
     assert not math.isnan(found.value)
     assert math.isnan(found.low)
     assert math.isnan(found.high)
+
+
+def test_a_judge_that_is_always_off_by_one_has_an_error_and_no_interval():
+    assert str(score_report([2, 3, 4, 5] * 5, [1, 2, 3, 4] * 5).rmse) == "1.000 [no interval]"
 
 
 def test_a_judge_that_errs_once_has_an_interval_although_many_resamples_are_perfect():
