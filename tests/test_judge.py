@@ -11,8 +11,9 @@ from trl_tract import CoTRAILJudge, TransformersBackend
 from trl_tract.backends import ScriptedBackend
 from trl_tract.judge_config import JudgeConfig
 from trl_tract.prompts import CompletionFormat
+from trl_tract.recalibration import Recalibration
 from trl_tract.rendering import resolve_grid, with_completion
-from trl_tract.scores import ScoreGrid, decide
+from trl_tract.scores import ScoreGrid, decide, temper
 
 TOKENIZER = make_tokenizer()
 PROBS = [0.1, 0.0, 0.2, 0.6, 0.05]
@@ -139,6 +140,103 @@ def test_an_unknown_decision_is_refused():
 def test_decision_rules_by_hand(rule, wanted):
     # On the grid (0.95): cumulative .105, .105, .316, .947: the median is at 4, as is the largest.
     assert judge(decision=rule).judge(["a"])[0].score == pytest.approx(wanted)
+
+
+def test_a_score_temperature_sharpens_by_hand():
+    # Squares of 0.1, 0, 0.2, 0.6, 0.05: 0.01, 0, 0.04, 0.36, 0.0025, in all 0.4125; scaled to the mass of 0.95.
+    wanted = (0.01 * 1 + 0.04 * 3 + 0.36 * 4 + 0.0025 * 5) / 0.4125 * 0.95
+    assert judge(score_temperature=0.5).judge(["a"])[0].score == pytest.approx(wanted)
+
+
+def test_a_score_temperature_leaves_the_reported_probabilities_alone():
+    (judgement,) = judge(score_temperature=0.5).judge(["a"])
+    np.testing.assert_allclose(judgement.probs, [PROBS], rtol=1e-6)
+
+
+def test_a_score_temperature_moves_the_median_and_not_the_mode():
+    # 0.3, 0.3, 0.4: cumulative 0.3, 0.6. Fifth powers: 0.00243 twice and 0.01024, more than the other two together.
+    probs, values = torch.tensor([[0.3, 0.3, 0.4]]), torch.tensor([1.0, 2.0, 3.0])
+    assert [decide(probs, values, "median", score_temperature=t).item() for t in (1.0, 0.2)] == [2.0, 3.0]
+    assert [decide(probs, values, "mode", score_temperature=t).item() for t in (1.0, 0.2)] == [3.0, 3.0]
+
+
+def test_the_authors_temperature_is_this_one_at_another_value():
+    # Theirs: p^(1/T - 1), normalised. With T = 1/4 that is p^3, ours at 1/3 = T / (1 - T).
+    probs = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64)
+    theirs = probs ** (1 / 0.25 - 1)
+    torch.testing.assert_close(temper(probs, 0.25 / (1 - 0.25)), theirs / theirs.sum())
+
+
+def test_a_score_of_probability_zero_stays_at_zero():
+    assert temper(torch.tensor([[0.0, 0.5]]), 3.0).tolist() == [[0.0, 0.5]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_an_unusable_score_temperature_is_refused(temperature):
+    with pytest.raises(ValueError, match=r"score_temperature=.* must be above 0"):
+        judge(score_temperature=temperature)
+
+
+def two_rationales(first, second, **settings):
+    """A judge of two rationales, each with its own probabilities."""
+    seen = {}
+    backend = ScriptedBackend(
+        lambda prompt, seed: f" words {seed % 2} [RESULT]",
+        TOKENIZER,
+        probs=lambda ids: (first, second)[seen.setdefault(tuple(ids), len(seen))],
+    )
+    return CoTRAILJudge(backend, num_generations=2, **settings).judge(["a"])[0]
+
+
+@pytest.mark.parametrize(("pool", "wanted"), [("scores", 3.0), ("distributions", 1.0)])
+def test_medians_are_pooled_by_scores_or_by_distributions(pool, wanted):
+    # Medians 1 and 5, mean 3. The mean distribution is 0.5 on 1, 0.2 on 2, 0.3 on 5: its lower median is 1.
+    judgement = two_rationales([0.9, 0.1, 0, 0, 0], [0.1, 0.3, 0, 0, 0.6], decision="median", pool=pool)
+    assert judgement.scores == [1.0, 5.0]
+    assert judgement.score == wanted
+
+
+def test_expected_scores_pool_alike_either_way():
+    tables = [0.5, 0.1, 0, 0, 0.1], [0, 0.3, 0.2, 0, 0.4]
+    one, other = (
+        two_rationales(*tables, pool=pool, score_temperature=0.7).score for pool in ("scores", "distributions")
+    )
+    assert one == pytest.approx(other)
+
+
+def test_an_unknown_pool_is_refused():
+    with pytest.raises(ValueError, match="pool='mean' is unknown: choose one of scores, distributions"):
+        judge(pool="mean")
+
+
+@pytest.fixture
+def saved_judge(tmp_path):
+    """A judge's directory, without weights, and the backend that stands for them."""
+    grid, form = resolve_grid(
+        TOKENIZER, {"prompt": "a", "completion": " b [RESULT] 3"}, "[RESULT]", ScoreGrid.from_values([1, 2, 3, 4, 5])
+    )
+    JudgeConfig(grid, form).save(tmp_path)
+    return tmp_path, ScriptedBackend(lambda prompt, seed: " fine [RESULT]", TOKENIZER, probs=PROBS)
+
+
+def test_a_saved_recalibration_is_applied_when_it_is_asked_for(saved_judge):
+    directory, backend = saved_judge
+    Recalibration(0.5, 2.0, 1.0, 5.0, n=100, rmse=1.0, rmse_cross_validated=0.8).save(directory)
+    (judgement,) = CoTRAILJudge.from_pretrained(directory, backend, recalibrate=True).judge(["a"])
+    assert judgement.score == pytest.approx(0.5 * 3.35 + 2)
+    assert judgement.scores == pytest.approx([3.35])  # what the model said stays
+
+
+def test_a_saved_recalibration_is_left_alone_by_default(saved_judge):
+    directory, backend = saved_judge
+    Recalibration(0.5, 2.0, 1.0, 5.0, n=100, rmse=1.0, rmse_cross_validated=0.8).save(directory)
+    assert CoTRAILJudge.from_pretrained(directory, backend).judge(["a"])[0].score == pytest.approx(3.35)
+
+
+def test_a_missing_recalibration_is_an_error_that_says_how_to_make_one(saved_judge):
+    directory, backend = saved_judge
+    with pytest.raises(FileNotFoundError, match=r"tract_calibration\.json is missing. Fit one on held-out judgements"):
+        CoTRAILJudge.from_pretrained(directory, backend, recalibrate=True)
 
 
 def test_sampled_scores_follow_the_distribution_on_the_grid():

@@ -12,8 +12,10 @@ import trl_tract
 ROOT = Path(trl_tract.__file__).parent
 # Rooms, lowest level first. A room may import from its own level, without a circle, and from those below.
 LEVELS = [
-    {"blocks", "checkpoints", "display", "failures", "journal", "markdown", "metrics", "pairs", "prompts", "scores"},
-    {"backends", "config", "data", "early_warnings", "judge_config", "losses", "rendering", "rows", "score_metrics"},
+    {"blocks", "checkpoints", "display", "failures", "intervals", "journal", "markdown", "metrics", "options"}
+    | {"pairs", "prompts", "scores"},
+    {"backends", "calibration", "config", "data", "early_warnings", "evaluate_metric", "judge_config", "losses"}
+    | {"recalibration", "rendering", "rows", "score_metrics"},
     {"card", "distill", "judge", "page", "plots", "report", "rewards", "score_head", "trainer"},
     {"pipeline", "results", "steps"},
     {"cli", "demo"},
@@ -75,6 +77,9 @@ def test_rooms_do_not_import_in_circles():
         ("judge", {"trl", "datasets"}),
         ("page", {"torch", "transformers", "trl"}),
         ("report", {"torch", "transformers", "trl"}),
+        ("calibration", {"torch", "transformers", "trl"}),
+        ("recalibration", {"torch", "trl"}),
+        ("intervals", {"torch", "transformers", "trl"}),
         ("rewards", {"torch", "transformers", "trl"}),
     ],
 )

@@ -1,6 +1,7 @@
 """Each metric against scipy, scikit-learn or a hand calculation; what is undefined; the `evaluate.Metric`."""
 
 import math
+import os
 import socket
 import subprocess
 import sys
@@ -276,6 +277,31 @@ def test_evaluate_metric_is_imported_without_a_network(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout.startswith("0.333"), done.stderr
+
+
+@pytest.mark.slow
+def test_evaluate_loads_the_metric_from_its_file_without_a_network(tmp_path):
+    pytest.importorskip("evaluate")
+    program = (
+        "import socket\n"
+        "def refuse(*args, **kwargs): raise AssertionError('the network was asked')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "import evaluate, trl_tract.evaluate_metric\n"
+        f"metric = evaluate.load(trl_tract.evaluate_metric.__file__, cache_dir={str(tmp_path)!r})\n"
+        "metric.add_batch(predictions=[1, 2], references=[1, 2])\n"
+        "metric.add_batch(predictions=[float('nan'), 4], references=[5, 3])\n"
+        "found = metric.compute(grid=[1, 2, 3, 4, 5])\n"
+        "print(found['mae'], found['n'], found['failed'])\n"
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.split() == [str(1 / 3), "3", "1"], done.stderr
+
+
+def test_evaluate_finds_one_metric_in_the_file(score_metric):
+    from evaluate import loading
+
+    assert isinstance(score_metric, loading.import_main_class("trl_tract.evaluate_metric"))
 
 
 def test_a_missing_evaluate_names_the_command_that_installs_it(monkeypatch):

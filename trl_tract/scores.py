@@ -16,6 +16,8 @@ from trl_tract.prompts import score_text
 
 Decision = Literal["mean", "median", "mode", "sampled"]
 DECISIONS: tuple[Decision, ...] = get_args(Decision)
+Pool = Literal["scores", "distributions"]
+POOLS: tuple[Pool, ...] = get_args(Pool)
 
 
 @dataclass(frozen=True)
@@ -170,12 +172,39 @@ def expected_score(probs: torch.Tensor, values: torch.Tensor, *, normalize: bool
     return mean / probs.sum(dim=-1) if normalize else mean
 
 
+def temper(probs: torch.Tensor, score_temperature: float) -> torch.Tensor:
+    """Sharpen (below 1) or flatten (above 1) score probabilities: `p^(1/T)`, rescaled to the mass they had.
+
+    Args:
+        probs: Grid-token probabilities, `(..., K)`.
+        score_temperature: T, above 0; 1 changes nothing.
+
+    Returns:
+        `(..., K)`. The mass on the grid stays, so that T near 1 is near what 1 gives.
+
+    Raises:
+        ValueError: T is not above 0.
+
+    Example:
+        >>> temper(torch.tensor([0.2, 0.4]), 0.5)  # 0.04 to 0.16, scaled to 0.6
+        tensor([0.1200, 0.4800])
+    """
+    if not score_temperature > 0:
+        raise ValueError(
+            f"score_temperature={score_temperature} must be above 0; for its limit at 0 use the rule 'mode'"
+        )
+    if score_temperature == 1:
+        return probs
+    return (probs.log() / score_temperature).softmax(dim=-1) * probs.sum(dim=-1, keepdim=True)
+
+
 def decide(
     probs: torch.Tensor,
     values: torch.Tensor,
     rule: Decision = "mean",
     *,
     normalize: bool = False,
+    score_temperature: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Turn score probabilities into one score each.
@@ -189,19 +218,21 @@ def decide(
         values: Scores in rubric units, increasing, `(K,)`.
         rule: One of `mean`, `median`, `mode`, `sampled`.
         normalize: For `mean` only: see `expected_score`.
+        score_temperature: See `temper`; the mode does not depend on it.
         generator: Source of randomness of `sampled`.
 
     Returns:
         `(...)`, rubric units.
 
     Raises:
-        ValueError: `rule` is none of the four.
+        ValueError: `rule` is none of the four, or the temperature is not above 0.
 
     Example:
         >>> probs, values = torch.tensor([[0.5, 0.3, 0.1]]), torch.tensor([1.0, 2.0, 3.0])
         >>> decide(probs, values, "median"), decide(probs, values, "mode")
         (tensor([1.]), tensor([1.]))
     """
+    probs = temper(probs, score_temperature)
     if rule == "mean":
         return expected_score(probs, values, normalize=normalize)
     values = values.to(probs)

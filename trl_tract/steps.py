@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -205,6 +205,31 @@ def read_judgements(directory: Path) -> dict[str, Any]:
         for name in ("score", "reference", "grid_mass")
     }
     return {**columns, "records": records}
+
+
+def check_same_items(a: Mapping[str, Any], b: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse to compare judgements of different items.
+
+    Args:
+        a: What `read_judgements` gave for one judge.
+        b: And for the other.
+        names: What the two are called, for the error.
+
+    Raises:
+        ValueError: One judged more items, or an item differs in gold score, group or id.
+    """
+    if len(a["records"]) != len(b["records"]):
+        raise ValueError(
+            f"{names[0]} has {len(a['records'])} judgements and {names[1]} has {len(b['records'])}. Two judges can be "
+            "compared on the same items only: judge the same --data with both, each to its end"
+        )
+    for i, (one, other) in enumerate(zip(a["records"], b["records"], strict=True)):
+        for column in ("reference", "group", "id"):
+            if one.get(column) != other.get(column):
+                raise ValueError(
+                    f"judgement {i} has {column} {one.get(column)!r} in {names[0]} and {other.get(column)!r} in "
+                    f"{names[1]}. Two judges can be compared on the same items only: judge the same --data with both"
+                )
 
 
 def mean_grid_mass(judgements: dict[str, Any]) -> float | None:

