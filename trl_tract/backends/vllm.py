@@ -4,7 +4,6 @@ Knows the engine, its arguments and adapters. vLLM and its CUDA come in with the
 """
 
 import difflib
-import gc
 import importlib.util
 import itertools
 import weakref
@@ -93,7 +92,6 @@ class VLLMBackend(RequestBackend):
             raise RuntimeError(f"vLLM's engine does not start on {base_id}: {error}; its log above says why") from error
         limit = 2 * engine.vllm_config.scheduler_config.max_num_seqs
         loop = RequestLoop(limit)
-        # The only reference: an engine that lives on until the interpreter is taken apart complains then.
         self._engines = [engine]
         self._closing = weakref.finalize(self, _shut, loop, self._engines)
         self._numbers = itertools.count()
@@ -176,9 +174,10 @@ class VLLMBackend(RequestBackend):
 def _shut(loop: RequestLoop, engines: list[Any]) -> None:
     loop.cancel()
     engines[0].shutdown()
+    # It shuts down again when it is deleted, and complains if that is while the interpreter is taken apart.
+    engines[0].shutdown = lambda timeout=None: None
     loop.close()
     engines.clear()
-    gc.collect()
 
 
 def _check_arguments(engine_args: Mapping[str, Any], known: list[str]) -> None:
