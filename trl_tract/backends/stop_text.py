@@ -3,19 +3,14 @@
 Knows a tokenizer and what `model.generate` asks at each step; knows nothing of batches or of how a token was drawn.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
+from trl_tract.backends.tokens import decode
+
 _SLACK_TOKENS = 8  # Read before the stop text's own tokens: the first token of a window may lose its leading space.
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
-    """Text of token ids: special tokens left out, everything else as it was written."""
-    # clean_up_tokenization_spaces rewrites " ." to "." on some tokenizers, and with it the text to be matched.
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class MayEnd:

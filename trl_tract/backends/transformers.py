@@ -22,7 +22,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from trl_tract.backends.base import Generation, Sampling, SamplingOptions
 from trl_tract.backends.forward import common_prefixes, innermost, last_logits, left_padded, shared_cache
 from trl_tract.backends.loading import load, load_tokenizer
-from trl_tract.backends.stop_text import MayEnd, StopText, decode
+from trl_tract.backends.stop_text import MayEnd, StopText
+from trl_tract.backends.tokens import checked_ids, ended
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +163,9 @@ class TransformersBackend:
             finished = 0
             for sequence in batch:
                 if sequence.ended or len(sequence.written) == sequence.limit:
-                    results[sequence.prompt].append(self._finish(sequence, stop, eos))
+                    at_eos = bool(sequence.written) and sequence.written[-1] in eos
+                    generation = ended(self.tokenizer, sequence.written, at_eos=at_eos, stop=stop)
+                    results[sequence.prompt].append(generation)
                     finished += len(results[sequence.prompt]) == n
             _report(on_progress, finished)
             return [sequence for sequence in batch if not sequence.ended and len(sequence.written) < sequence.limit]
@@ -242,14 +245,6 @@ class TransformersBackend:
             sequence.ended = bool(ends)
             sequence.written += new[: min(ends, default=len(new))]
 
-    def _finish(self, sequence: "_Sequence", stop: str | None, eos: list[int]) -> Generation:
-        written = sequence.written
-        at_eos = bool(written) and written[-1] in eos
-        text = decode(self.tokenizer, written[:-1] if at_eos else written)
-        if stop is not None and stop in text:
-            return Generation(text[: text.index(stop)], "stop", len(written))
-        return Generation(text, "eos" if at_eos else "length", len(written))
-
     def _in_batches(self, pending: deque[_Item], step: Callable[[list[_Item]], list[_Item]]) -> None:
         """Hand batches from the left of `pending` to `step`, and put back what it returns, until nothing is left."""
         size = self.batch_size
@@ -292,17 +287,7 @@ class TransformersBackend:
                 module.training = training
 
     def _checked(self, rows: Sequence[Sequence[int]], what: str) -> list[list[int]]:
-        vocabulary = self.model.config.get_text_config().vocab_size
-        checked = []
-        for index, row in enumerate(rows):
-            ids = [int(token) for token in row]
-            if not ids:
-                raise ValueError(f"{what}[{index}] is empty: there is nothing to continue")
-            if min(ids) < 0 or max(ids) >= vocabulary:
-                wrong = next(token for token in ids if not 0 <= token < vocabulary)
-                raise ValueError(f"{what}[{index}] holds token id {wrong}, outside the vocabulary of {vocabulary}")
-            checked.append(ids)
-        return checked
+        return checked_ids(rows, what, self.model.config.get_text_config().vocab_size)
 
     @property
     def _context(self) -> int | None:
