@@ -3,6 +3,7 @@
 Knows the protocol and a tokenizer; runs no model.
 """
 
+import bisect
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -169,7 +170,8 @@ class ScriptedBackend:
         if len(ids) > limit:
             text = self._decode(ids[:limit])
         if stop is not None and stop in text:
-            sampled = next(end for end in range(1, len(ids) + 1) if stop in self._decode(ids[:end]))
+            ends = range(1, len(ids) + 1)
+            sampled = ends[bisect.bisect_left(ends, True, key=lambda end: stop in self._decode(ids[:end]))]
             return Generation(text[: text.index(stop)], "stop", sampled)
         if len(ids) < limit:
             return Generation(text, "eos", len(ids) + 1)
