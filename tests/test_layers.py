@@ -12,8 +12,19 @@ import trl_tract
 ROOT = Path(trl_tract.__file__).parent
 # Rooms, lowest level first. A room may import from its own level, without a circle, and from those below.
 LEVELS = [
-    {"checkpoints", "journal", "metrics", "pairs", "prompts", "scores"},
-    {"backends", "config", "data", "early_warnings", "judge_config", "losses", "rendering", "rows", "score_metrics"},
+    {"checkpoints", "journal", "metrics", "pairs", "prompts", "scores", "trie"},
+    {
+        "backends",
+        "branches",
+        "config",
+        "data",
+        "early_warnings",
+        "judge_config",
+        "losses",
+        "rendering",
+        "rows",
+        "score_metrics",
+    },
     {"card", "distill", "judge", "plots", "report", "rewards", "score_head", "trainer"},
     {"pipeline", "steps"},
     {"cli", "demo"},

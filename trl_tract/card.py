@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from trl_tract import __version__
 from trl_tract.config import TRACTConfig
 from trl_tract.judge_config import JudgeConfig
+from trl_tract.prompts import some_scores
 
 _TEMPLATE = """\
 ---
@@ -103,7 +104,7 @@ def write_model_card(
     text = _TEMPLATE.format(
         metadata=metadata.to_yaml(),
         title=model_name or Path(args.output_dir or "model").name,
-        grid=", ".join(judge_config.grid.texts) if judge_config else "see tract_config.json",
+        grid=some_scores(judge_config.grid.texts) if judge_config else "see tract_config.json",
         marker=args.score_marker,
         base_model=f"`{on_hub or (Path(base_model).name if base_model else 'unknown')}`",
         evaluation=evaluation,
