@@ -106,7 +106,7 @@ CASES = [
     ("gpt_neox", "splitting", "1 to 10", {}),
     ("gemma2", "splitting", "1 to 10", {"normalize_grid": True}),
     ("gemma2", "splitting", "words", {}),
-    ("mixtral", "splitting", "1 to 10", {}),
+    ("granite", "splitting", "1 to 10", {}),
 ]
 
 

@@ -156,6 +156,29 @@ def test_a_judge_of_several_tokens_gives_the_references_expected_score(vocabular
     np.testing.assert_allclose(probs[0], reference(model, tokenizer, judge.grid.texts), rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["0 to 100", "half points to 10", "words"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "mixtral"])
+def test_a_transformers_backend_asks_for_whole_scores_at_once(vocabularies, family, name):
+    # Rows of unequal lengths, padded on the left, against the walk.
+    tokenizer = vocabularies["splitting"]
+    backend = TransformersBackend(make_model(family), tokenizer)
+    grid, form = resolve_grid(tokenizer, row_with(GRIDS[name].texts[-1]), MARKER, GRIDS[name])
+    rationales = [RATIONALE, " short", " it says why 2 of 4 points hold and it is wrong"]
+    prefixes = [score_prefix_ids(tokenizer, PROMPT, rationale, form, grid) for rationale in rationales]
+    found = np.exp(backend.trie_logprobs(prefixes, grid.trie))
+    wanted = walk_trie(grid.trie, prefixes, backend.next_token_logprobs, grid.values, least_share=0).probs
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_without_branches_is_walked(vocabularies):
+    tokenizer, model = vocabularies["splitting"], make_model()
+    backend = TransformersBackend(model, tokenizer)
+    backend._takes_branches = False
+    judge = CoTRAILJudge(backend, score_values=range(1, 11))
+    probs = judge.score_rationales([PROMPT], [RATIONALE])
+    np.testing.assert_allclose(probs[0], reference(model, tokenizer, judge.grid.texts), rtol=1e-4, atol=1e-6)
+
+
 def test_a_prefix_without_room_has_no_probabilities(vocabularies):
     tokenizer = vocabularies["splitting"]
     judge = CoTRAILJudge(TransformersBackend(make_model(), tokenizer), score_values=range(1, 11))

@@ -39,7 +39,7 @@ class ScorePlaces:
 
     @classmethod
     def of(cls, score_positions: torch.Tensor) -> "ScorePlaces":
-        """From the mask that is True where the next token is a score, bool `(B, L - 1)`."""
+        """From the mask that is True where the next token is a score's first, bool `(B, L - 1)` or `(B, L)`."""
         rows, before = score_positions.nonzero(as_tuple=True)
         slots = score_positions.long().cumsum(dim=1)[rows, before] - 1
         return cls(rows, before + 1, slots)
@@ -50,13 +50,14 @@ class Branches:
 
     Args:
         trie: Of the grid.
-        score_positions: True where the next token is a score's first, bool `(B, L - 1)`.
+        score_positions: True where the next token is a score's first, bool `(B, L - 1)`; or `(B, L)` where a score
+            has yet to be written.
         config: Of the language model; says which layers see a window alone, and how masks are written.
     """
 
     def __init__(self, trie: TokenTrie, score_positions: torch.Tensor, config: Any) -> None:
         self.places = ScorePlaces.of(score_positions)
-        self.length = score_positions.shape[1] + 1
+        self.length = 0  # L, once it is seen
         self.config = config
         self.nodes = trie.nodes[1:]
         per_row = int(score_positions.sum(dim=1).max()) if score_positions.numel() else 0
@@ -67,6 +68,7 @@ class Branches:
         # Some models hand `input_ids` to their backbone by its place.
         kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         input_ids = kwargs["input_ids"]
+        self.length = input_ids.shape[1]
         device, (rows, per_row, count) = input_ids.device, self.shape
         places = self.places
         before, position_ids, kept, documents = _described(kwargs)

@@ -207,7 +207,8 @@ class CoTRAILJudge:
         return self.grid_probabilities(prompts, rationales).probs
 
     def grid_probabilities(self, prompts: Sequence[Prompt], rationales: Sequence[str]) -> GridProbabilities:
-        """Like `score_rationales`, with what was left out of them: one batched pass, or one a level of the grid's trie.
+        """Like `score_rationales`, with what was left out of them: one batched pass, or, where a backend
+        asks for scores of several tokens token by token, one a level of their trie.
 
         Args:
             prompts: Written like the training rows' prompts.
@@ -221,6 +222,11 @@ class CoTRAILJudge:
             for prompt, rationale in zip(prompts, rationales, strict=True)
         ]
         if self.grid.paths:
+            # A backend may know how to ask for whole scores at once; every one can be asked token by token.
+            ask_at_once = getattr(self.backend, "trie_logprobs", None)
+            logprobs = None if ask_at_once is None else ask_at_once(prefixes, self.grid.trie)
+            if logprobs is not None:
+                return GridProbabilities.exact(np.exp(logprobs))
             return walk_trie(self.grid.trie, prefixes, self.backend.next_token_logprobs, self.grid.values)
         return GridProbabilities.exact(np.exp(self.backend.next_token_logprobs(prefixes, self.grid.token_ids)))
 

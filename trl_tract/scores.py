@@ -60,8 +60,8 @@ class ScoreGrid:
         if isinstance(values, Mapping):
             if texts is not None:
                 raise ValueError("the texts are given twice: as the keys of score_values and as score_texts")
-            texts = sorted(values, key=lambda text: values[text])
-            values = [values[text] for text in texts]
+            pairs = sorted(values.items(), key=lambda pair: pair[1])
+            texts, values = [text for text, _ in pairs], [value for _, value in pairs]
         numbers = tuple(float(value) for value in values)
         if len(numbers) < 2:
             raise ValueError(f"score_values={list(values)} holds {len(numbers)} score(s); a grid needs two or more")
