@@ -125,6 +125,7 @@ class CoTRAILJudge:
         self.max_attempts = max_attempts
         self.append_marker = append_marker
         self.writes_rationale = writes_rationale
+        self._grid_checked: set[tuple[int, bool]] = set()  # tokenizers and types of prompt
 
     @classmethod
     def from_pretrained(
@@ -241,7 +242,10 @@ class CoTRAILJudge:
         return bounds
 
     def _check_grid(self, prompt: Prompt) -> None:
-        """Look the grid's tokens up where scores will stand, and compare with those of the training."""
+        """Look the grid's tokens up where scores will stand, and compare with those of the training; once a kind."""
+        kind = (id(self.backend.tokenizer), isinstance(prompt, str))
+        if kind in self._grid_checked:
+            return
         row = with_completion(prompt, self.format.join("", self.grid.texts[0]))
         resolved, _ = resolve_grid(self.backend.tokenizer, row, self.format.marker, self.grid)
         trained = self.grid.token_ids or [path.written for path in self.grid.paths]
@@ -253,6 +257,7 @@ class CoTRAILJudge:
             )
         if not trained:
             self.grid = resolved
+        self._grid_checked.add(kind)
 
     def _rationales(
         self, ids: Mapping[int, Sequence[int]], first_item: int, on_progress: Any
