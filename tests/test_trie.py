@@ -6,6 +6,8 @@ multiplies the probabilities of the tokens that the score's characters are in.
 
 import itertools
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from trl import TrlParser
 from trl_tract import CoTRAILJudge, ScoreGrid, TRACTConfig, TransformersBackend
 from trl_tract.backends import ScriptedBackend
 from trl_tract.data import RowEncoder, TokenisedRowEncoder
+from trl_tract.early_warnings import EarlyWarnings
 from trl_tract.judge_config import JudgeConfig
 from trl_tract.prompts import ScoreNotFoundError, locate_score
 from trl_tract.rendering import resolve_grid, resolve_grid_from_ids, score_prefix_ids
@@ -395,3 +398,25 @@ def test_another_tokenizer_than_in_training_is_refused(tmp_path, vocabularies):
     other = TransformersBackend(make_model(), make_merging_tokenizer([("1", "0")]))
     with pytest.raises(ValueError, match="not the tokenizer that the judge was trained with"):
         CoTRAILJudge.from_pretrained(tmp_path, other).score_rationales([PROMPT], [RATIONALE])
+
+
+# The page
+
+PAGE = (Path(__file__).parents[1] / "docs" / "score_scales.md").read_text(encoding="utf-8")
+
+
+def test_the_pages_code_prints_what_the_page_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,), printed = re.findall(r"```python\n(.*?)```", PAGE, re.S), re.findall(r"```text\n(.*?)```", PAGE, re.S)
+    exec(code, {})
+    assert [capsys.readouterr().out] == printed
+
+
+def test_a_wide_range_is_warned_about_with_the_weight_that_is_right(tmp_path):
+    # (100 / 4)^2 = 625, 1 / 625 = 0.0016.
+    wide = TRACTConfig(str(tmp_path), score_values=list(range(101)))
+    (message,) = EarlyWarnings(wide).at_start()
+    assert message.endswith("as on 1 to 5. raft_weight=0.0016 gives it the same weight")
+    assert "weighs 625 times" in message
+    right = TRACTConfig(str(tmp_path), score_values=list(range(101)), raft_weight=0.0016)
+    assert EarlyWarnings(right).at_start() == []
