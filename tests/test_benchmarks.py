@@ -78,3 +78,24 @@ def test_a_saved_output_is_drawn_again(step_cost, smoke, tmp_path):
     (tmp_path / "saved.txt").write_text("\n".join(smoke))
     step_cost.main(["--replot", str(tmp_path / "saved.txt"), "--plot", str(tmp_path / "plot.png")])
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.fixture
+def grid_cost(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import grid_cost
+
+    grid_cost.main(["--smoke", "--device", "cpu"])
+    yield json.loads(capsys.readouterr().out.splitlines()[-1])
+    for name in ("grid_cost", "step_cost", "contenders"):
+        sys.modules.pop(name, None)
+
+
+def test_grid_cost_compares_ways_to_the_same_loss(grid_cost):
+    rows = {row["scores"]: row for row in grid_cost["rows"]}
+    # 0 to 10: one inner node, "1"; 0 to 100: "1" to "9" and "10".
+    assert {size: row["extra_tokens"] for size, row in rows.items()} == {5: 0, 11: 1, 101: 10}
+    for size in (5, 11):
+        assert rows[size]["loss"]["trie"] == pytest.approx(rows[size]["loss"]["per_score"], rel=1e-5)
+    assert rows[101]["train_over_single"].keys() == {"trie"}
+    assert rows[101]["ask_over_single"].keys() == {"trie", "walk"}

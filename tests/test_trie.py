@@ -313,6 +313,14 @@ def test_a_tokenised_row_tells_the_paths_that_its_text_tells(vocabularies, vocab
         assert not TokenisedRowEncoder(found, None)(row)["refusal_kind"]
 
 
+def test_a_tokenised_row_in_another_spelling_is_refused(vocabularies):
+    # " 10" is one token for this vocabulary; "Ġ" "1" "0" reads the same.
+    tokenizer = vocabularies["merging"]
+    ids = [*tokenizer(f"{RATIONALE} {MARKER}").input_ids, *tokenizer.convert_tokens_to_ids(["Ġ", "1", "0"]), 0]
+    with pytest.raises(ScoreNotFoundError, match="does not write the score '10' as 'Ġ'"):
+        resolve_grid_from_ids(tokenizer, ids, len(ids) - 4, MARKER, GRIDS["half points to 10"])
+
+
 @pytest.mark.parametrize(
     ("completion", "texts", "wanted"),
     [
