@@ -107,7 +107,7 @@ def train_step(trainer: TRACTTrainer, batch: dict[str, Any]) -> float:
     samples, num_items = trainer.get_batch_samples(iter([dict(batch)]), 1, trainer.args.device)
     loss = trainer.training_step(trainer.model, samples[0], num_items)
     trainer.model.zero_grad()
-    return float(loss)
+    return loss.item()
 
 
 def make_trainer(args: argparse.Namespace, grid: ScoreGrid, folder: str) -> tuple[TRACTTrainer, dict[str, Any]]:
@@ -151,7 +151,7 @@ def measure(args: argparse.Namespace, size: int) -> dict[str, Any]:
             loss = per_score_loss(plain, tokenizer, grid, rows)
             loss.backward()
             plain.zero_grad()
-            return float(loss)
+            return loss.item()
 
         train: dict[str, Callable[[], float]] = {
             "single": functools.partial(train_step, *single),
@@ -168,7 +168,7 @@ def measure(args: argparse.Namespace, size: int) -> dict[str, Any]:
             for name, judge in zip(("single", "trie"), asked, strict=True)
         }
         resolved = trie[0].score_grid
-        if resolved.paths:
+        if resolved.paths and size <= args.walk_up_to:
             prefixes = [list(tokenizer(p + r + MARKER)["input_ids"]) for p, r in zip(prompts, rationales, strict=True)]
             ask["walk"] = lambda: walk_trie(
                 resolved.trie, prefixes, backend.next_token_logprobs, resolved.values, least_share=0
@@ -242,6 +242,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--grids", type=int, nargs="+", default=list(GRIDS), choices=list(GRIDS))
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--per-score-up-to", type=int, default=21, help="scores of the largest grid that it is run for")
+    parser.add_argument("--walk-up-to", type=int, default=101, help="likewise, of the walk")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--plot", help="file to draw to")
