@@ -139,3 +139,24 @@ def test_the_memory_of_a_distillation_is_that_of_its_own_process(generation, cap
     (row,) = json.loads(capfd.readouterr().out.splitlines()[-1])["results"]["memory"]
     assert row["rows"] == 30
     assert 0 < row["imports_bytes"] < row["peak_bytes"]
+
+
+@pytest.fixture
+def grid_cost(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import grid_cost
+
+    grid_cost.main(["--smoke", "--device", "cpu"])
+    yield json.loads(capsys.readouterr().out.splitlines()[-1])
+    for name in ("grid_cost", "step_cost", "contenders"):
+        sys.modules.pop(name, None)
+
+
+def test_grid_cost_compares_ways_to_the_same_loss(grid_cost):
+    rows = {row["scores"]: row for row in grid_cost["rows"]}
+    # 0 to 10: one inner node, "1"; 0 to 100: "1" to "9" and "10".
+    assert {size: row["extra_tokens"] for size, row in rows.items()} == {5: 0, 11: 1, 101: 10}
+    for size in (5, 11):
+        assert rows[size]["loss"]["trie"] == pytest.approx(rows[size]["loss"]["per_score"], rel=1e-5)
+    assert rows[101]["train_over_single"].keys() == {"trie"}
+    assert rows[101]["ask_over_single"].keys() == {"trie", "walk"}

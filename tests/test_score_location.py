@@ -97,11 +97,20 @@ def test_digits_come_with_the_newline_after_them_where_that_is_glued():
     assert score_of(tokenizer, row) == ("4\n", 4.0, "")
 
 
-def test_a_newline_that_is_glued_to_one_score_only_is_an_error():
-    # "\n5" is one token but "\n4" is two: there is no one position that scores both.
+def test_a_newline_that_is_glued_to_one_score_only_belongs_to_the_scores():
+    # "\n5" is one token but "\n4" is two: what parts the scores begins at the newline.
     tokenizer = make_merging_tokenizer([("Ċ", "5")])
+    row = row_of("ask", " fine. [RESULT]\n4")
+    grid, _ = resolve_grid(tokenizer, row, MARKER, ONE_TO_FIVE)
+    tokens = [tokenizer.convert_ids_to_tokens(list(path.token_ids)) for path in grid.paths]
+    assert tokens == [["Ċ", "1"], ["Ċ", "2"], ["Ċ", "3"], ["Ċ", "4"], ["Ċ5"]]
+    assert score_of(tokenizer, row) == ("\n", 4.0, "4<|end|>")
+
+
+def test_a_marker_that_is_glued_to_one_score_only_is_an_error():
+    tokenizer = make_merging_tokenizer([("]", "5")])
     with pytest.raises(ValueError, match="'1' and '5' differ"):
-        resolve_grid(tokenizer, row_of("ask", " fine. [RESULT]\n4"), MARKER, ONE_TO_FIVE)
+        resolve_grid(tokenizer, row_of("ask", " fine. [RESULT]4"), MARKER, ONE_TO_FIVE)
 
 
 def test_mistrals_vocabulary_is_converted_faithfully(mistral_tokenizer):
@@ -120,22 +129,6 @@ def test_mistrals_scores_have_the_ids_of_the_paper(mistral_tokenizer, chat):
     grid, _ = resolve_grid(mistral_tokenizer, row, MARKER, ONE_TO_FIVE)
     assert grid.token_ids == (28740, 28750, 28770, 28781, 28782)
     assert score_of(mistral_tokenizer, row)[:2] == ("5", 5.0)
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "values", "row", "message"),
-    [
-        (SPLITTING, range(1, 11), " a [RESULT] 3", r"score '10' is 2 tokens for this tokenizer \('1' '0'\)"),
-        (SPLITTING, [1, 1.5, 2], " a [RESULT] 2", r"score '1.5' is 3 tokens for this tokenizer \('1' '\.' '5'\)"),
-        (SPLITTING, [0, 50, 100], " a [RESULT] 0", r"score '50' is 2 tokens for this tokenizer \('5' '0'\)"),
-        (MERGING, [-1, 0, 1], " a [RESULT] 1", r"score '-1' is 2 tokens"),
-    ],
-)
-def test_a_score_of_several_tokens_is_an_error_that_names_them(tokenizer, values, row, message):
-    grid = ScoreGrid.from_values(list(values))
-    with pytest.raises(ValueError, match=message) as caught:
-        resolve_grid(tokenizer, row_of("ask", row), MARKER, grid)
-    assert "Every score has to be one token: change score_values" in str(caught.value)
 
 
 # The score's place in a row

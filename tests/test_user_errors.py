@@ -144,11 +144,11 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
         {},
         ["Row 0: prompt and completion must both be text, or both chat messages"],
     ),
-    "a score of two tokens": (
+    "fewer texts than values": (
         make_rows(3, fractions=False),
-        {"score_values": list(range(1, 11))},
+        {"score_texts": ["poor", "good"]},
         {},
-        ["score '10' is 2 tokens for this tokenizer ('1' '0')", "change score_values=[1.0, 2.0, ", "to 1 to 5"],
+        ["score_texts has 2 entries, but score_values has 5", "give one for each"],
     ),
     "chat rows without a chat template": (
         make_rows(3, chat=True),

@@ -20,6 +20,7 @@ from trl_tract.display import excerpt
 from trl_tract.judge_config import JudgeConfig
 from trl_tract.markdown import code_span, fenced, plain_line, python_literal
 from trl_tract.pairs import METRICS
+from trl_tract.prompts import some_scores
 from trl_tract.report import ScoreReport
 
 PROMPT_CHARACTERS = 8000
@@ -193,7 +194,7 @@ def write_model_card(
         writes="writes a rationale and then a score"
         if judge_config is None or judge_config.writes_rationale
         else "scores without a rationale",
-        grid=", ".join(judge_config.grid.texts) if judge_config else "see tract_config.json",
+        grid=some_scores(judge_config.grid.texts) if judge_config else "see tract_config.json",
         marker=code_span(args.score_marker),
         base_model=code_span(on_hub or (Path(base_model).name if base_model else "unknown")),
         quick_start=fenced(code, "python"),

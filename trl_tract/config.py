@@ -1,5 +1,6 @@
 """TRACTConfig: the fields that TRACT adds to SFTConfig, and what it refuses. Knows nothing else."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,15 @@ class TRACTConfig(SFTConfig):
     score_values: list[float] = field(
         default_factory=lambda: [1.0, 2.0, 3.0, 4.0, 5.0],
         metadata={
-            "help": "The score grid, in rubric units, increasing. Each value has to be one token where scores stand."
+            "help": "The score grid, in rubric units, increasing. Any numbers: 1 to 5, half points, 0 to 100. A score "
+            "may be several tokens."
+        },
+    )
+    score_texts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "How the scores are written in the completions, in the order of `score_values`: letters or words. "
+            "None: as numbers."
         },
     )
     score_marker: str = field(
@@ -102,7 +111,10 @@ class TRACTConfig(SFTConfig):
             self.use_cpu = True
         super().__post_init__()
         # Raises for a grid that is none; YAML and the command line may give integers.
-        self.score_values = list(ScoreGrid.from_values(self.score_values).values)
+        grid = ScoreGrid.from_values(self.score_values, self.score_texts)
+        if isinstance(self.score_values, Mapping):
+            self.score_texts = list(grid.texts)
+        self.score_values = list(grid.values)
         if not self.score_marker.strip():
             raise ValueError("score_marker is empty: give the text that stands before the score, such as [RESULT]")
         for name in ("raft_weight", "rationale_weight", "annotator_weight"):

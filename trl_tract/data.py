@@ -18,7 +18,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
-from trl_tract.prompts import CompletionFormat, ScoreNotFoundError, annotator_scores
+from trl_tract.prompts import CompletionFormat, ScoreNotFoundError, annotator_scores, some_scores
 from trl_tract.rendering import (
     RenderedRow,
     as_prompt_completion,
@@ -124,7 +124,7 @@ class RowEncoder(_Encoder):
         if self.drop_rationale:
             row = without_rationale(row, self.marker, self.grid)
         rendered = render_row(self.tokenizer, row, self.marker, self.grid)
-        golds = _golds(row, rendered)
+        golds = _golds(row, rendered, self.grid)
         for score in (score for annotators in golds for score in annotators):
             self._check_range(score)
         tokens = tokenise(self.tokenizer, rendered, self.grid)
@@ -132,22 +132,22 @@ class RowEncoder(_Encoder):
         start = tokens.prompt_length if self.completion_only else 0
         columns: dict[str, list[Any]] = {"input_ids": ids, "labels": [-100] * start + ids[start:]}
         columns |= {name: [math.nan] * len(ids) for name in self.columns[2:]}
-        for index, annotators in zip(tokens.score_indices, golds, strict=True):
+        for index, stop, annotators in zip(tokens.score_indices, tokens.score_stops, golds, strict=True):
             if not self.score_in_ce:
-                columns["labels"][index] = -100
+                columns["labels"][index:stop] = [-100] * (stop - index)
             columns["score_labels"][index] = sum(annotators) / len(annotators)
             for name, share in zip(self.columns[3:], annotator_shares(annotators, self.grid.values), strict=False):
                 columns[name][index] = share
-        return self._accept(columns, tokens.score_indices[-1])
+        return self._accept(columns, tokens.score_stops[-1] - 1)
 
 
-def _golds(row: Mapping[str, Any], rendered: RenderedRow) -> list[list[float]]:
+def _golds(row: Mapping[str, Any], rendered: RenderedRow, grid: ScoreGrid) -> list[list[float]]:
     """The annotators' scores behind each score of a row."""
     if row.get("scores") is None:
-        return [annotator_scores(row.get("score", rendered.scores[0].text))]
+        return [annotator_scores(grid.in_numbers(row.get("score", rendered.scores[0].text)))]
     if row.get("score") is not None:
         raise ScoreNotFoundError("score and scores", "the row has both `score` and `scores`: keep one of them")
-    return [annotator_scores(score) for score in row["scores"]]
+    return [annotator_scores(grid.in_numbers(score)) for score in row["scores"]]
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,20 @@ class TokenisedRowEncoder(_Encoder):
         indices = score_indices(row)
         for index in indices:
             self._check_range(row["score_labels"][index])
-            if row["input_ids"][index] not in self.grid.token_ids:
+            if not self._score_begins(row["input_ids"], index):
+                known = self.grid.token_ids or [path.token_ids for path in self.grid.paths]
                 raise ScoreNotFoundError(
                     "other tokens",
                     f"score_labels marks token {index} (id {row['input_ids'][index]}), which is none of the scores' "
-                    f"tokens {list(self.grid.token_ids)}",
+                    f"tokens {some_scores([str(each) for each in known])}",
                 )
         return self._accept({name: list(row[name]) for name in self.columns}, max(indices, default=-1))
+
+    def _score_begins(self, ids: Sequence[int], index: int) -> bool:
+        if not self.grid.paths:
+            return ids[index] in self.grid.token_ids
+        paths = (path.token_ids for path in self.grid.paths)
+        return any(tuple(ids[index : index + len(path)]) == path for path in paths)
 
 
 def score_indices(row: Mapping[str, Any]) -> list[int]:
@@ -205,7 +212,7 @@ def find_grid(
             problem = problem or error
     raise ValueError(
         f"none of the first {looked_at} rows has a score that can be found. Row 0: {problem}. Write every "
-        f"completion as '<rationale> {marker} <score>', with a score of {', '.join(grid.texts)}; another marker or "
+        f"completion as '<rationale> {marker} <score>', with a score of {some_scores(grid.texts)}; another marker or "
         "grid is set by score_marker and score_values"
     )
 

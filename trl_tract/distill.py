@@ -93,7 +93,7 @@ class CoTSelfDistill:
 
     Args:
         backend: The stage-one model.
-        score_values: The score grid, in rubric units.
+        score_values: The score grid, in rubric units; or texts with their values.
         score_marker: Text at which a rationale ends.
         completion_format: How rationale, marker and score are joined; one space each by default.
         num_generations: Stage-two rows for each prompt.
@@ -118,7 +118,7 @@ class CoTSelfDistill:
         self,
         backend: Backend,
         *,
-        score_values: Sequence[float] = (1, 2, 3, 4, 5),
+        score_values: Sequence[float] | Mapping[str, float] = (1, 2, 3, 4, 5),
         score_marker: str = "[RESULT]",
         completion_format: CompletionFormat | None = None,
         num_generations: int = 1,
@@ -171,7 +171,7 @@ class CoTSelfDistill:
             raise ValueError(f"{path} was trained with drop_rationale=True, so it has no rationales to write")
         return cls(
             backend or TransformersBackend(str(path)),
-            score_values=config.grid.values,
+            score_values=dict(zip(config.grid.texts, config.grid.values, strict=True)),
             completion_format=config.format,
             **settings,
         )
@@ -248,6 +248,7 @@ class CoTSelfDistill:
             "model": self.backend.model_id,
             "backend": self.backend.name,
             "score_values": list(self.grid.values),
+            "score_texts": list(self.grid.texts),
             "format": self.format.to_dict(),
             "num_generations": self.num_generations,
             **asdict(self.sampling),
@@ -270,10 +271,10 @@ class CoTSelfDistill:
             if row.get("scores") is not None:
                 raise ScoreNotFoundError("several", "it has several (`scores`), and a rationale is written for one")
             if "score" in row:
-                gold = gold_score(row["score"])
+                gold = gold_score(self.grid.in_numbers(row["score"]))
             else:
                 text = completion_text(pair.get("completion"))
-                gold = float(locate_score(text, self.format.marker, self.grid.texts).text)
+                gold = self.grid.value_of(locate_score(text, self.format.marker, self.grid.texts).text)
         except ScoreNotFoundError as error:
             raise ValueError(f"row {number} has no gold score: {error}") from error
         if not self.grid.in_range(gold):

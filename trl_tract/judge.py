@@ -17,6 +17,7 @@ from trl_tract.prompts import CompletionFormat, Prompt
 from trl_tract.recalibration import Recalibration
 from trl_tract.rendering import prompt_ids, resolve_grid, score_prefix_ids, with_completion
 from trl_tract.scores import DECISIONS, POOLS, Decision, Pool, ScoreGrid, decide, temper
+from trl_tract.trie import GridProbabilities, walk_trie
 
 
 @dataclass
@@ -32,6 +33,9 @@ class Judgement:
         grid_mass: Mean probability on the grid; far below 1 means that the model did not expect a score there.
         std: Mean standard deviation of the score under the model, renormalised on the grid, rubric units.
         error: Why there is no score, or None.
+        pruned_mass: Where scores are several tokens: mean probability of beginnings that were too improbable to be
+            followed. 0 for a grid of single tokens.
+        error_bound: How far that may have moved a `mean` score, rubric units; for other decisions see `pruned_mass`.
     """
 
     score: float = math.nan
@@ -41,6 +45,8 @@ class Judgement:
     grid_mass: float = math.nan
     std: float = math.nan
     error: str | None = None
+    pruned_mass: float = 0.0
+    error_bound: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable; NaN becomes None."""
@@ -52,6 +58,8 @@ class Judgement:
             "grid_mass": None if math.isnan(self.grid_mass) else self.grid_mass,
             "std": None if math.isnan(self.std) else self.std,
             "error": self.error,
+            "pruned_mass": self.pruned_mass,
+            "error_bound": self.error_bound,
         }
 
 
@@ -60,7 +68,7 @@ class CoTRAILJudge:
 
     Args:
         backend: The judge model.
-        score_values: The score grid, in rubric units.
+        score_values: The score grid, in rubric units; or texts with their values, such as `{"poor": 1, "good": 2}`.
         score_marker: Text at which a rationale ends.
         completion_format: How rationale, marker and score are joined; one space each by default.
         num_generations: Rationales for each item; their scores are averaged.
@@ -82,7 +90,7 @@ class CoTRAILJudge:
 
     Raises:
         ValueError: An unknown decision or pool, a score temperature that is not above 0, or a grid that the tokenizer
-            cannot write as one token a score.
+            cannot tell apart.
 
     Source: Chiang et al. 2025, CoT-RAIL, https://aclanthology.org/2025.acl-long.147
     """
@@ -91,7 +99,7 @@ class CoTRAILJudge:
         self,
         backend: Backend,
         *,
-        score_values: Sequence[float] = (1, 2, 3, 4, 5),
+        score_values: Sequence[float] | Mapping[str, float] = (1, 2, 3, 4, 5),
         score_marker: str = "[RESULT]",
         completion_format: CompletionFormat | None = None,
         num_generations: int = 1,
@@ -133,6 +141,7 @@ class CoTRAILJudge:
         self.max_attempts = max_attempts
         self.append_marker = append_marker
         self.writes_rationale = writes_rationale
+        self._grid_checked: set[tuple[int, bool]] = set()  # tokenizers and types of prompt
 
     @classmethod
     def from_pretrained(
@@ -159,7 +168,7 @@ class CoTRAILJudge:
             backend = TransformersBackend(str(path))
         judge = cls(
             backend,
-            score_values=config.grid.values,
+            score_values=dict(zip(config.grid.texts, config.grid.values, strict=True)),
             completion_format=config.format,
             **{
                 "normalize_grid": config.normalize_grid,
@@ -198,7 +207,8 @@ class CoTRAILJudge:
             slots += [(i, generation.text.rstrip()) for generation in usable]
             if not usable:
                 judgements[i].error = self._reason(generations)
-        probs = self.score_rationales([prompts[i] for i, _ in slots], [rationale for _, rationale in slots])
+        found = self.grid_probabilities([prompts[i] for i, _ in slots], [rationale for _, rationale in slots])
+        probs = found.probs
         grouped: dict[int, list[int]] = {}
         for slot, (i, _) in enumerate(slots):
             if np.isnan(probs[slot]).any():
@@ -208,29 +218,65 @@ class CoTRAILJudge:
         for i, mine in grouped.items():
             judgements[i].error = None
             self._fill(judgements[i], probs[mine], [slots[slot][1] for slot in mine], first + i)
+            judgements[i].pruned_mass = float(found.pruned_mass[mine].mean())
+            judgements[i].error_bound = float(self._error_bounds(found)[mine].mean())
         return judgements
 
     def score_rationales(self, prompts: Sequence[Prompt], rationales: Sequence[str]) -> NDArray[np.float64]:
-        """Probabilities of the grid's scores behind given rationales, `(len(prompts), K)`, in one batched pass."""
+        """Probabilities of the grid's scores behind given rationales, `(len(prompts), K)`."""
+        return self.grid_probabilities(prompts, rationales).probs
+
+    def grid_probabilities(self, prompts: Sequence[Prompt], rationales: Sequence[str]) -> GridProbabilities:
+        """Like `score_rationales`, with what was left out of them: one batched pass, or, where a backend
+        asks for scores of several tokens token by token, one a level of their trie.
+
+        Args:
+            prompts: Written like the training rows' prompts.
+            rationales: One for each prompt, without the marker.
+        """
         if not prompts:
-            return np.zeros((0, len(self.grid)))
+            return GridProbabilities.exact(np.zeros((0, len(self.grid))))
         self._check_grid(prompts[0])
         prefixes = [
             score_prefix_ids(self.backend.tokenizer, prompt, rationale, self.format, self.grid)
             for prompt, rationale in zip(prompts, rationales, strict=True)
         ]
-        return np.exp(self.backend.next_token_logprobs(prefixes, self.grid.token_ids))
+        if self.grid.paths:
+            # A backend may know how to ask for whole scores at once; every one can be asked token by token.
+            ask_at_once = getattr(self.backend, "trie_logprobs", None)
+            logprobs = None if ask_at_once is None else ask_at_once(prefixes, self.grid.trie)
+            if logprobs is not None:
+                return GridProbabilities.exact(np.exp(logprobs))
+            return walk_trie(self.grid.trie, prefixes, self.backend.next_token_logprobs, self.grid.values)
+        return GridProbabilities.exact(np.exp(self.backend.next_token_logprobs(prefixes, self.grid.token_ids)))
+
+    def _error_bounds(self, found: GridProbabilities) -> NDArray[np.float64]:
+        """How far what was not followed can have moved each expected score, rubric units."""
+        if not self.normalize_grid:
+            return found.error_bound
+        # A mean over the mass m that was found moves by at most the range once mass p joins it: p / (m + p) of it.
+        low, high = self.grid.values[0], self.grid.values[-1]
+        mass = np.maximum(found.probs.sum(axis=1) + found.pruned_mass, np.finfo(float).tiny)
+        bounds: NDArray[np.float64] = found.pruned_mass / mass * (high - low)
+        return bounds
 
     def _check_grid(self, prompt: Prompt) -> None:
-        """Look the grid's tokens up where scores will stand, and compare with those of the training."""
+        """Look the grid's tokens up where scores will stand, and compare with those of the training; once a kind."""
+        kind = (id(self.backend.tokenizer), isinstance(prompt, str))
+        if kind in self._grid_checked:
+            return
         row = with_completion(prompt, self.format.join("", self.grid.texts[0]))
         resolved, _ = resolve_grid(self.backend.tokenizer, row, self.format.marker, self.grid)
-        if self.grid.token_ids and resolved.token_ids != self.grid.token_ids:
+        trained = self.grid.token_ids or [path.written for path in self.grid.paths]
+        if trained and not resolved.same_tokens(self.grid):
+            here = resolved.token_ids or [path.written for path in resolved.paths]
             raise ValueError(
-                f"the scores are the tokens {resolved.token_ids} here, but were {self.grid.token_ids} in training: "
+                f"the scores are the tokens {here} here, but were {trained} in training: "
                 "this is not the tokenizer that the judge was trained with"
             )
-        self.grid = resolved
+        if not trained:
+            self.grid = resolved
+        self._grid_checked.add(kind)
 
     def _rationales(
         self, ids: Mapping[int, Sequence[int]], first_item: int, on_progress: Any

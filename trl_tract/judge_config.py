@@ -1,12 +1,13 @@
 """`tract_config.json`: what a judge has to know of its training, saved beside the weights. Knows nothing of models."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from trl_tract.prompts import CompletionFormat
 from trl_tract.scores import ScoreGrid
+from trl_tract.trie import ScorePath
 
 FILE_NAME = "tract_config.json"
 
@@ -35,6 +36,7 @@ class JudgeConfig:
             "score_values": list(self.grid.values),
             "score_texts": list(self.grid.texts),
             "score_token_ids": list(self.grid.token_ids),
+            "score_paths": [asdict(path) for path in self.grid.paths],
             "completion_format": self.format.to_dict(),
             "normalize_grid": self.normalize_grid,
             "num_scores": self.num_scores,
@@ -73,6 +75,10 @@ class JudgeConfig:
                 values=tuple(float(value) for value in saved["score_values"]),
                 texts=tuple(str(text) for text in saved["score_texts"]),
                 token_ids=tuple(int(token) for token in saved["score_token_ids"]),
+                paths=tuple(
+                    ScorePath(tuple(int(token) for token in path["token_ids"]), int(path["lead"]), int(path["end"]))
+                    for path in saved.get("score_paths", [])
+                ),
             )
             return cls(
                 grid,

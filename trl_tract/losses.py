@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
+from trl_tract.trie import TokenTrie
+
 
 def grid_logprobs(logits: torch.Tensor, token_ids: Sequence[int]) -> torch.Tensor:
     """Log-probability of each grid token under the softmax over the whole vocabulary.
@@ -26,6 +28,29 @@ def grid_logprobs(logits: torch.Tensor, token_ids: Sequence[int]) -> torch.Tenso
     # Softmax over all of V first: gathering before the softmax would renormalise over the grid.
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits.log_softmax(dim=-1)[:, list(token_ids)]
+
+
+def trie_logprobs(logits: torch.Tensor, trie: TokenTrie) -> torch.Tensor:
+    """Log-probability of each score of a grid of several tokens: the sum along its path.
+
+    Args:
+        logits: Next-token logits behind each inner node, `(S, N, V)`.
+        trie: Of the grid.
+
+    Returns:
+        float32 `(S, K)`, nats; the probabilities of a row sum to the mass on the grid, at most 1.
+
+    Example:
+        >>> trie = TokenTrie.from_paths([(1, 2), (1, 3), (0,)])
+        >>> trie_logprobs(torch.zeros(1, 2, 4), trie).exp()
+        tensor([[0.0625, 0.0625, 0.2500]])
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    nodes, tokens = zip(*trie.edges, strict=True)
+    steps = logits.log_softmax(dim=-1)[:, list(nodes), list(tokens)]  # (S, E)
+    # Short paths are filled up with an edge that is certain.
+    steps = torch.nn.functional.pad(steps, (0, 1))
+    return steps[:, torch.tensor(trie.paths, device=steps.device)].sum(dim=-1)
 
 
 def raft_squared_error(expected: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -162,7 +162,7 @@ def run_tract(
     }
     run = Run(directory, settings, isolate=isolate, total=7, say=say)
     train_file, eval_file = directory / "train.jsonl", directory / "eval.jsonl"
-    grid = ScoreGrid.from_values(training.get("score_values", DEFAULT_VALUES))
+    grid = ScoreGrid.from_values(training.get("score_values", DEFAULT_VALUES), training.get("score_texts"))
     marker = str(training.get("score_marker", "[RESULT]"))
     seed = int(training.get("seed", 42))
 

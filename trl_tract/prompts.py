@@ -16,6 +16,8 @@ _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 # What may not stand right behind a score: "[RESULT] 4.5", "[RESULT] 3 / 10" and "[RESULT] 3 out of 10" are other
 # scores than 4 and 3.
 _SCORE_GOES_ON = re.compile(r"\w|[.,:-]\d|\s*/\s*\d|\s*%|\s+(?:out\s+)?of\s+\d")
+# Behind a word or a letter: "A+", "poor-ish" and "A's" are other scores than A and poor.
+_WORD_GOES_ON = re.compile(r"[\w+'’-]")
 
 
 class ScoreNotFoundError(ValueError):
@@ -102,9 +104,8 @@ def locate_score(completion: str, marker: str, score_texts: Sequence[str]) -> Sc
     marker_start = completion.rfind(marker)
     if marker_start < 0:
         raise ScoreNotFoundError("no marker", f"the completion does not hold the marker {marker!r}")
-    span = _span_at(completion, marker_start, marker, score_texts)
-    others = [found for found in _NUMBER.findall(completion[span.end :]) if found in score_texts]
-    if others:
+    span = span_at(completion, marker_start, marker, score_texts)
+    if _holds_score(completion[span.end :], score_texts):
         raise ScoreNotFoundError(
             "two scores", f"score {span.text!r} is followed by another one: {completion[span.start :][:60]!r}"
         )
@@ -140,10 +141,10 @@ def locate_scores(completion: str, marker: str, score_texts: Sequence[str], coun
             "number of scores",
             f"the completion holds the marker {marker!r} {len(starts)} time(s), but `scores` has {count} gold score(s)",
         )
-    return tuple(_span_at(completion, start, marker, score_texts) for start in starts)
+    return tuple(span_at(completion, start, marker, score_texts) for start in starts)
 
 
-def _span_at(completion: str, marker_start: int, marker: str, score_texts: Sequence[str]) -> ScoreSpan:
+def span_at(completion: str, marker_start: int, marker: str, score_texts: Sequence[str]) -> ScoreSpan:
     """The score behind the marker that begins at `marker_start`."""
     after = completion[marker_start + len(marker) :]
     separator = after[: len(after) - len(after.lstrip())]
@@ -154,7 +155,7 @@ def _span_at(completion: str, marker_start: int, marker: str, score_texts: Seque
     if text is None:
         shown = tail if len(tail) <= 40 else tail[:40] + "…"
         raise ScoreNotFoundError(
-            "not on the grid", f"{shown!r} follows the marker; the admissible scores are {', '.join(score_texts)}"
+            "not on the grid", f"{shown!r} follows the marker; the admissible scores are {some_scores(score_texts)}"
         )
     start = marker_start + len(marker) + len(separator)
     rationale = completion[:marker_start]
@@ -171,9 +172,19 @@ def _span_at(completion: str, marker_start: int, marker: str, score_texts: Seque
 def _leading_score(tail: str, score_texts: Sequence[str]) -> str | None:
     """The admissible score that `tail` begins with, or None; the longest where one is a prefix of another."""
     for text in sorted(score_texts, key=len, reverse=True):
-        if tail.startswith(text) and not _SCORE_GOES_ON.match(tail, len(text)):
+        goes_on = _SCORE_GOES_ON if _NUMBER.fullmatch(text) else _WORD_GOES_ON
+        if tail.startswith(text) and not goes_on.match(tail, len(text)):
             return text
     return None
+
+
+def _holds_score(text: str, score_texts: Sequence[str]) -> bool:
+    """Whether an admissible score stands anywhere in `text`, by itself."""
+    numbers = set(_NUMBER.findall(text))
+    return any(
+        score in numbers if _NUMBER.fullmatch(score) else re.search(rf"(?<!\w){re.escape(score)}(?!\w)", text)
+        for score in score_texts
+    )
 
 
 def _earlier_score(text: str, marker: str, score_texts: Sequence[str]) -> str | None:
@@ -183,6 +194,17 @@ def _earlier_score(text: str, marker: str, score_texts: Sequence[str]) -> str | 
         if found is not None:
             return found
     return None
+
+
+def some_scores(score_texts: Sequence[str]) -> str:
+    """The scores for a message; the middle of a long grid is left out.
+
+    Example:
+        >>> some_scores(["1", "2", "3"]), some_scores([str(number) for number in range(101)])
+        ('1, 2, 3', '0, 1, 2, 3, 4, ..., 100')
+    """
+    shown = list(score_texts) if len(score_texts) <= 12 else [*score_texts[:5], "...", score_texts[-1]]
+    return ", ".join(shown)
 
 
 def score_text(value: float) -> str:

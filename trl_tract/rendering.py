@@ -12,8 +12,19 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length, is_conversational, maybe_convert_to_chatml
 
-from trl_tract.prompts import CompletionFormat, Prompt, Row, ScoreNotFoundError, ScoreSpan, locate_score, locate_scores
+from trl_tract.prompts import (
+    CompletionFormat,
+    Prompt,
+    Row,
+    ScoreNotFoundError,
+    ScoreSpan,
+    locate_score,
+    locate_scores,
+    some_scores,
+    span_at,
+)
 from trl_tract.scores import ScoreGrid, tokens_covering
+from trl_tract.trie import ScorePath
 
 
 @dataclass(frozen=True)
@@ -46,11 +57,19 @@ class RenderedRow:
 
 @dataclass(frozen=True)
 class TokenisedRow:
-    """A row's token ids, where its completion starts, and where its scores stand."""
+    """A row's token ids, where its completion starts, and where its scores stand.
+
+    Attributes:
+        input_ids: Of the whole row.
+        prompt_length: Tokens before the completion.
+        score_indices: The first token of each score. In a grid of several tokens a score, where its path begins.
+        score_stops: One past the last token of each score.
+    """
 
     input_ids: list[int]
     prompt_length: int
     score_indices: tuple[int, ...]
+    score_stops: tuple[int, ...]
 
 
 def as_prompt_completion(row: Mapping[str, Any]) -> Row:
@@ -174,11 +193,14 @@ def completion_text(completion: str | Sequence[Mapping[str, Any]] | None) -> str
     return content
 
 
-def tokenise(tokenizer: PreTrainedTokenizerBase, rendered: RenderedRow, grid: ScoreGrid) -> TokenisedRow:
-    """Tokenise a rendered row once and find the token of each score by the characters it covers.
+def tokenise(
+    tokenizer: PreTrainedTokenizerBase, rendered: RenderedRow, grid: ScoreGrid, *, check_ends: bool = True
+) -> TokenisedRow:
+    """Tokenise a rendered row once and find the tokens of each score by the characters they cover.
 
     Raises:
-        ScoreNotFoundError: The score is not the grid's token, because the row writes it in another way.
+        ScoreNotFoundError: A score has other tokens than in the grid, because the row writes it in another way, or,
+            unless `check_ends` is off, is followed by something else where the grid's paths hold what follows.
     """
     special = rendered.add_special_tokens
     encoded = tokenizer(rendered.text, add_special_tokens=special, return_offsets_mapping=True)
@@ -186,19 +208,46 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, rendered: RenderedRow, grid: Sc
     asked = tokenizer(rendered.prompt_text, add_special_tokens=special)["input_ids"]
     # Some templates render the prompt differently when it stands alone: like SFTTrainer, train where they diverge.
     prompt_length = common_prefix_length(asked, ids)
-    indices = []
+    indices, stops = [], []
     for score in rendered.scores:
         covering = tokens_covering(encoded["offset_mapping"], score.start, score.end)
-        expected = grid.token_ids[grid.texts.index(score.text)]
-        if len(covering) != 1 or ids[covering[0]] != expected:
-            found = tokenizer.convert_ids_to_tokens([ids[i] for i in covering])
-            raise ScoreNotFoundError(
-                "other tokens",
-                f"score {score.text!r} is the token(s) {found} here and {tokenizer.convert_ids_to_tokens(expected)!r} "
-                "in the first row: write marker and score alike in all rows",
-            )
-        indices.append(covering[0])
-    return TokenisedRow(ids, prompt_length, tuple(indices))
+        start = _score_start(tokenizer, ids, covering, score.text, grid, check_ends)
+        indices.append(start)
+        stops.append(covering[-1] + 1)
+    return TokenisedRow(ids, prompt_length, tuple(indices), tuple(stops))
+
+
+def _score_start(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    covering: list[int],
+    text: str,
+    grid: ScoreGrid,
+    check_ends: bool,
+) -> int:
+    """Where the grid's tokens for the score `text` begin, whose characters the tokens `covering` hold."""
+    k = grid.texts.index(text)
+    path = grid.paths[k] if grid.paths else ScorePath((grid.token_ids[k],))
+    expected = list(path.written)
+    start = covering[0] - path.lead if covering else -1
+    found = ids[start : covering[-1] + 1] if start >= 0 else [ids[i] for i in covering]
+    if found != expected:
+        first = tokenizer.convert_ids_to_tokens(expected[0] if len(expected) == 1 else expected)
+        raise ScoreNotFoundError(
+            "other tokens",
+            f"score {text!r} is the token(s) {tokenizer.convert_ids_to_tokens(found)} here and {first!r} "
+            "in the first row: write marker and score alike in all rows",
+        )
+    behind = ids[start + len(expected) : start + len(path.token_ids)]
+    if check_ends and behind != list(path.token_ids[len(expected) :]):
+        wanted = tokenizer.decode(path.token_ids[len(expected) :])
+        raise ScoreNotFoundError(
+            "other end",
+            f"score {text!r} is followed by {tokenizer.decode(behind)!r} here and by {wanted!r} in the first row. It "
+            "is also the beginning of another score, and only what follows tells the two apart: write the same behind "
+            "every score, such as a newline, or all scores with as many characters (01, 10)",
+        )
+    return start
 
 
 def resolve_grid(
@@ -222,7 +271,7 @@ def resolve_grid(
 
 
 # Tokens around a score that are read back as text: enough to hold the marker and what decides the score's token.
-_WINDOW = 24
+_WINDOW, _BEHIND = 24, 4
 
 
 def resolve_grid_from_ids(
@@ -234,28 +283,38 @@ def resolve_grid_from_ids(
         ScoreNotFoundError: There is no admissible score at `score_index`, or no marker before it.
     """
     start = max(0, score_index - _WINDOW)
-    whole = str(tokenizer.decode(input_ids[start : score_index + 1], clean_up_tokenization_spaces=False))
-    window = whole.rstrip()  # some vocabularies glue the newline after a score to it
-    text = next((text for text in sorted(grid.texts, key=len, reverse=True) if window.endswith(text)), None)
+
+    def read(stop: int) -> str:
+        return str(tokenizer.decode(input_ids[start:stop], clean_up_tokenization_spaces=False))
+
     token = tokenizer.convert_ids_to_tokens(input_ids[score_index])
-    if text is None:
-        raise ScoreNotFoundError(
-            "other tokens",
-            f"score_labels marks token {score_index} ({token!r}), which is none of the scores {', '.join(grid.texts)}",
-        )
-    before = window[: -len(text)]
-    unspaced = before.rstrip()
-    if not unspaced.endswith(marker):
+    until = read(score_index + 1)
+    marker_start = until.rfind(marker)
+    # A token holds a byte or more.
+    whole = read(score_index + max(len(text.encode()) for text in grid.texts) + _BEHIND)
+    try:
+        if marker_start < 0 or not whole.startswith(until.rstrip("\ufffd")):
+            raise ScoreNotFoundError("no marker", "")
+        span = span_at(whole, marker_start, marker, grid.texts)
+    except ScoreNotFoundError:
+        text = next((text for text in sorted(grid.texts, key=len, reverse=True) if until.rstrip().endswith(text)), None)
+        if text is None:
+            raise ScoreNotFoundError(
+                "other tokens",
+                f"score_labels marks token {score_index} ({token!r}), which is none of the scores "
+                f"{some_scores(grid.texts)}",
+            ) from None
+        before = until.rstrip()[: -len(text)]
         raise ScoreNotFoundError(
             "no marker", f"token {score_index} is the score {text!r}, but {before[-40:]!r} stands before it"
-        )
-    after = str(tokenizer.decode(input_ids[score_index + 1 : score_index + 5], clean_up_tokenization_spaces=False))
-    resolved = grid.resolve(tokenizer, before, whole[len(window) :] + after)
-    if resolved.token_ids[grid.texts.index(text)] != input_ids[score_index]:
-        raise ScoreNotFoundError("other tokens", f"this tokenizer does not write the score {text!r} as {token!r}")
-    rationale = unspaced[: -len(marker)]
-    lead = rationale[len(rationale.rstrip()) :] if rationale.strip() else " "
-    return resolved, CompletionFormat(marker, lead=lead, separator=before[len(unspaced) :])
+        ) from None
+    resolved = grid.resolve(tokenizer, whole[: span.start], whole[span.end :])
+    k = grid.texts.index(span.text)
+    expected = resolved.paths[k].written if resolved.paths else (resolved.token_ids[k],)
+    if tuple(input_ids[score_index : score_index + len(expected)]) != expected:
+        raise ScoreNotFoundError("other tokens", f"this tokenizer does not write the score {span.text!r} as {token!r}")
+    lead = span.lead if whole[: span.marker_start].strip() else " "
+    return resolved, CompletionFormat(marker, lead=lead, separator=span.separator)
 
 
 def score_prefix_ids(
@@ -272,5 +331,6 @@ def score_prefix_ids(
     """
     completion = completion_format.join(rationale, grid.texts[0])
     rendered = render_row(tokenizer, with_completion(prompt, completion), completion_format.marker, grid)
-    tokens = tokenise(tokenizer, rendered, grid)
+    # A training row may go on behind its score; this one ends there.
+    tokens = tokenise(tokenizer, rendered, grid, check_ends=False)
     return tokens.input_ids[: tokens.score_indices[-1]]

@@ -106,9 +106,9 @@ def read_item(record: Mapping[str, Any], grid: ScoreGrid, marker: str) -> Item:
         if completion is None and "score" not in row:
             raise ValueError("the row has a prompt, but neither a completion nor a score")
         if "score" in row:
-            score = gold_score(row["score"])
+            score = gold_score(grid.in_numbers(row["score"]))
         else:
-            score = float(locate_score(completion_text(completion), marker, grid.texts).text)
+            score = grid.value_of(locate_score(completion_text(completion), marker, grid.texts).text)
         group = str(row.get("group") or json.dumps(row["prompt"]))
         reference = {**{name: row[name] for name in row if name != "completion"}, "score": score, "group": group}
         return Item(group, () if completion is None else (row,), reference)

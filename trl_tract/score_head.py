@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from trl_tract.losses import grid_logprobs
+from trl_tract.branches import Branches, further_forwards
+from trl_tract.losses import grid_logprobs, trie_logprobs
+from trl_tract.trie import TokenTrie
 
 
-def add_score_head(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
+def add_score_head(
+    model: PreTrainedModel, token_ids: Sequence[int], trie: TokenTrie | None = None, *, one_forward: bool = True
+) -> None:
     """Let `model(..., score_positions=mask)` also return `score_logprobs`, at the cost of the S score rows alone.
 
     `score_positions`, bool `(B, L - 1)`, is True where the next token is a score; `score_logprobs`, float32 `(S, K)`,
@@ -23,11 +27,14 @@ def add_score_head(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
     left as they were.
 
     Whatever forward the model has at this time is wrapped, TRL's fused LM head included, and no second forward pass is
-    made: a hook takes the score rows from the backbone's last hidden state.
+    made: a hook takes the score rows from the backbone's last hidden state. With a `trie` there is a row for each of
+    its nodes, `(S, N)` of them.
 
     Args:
         model: Causal language model, without its PEFT wrapper.
-        token_ids: Tokens of the score grid, `K` of them.
+        token_ids: Tokens of the score grid, `K` of them; not looked at where there is a trie.
+        trie: Of a grid of several tokens a score.
+        one_forward: Whether the trie's nodes go into the same forward pass, as branches; see `branches.py`.
     """
     inner_forward = model.forward
     transform = logit_transform(model)
@@ -46,25 +53,34 @@ def add_score_head(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
             kept[0, 0] |= ~kept.any()
             kwargs["labels"], kwargs["shift_labels"] = None, labels[:, 1:][kept][None]
 
+        branches = Branches(trie, score_positions, self.config.get_text_config()) if trie and one_forward else None
+        inner = further_forwards(self.base_model, kwargs, score_positions, trie) if trie and not branches else None
+
         # Before the fused head, so that autograd reaches it afterwards: else its gradient of the head's weight, (V, H),
         # would be alive beside the fused head's tiles, at the peak of the step.
         def score_first(module: Any, inputs: Any, output: Any) -> Any:
+            nodes = inner if branches is None else branches.split(output)  # (S, N - 1, H)
             hidden_states = output.last_hidden_state  # (B, L, H)
             rows = hidden_states[:, :-1][score_positions.to(hidden_states.device)]  # (S, H)
+            if nodes is not None:
+                rows = torch.cat([rows[:, None], nodes.to(rows)], dim=1)  # (S, N, H)
             # By its own call, which gathers the weight where FSDP2 or ZeRO-3 hold a shard of it.
             head = self.get_output_embeddings()
-            logits = transform(head(rows.to(head.weight.device)))  # (S, V)
-            score_logprobs.append(grid_logprobs(logits, token_ids))
+            logits = transform(head(rows.to(head.weight.device)))  # (S, V) or (S, N, V)
+            score_logprobs.append(grid_logprobs(logits, token_ids) if trie is None else trie_logprobs(logits, trie))
             if kept is not None:
                 output.last_hidden_state = hidden_states[:, :-1][kept][None]  # (1, N, H)
             return output
 
         # Backbone and head are looked up at each call: PEFT and FSDP replace modules after this function has run.
-        hook = self.base_model.register_forward_hook(score_first)
+        hooks = [self.base_model.register_forward_hook(score_first)]
+        if branches is not None:
+            hooks.append(self.base_model.register_forward_pre_hook(branches.extend, with_kwargs=True))
         try:
             outputs = inner_forward(*args, **kwargs)
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         output_type: Any = type(outputs)
         return _with_score_logprobs(output_type)(**outputs, score_logprobs=score_logprobs[0])
 

@@ -1,18 +1,20 @@
 """Score grids, the expected score and the other decision rules.
 
-Knows tokenizers, because a score has to be one token where it stands; knows nothing of models or training.
+Knows tokenizers, because a score's tokens depend on where it stands; knows nothing of models or training.
 """
 
 import bisect
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 
-from trl_tract.prompts import score_text
+from trl_tract.prompts import score_text, some_scores
+from trl_tract.trie import ScorePath, TokenTrie
 
 Decision = Literal["mean", "median", "mode", "sampled"]
 DECISIONS: tuple[Decision, ...] = get_args(Decision)
@@ -27,24 +29,41 @@ class ScoreGrid:
     Attributes:
         values: Scores in rubric units, strictly increasing, `K` of them.
         texts: How each is written in a completion.
-        token_ids: The token of each at the place where scores stand; empty until `resolve`.
+        token_ids: The token of each at the place where scores stand; empty until `resolve`, and where a score is
+            several tokens.
+        paths: The tokens of each where a score is several of them; empty for a grid of single tokens.
     """
 
     values: tuple[float, ...]
     texts: tuple[str, ...]
     token_ids: tuple[int, ...] = ()
+    paths: tuple[ScorePath, ...] = ()
 
     @classmethod
-    def from_values(cls, values: Sequence[float]) -> "ScoreGrid":
-        """Check the values of a grid and write them as text.
+    def from_values(
+        cls, values: Sequence[float] | Mapping[str, float], texts: Sequence[str] | None = None
+    ) -> "ScoreGrid":
+        """Check the values of a grid and how they are written.
+
+        Args:
+            values: Scores in rubric units, increasing; or texts with their values, in any order.
+            texts: How the values are written, in their order; as numbers by default.
 
         Raises:
-            ValueError: Fewer than two values, one that is not finite, or values that do not increase.
+            ValueError: Fewer than two values, one that is not finite, values that do not increase, or texts that do not
+                fit them.
 
         Example:
-            >>> ScoreGrid.from_values([1, 2, 3]).texts
-            ('1', '2', '3')
+            >>> ScoreGrid.from_values([1, 1.5, 2]).texts
+            ('1', '1.5', '2')
+            >>> ScoreGrid.from_values({"good": 4, "poor": 1}).texts
+            ('poor', 'good')
         """
+        if isinstance(values, Mapping):
+            if texts is not None:
+                raise ValueError("the texts are given twice: as the keys of score_values and as score_texts")
+            pairs = sorted(values.items(), key=lambda pair: pair[1])
+            texts, values = [text for text, _ in pairs], [value for _, value in pairs]
         numbers = tuple(float(value) for value in values)
         if len(numbers) < 2:
             raise ValueError(f"score_values={list(values)} holds {len(numbers)} score(s); a grid needs two or more")
@@ -52,13 +71,27 @@ class ScoreGrid:
             raise ValueError(f"score_values={list(values)} holds a value that is not finite")
         if any(left >= right for left, right in itertools.pairwise(numbers)):
             raise ValueError(f"score_values={list(values)} must increase from each value to the next")
-        return cls(values=numbers, texts=tuple(score_text(number) for number in numbers))
+        if texts is None:
+            return cls(values=numbers, texts=tuple(score_text(number) for number in numbers))
+        written = tuple(str(text) for text in texts)
+        if len(written) != len(numbers):
+            raise ValueError(
+                f"score_texts has {len(written)} entries, but score_values has {len(numbers)}: give one for each"
+            )
+        if len(set(written)) < len(written) or any(not text or text != text.strip() for text in written):
+            raise ValueError(f"score_texts={list(written)} must differ, and neither be empty nor begin or end in space")
+        return cls(values=numbers, texts=written)
 
     def __len__(self) -> int:
         return len(self.values)
 
+    @functools.cached_property
+    def trie(self) -> TokenTrie:
+        """The `paths` merged where they begin alike."""
+        return TokenTrie.from_paths([path.token_ids for path in self.paths])
+
     def resolve(self, tokenizer: Any, before: str, after: str = "", *, add_special_tokens: bool = False) -> "ScoreGrid":
-        """Find each score's token between the text `before` and the text `after` it.
+        """Find each score's tokens between the text `before` and the text `after` it.
 
         A digit's token depends on what precedes it: `[RESULT] 5` ends in `5` for some vocabularies and in ` 5` for
         others. So every score is put in the same place of a real row, tokenised, and looked up by its characters.
@@ -66,37 +99,83 @@ class ScoreGrid:
         Args:
             tokenizer: A fast tokenizer (character offsets are needed).
             before: Rendered text of a training row up to its score.
-            after: What follows the score there.
+            after: What follows the score there. Where one score is the beginning of another, it tells them apart.
             add_special_tokens: As for the training rows: False for text from a chat template.
 
         Raises:
-            ValueError: A score is not exactly one token there, two scores share one, or the tokens before the score
-                depend on which score follows.
+            ValueError: Two scores share their tokens, nothing tells where one ends, or what stands before the score is
+                tokenised in a way that depends on the score.
         """
-        token_ids: list[int] = []
-        prefixes: list[list[int]] = []
-        for text in self.texts:
-            encoded = tokenizer(
-                before + text + after, add_special_tokens=add_special_tokens, return_offsets_mapping=True
-            )
-            covering = tokens_covering(encoded["offset_mapping"], len(before), len(before) + len(text))
-            if len(covering) != 1:
-                pieces = tokenizer.convert_ids_to_tokens([encoded["input_ids"][i] for i in covering])
+        encoded = tokenizer(
+            [before + text + after for text in self.texts],
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=True,
+        )
+        rows: list[list[int]] = encoded["input_ids"]
+        coverings = []
+        for text, offsets in zip(self.texts, encoded["offset_mapping"], strict=True):
+            coverings.append(tokens_covering(offsets, len(before), len(before) + len(text)))
+            if not coverings[-1]:
+                raise ValueError(f"score {text!r} is no token for this tokenizer: write it in another way")
+        start = min(covering[0] for covering in coverings)
+        while any(row[:start] != rows[0][:start] for row in rows):
+            start -= 1
+        if any(covering[0] > start for covering in coverings):
+            # What parts the scores begins before them. A space may go with them, but the marker is not theirs.
+            odd = next((i for i, row in enumerate(rows) if row[: start + 1] != rows[0][: start + 1]), 0)
+            first = min(offsets[start][0] for offsets in encoded["offset_mapping"])
+            if first < len(before.rstrip()):
                 raise ValueError(
-                    f"score {text!r} is {len(covering)} tokens for this tokenizer ({' '.join(map(repr, pieces))}). "
-                    f"Every score has to be one token: change score_values={list(self.values)}, for example to 1 to 5"
+                    f"the tokens before the score change with the score ({self.texts[0]!r} and {self.texts[odd]!r} "
+                    "differ), so one position cannot score the whole grid. Put a space or a newline between marker "
+                    "and score"
                 )
-            token_ids.append(encoded["input_ids"][covering[0]])
-            prefixes.append(encoded["input_ids"][: covering[0]])
-        for text, prefix in zip(self.texts, prefixes, strict=True):
-            if prefix != prefixes[0]:
-                raise ValueError(
-                    f"the tokens before the score change with the score ({self.texts[0]!r} and {text!r} differ), so "
-                    f"one position cannot score the whole grid. Put a space or a newline between marker and score"
-                )
-        if len(set(token_ids)) < len(token_ids):
-            raise ValueError(f"scores {', '.join(self.texts)} share a token for this tokenizer: {token_ids}")
-        return replace(self, token_ids=tuple(token_ids))
+        stops = [covering[-1] + 1 for covering in coverings]
+        spans = [row[start:stop] for row, stop in zip(rows, stops, strict=True)]
+        if len({tuple(span) for span in spans}) < len(spans):
+            raise ValueError(f"scores {some_scores(self.texts)} share a token for this tokenizer: {spans}")
+        if all(len(span) == 1 for span in spans):
+            return replace(self, token_ids=tuple(span[0] for span in spans), paths=())
+        ends = self._ends(rows, start, stops)
+        paths = tuple(
+            ScorePath(tuple(row[start : stop + end]), lead=covering[0] - start, end=end)
+            for row, stop, end, covering in zip(rows, stops, ends, coverings, strict=True)
+        )
+        return replace(self, token_ids=(), paths=paths)
+
+    def _ends(self, rows: list[list[int]], start: int, stops: list[int]) -> list[int]:
+        """How many of the tokens behind each score its path needs, so that it is not the beginning of another path."""
+        ends = [0] * len(rows)
+        while True:
+            paths = [tuple(row[start : stop + end]) for row, stop, end in zip(rows, stops, ends, strict=True)]
+            beginnings = {path[:length] for path in paths for length in range(len(path))}
+            open_ended = [i for i, path in enumerate(paths) if path in beginnings]
+            if not open_ended:
+                return ends
+            for i in open_ended:
+                ends[i] += 1
+                if stops[i] + ends[i] > len(rows[i]):
+                    raise ValueError(
+                        f"score {self.texts[i]!r} is the beginning of another score, and nothing follows it that would "
+                        "tell them apart. Give the tokenizer an end-of-sequence token, or write all scores with as "
+                        "many characters (01, 10)"
+                    )
+
+    def value_of(self, text: str) -> float:
+        """The value of a score by how it is written, rubric units."""
+        return self.values[self.texts.index(text)]
+
+    def in_numbers(self, score: Any) -> Any:
+        """A gold score, or a list of them, with the grid's texts replaced by their values; others as they are."""
+        if isinstance(score, list | tuple):
+            return [self.in_numbers(each) for each in score]
+        return self.value_of(score) if isinstance(score, str) and score in self.texts else score
+
+    def same_tokens(self, other: "ScoreGrid") -> bool:
+        """Whether another resolved grid has the tokens of this one, whatever follows the scores."""
+        if self.paths or other.paths:
+            return [path.written for path in self.paths] == [path.written for path in other.paths]
+        return self.token_ids == other.token_ids
 
     def nearest_text(self, value: float) -> str:
         """The text of the grid value nearest to `value`; the lower one of two that are equally near."""

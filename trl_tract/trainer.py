@@ -15,6 +15,7 @@ from transformers.utils import logging
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names, pack_dataset
 
+from trl_tract.branches import several_tokens, why_not_one_forward
 from trl_tract.card import TrainingRows, write_model_card
 from trl_tract.checkpoints import last_complete_checkpoint
 from trl_tract.config import TRACTConfig
@@ -61,8 +62,8 @@ class TRACTTrainer(SFTTrainer):
         **kwargs: Every other argument of SFTTrainer.
 
     Raises:
-        ValueError: Rows without a score that can be trained on (see `TRACTConfig.invalid_rows`), a score that is
-            not one token, or an argument that TRACT cannot honour.
+        ValueError: Rows without a score that can be trained on (see `TRACTConfig.invalid_rows`), scores
+            whose tokens cannot be told apart, or an argument that TRACT cannot honour.
 
     Source: Chiang, Lee, Lukasik, ACL 2025, https://aclanthology.org/2025.acl-long.147
     """
@@ -108,7 +109,7 @@ class TRACTTrainer(SFTTrainer):
         if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
             raise ValueError("the train dataset is empty")
         self._given_rows = train_dataset
-        self.score_grid = ScoreGrid.from_values(args.score_values)
+        self.score_grid = ScoreGrid.from_values(args.score_values, args.score_texts)
         self.judge_config: JudgeConfig | None = None
         annotators = annotator_columns(self.score_grid) if args.annotator_loss != "none" else []
         self._columns = [*MODEL_COLUMNS, *annotators]
@@ -131,7 +132,11 @@ class TRACTTrainer(SFTTrainer):
             self.data_collator = ScoreCollator(**vars(self.data_collator), annotator_columns=self._columns[3:])
         self._values = torch.tensor(self.score_grid.values, device=self.accelerator.device)
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        add_score_head(base, self.score_grid.token_ids)
+        trie = self.score_grid.trie if self.score_grid.paths else None
+        refusal = why_not_one_forward(base) if trie else None
+        add_score_head(base, self.score_grid.token_ids, trie, one_forward=refusal is None)
+        if trie:
+            self._warn([several_tokens(trie, refusal)])
         self._num_scores: torch.Tensor | None = None
         self._score_metrics = {mode: ScoreMetrics(self.accelerator) for mode in ("train", "eval")}
         self._early_warnings = EarlyWarnings(self.args)

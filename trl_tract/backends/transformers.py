@@ -4,6 +4,7 @@ Knows models, adapters, batches and memory; knows nothing of scores, markers or 
 """
 
 import hashlib
+import inspect
 import logging
 import math
 from collections import deque
@@ -24,6 +25,9 @@ from trl_tract.backends.forward import common_prefixes, innermost, last_logits, 
 from trl_tract.backends.loading import load, load_tokenizer
 from trl_tract.backends.stop_text import MayEnd, StopText
 from trl_tract.backends.tokens import checked_ids, ended
+from trl_tract.branches import Branches, why_not_one_forward
+from trl_tract.losses import trie_logprobs
+from trl_tract.trie import TokenTrie
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +101,7 @@ class TransformersBackend:
         if self.model.config.is_encoder_decoder:
             raise ValueError(f"{self.model_id} is an encoder-decoder; only causal language models can be used")
         self.batch_size = batch_size
+        self._takes_branches: bool | None = None  # until it is asked
 
     def generate(
         self,
@@ -210,6 +215,57 @@ class TransformersBackend:
         fitting.sort(key=lambda row: (-kin[row][1], kin[row][0], -len(rows[row])))  # longest first, kin together
         with self._borrowed_model():
             self._in_batches(deque(fitting), step)
+        return logprobs
+
+    def trie_logprobs(self, token_id_lists: Sequence[Sequence[int]], trie: TokenTrie) -> NDArray[np.float64] | None:
+        """Log-probabilities of whole scores of several tokens, in one forward pass a batch.
+
+        The trie's inner nodes are appended as branches; see `branches.py`. The softmax is taken in float32.
+
+        Args:
+            token_id_lists: Token ids up to the trie's root, one sequence a row.
+            trie: Of the score grid.
+
+        Returns:
+            `(len(token_id_lists), K)`, nats; a row that does not fit the context window with its branches is NaN. None
+            if this model cannot be given branches: `walk_trie` asks for the same with `next_token_logprobs`.
+        """
+        rows = self._checked(token_id_lists, "token_id_lists")
+        owner = innermost(self.model)
+        if self._takes_branches is None:
+            refusal = why_not_one_forward(owner)
+            self._takes_branches = refusal is None
+            if refusal is not None:
+                logger.warning("scores of several tokens are asked for token by token: %s", refusal)
+        if not self._takes_branches or "logits_to_keep" not in inspect.signature(owner.forward).parameters:
+            return None
+        logprobs = np.full((len(rows), len(trie.paths)), np.nan)
+        room = math.inf if self._context is None else self._context - len(trie.nodes[-1])
+        fitting = [row for row in range(len(rows)) if len(rows[row]) <= room]
+
+        def step(batch: list[int]) -> list[int]:
+            input_ids, attention_mask = left_padded([rows[row] for row in batch], self._pad_id(), self.model.device)
+            position_ids = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
+            behind = torch.zeros_like(attention_mask, dtype=torch.bool)
+            behind[:, -1] = True
+            branches = Branches(trie, behind, owner.config.get_text_config())
+            hook = owner.base_model.register_forward_pre_hook(branches.extend, with_kwargs=True)
+            try:
+                # The root's logits stand right before the branches', since padding is on the left.
+                logits = self.model(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    use_cache=False,
+                    logits_to_keep=len(trie.nodes),
+                ).logits  # (B, N, V)
+            finally:
+                hook.remove()
+            logprobs[batch] = trie_logprobs(logits, trie).double().cpu().numpy()
+            return []
+
+        with self._borrowed_model():
+            self._in_batches(deque(sorted(fitting, key=lambda row: -len(rows[row]))), step)
         return logprobs
 
     def _extend(
