@@ -283,3 +283,18 @@ def test_the_steps_of_the_command_line_make_a_judge(seed_model, tmp_path, capsys
     assert "pearson" in printed
     assert f"{out['judged']} (grid mass unknown)" in printed
     assert "no score for 6 item(s): no rationale reached '[RESULT]'" in printed
+
+
+def test_judgements_say_on_which_grid_they_were_made(finished):
+    from trl_tract.results import judged_grid
+
+    assert judged_grid(finished[0] / "out" / "judged-tract") == (1.0, 2.0, 3.0, 4.0, 5.0)
+
+
+def test_a_report_rounds_to_the_judges_own_grid(tmp_path, capsys):
+    # 2.4 and 2.5 are the same half point, and 2 and 3 among the integers.
+    (tmp_path / "settings.json").write_text(json.dumps({"score_values": [2, 2.5, 3]}))
+    rows = [{"score": score, "reference": 2.5, "grid_mass": 1.0, "error": None} for score in (2.4, 2.6, 2.5)]
+    write_jsonl(tmp_path / "judgements.jsonl", rows)
+    assert main(["report", str(tmp_path), "--n_bootstrap", "0"]) == 0
+    assert "accuracy  1.000" in " ".join(capsys.readouterr().out.split()).replace("accuracy ", "accuracy  ")

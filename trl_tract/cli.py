@@ -137,7 +137,7 @@ def _report(arguments: Sequence[str]) -> None:
     from pathlib import Path
 
     from trl_tract.report import compare, score_report
-    from trl_tract.results import item_groups, judged_items
+    from trl_tract.results import item_groups, judged_grid, judged_items
     from trl_tract.steps import check_same_items, count_errors, mean_grid_mass, read_judgements
 
     # `report A B` is short for `report --judgements A B`.
@@ -153,7 +153,8 @@ def _report(arguments: Sequence[str]) -> None:
     if len(folders) == 2:
         check_same_items(judged[0], judged[1], folders)
     groups = item_groups(judged[0]["records"])
-    options: dict[str, Any] = {"groups": groups, "n_bootstrap": args.n_bootstrap, "grid": args.score_values}
+    grid = args.score_values or judged_grid(Path(folders[0]))
+    options: dict[str, Any] = {"groups": groups, "n_bootstrap": args.n_bootstrap, "grid": grid}
     reports = [score_report(each["score"], each["reference"], **options) for each in judged]
     for folder, each, report in zip(folders, judged, reports, strict=True):
         mass = mean_grid_mass(each)

@@ -180,7 +180,7 @@ class ReportArguments:
         },
     )
     score_values: list[float] | None = field(
-        default=None, metadata={"help": "Grid to which kappa and accuracy round; by default the integers."}
+        default=None, metadata={"help": "Grid to which kappa and accuracy round; by default the judge's own."}
     )
 
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from trl_tract.journal import digest, guard, write_json, write_jsonl
 from trl_tract.report import ScoreReport, score_report
-from trl_tract.results import finish_card, item_groups, write_run_page
+from trl_tract.results import finish_card, item_groups, judged_grid, write_run_page
 from trl_tract.rows import Item, load_items, split_items, written_rows
 from trl_tract.scores import ScoreGrid
 from trl_tract.steps import (
@@ -242,7 +242,9 @@ def summarise(directory: Path, judged: Mapping[str, str], seconds: dict[str, flo
     for name, folder in judged.items():
         judgements = read_judgements(directory / folder)
         groups = item_groups(judgements["records"])
-        reports[name] = score_report(judgements["score"], judgements["reference"], groups=groups)
+        reports[name] = score_report(
+            judgements["score"], judgements["reference"], groups=groups, grid=judged_grid(directory / folder)
+        )
         mass[name] = mean_grid_mass(judgements)
         errors[name] = count_errors(judgements["records"])
     return RunResult(directory / "tract", reports, mass, errors, seconds)

@@ -123,6 +123,11 @@ def finish_card(
     )
 
 
+def judged_grid(directory: Path) -> tuple[float, ...] | None:
+    """The grid that the judgements in `directory` were made on; None where it is not known."""
+    return _grid(_settings(directory))
+
+
 def _settings(directory: Path) -> dict[str, Any]:
     file = directory / "settings.json"
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
@@ -131,7 +136,7 @@ def _settings(directory: Path) -> dict[str, Any]:
 def _grid(settings: Mapping[str, Any]) -> tuple[float, ...] | None:
     """The grid that was judged on, where it is written down on this disk; no hub is asked for it."""
     if values := settings.get("score_values"):
-        return tuple(float(value) for value in values)
+        return tuple(float(value) for value in (values.values() if isinstance(values, Mapping) else values))
     model = settings.get("model")
     if model is None or not Path(model).is_dir():
         return None
@@ -162,6 +167,7 @@ def _difference(judgements: Mapping[str, Any], other: Path, report: ScoreReport)
         groups=item_groups(judgements["records"]),
         n_bootstrap=report.n_bootstrap,
         seed=report.seed,
+        grid=judged_grid(other),
     )
 
 

@@ -132,14 +132,16 @@ class JudgeStep:
 
     def run(self) -> Path | None:
         """Judge, or go on judging; the judgements, or None if other shards still have to be done."""
+        settings = dict(self.settings)
         if not self.untrained:
-            JudgeConfig.load(self.model)  # what is missing is said before the directory is claimed for this model
+            # What is missing is said before the directory is claimed for this model.
+            settings.setdefault("score_values", list(JudgeConfig.load(self.model).grid.values))
         rows = JsonlRows(Path(self.data))
         name = self.backend.get("name", "transformers")
         directory, final = Path(self.output_dir), Path(self.output_dir) / "judgements.jsonl"
         log = BlockLog(
             directory,
-            {**self.settings, "model": self.model, "backend": name, "rows_digest": digest(rows)},
+            {**settings, "model": self.model, "backend": name, "rows_digest": digest(rows)},
             "judging",
             rows=len(rows),
             block_size=self.block_size,
