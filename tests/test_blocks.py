@@ -292,6 +292,20 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, caplog):
     assert "Start the same again" in caplog.text
 
 
+def test_an_interrupted_run_cancels_the_calls_under_way(tmp_path):
+    cancelled = threading.Event()
+
+    def work(numbers: range, report: Report) -> list[Record]:
+        if numbers.start == 0:
+            raise KeyboardInterrupt
+        assert cancelled.wait(10)
+        return []
+
+    with pytest.raises(KeyboardInterrupt):
+        run(make_log(tmp_path), work, cancel=cancelled.set)
+    assert cancelled.is_set()
+
+
 def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
     jumps = random.Random(0)
     monkeypatch.setattr("time.time", lambda: jumps.uniform(-1e9, 1e10))

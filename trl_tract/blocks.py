@@ -191,7 +191,15 @@ class BlockLog:
             for file in files:
                 file.close()
 
-    def run(self, work: Work, final: Path, write: Callable[[Iterator[Record]], None], *, max_calls: int = 1) -> bool:
+    def run(
+        self,
+        work: Work,
+        final: Path,
+        write: Callable[[Iterator[Record]], None],
+        *,
+        max_calls: int = 1,
+        cancel: Callable[[], None] | None = None,
+    ) -> bool:
         """Do this worker's blocks and, when all blocks are there, write the final file.
 
         Args:
@@ -200,6 +208,7 @@ class BlockLog:
             final: What `write` writes, whole or not at all; where it exists the run is over.
             write: Given all records in order. Of several workers, one is asked to.
             max_calls: Blocks that are worked on at once.
+            cancel: Ends the calls under way, after Ctrl-C.
 
         Returns:
             Whether `final` is there. False after a share of an array of jobs whose other shares are not done.
@@ -209,6 +218,8 @@ class BlockLog:
                 self._work(work, max_calls)
                 self._write(final, write)
         except KeyboardInterrupt:
+            if cancel is not None:
+                cancel()
             logger.warning(
                 "%s stopped with %d of %d rows on disk in %s. Start the same again to go on from there",
                 self.what,

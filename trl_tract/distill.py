@@ -241,6 +241,7 @@ class CoTSelfDistill:
             directory / "summary.json",
             write,
             max_calls=self.backend.max_calls,
+            cancel=getattr(self.backend, "cancel", None),
         )
 
     def _settings(self) -> dict[str, Any]:

@@ -171,7 +171,8 @@ class JudgeStep:
         def write(records: Iterator[Record]) -> None:
             write_jsonl(final, records)
 
-        return final if log.run(work, final, write, max_calls=backend.max_calls) else None
+        cancel = getattr(backend, "cancel", None)
+        return final if log.run(work, final, write, max_calls=backend.max_calls, cancel=cancel) else None
 
 
 Step = TrainStep | DistillStep | JudgeStep
