@@ -158,7 +158,7 @@ class TestTwoRuns:
 
     def test_that_start_at_once_agree_on_the_settings(self, tmp_path):
         refused: list[Exception] = []
-        barrier = threading.Barrier(8)
+        barrier = threading.Barrier(8, timeout=60)
 
         def start(index: int) -> None:
             barrier.wait()
@@ -205,7 +205,7 @@ class TestShards:
 
     def test_processes_of_a_launcher_share_the_rows(self, tmp_path):
         done: dict[int, list[int]] = {0: [], 1: []}
-        meet = threading.Barrier(2)
+        meet = threading.Barrier(2, timeout=60)
 
         def start(index: int) -> None:
             log = make_log(tmp_path, 60, shard=Shard(index, 2, helps=True))

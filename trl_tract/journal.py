@@ -6,6 +6,7 @@ Knows nothing of rationales, scores or models.
 import hashlib
 import json
 import os
+import threading
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -39,8 +40,8 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
 
 
 def _partial(path: Path) -> Path:
-    """Where a file is written before it takes its name; another one for each process."""
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+    """Where a file is written before it takes its name; another one for each thread of each process."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
