@@ -203,6 +203,7 @@ def test_the_summary_adds_up_and_prints(tmp_path):
     summary = read_summary(tmp_path / "out")
     assert (summary.rationales, summary.self_written, summary.annotated, summary.dropped) == (6, 4, 0, 2)
     assert summary.failed["no marker"] == 2
+    assert summary.resampled == 2  # the four good ones took one attempt each
     assert summary.attempts_failed["no marker"] == 6
     assert "no marker                      2         6" in str(summary)
 
