@@ -161,7 +161,7 @@ class JudgeStep:
             return [
                 {
                     "reference": None if row.get("score") is None else gold_score(row["score"]),
-                    **{name: row[name] for name in ("id", "group") if name in row},
+                    **{name: row[name] for name in ("id", "group", "side", "subset") if name in row},
                     **judgement.to_dict(),
                     "backend": backend.name,
                 }
