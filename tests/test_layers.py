@@ -13,9 +13,19 @@ ROOT = Path(trl_tract.__file__).parent
 # Rooms, lowest level first. A room may import from its own level, without a circle, and from those below.
 LEVELS = [
     {"blocks", "checkpoints", "display", "failures", "intervals", "journal", "markdown", "metrics", "options"}
-    | {"pairs", "prompts", "scores", "sources", "terminal", "trie"},
+    | {"pairs", "progress", "prompts", "scores", "sources", "terminal", "trie"},
     {"backends", "branches", "calibration", "columns", "config", "data", "early_warnings", "evaluate_metric"}
-    | {"judge_config", "losses", "preferences", "recalibration", "rendering", "rows", "score_metrics", "token_view"},
+    | {
+        "judge_config",
+        "losses",
+        "preferences",
+        "recalibration",
+        "rendering",
+        "rows",
+        "score_metrics",
+        "token_view",
+        "training_log",
+    },
     {"card", "check", "distill", "estimate", "judge", "onramp", "page", "parsing", "plots", "report", "rewards"}
     | {"score_head", "trainer"},
     {"pipeline", "results", "steps"},

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 import trl_tract
 from trl_tract.commands import COMMANDS, USAGE, UsageError
 from trl_tract.display import visible
+from trl_tract.progress import hide_bars_of_libraries
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"trl-tract: error: unknown command {name!r}: choose one of {', '.join(COMMANDS)}.{hint}", file=sys.stderr
         )
         return 2
+    hide_bars_of_libraries()
     try:
         return command(arguments[1:])
     except UsageError as error:
