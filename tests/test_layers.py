@@ -12,8 +12,8 @@ import trl_tract
 ROOT = Path(trl_tract.__file__).parent
 # Rooms, lowest level first. A room may import from its own level, without a circle, and from those below.
 LEVELS = [
-    {"blocks", "checkpoints", "display", "failures", "intervals", "journal", "markdown", "metrics", "options"}
-    | {"pairs", "progress", "prompts", "scores", "sources", "terminal", "trie"},
+    {"blocks", "checkpoints", "display", "failures", "intervals", "journal", "markdown", "metrics", "neighbours"}
+    | {"options", "pairs", "progress", "prompts", "scores", "sources", "terminal", "trie"},
     {"backends", "branches", "calibration", "columns", "config", "data", "early_warnings", "evaluate_metric"}
     | {
         "judge_config",

@@ -116,6 +116,7 @@ def _run(arguments: Sequence[str]) -> int:
                 colour=uses_colour(sys.stdout),
             )
         )
+    _tell_of_neighbours()
     result = run_tract(
         name,
         run.data,
@@ -162,6 +163,7 @@ def _train(arguments: Sequence[str]) -> int:
                 colour=uses_colour(sys.stdout),
             )
         )
+    _tell_of_neighbours()
     grid = ScoreGrid.from_values(training.score_values, training.score_texts)
     read = partial(as_jsonl, model=name, grid=grid, marker=training.score_marker, own=own)
     with read(rows.data) as data, read(rows.eval_data) if rows.eval_data else nullcontext() as eval_data:
@@ -337,6 +339,14 @@ def _own(columns: ColumnArguments) -> Any:
 
 def _exit_code(taken: bool) -> int:
     return 0 if taken else 1
+
+
+def _tell_of_neighbours() -> None:
+    from trl_tract.neighbours import neighbours
+
+    if _is_first_process():
+        for line in neighbours():
+            print(line, file=sys.stderr)
 
 
 def _is_first_process() -> bool:

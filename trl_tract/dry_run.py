@@ -291,8 +291,8 @@ def _how(size: ModelSize, speed: Speed, plan: Plan) -> Iterator[str]:
     """How the estimates came about, so that nobody takes them for more."""
     yield (
         f"counted: {size.total / 1e6:,.1f} million parameters, {size.trainable / 1e6:,.1f} million of them trained; "
-        f"activations for {plan.batch_tokens:,} tokens, the largest batch; not counted: the device's own context and "
-        "gaps between allocations"
+        f"activations for {plan.batch_tokens:,} tokens, the largest batch; not counted: the device's own context, the "
+        "output head's buffers and gaps between allocations, together half a gigabyte or more"
     )
     yield (
         f"time: operations counted from parameters and tokens, over the speed of a matrix product in {speed.dtype} "

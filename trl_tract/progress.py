@@ -58,7 +58,7 @@ class ProgressLines(tqdm):
         if not self.disable:
             self._ending = True
             self.display()
-            self.disable = True
+            self.disable: bool = True
             self._decr_instances(self)
 
 
