@@ -12,13 +12,24 @@ import trl_tract
 ROOT = Path(trl_tract.__file__).parent
 # Rooms, lowest level first. A room may import from its own level, without a circle, and from those below.
 LEVELS = [
-    {"blocks", "checkpoints", "display", "failures", "intervals", "journal", "markdown", "metrics", "options"}
-    | {"pairs", "prompts", "scores", "trie"},
-    {"backends", "branches", "calibration", "config", "data", "early_warnings", "evaluate_metric", "judge_config"}
-    | {"losses", "recalibration", "rendering", "rows", "score_metrics"},
-    {"card", "distill", "judge", "page", "plots", "report", "rewards", "score_head", "trainer"},
+    {"blocks", "checkpoints", "display", "failures", "intervals", "journal", "markdown", "metrics", "neighbours"}
+    | {"options", "pairs", "progress", "prompts", "scores", "sources", "terminal", "trie"},
+    {"backends", "branches", "calibration", "columns", "config", "data", "early_warnings", "evaluate_metric"}
+    | {
+        "judge_config",
+        "losses",
+        "preferences",
+        "recalibration",
+        "rendering",
+        "rows",
+        "score_metrics",
+        "token_view",
+        "training_log",
+    },
+    {"card", "check", "distill", "estimate", "judge", "onramp", "page", "parsing", "plots", "report", "rewards"}
+    | {"score_head", "trainer"},
     {"pipeline", "results", "steps"},
-    {"cli", "demo"},
+    {"cli", "commands", "completion", "demo", "dry_run"},
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

@@ -76,7 +76,7 @@ def test_unknown_columns_are_listed_beside_those_that_are_understood(tmp_path):
         ("r.jsonl", "", "holds no rows"),
         ("r.json", '{"a": 1}', "holds a JSON dict; a list of objects"),
         ("r.json", '{"a": 1}\n{"a": 2}', "not JSON.*JSONL"),
-        ("r.csv", "a,b", "only .jsonl and .json"),
+        ("r.xlsx", "a,b", "no file that is read here: give one of .jsonl, .json, .csv, .tsv, .parquet"),
         ("r.jsonl", '{"prompt": "a", "completion": "no score"}', "row 0: the completion does not hold the marker"),
     ],
 )

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
 
 from trl_tract.journal import guard
+from trl_tract.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -233,20 +233,20 @@ class BlockLog:
         return final.exists()
 
     def _work(self, work: Work, max_calls: int) -> None:
-        hidden = None if self.shard.index == 0 or not self.shard.helps else True  # one bar for a launcher's processes
-        with tqdm(total=self.rows, initial=self.finished_rows, desc=self.what, unit="row", disable=hidden) as progress:
+        hidden = self.shard.helps and self.shard.index > 0  # one bar for a launcher's processes
+        with progress(total=self.rows, initial=self.finished_rows, desc=self.what, unit="row", hidden=hidden) as shown:
 
             def report(rows: int) -> None:
                 if max_calls == 1:
-                    progress.update(rows)
+                    shown.update(rows)
 
             def do(block: int) -> list[Record]:
                 return work(self.rows_of(block), report)
 
             for block, records in _in_threads(do, self._to_do(), max_calls):
                 self.append(block, records)
-                progress.n = self.finished_rows
-                progress.refresh()
+                shown.n = self.finished_rows
+                shown.refresh()
 
     def _write(self, final: Path, write: Callable[[Iterator[Record]], None]) -> None:
         self.refresh()

@@ -4,6 +4,14 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+ROWS = (
+    "Rows with rationales and scores: a .jsonl, .json, .csv or .parquet file, or a hub id. Columns of your own: see "
+    "--columns and --rubric."
+)
+DRY_RUN = (
+    "Train nothing: print what would run, how many tokens, an estimate of time and memory, and five rows with the "
+    "terms of the loss."
+)
 BACKENDS = ("transformers", "vllm", "server")
 
 
@@ -93,8 +101,10 @@ class WorkerArguments:
 class RunArguments:
     """Rows of a run."""
 
-    data: str = field(metadata={"help": "Rows with rationales and scores: JSONL, prometheus-eval JSON, or a hub id."})
-    eval_data: str | None = field(default=None, metadata={"help": "Held-out items; by default a part of the rows."})
+    data: str = field(metadata={"help": ROWS})
+    eval_data: str | None = field(
+        default=None, metadata={"help": "Held-out items, in a file or hub id likewise; by default a part of the rows."}
+    )
     eval_fraction: float = field(
         default=0.1, metadata={"help": "Part of the rows held out, by question, without --eval_data."}
     )
@@ -109,14 +119,16 @@ class RunArguments:
     keep_annotated: bool = field(
         default=False, metadata={"help": "Stage two on annotated and self-written rationales, not on the latter alone."}
     )
+    dry_run: bool = field(default=False, metadata={"help": DRY_RUN})
 
 
 @dataclass
 class TrainArguments:
     """Rows of one stage."""
 
-    data: str = field(metadata={"help": "JSONL of training rows: prompt, completion, score."})
-    eval_data: str | None = field(default=None, metadata={"help": "JSONL of evaluation rows with completions."})
+    data: str = field(metadata={"help": ROWS})
+    eval_data: str | None = field(default=None, metadata={"help": "Evaluation rows with completions, likewise."})
+    dry_run: bool = field(default=False, metadata={"help": DRY_RUN})
 
 
 @dataclass
@@ -124,7 +136,7 @@ class DistillArguments:
     """The stage-one model and its rows."""
 
     model: str = field(metadata={"help": "Stage-one model or adapter, saved by TRACTTrainer."})
-    data: str = field(metadata={"help": "JSONL of training rows: prompt, completion, score."})
+    data: str = field(metadata={"help": ROWS})
     output_dir: str = field(metadata={"help": "Receives rows.jsonl, the stage-two rows."})
     on_failure: str = field(
         default="keep_gold",
@@ -147,7 +159,12 @@ class JudgeArguments:
     """The judge and the rows to score."""
 
     model: str = field(metadata={"help": "Judge model or adapter, saved by TRACTTrainer."})
-    data: str = field(metadata={"help": "JSONL of rows with a prompt, and a score if it is known."})
+    data: str = field(
+        metadata={
+            "help": "Rows to score, and their gold scores where known: a .jsonl, .json, .csv or .parquet file, or a "
+            "hub id. Of pairs (prompt, chosen, rejected) both responses are scored and compared; they need --rubric."
+        }
+    )
     output_dir: str = field(metadata={"help": "Receives judgements.jsonl."})
     decision: str = field(
         default="mean",
@@ -156,6 +173,90 @@ class JudgeArguments:
             "choices": ["mean", "median", "mode", "sampled"],
         },
     )
+    pool: str = field(
+        default="scores",
+        metadata={
+            "help": "With --num_generations above 1: the mean of the rationales' scores, or the decision on the mean "
+            "of their distributions.",
+            "choices": ["scores", "distributions"],
+        },
+    )
+    score_temperature: float = field(
+        default=1.0, metadata={"help": "Below 1 sharpens the score probabilities before the decision, above flattens."}
+    )
+    normalize_grid: bool | None = field(
+        default=None,
+        metadata={"help": "Divide the score by the probability mass on the grid; by default as the judge was trained."},
+    )
+    recalibrate: bool = field(
+        default=False,
+        metadata={"help": "Apply the recalibration that `trl-tract recalibrate` saved with the judge."},
+    )
+
+    def rules(self) -> dict[str, Any]:
+        """How probabilities become a score, as arguments of the judge; what is left at its default is left out."""
+        rules: dict[str, Any] = {"decision": self.decision}
+        if self.pool != "scores":
+            rules["pool"] = self.pool
+        if self.score_temperature != 1:
+            rules["score_temperature"] = self.score_temperature
+        if self.normalize_grid is not None:
+            rules["normalize_grid"] = self.normalize_grid
+        return rules | ({"recalibrate": True} if self.recalibrate else {})
+
+
+@dataclass
+class RecalibrateArguments:
+    """Judgements of held-out items to fit on."""
+
+    judgements: str = field(
+        metadata={
+            "help": "Output directory of `trl-tract judge` on items that the judge was not trained on, and will not be "
+            "evaluated on; made without --recalibrate."
+        }
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "Judge to save the recalibration with; by default the one that judged."}
+    )
+
+
+@dataclass
+class ColumnArguments:
+    """What is where in rows of your own."""
+
+    rubric: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML file with `criterion` and `scores`, for rows that hold instructions and responses instead of "
+            "prompts."
+        },
+    )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Your columns, as role=column: instruction=question response=answer rationale=feedback score=stars."
+        },
+    )
+
+
+@dataclass
+class CheckArguments:
+    """Rows to look at, and the model whose tokens count."""
+
+    data: str = field(metadata={"help": ROWS})
+    model: str = field(
+        metadata={"help": "Model that is to be trained: its tokenizer is loaded.", "aliases": ["--model_name_or_path"]}
+    )
+    rows: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Rows whose score is shown token by token, from 0."}
+    )
+    max_length: int = field(default=3000, metadata={"help": "Tokens a row may have, as in training."})
+    score_values: list[float] = field(
+        default_factory=lambda: [1.0, 2.0, 3.0, 4.0, 5.0], metadata={"help": "The score grid, as in training."}
+    )
+    score_texts: list[str] | None = field(default=None, metadata={"help": "How the scores are written, if in words."})
+    score_marker: str = field(default="[RESULT]", metadata={"help": "Text that stands before the score."})
+    drop_rationale: bool = field(default=False, metadata={"help": "Check rows without their rationales."})
 
 
 @dataclass
@@ -176,7 +277,7 @@ class ReportArguments:
         default=None,
         metadata={
             "help": "JSONL of the rows that were judged, for their prompts on the page; not needed for judgements in "
-            "the directory of a run."
+            "the directory of a run, or of rows that were converted."
         },
     )
     score_values: list[float] | None = field(

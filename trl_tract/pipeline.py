@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from trl_tract.columns import OwnColumns
 from trl_tract.journal import digest, guard, write_json, write_jsonl
 from trl_tract.report import ScoreReport, score_report
 from trl_tract.results import finish_card, item_groups, judged_grid, write_run_page
@@ -30,6 +31,16 @@ from trl_tract.steps import (
 say_now: Callable[[str], None] = partial(print, flush=True)
 JUDGED = {"stage one": "judged-stage1", "TRACT": "judged-tract"}
 """The judges of a run, the one that is compared with the others last, and their folders of judgements."""
+STEPS: Mapping[str, str] = {
+    "prepare": "Reading the rows",
+    "stage1": "Stage one: the seed model on the annotated rationales",
+    "distill": "Self-generation: the stage-one model writes its own rationales",
+    "stage2": "Stage two: the seed model again, on those rationales",
+    "judge-stage1": "Judging the held-out items with the stage-one model",
+    "judge-tract": "Judging the held-out items with the TRACT model",
+    "report": "Writing the report",
+}
+"""The steps of a run in their order, and what they are called."""
 DEFAULT_VALUES = (1.0, 2.0, 3.0, 4.0, 5.0)
 
 
@@ -44,7 +55,7 @@ class Run:
         say: Prints the headings.
 
     Raises:
-        FileExistsError: The directory holds another run.
+        FileExistsError: The directory holds another run, of which something is finished.
     """
 
     def __init__(
@@ -56,13 +67,21 @@ class Run:
         total: int,
         say: Callable[[str], None] = say_now,
     ) -> None:
-        guard(directory, settings, "run")
+        try:
+            guard(directory, settings, "run")
+        except FileExistsError:
+            if not _nothing_trained(directory):
+                raise
+            # A mistake in the options, mended: nothing is lost, and another directory would only be a nuisance.
+            say("The settings changed before anything was trained: starting anew")
+            (directory / "steps.json").unlink(missing_ok=True)
+            write_json(directory / "settings.json", settings)
         self.directory = directory
         self.isolate = torch.cuda.is_available() if isolate is None else isolate
         self.total = total
         self.say = say
         self._file = directory / "steps.json"
-        self.seconds: dict[str, float] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        self.seconds = finished_steps(directory)
         self._met = 0
 
     def step(self, name: str, title: str, work: Step | Callable[[], None]) -> None:
@@ -80,6 +99,19 @@ class Run:
             run_step(work, self.directory / f"{name}.json", isolate=self.isolate)
         self.seconds[name] = time.monotonic() - started
         write_json(self._file, self.seconds)
+
+
+def _nothing_trained(directory: Path) -> bool:
+    """Whether a run was begun in the directory, but came to no result that would be missed."""
+    if not (directory / "settings.json").exists():
+        return False
+    return not finished_steps(directory).keys() - {"prepare"} and not any(directory.glob("*/checkpoint-*"))
+
+
+def finished_steps(directory: Path) -> dict[str, float]:
+    """The steps of a run that are finished, with the seconds that each took."""
+    file = directory / "steps.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
 
 
 @dataclass(frozen=True)
@@ -108,6 +140,8 @@ def run_tract(
     *,
     eval_data: str | None = None,
     eval_fraction: float = 0.1,
+    rubric: str | Path | None = None,
+    columns: Sequence[str] | Mapping[str, str] | None = None,
     training: Mapping[str, Any] | None = None,
     model_args: Mapping[str, Any] | None = None,
     generation: Mapping[str, Any] | None = None,
@@ -124,10 +158,12 @@ def run_tract(
 
     Args:
         model: Seed model: directory or hub id. Both stages start from it.
-        data: JSONL, prometheus-eval JSON, or a hub id; see `trl_tract.rows`.
+        data: A .jsonl, .json, .csv or .parquet file, or a hub id; see `docs/data.md`.
         output_dir: Holds one run.
         eval_data: Held-out items; without them `eval_fraction` of the groups of `data` is held out.
         eval_fraction: Part of the groups that is held out.
+        rubric: YAML file with `criterion` and `scores`, for rows of instructions and responses: see `columns.Rubric`.
+        columns: The rows' columns as `role=column`, or role -> column: see `columns.ROLES`.
         training: Fields of TRACTConfig, for both stages.
         model_args: Fields of TRL's ModelConfig: dtype, LoRA, quantisation.
         generation: Sampling of rationales, in self-generation and judging: `temperature`, `top_p`,
@@ -147,6 +183,7 @@ def run_tract(
         )
     training.pop("output_dir", None)
     directory = Path(output_dir)
+    own = OwnColumns.parse(columns, rubric)
     settings = {
         "model": model,
         "data": data,
@@ -160,22 +197,24 @@ def run_tract(
         "keep_annotated": keep_annotated,
         "backend": engine.get("name", "transformers"),
     }
-    run = Run(directory, settings, isolate=isolate, total=7, say=say)
+    if own is not None:
+        settings["own_columns"] = asdict(own)
+    run = Run(directory, settings, isolate=isolate, total=len(STEPS), say=say)
     train_file, eval_file = directory / "train.jsonl", directory / "eval.jsonl"
     grid = ScoreGrid.from_values(training.get("score_values", DEFAULT_VALUES), training.get("score_texts"))
     marker = str(training.get("score_marker", "[RESULT]"))
     seed = int(training.get("seed", 42))
 
     def prepare() -> None:
-        items = load_items(data, grid, marker)
+        items = load_items(data, grid, marker, own)
         if eval_data is None:
             items, held_out = split_items(items, eval_fraction, seed)
         else:
-            held_out = load_items(eval_data, grid, marker)
+            held_out = load_items(eval_data, grid, marker, own)
         tokenizer = AutoTokenizer.from_pretrained(model)
         write_items(items, held_out, train_file, eval_file, chat=bool(tokenizer.chat_template))
 
-    run.step("prepare", "Reading the rows", prepare)
+    run.step("prepare", STEPS["prepare"], prepare)
     say(f"    {_count(train_file)} training rows, {_count(eval_file)} held-out items")
 
     def train(rows: Path, name: str) -> TrainStep:
@@ -184,7 +223,7 @@ def run_tract(
     def judge(name: str) -> JudgeStep:
         return JudgeStep(str(directory / name), str(eval_file), str(directory / f"judged-{name}"), generation, engine)
 
-    run.step("stage1", "Stage one: the seed model on the annotated rationales", train(train_file, "stage1"))
+    run.step("stage1", STEPS["stage1"], train(train_file, "stage1"))
     distill = DistillStep(
         str(directory / "stage1"),
         str(train_file),
@@ -197,11 +236,11 @@ def run_tract(
         },
         engine,
     )
-    run.step("distill", "Self-generation: the stage-one model writes its own rationales", distill)
+    run.step("distill", STEPS["distill"], distill)
     stage_two_rows = directory / "self-generated" / "rows.jsonl"
-    run.step("stage2", "Stage two: the seed model again, on those rationales", train(stage_two_rows, "tract"))
-    run.step("judge-stage1", "Judging the held-out items with the stage-one model", judge("stage1"))
-    run.step("judge-tract", "Judging the held-out items with the TRACT model", judge("tract"))
+    run.step("stage2", STEPS["stage2"], train(stage_two_rows, "tract"))
+    run.step("judge-stage1", STEPS["judge-stage1"], judge("stage1"))
+    run.step("judge-tract", STEPS["judge-tract"], judge("tract"))
     result = summarise(directory, JUDGED, run.seconds)
 
     def report() -> None:
@@ -217,7 +256,7 @@ def run_tract(
             errors=result.errors[judge_name],
         )
 
-    run.step("report", "Writing the report", report)
+    run.step("report", STEPS["report"], report)
     return result
 
 

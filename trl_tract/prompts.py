@@ -322,7 +322,7 @@ def from_feedback_collection(row: Mapping[str, Any], *, marker: str = "[RESULT]"
 def from_prometheus_eval(item: Mapping[str, Any], *, marker: str = "[RESULT]") -> list[Row]:
     """An item of the prometheus-eval benchmark JSON as training rows: one per annotated rationale and score."""
     format_ = CompletionFormat(marker)
-    prompt = str(item["instruction"])
+    prompt = cleaned_instruction(str(item["instruction"]))
     return [
         {
             "prompt": prompt,
@@ -336,8 +336,20 @@ def from_prometheus_eval(item: Mapping[str, Any], *, marker: str = "[RESULT]") -
 
 def prometheus_eval_reference(item: Mapping[str, Any]) -> Row:
     """An item of the prometheus-eval benchmark JSON as one evaluation row: its gold score is the mean of all."""
-    prompt = str(item["instruction"])
+    prompt = cleaned_instruction(str(item["instruction"]))
     return {"prompt": prompt, "score": gold_score(list(item["gpt4_score"])), "group": prometheus_question(prompt)}
+
+
+def cleaned_instruction(instruction: str) -> str:
+    """The whole prompt of a prometheus-eval item without what is no part of it: space around it, a stray `",` behind.
+
+    The benchmark files have both, and their project takes them off before it asks a judge.
+
+    Example:
+        >>> cleaned_instruction(' Judge this.\\n###Feedback: ",')
+        'Judge this.\\n###Feedback:'
+    """
+    return instruction.strip().rstrip('",').rstrip()
 
 
 def prometheus_question(prompt: str) -> str:

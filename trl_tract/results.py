@@ -5,10 +5,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trl_tract.card import add_evaluation, add_training_run
 from trl_tract.journal import digest, read_jsonl
 from trl_tract.judge_config import JudgeConfig
 from trl_tract.page import JudgedItems, OtherJudge, write_page
+from trl_tract.recalibration import Recalibration
 from trl_tract.report import ScoreReport, compare
 from trl_tract.steps import read_judgements
 
@@ -123,6 +126,40 @@ def finish_card(
     )
 
 
+def recalibrate(directory: Path, model: str | None = None) -> tuple[Recalibration, Path]:
+    """Fit a recalibration on the judgements in `directory` and save it with the judge.
+
+    Args:
+        directory: Of `trl-tract judge`, on held-out items with gold scores.
+        model: The judge's directory; None: the one that judged.
+
+    Returns:
+        The fit, and the file that it is saved in.
+
+    Raises:
+        FileNotFoundError: No judgements there, or no judge to save it with.
+        ValueError: The judgements were recalibrated already, have no gold scores, or are too few.
+    """
+    settings = _settings(directory)
+    if settings.get("recalibrate"):
+        raise ValueError(f"the judgements in {directory} are recalibrated already: judge again without --recalibrate")
+    judgements = read_judgements(directory)
+    known = np.isfinite(judgements["reference"])
+    if not known.all():
+        raise ValueError(
+            f"{(~known).sum()} of {len(known)} judgements in {directory} have no gold score: judge rows that have one"
+        )
+    judge = Path(model or settings.get("model", ""))
+    if not (model or settings.get("model")) or not judge.is_dir():
+        raise FileNotFoundError(
+            f"the judge {judge} is no directory on this disk, so nothing can be saved with it: name one with --model"
+        )
+    grid = judged_grid(directory) or JudgeConfig.load(judge).grid.values
+    groups = item_groups(judgements["records"])
+    fitted = Recalibration.fit(judgements["score"], judgements["reference"], grid, groups=groups)
+    return fitted, fitted.save(judge)
+
+
 def judged_grid(directory: Path) -> tuple[float, ...] | None:
     """The grid that the judgements in `directory` were made on; None where it is not known."""
     return _grid(_settings(directory))
@@ -147,15 +184,17 @@ def _grid(settings: Mapping[str, Any]) -> tuple[float, ...] | None:
 
 
 def _prompts(directory: Path, settings: Mapping[str, Any], data: str | Path | None) -> list[Any] | None:
-    file = directory.parent / "eval.jsonl" if data is None else Path(data)
-    if data is None and not file.is_file():
+    # Of a run, the items that were held out; of `trl-tract judge`, the rows that it converted.
+    beside = (directory.parent / "eval.jsonl", directory / "rows.jsonl")
+    found = Path(data) if data is not None else next((file for file in beside if file.is_file()), None)
+    if found is None:
         return None
-    rows = list(read_jsonl(file))
+    rows = list(read_jsonl(found))
     if settings.get("rows_digest") == digest(rows):
         return [row["prompt"] for row in rows]
     if data is None:
         return None
-    raise ValueError(f"{file} does not hold the rows that were judged in {directory}: give the file that `judge` read")
+    raise ValueError(f"{found} does not hold the rows that were judged in {directory}: give the file that `judge` read")
 
 
 def _difference(judgements: Mapping[str, Any], other: Path, report: ScoreReport) -> Any:

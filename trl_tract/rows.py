@@ -1,19 +1,18 @@
-"""Files and hub datasets -> judge items, recognised by their columns; splitting them by question.
+"""Records -> judge items, recognised by their columns; splitting them by question.
 
 Knows nothing of tokens or models.
 """
 
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from trl_tract.journal import read_jsonl
+from trl_tract.columns import OwnColumns
+from trl_tract.preferences import is_pair, pair_rows
 from trl_tract.prompts import (
     Row,
-    ScoreNotFoundError,
     from_feedback_collection,
     from_prometheus_eval,
     gold_score,
@@ -22,13 +21,15 @@ from trl_tract.prompts import (
 )
 from trl_tract.rendering import as_prompt_completion, completion_text, with_completion
 from trl_tract.scores import ScoreGrid
+from trl_tract.sources import read_records
 
 UNDERSTOOD = (
-    "prompt, completion and score (JSONL or a hub id; text or chat messages); "
+    "prompt, completion and score (text or chat messages); "
     "messages; "
     "orig_instruction, orig_response, orig_criteria, orig_score1_description to orig_score5_description, orig_feedback "
     "and orig_score (Feedback Collection, Feedback Bench); "
-    "instruction, gpt4_score and gpt4_feedback (prometheus-eval benchmark JSON)"
+    "instruction, gpt4_score and gpt4_feedback (prometheus-eval benchmark JSON); "
+    "any others with --columns and --rubric"
 )
 
 
@@ -49,50 +50,51 @@ class Item:
     converted: bool = False
 
 
-def load_items(source: str, grid: ScoreGrid, marker: str) -> list[Item]:
-    """Read judge items from a JSONL or JSON file, or a hub dataset.
+def load_items(source: str, grid: ScoreGrid, marker: str, own: OwnColumns | None = None) -> list[Item]:
+    """Read judge items from a file or a hub dataset: see `sources.read_records`.
+
+    Args:
+        source: The file or hub id.
+        grid: The score grid.
+        marker: Text that stands before every score.
+        own: The user's rubric and column names; None: a schema that is known.
 
     Raises:
         FileNotFoundError: No such file.
         ValueError: A row cannot be understood; it is named, with the columns that were found.
     """
     items: list[Item] = []
-    for number, record in enumerate(read_records(source)):
-        try:
-            items.append(read_item(record, grid, marker))
-        except (ScoreNotFoundError, KeyError, TypeError) as error:
-            reason = f"column {error} is missing" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{source}, row {number}: {reason}") from error
-        except ValueError as error:
-            raise ValueError(f"{source}, row {number}: {error}") from error
+    for number, found in enumerate(try_items(source, grid, marker, own)):
+        if isinstance(found, ValueError):
+            raise ValueError(f"{source}, row {number}: {found}") from found
+        items.append(found)
     if not items:
         raise ValueError(f"{source} holds no rows")
     return items
 
 
-def read_records(source: str) -> Iterable[Mapping[str, Any]]:
-    """The records of a JSONL file, a JSON list, or the training split of a hub dataset."""
-    path = Path(source)
-    if path.suffix == ".jsonl":
-        return read_jsonl(path)
-    if path.suffix == ".json":
+def try_items(source: str, grid: ScoreGrid, marker: str, own: OwnColumns | None = None) -> Iterator[Item | ValueError]:
+    """Each record's item, or why there is none: for whoever wants to hear of every bad row."""
+    for record in read_records(source):
         try:
-            records = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{source} is not JSON: {error}. One object a line is JSONL: name it .jsonl") from error
-        if not isinstance(records, list):
-            raise ValueError(f"{source} holds a JSON {type(records).__name__}; a list of objects is needed")
-        return records
-    if path.exists():
-        raise ValueError(f"{source}: only .jsonl and .json files are read. Convert it first")
-    from datasets import load_dataset
-
-    return load_dataset(source, split="train")  # type: ignore[no-any-return]
+            yield read_item(record, grid, marker, own)
+        except (KeyError, TypeError) as error:
+            yield ValueError(f"column {error} is missing" if isinstance(error, KeyError) else str(error))
+        except ValueError as error:
+            yield error
 
 
-def read_item(record: Mapping[str, Any], grid: ScoreGrid, marker: str) -> Item:
+def read_item(record: Mapping[str, Any], grid: ScoreGrid, marker: str, own: OwnColumns | None = None) -> Item:
     """Turn a record of any schema that is understood into an item."""
+    if own is not None:
+        record = own.convert(record, grid, marker)
     columns = set(record)
+    if is_pair(record):
+        raise ValueError(
+            "this is a pair of responses (chosen, rejected), and says which is better but not how good either is: "
+            "TRACT trains on scores. Score the responses one by one, with a rationale each, and train on those rows. "
+            "With pairs a finished judge can be tested: trl-tract judge --data PAIRS --rubric RUBRIC"
+        )
     if {"instruction", "gpt4_score", "gpt4_feedback"} <= columns:
         reference = prometheus_eval_reference(record)
         return Item(reference["group"], tuple(from_prometheus_eval(record, marker=marker)), reference, converted=True)
@@ -111,8 +113,31 @@ def read_item(record: Mapping[str, Any], grid: ScoreGrid, marker: str) -> Item:
             score = grid.value_of(locate_score(completion_text(completion), marker, grid.texts).text)
         group = str(row.get("group") or json.dumps(row["prompt"]))
         reference = {**{name: row[name] for name in row if name != "completion"}, "score": score, "group": group}
-        return Item(group, () if completion is None else (row,), reference)
-    raise ValueError(f"the columns {', '.join(sorted(columns))} are not understood. Understood are: {UNDERSTOOD}")
+        return Item(group, () if completion is None else (row,), reference, converted=_was_written(own))
+    raise ValueError(
+        f"the columns {', '.join(sorted(map(str, columns)))} are not understood. Understood are: {UNDERSTOOD}"
+    )
+
+
+def judged_rows(record: Mapping[str, Any], grid: ScoreGrid, marker: str, own: OwnColumns | None = None) -> list[Item]:
+    """What a judge is asked of a record: one prompt, whether or not its score is known, or the two of a pair.
+
+    Raises:
+        ValueError: The record cannot be understood.
+    """
+    converted = record if own is None else own.convert(record, grid, marker)
+    if is_pair(converted):
+        rows = pair_rows(converted, None if own is None else own.rubric, grid, marker)
+        return [Item(row["group"], (), row, converted=True) for row in rows]
+    if "prompt" in converted and converted.get("completion") is None and converted.get("score") is None:
+        row = {name: value for name, value in converted.items() if name not in ("completion", "score")}
+        return [Item(str(row.get("group") or json.dumps(row["prompt"])), (), row, converted=_was_written(own))]
+    return [read_item(record, grid, marker, own)]
+
+
+def _was_written(own: OwnColumns | None) -> bool:
+    """Whether the prompts are ours, and may become chat messages: a user's own prompts stay as they are."""
+    return own is not None and own.rubric is not None
 
 
 def split_items(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:

@@ -27,6 +27,7 @@ from trl_tract.judge import CoTRAILJudge
 from trl_tract.judge_config import JudgeConfig
 from trl_tract.prompts import gold_score
 from trl_tract.trainer import TRACTTrainer
+from trl_tract.training_log import write_lines_in_logs
 
 
 @dataclass
@@ -68,6 +69,7 @@ class TrainStep:
             peft_config=get_peft_config(model_args),
             quantization_config=get_quantization_config(model_args),
         )
+        write_lines_in_logs(trainer)
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(self.output_dir) is not None)
         trainer.save_model()
         trainer.save_state()
@@ -161,7 +163,7 @@ class JudgeStep:
             return [
                 {
                     "reference": None if row.get("score") is None else gold_score(row["score"]),
-                    **{name: row[name] for name in ("id", "group") if name in row},
+                    **{name: row[name] for name in ("id", "group", "side", "subset") if name in row},
                     **judgement.to_dict(),
                     "backend": backend.name,
                 }

@@ -32,6 +32,7 @@ from trl_tract.data import (
 from trl_tract.early_warnings import EarlyWarnings
 from trl_tract.judge_config import JudgeConfig
 from trl_tract.losses import annotator_cross_entropy, raft_squared_error
+from trl_tract.neighbours import changed_class
 from trl_tract.rendering import as_prompt_completion, render_row
 from trl_tract.score_head import add_score_head
 from trl_tract.score_metrics import ScoreMetrics
@@ -100,6 +101,9 @@ class TRACTTrainer(SFTTrainer):
             raise ValueError(
                 "prompt tuning puts virtual tokens before a row, so its score is no longer where it was found. Use LoRA"
             )
+        changed = changed_class(SFTTrainer)
+        if changed is not None:
+            logger.warning(changed)
         model_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
         args = TRACTConfig.from_args(args, model_name.rstrip("/").split("/")[-1])
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):

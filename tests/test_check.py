@@ -1,0 +1,172 @@
+"""`trl-tract check` and the token view say of rows what training makes of them."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import make_aspect_rows, make_model, make_rows, make_tokenizer, make_trainer
+
+from trl_tract.check import examine, lengths_table, score_histogram
+from trl_tract.cli import main
+from trl_tract.data import RowEncoder
+from trl_tract.journal import write_jsonl
+from trl_tract.rendering import resolve_grid
+from trl_tract.scores import ScoreGrid
+from trl_tract.token_view import around_score, labelled, legend, painted, view_row
+
+GRID = ScoreGrid.from_values([1, 2, 3, 4, 5])
+TOKENIZER = make_tokenizer()
+
+
+def encoder_of(row, **settings):
+    grid, _ = resolve_grid(TOKENIZER, row, "[RESULT]", GRID)
+    settings = {"max_length": None, "completion_only": True, "score_in_ce": False, **settings}
+    return RowEncoder(tokenizer=TOKENIZER, grid=grid, marker="[RESULT]", **settings)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A directory with a tokenizer and a configuration: all that `check` reads."""
+    directory = tmp_path_factory.mktemp("model")
+    TOKENIZER.save_pretrained(directory)
+    make_model().config.save_pretrained(directory)
+    return str(directory)
+
+
+def checked(tmp_path, model, rows, capsys, *options):
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    code = main(["check", str(tmp_path / "rows.jsonl"), "--model", model, *options])
+    return code, capsys.readouterr().out
+
+
+def test_the_view_covers_the_row_and_names_its_parts():
+    row = make_rows(1)[0] | {"completion": " It is polite. [RESULT] 4"}
+    tokens = view_row(TOKENIZER, encoder_of(row), row)
+    assert "".join(token.text for token in tokens) == row["prompt"] + row["completion"] + "<|end|>"
+    text = {part: "".join(t.text for t in tokens if t.part == part) for part in dict.fromkeys(t.part for t in tokens)}
+    assert text == {
+        "prompt": row["prompt"],
+        "rationale": " It is polite.",
+        "marker": " [RESULT]",
+        "separator": " ",
+        "score": "4",
+        "after": "<|end|>",
+    }
+
+
+@pytest.mark.parametrize("settings", [{}, {"score_in_ce": True}, {"drop_rationale": True}, {"max_length": 44}])
+def test_the_view_shows_the_columns_that_are_trained_on(settings, tmp_path):
+    row = make_rows(1, seed=3)[0] | {"score": 3.5}
+    view = [token for token in view_row(TOKENIZER, encoder_of(row, **settings), row) if token.kept]
+    (trained,) = make_trainer(tmp_path, [row], **settings).train_dataset
+    assert [token.id for token in view] == trained["input_ids"]
+    assert [token.cross_entropy for token in view] == [label != -100 for label in trained["labels"]]
+    assert [np.nan if token.gold is None else token.gold for token in view] == pytest.approx(
+        trained["score_labels"], nan_ok=True
+    )
+
+
+def test_every_score_of_several_is_a_score():
+    row = make_aspect_rows(3)[2]
+    tokens = view_row(TOKENIZER, encoder_of(row), row)
+    assert [token.gold for token in tokens if token.part == "score"] == row["scores"]
+    assert sum(token.part == "marker" and "]" in token.text for token in tokens) == 3
+
+
+def test_tokens_beyond_max_length_are_shown_as_cut_off():
+    row = make_rows(1)[0]
+    tokens = view_row(TOKENIZER, encoder_of(row, max_length=10), row)
+    assert {token.terms for token in tokens[10:]} == {"cut off"}
+
+
+def test_text_of_rows_cannot_reach_the_terminal():
+    row = make_rows(1)[0] | {"completion": " \x1b[31mred\x07 [RESULT] 4"}
+    tokens = view_row(TOKENIZER, encoder_of(row), row)
+    for shown in (labelled(tokens), around_score(tokens, before=99), legend(tokens, colour=False)):
+        assert "\x1b" not in shown
+    assert "⟨U+001B⟩[31mred⟨U+0007⟩" in labelled(tokens)
+    assert "\x1b[31m" not in painted(tokens)
+
+
+def test_lengths_are_those_of_the_trained_rows(tmp_path):
+    rows = make_rows(20)
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    report, _ = examine(str(tmp_path / "rows.jsonl"), TOKENIZER, GRID, "[RESULT]", max_length=None)
+    lengths = sorted(len(row["input_ids"]) for row in make_trainer(tmp_path, rows).train_dataset)
+    # Inverted distribution function: the 10th of 20 at one half, the 19th at 95 %.
+    wanted = [lengths[0], lengths[9], lengths[18], lengths[19]]
+    assert [int(cell) for cell in lengths_table(report)[3].split()[1:]] == wanted
+    assert report.longest == lengths[-1]
+
+
+def test_the_length_that_is_named_is_just_enough(tmp_path, model, capsys):
+    rows = make_rows(20)
+    longest = max(len(row["input_ids"]) for row in make_trainer(tmp_path, rows).train_dataset)
+    assert f"max_length: {longest} is enough for every row" in checked(tmp_path, model, rows, capsys)[1]
+    printed = checked(tmp_path, model, rows, capsys, "--max_length", str(longest - 1))[1]
+    assert f"max_length: set it to {longest} or more" in printed
+
+
+def test_the_histogram_counts_gold_scores_at_the_nearest_of_the_grid():
+    lines = score_histogram([1, 1.4, 5, 5, 4.6], GRID, mark="#")
+    assert [line.split()[-1] for line in lines] == ["2", "0", "0", "0", "3"]
+    assert lines[4].count("#") == 40
+
+
+def test_refusals_are_training_s_own(tmp_path, model, capsys):
+    rows = make_rows(6)
+    rows[1]["completion"] = " fine. 4"
+    rows[2]["score"] = 9.0
+    rows[4]["prompt"] = "is this polite? " * 60
+    with pytest.raises(ValueError) as refused:  # noqa: PT011
+        make_trainer(tmp_path, rows, max_length=200)
+    code, printed = checked(tmp_path, model, rows, capsys, "--max_length", "200")
+    assert code == 1
+    (found,) = (line for line in printed.splitlines() if line.startswith("Refused: "))
+    wanted = (
+        str(refused.value)
+        .replace("train rows", "rows.jsonl rows")
+        .removesuffix(" Or set invalid_rows='drop' to go on without them.")
+    )
+    assert found == f"Refused: {wanted}"
+
+
+def test_good_rows_end_with_exit_code_0(tmp_path, model, capsys):
+    code, printed = checked(tmp_path, model, make_rows(6), capsys)
+    assert code == 0
+    assert "rows.jsonl: 6 records, 6 of 6 rows would be trained on" in printed
+    assert "No row would be refused" in printed
+
+
+def test_records_that_cannot_be_read_are_counted_with_the_rest(tmp_path, model, capsys):
+    rows = [*make_rows(3), {"prompt": "ask"}, {"prompt": "ask"}]
+    code, printed = checked(tmp_path, model, rows, capsys)
+    assert code == 1
+    assert "2 of 5 rows.jsonl rows refused (not understood; first: row 3): the row has a prompt, but neither" in printed
+
+
+def test_rows_without_completions_are_nothing_to_train_on(tmp_path, model, capsys):
+    code, printed = checked(tmp_path, model, [{"prompt": "ask", "score": 4}], capsys)
+    assert code == 1
+    assert "1 records have a score but no completion" in printed
+    assert "Nothing to train on" in printed
+
+
+def test_the_rows_that_are_asked_for_are_shown(tmp_path, model, capsys):
+    printed = checked(tmp_path, model, make_rows(4), capsys, "--rows", "2", "9")[1]
+    assert "row 2, token by token" in printed
+    assert "squared error, gold" in printed
+    assert "row 9 is not shown: there is no such row" in printed
+
+
+def test_every_schema_can_be_checked(tmp_path, model, capsys):
+    item = {"instruction": "Judge.\n###Response to evaluate: a", "gpt4_score": [4, 5], "gpt4_feedback": ["x", "y"]}
+    (tmp_path / "bench.json").write_text(json.dumps([item]))
+    assert main(["check", str(tmp_path / "bench.json"), "--model", model]) == 0
+    assert "1 records, 2 of 2 rows would be trained on" in capsys.readouterr().out
+
+
+def test_a_model_without_a_tokenizer_is_named(tmp_path, capsys):
+    write_jsonl(tmp_path / "rows.jsonl", make_rows(1))
+    assert main(["check", str(tmp_path / "rows.jsonl"), "--model", str(tmp_path)]) == 1
+    assert "no tokenizer could be loaded from there" in capsys.readouterr().err

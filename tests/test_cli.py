@@ -1,0 +1,344 @@
+"""The command line as a user meets it: own CSV to judge, exit codes, help, completion."""
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+from conftest import WORDS, make_model, make_rows, make_tokenizer
+
+from trl_tract import commands
+from trl_tract.cli import main
+from trl_tract.journal import read_jsonl, write_json, write_jsonl
+from trl_tract.recalibration import Recalibration
+
+RUBRIC = "criterion: is it polite\nscores: {1: wrong, 2: no, 3: short, 4: clear, 5: yes}\n"
+COLUMNS = ["--columns", "instruction=question", "response=answer", "rationale=feedback", "score=stars"]
+TRAINING = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--bf16", "false", "--save_strategy", "no"]
+TRAINING += ["--report_to", "none", "--disable_tqdm", "true", "--gradient_checkpointing", "false"]
+SAMPLING = ["--max_new_tokens", "4", "--max_attempts", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A seed model, a rubric, rows of CSV, and a judge that was trained on them."""
+    folder = tmp_path_factory.mktemp("user")
+    make_model().save_pretrained(folder / "seed")
+    make_tokenizer().save_pretrained(folder / "seed")
+    (folder / "rubric.yaml").write_text(RUBRIC)
+    lines = [f"{WORDS[i]},{WORDS[-i]},it is {WORDS[i]},{1 + i % 5}" for i in range(12)]
+    (folder / "rows.csv").write_text("question,answer,feedback,stars\n" + "\n".join(lines) + "\n")
+    assert main(["train", *own(folder), "--output_dir", str(folder / "judge"), *TRAINING]) == 0
+    return folder
+
+
+def own(folder, *, model="--model_name_or_path", of="seed"):
+    paths = ["--data", str(folder / "rows.csv"), "--rubric", str(folder / "rubric.yaml")]
+    return [model, str(folder / of), *paths, *COLUMNS]
+
+
+def judge(folder, out, *options):
+    return main(["judge", *own(folder, model="--model", of="judge"), "--output_dir", str(out), *SAMPLING, *options])
+
+
+def test_rows_of_csv_train_a_judge_by_the_users_rubric(folder):
+    config = json.loads((folder / "judge" / "tract_config.json").read_text())
+    assert config["score_values"] == [1, 2, 3, 4, 5]
+    card = (folder / "judge" / "README.md").read_text()
+    assert "Rubric" in card or "rubric" in card
+
+
+def test_rows_of_csv_are_judged_and_kept_for_the_report(folder, tmp_path):
+    assert judge(folder, tmp_path / "out") == 0
+    judgements = list(read_jsonl(tmp_path / "out" / "judgements.jsonl"))
+    assert [record["reference"] for record in judgements] == [float(1 + i % 5) for i in range(12)]
+    rows = list(read_jsonl(tmp_path / "out" / "rows.jsonl"))
+    assert rows[0]["prompt"][0]["content"].startswith("Read the response below")  # the tokenizer has a chat template
+
+
+def test_judging_csv_again_does_nothing_again(folder, tmp_path):
+    assert judge(folder, tmp_path / "out") == 0
+    before = (tmp_path / "out" / "judgements.jsonl").stat().st_mtime_ns
+    assert judge(folder, tmp_path / "out") == 0
+    assert (tmp_path / "out" / "judgements.jsonl").stat().st_mtime_ns == before
+
+
+def test_rows_of_csv_are_distilled(folder, tmp_path):
+    distill = ["distill", *own(folder, model="--model", of="judge"), "--output_dir", str(tmp_path / "out"), *SAMPLING]
+    assert main(distill) == 0
+    rows = list(read_jsonl(tmp_path / "out" / "rows.jsonl"))
+    assert len(rows) == 12
+    assert rows[4]["completion"][0]["content"].endswith("[RESULT] 5")
+
+
+@pytest.fixture(scope="module")
+def run_twice(folder, tmp_path_factory):
+    """What a run printed that refused its rows, and the same run with the mistake mended; and its directory."""
+    out, printed = tmp_path_factory.mktemp("run") / "out", []
+    run = ["run", *own(folder), "--output_dir", str(out), "--eval_fraction", "0.3", *TRAINING, *SAMPLING]
+    for mistake, code in ((["--max_length", "20"], 1), ([], 0)):
+        stdout, stderr = io.StringIO(), io.StringIO()
+        with redirect_stdout(stdout), redirect_stderr(stderr):
+            assert main([*run, *mistake]) == code
+        printed.append(stdout.getvalue() + stderr.getvalue())
+    return printed, out
+
+
+def test_a_run_takes_the_rubric_too(run_twice):
+    (_, printed), out = run_twice
+    assert f"The judge is in {out}/tract" in printed
+    (row, *_) = read_jsonl(out / "train.jsonl")
+    assert "###Score rubric: [is it polite]" in row["prompt"][0]["content"]
+
+
+def test_a_run_that_was_refused_starts_anew_once_the_mistake_is_mended(run_twice):
+    (refused, mended), _ = run_twice
+    assert "lose their score at max_length=20" in refused
+    assert "The settings changed before anything was trained: starting anew" in mended
+
+
+def test_judge_options_reach_the_judge(folder, tmp_path):
+    options = ["--pool", "distributions", "--score_temperature", "0.5", "--normalize_grid", "true"]
+    assert judge(folder, tmp_path / "out", *options) == 0
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    wanted = {"pool": "distributions", "score_temperature": 0.5, "normalize_grid": True}
+    assert {name: settings[name] for name in wanted} == wanted
+
+
+def test_options_at_their_defaults_leave_older_directories_valid(folder, tmp_path):
+    judge(folder, tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert not {"pool", "score_temperature", "normalize_grid", "recalibrate"} & settings.keys()
+
+
+def test_pairs_are_judged_and_compared(folder, tmp_path, capsys):
+    pairs = [{"prompt": "is it", "chosen": word, "rejected": "no", "subset": word[0]} for word in WORDS[:6]]
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    paths = ["--data", str(tmp_path / "pairs.jsonl"), "--rubric", str(folder / "rubric.yaml")]
+    out = ["--output_dir", str(tmp_path / "out"), *SAMPLING]
+    assert main(["judge", "--model", str(folder / "judge"), *paths, *out]) == 0
+    assert "pairs scored" in capsys.readouterr().out
+    records = list(read_jsonl(tmp_path / "out" / "judgements.jsonl"))
+    assert [record["side"] for record in records] == ["chosen", "rejected"] * 6
+    assert main(["report", str(tmp_path / "out")]) == 0
+    assert "chosen scored higher [95 %]" in capsys.readouterr().out
+
+
+# Recalibration
+
+
+@pytest.fixture
+def judged(folder, tmp_path):
+    """A judge, and judgements by it that are all half a point too high."""
+    shutil.copytree(folder / "judge", tmp_path / "judge")
+    gold = [float(1 + i % 5) for i in range(20)]
+    records = [
+        {"score": value + 0.5, "reference": value, "grid_mass": 1.0, "error": None, "group": str(i)}
+        for i, value in enumerate(gold)
+    ]
+    (tmp_path / "judged").mkdir()
+    write_jsonl(tmp_path / "judged" / "judgements.jsonl", records)
+    write_json(
+        tmp_path / "judged" / "settings.json", {"model": str(tmp_path / "judge"), "score_values": [1, 2, 3, 4, 5]}
+    )
+    return tmp_path
+
+
+def test_a_recalibration_is_fitted_and_saved_with_the_judge(judged, capsys):
+    assert main(["recalibrate", str(judged / "judged")]) == 0
+    fitted = Recalibration.load(judged / "judge")
+    assert (fitted.slope, fitted.intercept, fitted.n) == (pytest.approx(1), pytest.approx(-0.5), 20)
+    assert "score -> 1.000 * score - 0.500, kept in 1 to 5" in capsys.readouterr().out
+
+
+def test_a_recalibration_is_applied_where_it_is_asked_for(judged, folder, tmp_path):
+    main(["recalibrate", str(judged / "judged")])
+    shutil.copy(folder / "rows.csv", judged)
+    shutil.copy(folder / "rubric.yaml", judged)
+    assert judge(judged, tmp_path / "raw") == 0
+    assert judge(judged, tmp_path / "mended", "--recalibrate") == 0
+    assert json.loads((tmp_path / "mended" / "settings.json").read_text())["recalibrate"] is True
+    assert "recalibrate" not in json.loads((tmp_path / "raw" / "settings.json").read_text())
+
+
+def test_judgements_that_are_recalibrated_are_no_ground_for_another(judged, capsys):
+    settings = json.loads((judged / "judged" / "settings.json").read_text())
+    write_json(judged / "judged" / "settings.json", settings | {"recalibrate": True})
+    assert main(["recalibrate", str(judged / "judged")]) == 1
+    assert "are recalibrated already: judge again without --recalibrate" in capsys.readouterr().err
+
+
+def test_judgements_without_gold_scores_cannot_recalibrate(judged, capsys):
+    records = list(read_jsonl(judged / "judged" / "judgements.jsonl"))
+    records[3]["reference"] = None
+    write_jsonl(judged / "judged" / "judgements.jsonl", records)
+    assert main(["recalibrate", str(judged / "judged")]) == 1
+    assert "1 of 20 judgements in" in capsys.readouterr().err
+
+
+# Exit codes and usage
+
+
+def usage_error(arguments, capsys):
+    try:
+        code = main(arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["trian"], "unknown command 'trian'"),
+        (["trian"], "Did you mean train?"),
+        (["judge"], "required: --model, --data, --output_dir"),
+        (
+            ["report", "a", "--n_bootsrap", "5"],
+            "--n_bootsrap is no option of trl-tract report; did you mean --n_bootstrap?",
+        ),
+        (["report", "a", "--xyzzy"], "--xyzzy is no option of trl-tract report; trl-tract report --help lists them"),
+        (["report", "a", "--n_bootstrap", "many"], "invalid int value: 'many'"),
+        (["report", "a", "--n_bootstrap", "5", "b"], "'b' belongs to no option"),
+        (["judge", "--decision", "best"], "invalid choice: 'best'"),
+        (["report", "a", "--config"], "--config: the path of a YAML file is missing"),
+        (["completion", "csh"], "name one shell: trl-tract completion bash | zsh | fish"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2_and_says_what_is_meant(arguments, wanted, capsys):
+    code, printed = usage_error(arguments, capsys)
+    assert code == 2
+    assert wanted in printed
+
+
+def test_an_option_of_a_yaml_file_that_there_is_none_of_is_named(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("judgements: a\nn_bootsrap: 5\n")
+    code, printed = usage_error(["report", "--config", str(tmp_path / "run.yaml")], capsys)
+    assert code == 2
+    assert (
+        f"--n_bootsrap is no option of trl-tract report (in {tmp_path / 'run.yaml'}); did you mean --n_bootstrap?"
+        in printed
+    )
+
+
+def test_a_yaml_file_is_read_in_either_spelling(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(f"judgements: {tmp_path}\n")
+    for config in (["--config", str(tmp_path / "run.yaml")], [f"--config={tmp_path / 'run.yaml'}"]):
+        assert main(["report", *config]) == 1
+        assert f"{tmp_path}/judgements.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["report", "nowhere"], "nowhere/judgements.jsonl"),
+        (["report", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["check", "nowhere.csv", "--model", "seed"], "nowhere.csv: no such file"),
+        (["train", "--data", "rows.jsonl"], "--model_name_or_path is missing"),
+    ],
+)
+def test_a_failed_command_is_one_line_and_exit_code_1(arguments, wanted, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert main(arguments) == 1
+    printed = capsys.readouterr().err
+    assert re.fullmatch(rf"trl-tract {arguments[0]}: [^\n]*{re.escape(wanted)}[^\n]*\n", printed)
+
+
+@pytest.mark.parametrize("how", ["--verbose", "TRL_TRACT_DEBUG"])
+def test_where_an_error_arose_is_shown_on_demand(how, monkeypatch, capsys):
+    monkeypatch.delenv("TRL_TRACT_DEBUG", raising=False)
+    if how == "TRL_TRACT_DEBUG":
+        monkeypatch.setenv(how, "1")
+    assert main(["report", "nowhere", *(["--verbose"] if how == "--verbose" else [])]) == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_an_unforeseen_error_is_one_line_too_and_names_its_kind(monkeypatch, capsys):
+    def broken(arguments):
+        raise KeyError("a\nb")
+
+    monkeypatch.setitem(commands.COMMANDS, "report", broken)
+    assert main(["report"]) == 1
+    assert re.fullmatch(r"trl-tract report: KeyError: [^\n]*--verbose shows where[^\n]*\n", capsys.readouterr().err)
+
+
+def test_ctrl_c_is_exit_code_130(monkeypatch, capsys):
+    def stopped(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(commands.COMMANDS, "report", stopped)
+    assert main(["report"]) == 130
+    assert "start the same command to go on" in capsys.readouterr().err
+
+
+# Help and completion
+
+
+def test_help_imports_nothing_that_takes_long():
+    command = [sys.executable, "-X", "importtime", "-m", "trl_tract.cli", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "start here:" in done.stdout
+    heavy = {"torch", "trl", "transformers", "datasets", "numpy", "scipy"}
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert not heavy & imported
+
+
+def help_of(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    return capsys.readouterr().out
+
+
+def test_own_options_come_before_trl_s(capsys):
+    printed = help_of("run", capsys)
+    places = [
+        printed.index(text) for text in ("--data", "--rubric", "--raft_weight", "\nTRL: training", "--learning_rate")
+    ]
+    assert places == sorted(places)
+    assert printed.index("--lora_r") > printed.index("TRL: model, LoRA and quantisation (ModelConfig)")
+
+
+@pytest.mark.parametrize("command", ["run", "judge"])
+def test_every_option_is_spelled_once(command, capsys):
+    printed = help_of(command, capsys)
+    assert "--output_dir" in printed
+    assert "--output-dir" not in printed
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_commands_and_their_options(shell, capsys):
+    pytest.importorskip("shtab")
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in ("recalibrate", "raft_weight", "lora_r", "n_bootstrap"))
+
+
+def test_completion_in_bash_completes(tmp_path, capsys):
+    pytest.importorskip("shtab")
+    bash = shutil.which("bash")
+    assert bash is not None
+    main(["completion", "bash"])
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    ask = f"""source {tmp_path / "script"}
+    complete_line() {{ COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMP_LINE="$*"; COMP_POINT=${{#COMP_LINE}}
+      $(complete -p trl-tract | sed 's/.*-F \\([^ ]*\\) .*/\\1/') trl-tract "${{@: -1}}"; echo "${{COMPREPLY[@]}}"; }}
+    complete_line trl-tract rec; complete_line trl-tract report --n_b; complete_line trl-tract judge --decision me"""
+    done = subprocess.run([bash, "-c", ask], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["recalibrate", "--n_bootstrap", "mean", "median"]
+
+
+def test_completion_without_its_library_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 1
+    assert 'pip install "trl-tract[completion]"' in capsys.readouterr().err
+
+
+def test_rows_of_the_known_schema_are_read_as_they_are(folder, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", make_rows(2))
+    data = ["--model", str(folder / "judge"), "--data", str(tmp_path / "rows.jsonl")]
+    assert main(["judge", *data, "--output_dir", str(tmp_path / "out"), *SAMPLING]) == 0
+    assert not (tmp_path / "out" / "rows.jsonl").exists()

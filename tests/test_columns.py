@@ -1,0 +1,132 @@
+"""A user's own rubric and columns become the rows that are understood, and a mistake in them is named."""
+
+import pytest
+
+from trl_tract.columns import OwnColumns, Rubric
+from trl_tract.rows import load_items, read_item
+from trl_tract.scores import ScoreGrid
+
+GRID = ScoreGrid.from_values([1, 2, 3, 4, 5])
+RUBRIC = """\
+criterion: Does the answer solve the question?
+scores:
+  1: It is wrong.
+  2: It is mostly wrong.
+  3: It is half right.
+  4: It is mostly right.
+  5: It is right.
+"""
+RECORD = {"question": "1 + 1?", "answer": "2", "feedback": "That is right.", "stars": "5"}
+COLUMNS = ["instruction=question", "response=answer", "rationale=feedback", "score=stars"]
+
+
+@pytest.fixture
+def rubric(tmp_path):
+    (tmp_path / "rubric.yaml").write_text(RUBRIC)
+    return tmp_path / "rubric.yaml"
+
+
+def test_a_csv_record_becomes_a_training_row(rubric):
+    item = read_item(RECORD, GRID, "[RESULT]", OwnColumns.parse(COLUMNS, rubric))
+    (row,) = item.training
+    assert row["completion"] == "That is right. [RESULT] 5"
+    assert row["score"] == 5.0
+    assert item.group == "1 + 1?"
+    for part in ("1 + 1?", "###Response to evaluate:\n2\n", "Score 4: It is mostly right.", "write [RESULT]"):
+        assert part in row["prompt"]
+
+
+def test_prompts_of_a_rubric_may_become_chat_messages_and_own_prompts_may_not(rubric):
+    assert read_item(RECORD, GRID, "[RESULT]", OwnColumns.parse(COLUMNS, rubric)).converted
+    own = OwnColumns.parse(["prompt=question", "rationale=feedback", "score=stars"], None)
+    assert not read_item(RECORD, GRID, "[RESULT]", own).converted
+
+
+def test_a_mean_over_annotators_is_kept_and_its_nearest_score_is_written(rubric):
+    own = OwnColumns.parse(COLUMNS, rubric)
+    (row,) = read_item(RECORD | {"stars": "3.67"}, GRID, "[RESULT]", own).training
+    assert (row["score"], row["completion"]) == (3.67, "That is right. [RESULT] 4")
+
+
+def test_columns_that_bear_the_roles_names_need_not_be_named(rubric):
+    record = {"instruction": "ask", "response": "answer", "rationale": "Fine.", "score": 4, "other": "left out"}
+    (row,) = read_item(record, GRID, "[RESULT]", OwnColumns.parse(None, rubric)).training
+    assert row.keys() == {"prompt", "completion", "score", "group"}
+
+
+def test_a_record_without_a_rationale_can_be_judged_but_not_trained_on(rubric):
+    item = read_item(RECORD | {"feedback": None}, GRID, "[RESULT]", OwnColumns.parse(COLUMNS, rubric))
+    assert (item.training, item.reference["score"]) == ((), 5.0)
+
+
+def test_an_own_template_is_filled_once(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        RUBRIC + "template: '{criterion} Q: {instruction} A: {response} {scores} {marker}'\n"
+    )
+    prompt = Rubric.load(tmp_path / "r.yaml").prompt("{response}", "{marker}", None, "[RESULT]")
+    assert prompt == "Does the answer solve the question? Q: {response} A: {marker} 1, 2, 3, 4, 5 [RESULT]"
+
+
+def test_a_mapping_from_yaml_does_as_well(rubric):
+    assert OwnColumns.parse({"response": "answer"}, rubric) == OwnColumns.parse(["response=answer"], rubric)
+
+
+@pytest.mark.parametrize(
+    ("columns", "wanted"),
+    [
+        (["answer"], "--columns answer: write role=column"),
+        (["anwser=answer"], "the role one of instruction, response"),
+        (["response=a", "response=b"], "names response twice: a and b"),
+    ],
+)
+def test_a_mistake_in_columns_is_named(columns, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        OwnColumns.parse(columns, None)
+
+
+@pytest.mark.parametrize(
+    ("columns", "record", "wanted"),
+    [
+        (["response=reply"], RECORD, "there is no column reply. The columns are answer, feedback, question, stars"),
+        (["score=stars"], RECORD, r"no column is named for the response .*add --columns response=COLUMN"),
+        (COLUMNS, RECORD | {"answer": None}, r"the column answer \(the text to be judged\) is empty"),
+        (COLUMNS, RECORD | {"stars": None}, r"the column stars \(the gold score\) is empty"),
+        (COLUMNS, RECORD | {"stars": "five"}, "the score is 'five', not a number"),
+        (COLUMNS, RECORD | {"stars": "9"}, "the score 9 is not between 1 and 5"),
+    ],
+)
+def test_a_record_that_does_not_fit_its_columns_is_named(columns, record, wanted, rubric):
+    with pytest.raises(ValueError, match=wanted):
+        read_item(record, GRID, "[RESULT]", OwnColumns.parse(columns, rubric))
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("- a\n", "a rubric is YAML with `criterion: text` and `scores:`"),
+        ("criterion: a\nscores: {1: a}\n", "has to describe two scores or more"),
+        (RUBRIC + "critrion: b\n", "critrion is not understood"),
+        ("a: [", "is not YAML"),
+        (
+            RUBRIC + "template: '{answer}'\n",
+            r"in `template`, \{answer\} is not understood. Places are: \{",
+        ),
+        (RUBRIC + "template: 'judge'\n", r"no place for the \{response\}"),
+    ],
+)
+def test_a_mistake_in_a_rubric_is_named(text, wanted, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ValueError, match=wanted):
+        Rubric.load(tmp_path / "r.yaml")
+
+
+def test_a_rubric_of_other_scores_says_which_option_to_set(rubric):
+    with pytest.raises(ValueError, match=r"describes the scores 1, 2, 3, 4, 5, but the grid is 1, 2, 3: give "):
+        read_item(RECORD, ScoreGrid.from_values([1, 2, 3]), "[RESULT]", OwnColumns.parse(COLUMNS, rubric))
+
+
+def test_a_file_of_own_columns_is_read_to_its_end(tmp_path, rubric):
+    lines = ["question,answer,feedback,stars", *(f"q{i // 2},a{i},Fine.,{1 + i % 5}" for i in range(50))]
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    items = load_items(str(tmp_path / "rows.csv"), GRID, "[RESULT]", OwnColumns.parse(COLUMNS, rubric))
+    assert (len(items), len({item.group for item in items})) == (50, 25)

@@ -1,0 +1,144 @@
+"""A dry run counts what Trainer would do, says how it estimates, shows rows, and leaves nothing behind."""
+
+import json
+import re
+
+import pytest
+from conftest import make_model, make_rows, make_tokenizer, make_trainer
+from peft import LoraConfig, get_peft_model
+
+from trl_tract.cli import main
+from trl_tract.dry_run import Plan
+from trl_tract.estimate import count, training_memory, training_operations
+from trl_tract.journal import write_json, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    make_tokenizer().save_pretrained(directory)
+    make_model().config.save_pretrained(directory)  # no weights: none are needed
+    return str(directory)
+
+
+def dry(tmp_path, model, rows, capsys, *options, command="run"):
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    paths = ["--data", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
+    code = main([command, "--model_name_or_path", model, *paths, "--bf16", "false", "--dry-run", *options])
+    return code, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"per_device_train_batch_size": 4, "num_train_epochs": 3},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_train_epochs": 2},
+        {"per_device_train_batch_size": 3, "num_train_epochs": 0.5},
+        {"per_device_train_batch_size": 4, "max_steps": 7},
+    ],
+)
+def test_updates_are_those_that_trainer_does(settings, tmp_path):
+    trainer = make_trainer(tmp_path, make_rows(19), **{**settings, "learning_rate": 0.0})
+    lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
+    trainer.train()
+    assert Plan.of(lengths, trainer.args.to_dict(), 1).updates == trainer.state.global_step
+
+
+def test_tokens_of_an_update_are_counted():
+    plan = Plan.of([10, 20, 30, 40], {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, 1)
+    # Two rows of 25 tokens in the mean, or of 40 each.
+    assert (plan.rows_per_update, plan.mean_tokens, plan.most_tokens, plan.batch_tokens) == (2, 50, 80, 40)
+
+
+def test_processes_share_the_updates():
+    lengths = [10] * 32
+    assert [Plan.of(lengths, {"num_train_epochs": 1}, processes).updates for processes in (1, 2, 4)] == [4, 2, 1]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "qwen3_moe"])
+def test_parameters_are_counted_without_weights(family, tmp_path):
+    network = make_model(family)
+    network.config.save_pretrained(tmp_path)
+    size = count(str(tmp_path), {"dtype": "float32"})
+    assert size.total == size.trainable == sum(p.numel() for p in network.parameters())
+    assert (size.layers, size.hidden, size.stored) == (2, 32, 4)
+
+
+def test_of_a_mixture_a_token_meets_the_chosen_experts_alone(tmp_path):
+    make_model("qwen3_moe").config.save_pretrained(tmp_path)
+    size = count(str(tmp_path), {"dtype": "float32"})
+    experts = 2 * 6 * 3 * 32 * 16  # layers, experts, three matrices
+    table = 384 * 32
+    assert size.active < size.total - table - experts + experts * 2 / 6 + 1
+
+
+def test_an_adapters_parameters_are_those_that_are_trained(model):
+    adapted = get_peft_model(make_model(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    options = {"dtype": "float32", "use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
+    assert count(model, options).trainable == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def test_memory_of_weights_gradients_and_adam_by_hand(model):
+    size = count(model, {"dtype": "float32"})
+    memory = training_memory(size, {"optim": "adamw_torch", "gradient_checkpointing": True}, {}, 100)
+    assert (memory.weights, memory.gradients, memory.optimiser) == (4 * size.total, 4 * size.total, 8 * size.total)
+
+
+def test_four_bits_shrink_the_linear_layers_alone(model):
+    size = count(model, {"dtype": "float32"})
+    whole, small = (training_memory(size, {}, {"load_in_4bit": four}, 1).weights for four in (False, True))
+    assert whole - small == pytest.approx(size.linear * (4 - 0.5625))
+
+
+def test_operations_of_full_training_are_six_a_parameter_and_token(model):
+    size = count(model, {"dtype": "float32"})
+    found = training_operations(size, 1000, 0.0, {"gradient_checkpointing": False})
+    assert found == 6 * size.active * 1000
+
+
+def test_a_dry_run_prints_the_steps_and_writes_nothing(tmp_path, model, capsys):
+    code, printed = dry(tmp_path, model, make_rows(12), capsys)
+    assert code == 0
+    assert re.findall(r"^\[(\d)/7\] (\w+)", printed, re.MULTILINE)[0] == ("1", "Reading")
+    assert "11 rows to train on, 1 held-out items" in printed
+    assert "Memory of training on one device, an estimate:" in printed
+    assert "no step was run" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_what_is_finished(tmp_path, model, capsys):
+    (tmp_path / "out").mkdir()
+    write_json(tmp_path / "out" / "steps.json", {"prepare": 3.0, "stage1": 61.0})
+    printed = dry(tmp_path, model, make_rows(12), capsys)[1]
+    assert "[2/7] Stage one: the seed model on the annotated rationales: finished before, in 61 s" in printed
+    assert "Self-generation: the stage-one model writes its own rationales\n    11 rationales" in printed
+    assert json.loads((tmp_path / "out" / "steps.json").read_text()) == {"prepare": 3.0, "stage1": 61.0}
+
+
+def test_five_rows_are_shown_with_their_terms_of_the_loss(tmp_path, model, capsys):
+    printed = dry(tmp_path, model, make_rows(12), capsys, command="train")[1]
+    assert len(re.findall(r"^row \d+, gold score", printed, re.MULTILINE)) == 5
+    assert re.search(r"^score +1 +squared error", printed, re.MULTILINE)
+    assert re.search(r"^rationale +\d+ +cross-entropy", printed, re.MULTILINE)
+    assert re.search(r"^prompt +\d+ +none", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "coloured"), [("FORCE_COLOR", True), ("NO_COLOR", False)])
+def test_colour_is_where_it_is_wanted(name, coloured, tmp_path, model, capsys, monkeypatch):
+    monkeypatch.setenv(name, "1")
+    printed = dry(tmp_path, model, make_rows(12), capsys, command="train")[1]
+    assert ("\x1b[1;7;35m" in printed) == coloured
+
+
+def test_rows_that_would_be_refused_end_a_dry_run_with_1(tmp_path, model, capsys):
+    rows = make_rows(12)
+    rows[3]["completion"] = " fine. 4"
+    code, printed = dry(tmp_path, model, rows, capsys, command="train")
+    assert code == 1
+    assert "1 of 12 rows.jsonl rows refused (no marker; first: row 3)" in printed
+
+
+def test_rows_that_may_be_dropped_do_not(tmp_path, model, capsys):
+    rows = make_rows(12)
+    rows[3]["score"] = 9.0
+    assert dry(tmp_path, model, rows, capsys, "--invalid_rows", "drop", command="train")[0] == 0

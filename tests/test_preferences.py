@@ -1,0 +1,109 @@
+"""Pairs: both responses are asked about alike, and the share of right preferences is what a hand counts."""
+
+import numpy as np
+import pytest
+
+from trl_tract.columns import OwnColumns, Rubric
+from trl_tract.preferences import pair_report, pair_rows
+from trl_tract.rows import judged_rows, read_item
+from trl_tract.scores import ScoreGrid
+
+GRID = ScoreGrid.from_values([1, 2])
+RUBRIC = Rubric("Polite?", {"1": "no", "2": "yes"}, "{instruction} | {response}")
+PAIR = {"prompt": "ask", "chosen": "please", "rejected": "now", "subset": "chat", "id": 7}
+
+
+def judged(*scores, groups=None, subsets=None):
+    """Judgements of pairs, `(chosen, rejected)` each."""
+    return [
+        {
+            "side": side,
+            "score": score,
+            "group": str(i) if groups is None else groups[i],
+            **({} if subsets is None else {"subset": subsets[i]}),
+        }
+        for i, pair in enumerate(scores)
+        for side, score in zip(("chosen", "rejected"), pair, strict=True)
+    ]
+
+
+def test_a_pair_becomes_two_rows_that_differ_in_the_response_alone():
+    rows = pair_rows(PAIR, RUBRIC, GRID, "[RESULT]")
+    assert [row["prompt"] for row in rows] == ["ask | please", "ask | now"]
+    assert [row["side"] for row in rows] == ["chosen", "rejected"]
+    assert all((row["group"], row["subset"], row["id"]) == ("ask", "chat", 7) for row in rows)
+
+
+def test_a_pair_of_chat_messages_may_hold_its_prompt():
+    user = {"role": "user", "content": "ask"}
+    pair = {
+        side: [user, {"role": "assistant", "content": text}] for side, text in (("chosen", "yes"), ("rejected", "no"))
+    }
+    assert [row["prompt"] for row in pair_rows(pair, RUBRIC, GRID, "[RESULT]")] == ["ask | yes", "ask | no"]
+
+
+def test_whole_prompts_need_no_rubric():
+    text = "###Task\n###Response to evaluate: {}\n###Feedback: "
+    pair = {"chosen_instruction": text.format("a"), "rejected_instruction": text.format("b")}
+    rows = pair_rows(pair, None, GRID, "[RESULT]")
+    assert rows[0]["prompt"].endswith("a\n###Feedback:")
+    assert rows[0]["group"] == rows[1]["group"] == "###Task"
+
+
+def test_own_columns_name_the_two_responses():
+    own = OwnColumns({"instruction": "q", "chosen": "good", "rejected": "bad"}, RUBRIC)
+    items = judged_rows({"q": "ask", "good": "please", "bad": "now"}, GRID, "[RESULT]", own)
+    assert [item.reference["prompt"] for item in items] == ["ask | please", "ask | now"]
+
+
+def test_pairs_without_a_rubric_say_what_is_missing():
+    with pytest.raises(ValueError, match="say what they are to be judged by, with --rubric"):
+        judged_rows(PAIR, GRID, "[RESULT]")
+
+
+def test_pairs_are_no_training_rows_and_the_error_says_what_is():
+    with pytest.raises(ValueError, match=r"says which is better but not how good.*Score the responses one by one"):
+        read_item(PAIR, GRID, "[RESULT]")
+
+
+def test_the_share_counts_a_tie_as_half():
+    # Right, right, wrong, tie: (1 + 1 + 0 + 1/2) / 4.
+    report = pair_report(judged((4, 2), (2.1, 2.0), (1, 5), (3, 3)))
+    assert report.accuracy.value == 2.5 / 4
+    assert (report.n, report.ties, report.failed) == (4, 1, 0)
+
+
+def test_a_pair_without_one_of_its_scores_is_counted_and_kept_out():
+    report = pair_report(judged((4, 2), (None, 2), (3, None)))
+    assert (report.n, report.failed, report.accuracy.value) == (1, 2, 1.0)
+
+
+def test_subsets_have_their_own_shares():
+    report = pair_report(judged((4, 2), (1, 2), (4, 2), (4, 2), subsets=["b", "b", "a", "a"]))
+    assert {name: share.value for name, share in report.subsets.items()} == {"a": 1.0, "b": 0.5}
+    assert report.to_dict()["subsets"]["b"]["n"] == 2
+
+
+def test_the_interval_of_independent_pairs_is_wilsons():
+    # Wilson's interval of 140 of 200 at z = 1.96 is [0.633, 0.759]; the bootstrap gives it to a percentage point.
+    report = pair_report(judged(*[(2, 1)] * 140, *[(1, 2)] * 60))
+    assert report.accuracy.low == pytest.approx(0.633, abs=0.012)
+    assert report.accuracy.high == pytest.approx(0.759, abs=0.012)
+
+
+def test_pairs_that_share_a_prompt_widen_the_interval():
+    scores = [(2, 1)] * 60 + [(1, 2)] * 40
+    alone = pair_report(judged(*scores)).accuracy
+    shared = pair_report(judged(*scores, groups=[str(i // 10) for i in range(100)])).accuracy
+    assert shared.high - shared.low > 2 * (alone.high - alone.low)
+
+
+def test_no_scored_pair_is_an_undefined_share():
+    report = pair_report(judged((None, None)))
+    assert np.isnan(report.accuracy.value)
+    assert "undefined" in str(report)
+
+
+def test_judgements_that_are_no_pairs_are_refused():
+    with pytest.raises(ValueError, match="chosen and rejected have to follow each other"):
+        pair_report(judged((1, 2))[::-1])

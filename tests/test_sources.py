@@ -1,0 +1,99 @@
+"""Files and hub ids become records, and what cannot be read is named by file and line."""
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from trl_tract.sources import read_records
+
+
+def written(tmp_path, name, text, encoding="utf-8"):
+    file = tmp_path / name
+    file.write_bytes(text.encode(encoding))
+    return str(file)
+
+
+def test_csv_has_its_columns_from_the_first_line(tmp_path):
+    file = written(tmp_path, "a.csv", 'question,stars\n"one, ""two""\nthree",4\n')
+    assert list(read_records(file)) == [{"question": 'one, "two"\nthree', "stars": "4"}]
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "\t")])
+def test_csv_delimiters_are_told_by_the_first_line(tmp_path, name, delimiter):
+    file = written(tmp_path, name, f"question{delimiter}stars\na, b{delimiter}4\n")
+    assert list(read_records(file)) == [{"question": "a, b", "stars": "4"}]
+
+
+def test_the_mark_that_spreadsheets_write_is_no_part_of_a_name(tmp_path):
+    assert list(read_records(written(tmp_path, "a.csv", "stars,b\n4,x\n", "utf-8-sig"))) == [{"stars": "4", "b": "x"}]
+
+
+def test_an_empty_cell_of_csv_is_none(tmp_path):
+    assert list(read_records(written(tmp_path, "a.csv", "a,b\n , x \n"))) == [{"a": None, "b": " x "}]
+
+
+def test_a_cell_of_csv_may_be_longer_than_python_allows_by_default(tmp_path):
+    (record,) = read_records(written(tmp_path, "a.csv", "a,b\n" + "x" * 200_000 + ",1\n"))
+    assert len(record["a"]) == 200_000
+
+
+def test_parquet_has_its_own_types(tmp_path):
+    parquet.write_table(pyarrow.table({"a": ["x", None], "score": [4.5, 2.0]}), tmp_path / "a.parquet")
+    assert list(read_records(str(tmp_path / "a.parquet"))) == [{"a": "x", "score": 4.5}, {"a": None, "score": 2.0}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        ("a.csv", "", "the first line has to name every column, each once. It names: nothing"),
+        ("a.csv", "a,,b\n1,2,3\n", "It names: 'a', '', 'b'"),
+        ("a.csv", "a,a\n1,2\n", "It names: 'a', 'a'"),
+        ("a.csv", "a,b\n1,2\nx,y,z\n", "line 3: 3 cells, but the first line names 2 columns"),
+        ("a.csv", 'a,b\n"x" y,2\n', "line 2: "),
+        ("a.parquet", "no such thing", "cannot be read as Parquet"),
+        ("a.json", "[1]", "row 0: int instead of an object"),
+    ],
+)
+def test_a_file_that_is_not_what_it_says_is_named(tmp_path, name, text, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        list(read_records(written(tmp_path, name, text)))
+
+
+def test_csv_in_another_encoding_says_how_to_save_it(tmp_path):
+    with pytest.raises(ValueError, match=r"is not UTF-8.*CSV UTF-8"):
+        list(read_records(written(tmp_path, "a.csv", "a,b\ngrün,1\n", "latin-1")))
+
+
+@pytest.mark.parametrize("source", ["nowhere.csv", "./nowhere", "a/b/c", "/nowhere/rows"])
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(source):
+    with pytest.raises(FileNotFoundError, match=r"no such file\. It was looked for in /"):
+        read_records(source)
+
+
+def test_a_hub_id_that_cannot_be_read_says_what_was_asked_for():
+    with pytest.raises(
+        FileNotFoundError, match=r"someone/rows is no file here, and could not be read as a hub dataset"
+    ):
+        read_records("someone/rows")
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("someone/rows", ("someone/rows", "train")),
+        ("someone/rows:test", ("someone/rows", "test")),
+        ("feedback-bench", ("prometheus-eval/Feedback-Bench", "train")),
+    ],
+)
+def test_a_hub_id_names_a_split_behind_a_colon(source, asked, monkeypatch):
+    # There is no network here: what reaches the hub's client is what counts.
+    seen = []
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: seen.append((name, split)) or [])
+    read_records(source)
+    assert seen == [asked]
+
+
+@pytest.mark.parametrize("name", ["vicuna-bench", "mt-bench", "flask"])
+def test_a_benchmark_that_is_no_hub_dataset_says_where_its_file_is(name):
+    with pytest.raises(FileNotFoundError, match=r"get eval/benchmark/data/\w+_eval.json there"):
+        read_records(name)

@@ -1,0 +1,137 @@
+"""The parser of a command: its own options first, TRL's behind them, each under a heading, each spelled once.
+
+Knows nothing of what the commands do.
+"""
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import trl
+from transformers import TrainingArguments
+from transformers.hf_argparser import string_to_bool
+from trl import TrlParser
+
+from trl_tract.config import TRACTConfig
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows one spelling of an option (`--output-dir` is understood too) and what kind of value it takes."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = [option for option in action.option_strings if "-" not in option.lstrip("-")] or action.option_strings
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        is_switch = action.nargs == 0 or (action.nargs == "?" and action.const is True)
+        values = "" if is_switch else f" {self._format_args(action, self._kind_of_value(action))}"
+        return f"{', '.join(shown)}{values}"
+
+    @staticmethod
+    def _kind_of_value(action: argparse.Action) -> str:
+        if action.type is string_to_bool:
+            return "{true,false}"
+        return {int: "N", float: "X"}.get(action.type, "TEXT")  # type: ignore[call-overload,no-any-return]
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help
+        unsaid = (None, False, "", argparse.SUPPRESS)
+        if text is None or action.default in unsaid or action.required or "%(default)" in text:
+            return text
+        return f"{text.rstrip()} (default: %(default)s)"
+
+
+def make_parser(command: str, dataclass_types: Sequence[type], description: str = "") -> TrlParser:
+    """A parser of dataclasses' fields, all of which may also stand in a YAML file.
+
+    Args:
+        command: Name of the command.
+        dataclass_types: Its options; each class's docstring is their heading.
+        description: What the command does, in a sentence.
+    """
+    kinds = list(dataclass_types)
+    parser = TrlParser(
+        kinds,
+        prog=f"trl-tract {command}",
+        description=description,
+        usage=f"trl-tract {command} [--config FILE.yaml] [options]",
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="Options from a YAML file, a line each."
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", default=argparse.SUPPRESS, help="With an error, also where it arose."
+    )
+    headings = {field.name: _heading(kind, field.name) for kind in kinds for field in dataclasses.fields(kind)}
+    # A stable sort: as in `kinds`, but TRL's last. argparse prints groups in the order in which they are made.
+    order = sorted(dict.fromkeys(headings.values()), key=lambda heading: heading.startswith("TRL"))
+    groups = {heading: parser.add_argument_group(heading) for heading in order}
+    general = parser._optionals
+    for action in list(general._group_actions):
+        if action.dest in headings:
+            general._group_actions.remove(action)
+            groups[headings[action.dest]]._group_actions.append(action)
+    general.title = "general"
+    parser._action_groups.sort(key=lambda group: group is general)
+    return parser
+
+
+def _heading(kind: type, name: str) -> str:
+    """Under what an option is listed: the class that it was first written in."""
+    if issubclass(kind, TrainingArguments):
+        own = {field.name for field in dataclasses.fields(TRACTConfig)} - {
+            field.name for field in dataclasses.fields(trl.SFTConfig)
+        }
+        if name in own | {"max_length", "output_dir"}:
+            return "TRACT"
+        inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+        return "TRL: training (TrainingArguments)" if name in inherited else "TRL: training (SFTConfig)"
+    if kind.__module__.startswith("trl."):
+        return "TRL: model, LoRA and quantisation (ModelConfig)"
+    return str(kind.__doc__).strip().rstrip(".").lower()
+
+
+def parse(
+    command: str, dataclass_types: Sequence[type], arguments: Sequence[str], description: str = ""
+) -> tuple[Any, ...]:
+    """The options of a command, as instances of their dataclasses; wrong usage ends the process with exit code 2.
+
+    Raises:
+        ValueError, OSError: A value is refused, or the YAML file cannot be read.
+    """
+    parser = make_parser(command, dataclass_types, description)
+    given: list[str] = []
+    for argument in arguments:
+        # TrlParser knows the file by an argument of its own alone.
+        given += argument.split("=", 1) if argument.startswith("--config=") else [argument]
+    if given[-1:] == ["--config"]:
+        parser.error("--config: the path of a YAML file is missing behind it")
+    *parsed, in_file, on_line = _parsed(parser, given)
+    unknown = [name for name in in_file[::2]] + [word for word in on_line if word.startswith("-")] + on_line
+    if unknown:
+        where = f" (in {given[given.index('--config') + 1]})" if in_file else ""
+        parser.error(_unknown(parser, unknown[0].partition("=")[0], command, where))
+    return tuple(parsed)
+
+
+def _parsed(parser: TrlParser, given: Sequence[str]) -> tuple[Any, ...]:
+    import yaml
+
+    try:
+        return tuple(
+            parser.parse_args_and_config(given, return_remaining_strings=True, separate_remaining_strings=True)
+        )
+    except yaml.YAMLError as error:
+        raise ValueError(f"{given[given.index('--config') + 1]} is not YAML: {error}") from error
+
+
+def _unknown(parser: TrlParser, word: str, command: str, where: str) -> str:
+    known = [option for action in parser._actions for option in action.option_strings]
+    if not word.startswith("-"):
+        return f"{word!r} belongs to no option{where}: quote values that hold spaces"
+    near = difflib.get_close_matches(word.replace("-", "_").replace("__", "--", 1), known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"trl-tract {command} --help lists them"
+    return f"{word} is no option of trl-tract {command}{where}; {hint}"

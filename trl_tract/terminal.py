@@ -1,0 +1,76 @@
+"""Text for a terminal or a log file: colour where it is wanted, bars, tables. Knows nothing of rows or models."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TextIO
+
+STYLES: Mapping[str, str] = {
+    "dim": "2",
+    "bold": "1",
+    "green": "32",
+    "yellow": "33",
+    "cyan": "36",
+    "red": "31",
+    "score": "1;7;35",
+}
+
+
+def uses_colour(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether colour is wanted: on a terminal, or with FORCE_COLOR; never with NO_COLOR (https://no-color.org)."""
+    if environment.get("NO_COLOR"):
+        return False
+    if environment.get("FORCE_COLOR"):
+        return True
+    return stream.isatty() and environment.get("TERM") != "dumb"
+
+
+def paint(text: str, style: str) -> str:
+    """`text` in one of `STYLES`, line by line, so that a pager that cuts lines does not bleed.
+
+    Example:
+        >>> paint("a", "red")
+        '\\x1b[31ma\\x1b[0m'
+    """
+    return "\n".join(f"\033[{STYLES[style]}m{line}\033[0m" if line else "" for line in text.split("\n"))
+
+
+def bars(counts: Mapping[str, int], *, width: int = 40, mark: str = "█") -> list[str]:
+    """A histogram, a line for each name: its bar and its count.
+
+    Example:
+        >>> bars({"1": 1, "10": 4}, width=4, mark="#")
+        [' 1 #    1', '10 #### 4']
+    """
+    highest = max([*counts.values(), 1])
+    names, numbers = max(map(len, counts), default=0), max((len(f"{count:,}") for count in counts.values()), default=0)
+    lines = []
+    for name, count in counts.items():
+        length = max(1, round(width * count / highest)) if count else 0  # the least of counts is still seen
+        lines.append(f"{name:>{names}} {mark * length:<{width}} {count:>{numbers},}")
+    return lines
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
+    """A table's lines: the first `left` columns to the left, the others, which are numbers, to the right.
+
+    Example:
+        >>> aligned([["", "min"], ["prompt", "7"]])
+        ['        min', 'prompt    7']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def can_write(stream: TextIO, text: str) -> bool:
+    """Whether the stream's encoding has the characters of `text`."""
+    try:
+        text.encode(stream.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
