@@ -1,10 +1,17 @@
-"""No dead link in the README, the changelog, docs/ or the examples' pages; no page that the site leaves out."""
+"""The pages hold together: no dead link, no page that the site leaves out, no public name without a reference.
 
+And no message in quotation marks that the code does not say.
+"""
+
+import ast
+import functools
 import posixpath
+import re
+from difflib import SequenceMatcher
 
 import pytest
 import yaml
-from pages import PAGES, ROOT, anchors_of, links_of
+from pages import PAGES, ROOT, anchors_of, links_of, text_of
 
 import trl_tract
 
@@ -26,7 +33,6 @@ def test_every_link_of_a_page_leads_somewhere(page):
 
 
 def test_every_page_of_docs_is_in_the_navigation_of_the_site():
-    # The two tags of the configuration that plain YAML does not know are not used in it.
     nav = yaml.safe_load((ROOT / ".mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     named = set()
     waiting = [nav]
@@ -48,9 +54,35 @@ def test_the_api_reference_has_every_public_name():
     assert set(trl_tract.__all__) <= documented
 
 
-def test_the_readme_names_every_page_for_users():
-    # The site finds its pages in its navigation; a reader of the repository finds them in the README or on the first page.
-    named = {link.partition("#")[0] for link in links_of("README.md")}
-    named |= {f"docs/{link.partition('#')[0]}" for link in links_of("docs/index.md")}
-    missing = {page for page in PAGES if page.startswith("docs/")} - named - {"docs/index.md"}
-    assert not missing
+# What another library or the system says.
+NOT_OURS = ("Your setup doesn't support bf16/gpu", "No space left on device")
+
+
+def quoted_messages() -> list[str]:
+    """What the first column of docs/troubleshooting.md quotes; up to four words are a name, not a message."""
+    rows = re.findall(r"^\| (.*?) \| ", text_of("docs/troubleshooting.md"), re.MULTILINE)
+    quoted = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
+    return [message for message in quoted if message.count(" ") > 3 and not message.startswith(NOT_OURS)]
+
+
+@functools.cache
+def said_by_the_code() -> list[str]:
+    """Every text that is written out in the package, with nothing where it varies."""
+    found = []
+    for file in ROOT.glob("trl_tract/**/*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+            found.append("\0".join(texts))
+    return found
+
+
+@pytest.mark.parametrize("message", quoted_messages())
+def test_a_message_that_troubleshooting_quotes_is_one_of_the_code(message):
+    runs = {message[i : i + 8] for i in range(len(message) - 7)}
+    covered = 0
+    for text in said_by_the_code():
+        if any(run in text for run in runs):
+            blocks = SequenceMatcher(None, message, text, autojunk=False).get_matching_blocks()
+            covered = max(covered, sum(block.size for block in blocks if block.size > 3))
+    assert covered > 0.55 * len(message)

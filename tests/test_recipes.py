@@ -27,10 +27,14 @@ def header(recipe: Path) -> str:
     return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines)
 
 
-def command(recipe: Path) -> list[str]:
+def stage(recipe: Path) -> str:
+    """The command of `trl-tract` that takes the recipe."""
+    return "run" if "trl-tract run" in header(recipe) else "train"
+
+
+def command(recipe: Path) -> str:
     """The command that the header names."""
-    (found,) = re.findall(r"^    ((?:.*\\\n)*.*)$", header(recipe), re.MULTILINE)[:1]
-    return [found]
+    return re.findall(r"^    ((?:.*\\\n)*.*)$", header(recipe), re.MULTILINE)[0]
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +65,7 @@ def test_the_recipes_that_people_were_promised_are_there():
 @by_name
 def test_the_command_of_a_recipe_is_taken_by_its_parser(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    (line,) = command(recipe)
-    (found,) = commands_of(line, tmp_path)
+    (found,) = commands_of(command(recipe), tmp_path)
     assert f"examples/recipes/{recipe.name}" in found
     check(found)
 
@@ -70,8 +73,7 @@ def test_the_command_of_a_recipe_is_taken_by_its_parser(recipe, tmp_path, monkey
 @by_name
 def test_a_recipe_is_nothing_but_options_of_its_command(recipe, monkeypatch):
     monkeypatch.chdir(ROOT)
-    name = "train" if " train" in header(recipe) else "run"
-    values = parse([name, "--config", str(recipe)])
+    values = parse([stage(recipe), "--config", str(recipe)])
     (training,) = (each for each in values if isinstance(each, TRACTConfig))
     assert training.max_length in (512, 3000)
     # YAML reads 1e-5 as a text, which argparse then takes for a number all the same.
@@ -95,8 +97,7 @@ def test_the_papers_recipes_have_the_papers_settings(name, monkeypatch):
 @on_a_gpu
 def test_a_recipe_trains_on_eight_rows_an_update(recipe, monkeypatch):
     monkeypatch.chdir(ROOT)
-    name = "train" if " train" in header(recipe) else "run"
-    (training,) = (each for each in parse([name, "--config", str(recipe)]) if isinstance(each, TRACTConfig))
+    (training,) = (each for each in parse([stage(recipe), "--config", str(recipe)]) if isinstance(each, TRACTConfig))
     gpus = 2 if "accelerate launch" in header(recipe) else 1
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps * gpus == 8
 

@@ -1,4 +1,4 @@
-"""A script as a user would write it. `mypy --strict` has to accept it, with types that are the package's own and not Any."""
+"""A script as a user would write it, for `mypy --strict`: the types are the package's own, not Any."""
 
 from typing import assert_type
 
