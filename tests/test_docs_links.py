@@ -1,0 +1,88 @@
+"""The pages hold together: no dead link, no page that the site leaves out, no public name without a reference.
+
+And no message in quotation marks that the code does not say.
+"""
+
+import ast
+import functools
+import posixpath
+import re
+from difflib import SequenceMatcher
+
+import pytest
+import yaml
+from pages import PAGES, ROOT, anchors_of, links_of, text_of
+
+import trl_tract
+
+OUTSIDE = ("http://", "https://", "mailto:")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_of_a_page_leads_somewhere(page):
+    dead = []
+    for link in links_of(page):
+        if link.startswith(OUTSIDE):
+            continue
+        target, _, anchor = link.partition("#")
+        file = posixpath.normpath(posixpath.join(posixpath.dirname(page), target)) if target else page
+        exists = (ROOT / file).is_file() or (ROOT / file).is_dir()
+        if not exists or (anchor and anchor not in anchors_of(file)):
+            dead.append(link)
+    assert not dead
+
+
+def test_every_page_of_docs_is_in_the_navigation_of_the_site():
+    nav = yaml.safe_load((ROOT / ".mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    named = set()
+    waiting = [nav]
+    while waiting:
+        entry = waiting.pop()
+        if isinstance(entry, str):
+            named.add(entry)
+        else:
+            waiting += entry.values() if isinstance(entry, dict) else entry
+    pages = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
+    assert pages <= named
+    # And nothing is named that is not there.
+    assert named - pages <= {"CHANGELOG.md", *PAGES}
+
+
+def test_the_api_reference_has_every_public_name():
+    reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    documented = {line.rsplit(".", 1)[-1] for line in reference.splitlines() if line.startswith("::: trl_tract.")}
+    assert set(trl_tract.__all__) <= documented
+
+
+# What another library or the system says.
+NOT_OURS = ("Your setup doesn't support bf16/gpu", "No space left on device")
+
+
+def quoted_messages() -> list[str]:
+    """What the first column of docs/troubleshooting.md quotes; up to four words are a name, not a message."""
+    rows = re.findall(r"^\| (.*?) \| ", text_of("docs/troubleshooting.md"), re.MULTILINE)
+    quoted = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
+    return [message for message in quoted if message.count(" ") > 3 and not message.startswith(NOT_OURS)]
+
+
+@functools.cache
+def said_by_the_code() -> list[str]:
+    """Every text that is written out in the package, with nothing where it varies."""
+    found = []
+    for file in ROOT.glob("trl_tract/**/*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+            found.append("\0".join(texts))
+    return found
+
+
+@pytest.mark.parametrize("message", quoted_messages())
+def test_a_message_that_troubleshooting_quotes_is_one_of_the_code(message):
+    runs = {message[i : i + 8] for i in range(len(message) - 7)}
+    covered = 0
+    for text in said_by_the_code():
+        if any(run in text for run in runs):
+            blocks = SequenceMatcher(None, message, text, autojunk=False).get_matching_blocks()
+            covered = max(covered, sum(block.size for block in blocks if block.size > 3))
+    assert covered > 0.55 * len(message)
