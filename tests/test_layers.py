@@ -16,7 +16,7 @@ LEVELS = [
     | {"pairs", "prompts", "scores", "trie"},
     {"backends", "branches", "calibration", "config", "data", "early_warnings", "evaluate_metric", "judge_config"}
     | {"losses", "recalibration", "rendering", "rows", "score_metrics"},
-    {"card", "distill", "judge", "page", "plots", "report", "rewards", "score_head", "trainer"},
+    {"card", "dataset_card", "distill", "hub", "judge", "page", "plots", "report", "rewards", "score_head", "trainer"},
     {"pipeline", "results", "steps"},
     {"cli", "demo"},
 ]
