@@ -26,8 +26,8 @@ LEVELS = [
         "token_view",
         "training_log",
     },
-    {"card", "check", "distill", "estimate", "judge", "onramp", "page", "parsing", "plots", "report", "rewards"}
-    | {"score_head", "trainer"},
+    {"card", "check", "dataset_card", "distill", "estimate", "hub", "judge", "onramp", "page", "parsing", "plots"}
+    | {"report", "rewards", "score_head", "trainer"},
     {"pipeline", "results", "steps"},
     {"cli", "commands", "completion", "demo", "dry_run"},
 ]

@@ -151,25 +151,35 @@ class TrainingRows:
     sources: Mapping[str, int] = field(default_factory=dict)
 
 
-def write_model_card(
-    args: TRACTConfig,
+def write_model_card(args: TRACTConfig, judge_config: JudgeConfig | None, **known: Any) -> None:
+    """Write `README.md` into the output directory of `args`; `known` are arguments of `model_card`."""
+    directory = Path(args.output_dir or ".")
+    known["model_name"] = known.get("model_name") or directory.name or "model"
+    known["hub_id"] = known.get("hub_id") or args.hub_model_id or directory.name
+    ModelCard(model_card(args, judge_config, **known)).save(str(directory / "README.md"))
+
+
+def model_card(
+    args: TRACTConfig | None,
     judge_config: JudgeConfig | None,
     *,
     base_model: str | None,
-    model_name: str | None,
-    dataset_name: str | None,
-    tags: Sequence[str],
-    metrics: Mapping[str, Any],
+    model_name: str,
+    hub_id: str,
+    dataset_name: str | None = None,
+    tags: Sequence[str] = (),
+    metrics: Mapping[str, Any] | None = None,
     rows: TrainingRows | None = None,
     adapter: Any = None,
-) -> None:
-    """Write `README.md` into the output directory of `args`.
+) -> str:
+    """The card's text.
 
     Args:
-        args: The run's settings.
+        args: The run's settings; None for a judge of which no more than its weights is known.
         judge_config: Grid and marker, where they are known.
         base_model: Hub id or directory of the seed model; a directory stays out of the card's metadata.
         model_name: Title of the card.
+        hub_id: Where the quick start loads the judge from.
         dataset_name: Hub id of the training rows.
         tags: Hub tags.
         metrics: The last evaluation's log entry; empty without one.
@@ -185,26 +195,31 @@ def write_model_card(
         tags=["generated_from_trainer", "llm-as-a-judge", *tags],
     )
     prompt = rows.prompt if len(rows.rendered or "") <= PROMPT_CHARACTERS else None
-    code = _QUICK_START.format(
-        path=python_literal(args.hub_model_id or Path(args.output_dir or ".").name), prompt=python_literal(prompt)
-    )
-    text = _TEMPLATE.format(
+    code = _QUICK_START.format(path=python_literal(hub_id), prompt=python_literal(prompt))
+    marker = args.score_marker if args else judge_config.format.marker if judge_config else "see tract_config.json"
+    settings = [*_setting_lines(args, _SETTINGS), *_setting_lines(adapter, _ADAPTER_SETTINGS)]
+    return _TEMPLATE.format(
         metadata=metadata.to_yaml(),
-        title=plain_line(model_name or Path(args.output_dir or "model").name),
+        title=plain_line(model_name),
         writes="writes a rationale and then a score"
         if judge_config is None or judge_config.writes_rationale
         else "scores without a rationale",
         grid=some_scores(judge_config.grid.texts) if judge_config else "see tract_config.json",
-        marker=code_span(args.score_marker),
+        marker=code_span(marker),
         base_model=code_span(on_hub or (Path(base_model).name if base_model else "unknown")),
         quick_start=fenced(code, "python"),
-        evaluation=_given_rationales(metrics),
-        data=_row_lines(rows, dataset_name),
-        settings="\n".join([*_setting_lines(args, _SETTINGS), *_setting_lines(adapter, _ADAPTER_SETTINGS)]),
+        evaluation=_given_rationales(metrics or {}),
+        data=_row_lines(rows, dataset_name) if args else "Not known here.",
+        settings="\n".join(settings) or "Not known here.",
         versions=", ".join([f"trl-tract {__version__}", *(f"{name} {version(name)}" for name in _PACKAGES)]),
         prompt=_prompt_section(rows),
     )
-    ModelCard(text).save(str(Path(args.output_dir or ".") / "README.md"))
+
+
+def with_hub_id(text: str, hub_id: str) -> str:
+    """A card whose quick start loads the judge from `hub_id`; whatever else is in it stays."""
+    loading = r"(CoTRAILJudge\.from_pretrained\()(['\"])[^'\"\n]*\2"
+    return re.sub(loading, lambda found: f"{found.group(1)}{python_literal(hub_id)}", text, count=1)
 
 
 def add_evaluation(
@@ -342,7 +357,9 @@ def _share(count: int, total: int) -> str:
 
 def _prompt_section(rows: TrainingRows) -> str:
     if rows.rendered is None:
-        return "The rows came tokenised, or as a stream: how prompts were written is not known here."
+        return (
+            "How the prompts of the training rows were written is not known here: they came tokenised, or as a stream."
+        )
     shown = excerpt(rows.rendered, PROMPT_CHARACTERS)
     cut = f", the first {shown.shown:,} of {shown.length:,} characters" if shown.is_cut else ""
     return (

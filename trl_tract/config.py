@@ -104,6 +104,14 @@ class TRACTConfig(SFTConfig):
         },
     )
 
+    hub_private_repo: bool | None = field(
+        default=True,
+        metadata={
+            "help": "With `push_to_hub`: whether a repository that is made for the model is private. None: what the "
+            "account has as its default, which may be public. A repository that exists stays as it is."
+        },
+    )
+
     def __post_init__(self) -> None:
         """Check the fields of TRACT, then SFTConfig's own."""
         if not torch.accelerator.is_available():
@@ -157,14 +165,18 @@ class TRACTConfig(SFTConfig):
         """Take over what the user passed to the trainer as `args`.
 
         Args:
-            args: A TRACTConfig (returned as it is), a plain SFTConfig or TrainingArguments (field by field), or None.
+            args: A TRACTConfig (returned as it is), a plain SFTConfig or TrainingArguments (field by field; where they
+                leave open whether a new repository on the hub is private, it is), or None.
             model_name: Names the output directory when there are no `args`: `<model_name>-TRACT`.
         """
         if args is None:
             return cls(f"{model_name}-TRACT")
         if isinstance(args, cls):
             return args
-        return cls(**field_values(args))
+        fields = field_values(args)
+        if fields.get("hub_private_repo") is None:
+            fields["hub_private_repo"] = True
+        return cls(**fields)
 
 
 def field_values(args: TrainingArguments) -> dict[str, Any]:

@@ -157,20 +157,23 @@ class CoTSelfDistill:
         self._stated_score = stated_score(self.grid.texts)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, backend: Backend | None = None, **settings: Any) -> "CoTSelfDistill":
+    def from_pretrained(
+        cls, path: str | Path, backend: Backend | None = None, *, revision: str | None = None, **settings: Any
+    ) -> "CoTSelfDistill":
         """The stage-one model at `path`, with the grid and the format that it was trained with.
 
         Args:
             path: Model or adapter directory, or hub id, with a `tract_config.json`.
             backend: What generates; `TransformersBackend(path)` by default.
+            revision: Branch, tag or commit of a hub id; a `backend` of your own is loaded at its own.
             **settings: Other arguments of the class.
         """
-        config = JudgeConfig.load(path)
+        config = JudgeConfig.load(path, revision)
         config.check_single_score(path)
         if not config.writes_rationale:
             raise ValueError(f"{path} was trained with drop_rationale=True, so it has no rationales to write")
         return cls(
-            backend or TransformersBackend(str(path)),
+            backend or TransformersBackend(str(path), revision=revision),
             score_values=dict(zip(config.grid.texts, config.grid.values, strict=True)),
             completion_format=config.format,
             **settings,
@@ -222,6 +225,28 @@ class CoTSelfDistill:
         directory = Path(output_dir)
         finished = self._distill(JsonlRows(Path(data)), directory, shard)
         return directory / "rows.jsonl" if finished else None
+
+    @staticmethod
+    def push_to_hub(output_dir: str | Path, repo_id: str, **options: Any) -> str:
+        """Upload the rows of a finished self-distillation as a dataset, with a card that says how they came about.
+
+        Args:
+            output_dir: What `distill` was given. `rows.jsonl` and `summary.json` are uploaded.
+            repo_id: `user/name`; made if it does not exist.
+            **options: `source`, hub id or words for where the annotated rows come from; `model`, hub id of the model
+                that wrote the rationales; `license`, which is yours to choose, and none by default; `private`, True
+                unless you say otherwise; `token`, `revision` (a branch) and `commit_message`.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            FileNotFoundError: The self-distillation is not finished.
+            ValueError: The repository exists and is public, and `private=False` was not given.
+        """
+        from trl_tract.hub import push_rows
+
+        return push_rows(Path(output_dir), repo_id, **options)
 
     def _distill(self, rows: Rows, directory: Path, shard: Shard | None) -> bool:
         settings = {**self._settings(), "rows_digest": digest(self._checked(rows))}

@@ -145,27 +145,34 @@ class CoTRAILJudge:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, backend: Backend | str = "transformers", *, recalibrate: bool = False, **settings: Any
+        cls,
+        path: str | Path,
+        backend: Backend | str = "transformers",
+        *,
+        revision: str | None = None,
+        recalibrate: bool = False,
+        **settings: Any,
     ) -> "CoTRAILJudge":
         """Load a judge that TRACTTrainer saved, with the grid and the format that it was trained with.
 
         Args:
             path: Model or adapter directory, or hub id, with a `tract_config.json`.
             backend: A backend, or `transformers`.
+            revision: Branch, tag or commit of a hub id; a `backend` of your own is loaded at its own.
             recalibrate: Apply the recalibration that was saved there: see `recalibration.Recalibration`.
             **settings: Other arguments of the class.
 
         Raises:
             FileNotFoundError: No `tract_config.json` there; or, with `recalibrate`, no `tract_calibration.json`.
         """
-        config = JudgeConfig.load(path)
+        config = JudgeConfig.load(path, revision)
         config.check_single_score(path)
         if recalibrate:
-            settings["recalibration"] = Recalibration.load(path)
+            settings["recalibration"] = Recalibration.load(path, revision)
         if isinstance(backend, str):
             if backend != "transformers":
                 raise ValueError(f"backend={backend!r} is unknown: give 'transformers' or a backend object")
-            backend = TransformersBackend(str(path))
+            backend = TransformersBackend(str(path), revision=revision)
         judge = cls(
             backend,
             score_values=dict(zip(config.grid.texts, config.grid.values, strict=True)),
@@ -221,6 +228,31 @@ class CoTRAILJudge:
             judgements[i].pruned_mass = float(found.pruned_mass[mine].mean())
             judgements[i].error_bound = float(self._error_bounds(found)[mine].mean())
         return judgements
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the judge: its weights or adapter, tokenizer, `tract_config.json`, recalibration and a card.
+
+        Nothing else of its directory goes with them: no checkpoints, logs or training arguments. A judge whose model
+        came loaded is saved first.
+
+        Args:
+            repo_id: `user/name`; made if it does not exist.
+            **options: `base_model`, hub id of an adapter's base where it was trained on a directory; `private`, True
+                unless you say otherwise; `token`, `revision` (a branch) and `commit_message`.
+
+        Returns:
+            The repository's address. `CoTRAILJudge.from_pretrained(repo_id)` loads it.
+
+        Raises:
+            ValueError: The repository exists and is public, and `private=False` was not given; the adapter's base is a
+                directory; or the weights are not in this process.
+        """
+        from trl_tract.hub import push_judge
+
+        if not (self.grid.token_ids or self.grid.paths):  # nothing was judged yet
+            self._check_grid([{"role": "user", "content": ""}] if self.backend.tokenizer.chat_template else "")
+        config = JudgeConfig(self.grid, self.format, self.normalize_grid, writes_rationale=self.writes_rationale)
+        return push_judge(self.backend, config, repo_id, recalibration=self.recalibration, **options)
 
     def score_rationales(self, prompts: Sequence[Prompt], rationales: Sequence[str]) -> NDArray[np.float64]:
         """Probabilities of the grid's scores behind given rationales, `(len(prompts), K)`."""

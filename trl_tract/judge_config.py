@@ -61,14 +61,14 @@ class JudgeConfig:
         (Path(directory) / FILE_NAME).write_text(text, encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | Path) -> "JudgeConfig":
-        """Read `tract_config.json` of a model directory or hub id.
+    def load(cls, path: str | Path, revision: str | None = None) -> "JudgeConfig":
+        """Read `tract_config.json` of a model directory or hub id, there at `revision`.
 
         Raises:
             FileNotFoundError: There is none: the model was not trained by TRACTTrainer, or is somewhere else.
             ValueError: It cannot be read.
         """
-        file = find_config(path)
+        file = find_config(path, revision)
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
             grid = ScoreGrid(
@@ -91,8 +91,8 @@ class JudgeConfig:
             raise ValueError(f"{file} cannot be read as {FILE_NAME}: {error!r}. Save the model again") from error
 
 
-def find_config(path: str | Path) -> Path:
-    """The `tract_config.json` of a model directory or hub id."""
+def find_config(path: str | Path, revision: str | None = None) -> Path:
+    """The `tract_config.json` of a model directory or hub id, there at `revision`."""
     if Path(path).is_dir():
         file = Path(path) / FILE_NAME
         if file.is_file():
@@ -104,9 +104,11 @@ def find_config(path: str | Path) -> Path:
         from transformers.utils import cached_file
 
         try:
-            found = cached_file(str(path), FILE_NAME)
+            found = cached_file(str(path), FILE_NAME, revision=revision)
         except OSError as error:
-            raise FileNotFoundError(_no_config(f"no {FILE_NAME} at {path}")) from error
+            raise FileNotFoundError(
+                _no_config(f"no {FILE_NAME} at {path}{f', revision {revision}' if revision else ''}")
+            ) from error
         return Path(str(found))
     raise FileNotFoundError(_no_config(missing))
 

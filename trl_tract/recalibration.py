@@ -110,14 +110,14 @@ class Recalibration:
         return file
 
     @classmethod
-    def load(cls, path: str | Path) -> Recalibration:
-        """Read the recalibration of a judge's directory or hub id.
+    def load(cls, path: str | Path, revision: str | None = None) -> Recalibration:
+        """Read the recalibration of a judge's directory or hub id, there at `revision`.
 
         Raises:
             FileNotFoundError: There is none: nobody has fitted and saved one.
             ValueError: It cannot be read.
         """
-        file = _find(path)
+        file = _find(path, revision)
         try:
             saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             count = int(saved.pop("n"))
@@ -249,7 +249,7 @@ def _least_squares(predicted: Floats, gold: Floats) -> tuple[float, float]:
     return slope, float(gold.mean() - slope * predicted.mean())
 
 
-def _find(path: str | Path) -> Path:
+def _find(path: str | Path, revision: str | None) -> Path:
     advice = "Fit one on held-out judgements and save it there: Recalibration.fit(...).save(directory)"
     if Path(path).is_dir():
         file = Path(path) / FILE_NAME
@@ -259,6 +259,6 @@ def _find(path: str | Path) -> Path:
     from transformers.utils import cached_file
 
     try:
-        return Path(str(cached_file(str(path), FILE_NAME)))
+        return Path(str(cached_file(str(path), FILE_NAME, revision=revision)))
     except OSError as error:
         raise FileNotFoundError(f"no {FILE_NAME} at {path}. {advice}") from error

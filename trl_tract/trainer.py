@@ -351,6 +351,12 @@ class TRACTTrainer(SFTTrainer):
         if self.args.should_save and self.judge_config is not None:
             self.judge_config.save(output_dir or self.args.output_dir)
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The host pushes the output directory before anything but weights and tokenizer has been saved there.
+        if self.args.should_save and self.judge_config is not None:
+            self.judge_config.save(self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
@@ -362,6 +368,7 @@ class TRACTTrainer(SFTTrainer):
                 self.judge_config,
                 base_model=getattr(self.model.config, "_name_or_path", None),
                 model_name=model_name,
+                hub_id=self.hub_model_id,
                 dataset_name=dataset_name,
                 tags=[*self._tag_names, *tags],
                 metrics=next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {}),

@@ -19,6 +19,7 @@ def load(
     dtype: torch.dtype | str | None,
     device: torch.device | str | None,
     merge_adapter: bool,
+    revision: str | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Load `model_id` in evaluation mode, and its tokenizer unless one is given.
 
@@ -28,23 +29,28 @@ def load(
         dtype: None: the checkpoint's own.
         device: None: this process's accelerator, or else the CPU.
         merge_adapter: Add the adapter to the weights.
+        revision: Branch, tag or commit of `model_id` on the hub; an adapter's base has the one that the adapter names.
 
     Raises:
         ValueError: An adapter does not say which base model it belongs to.
     """
     device = _own_device() if device is None else device
-    adapter = adapter_config(model_id)
+    adapter = adapter_config(model_id, revision)
     base_id = model_id if adapter is None else str(adapter.base_model_name_or_path)
     if tokenizer is None:
-        tokenizer = load_tokenizer(tokenizer_id(model_id, base_id))
+        tokenizer = _tokenizer_of(model_id, base_id, adapter, revision)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        base_id, dtype=dtype or "auto", device_map=torch.device(device), trust_remote_code=False
+        base_id,
+        dtype=dtype or "auto",
+        device_map=torch.device(device),
+        trust_remote_code=False,
+        revision=_base_revision(adapter, revision),
     )
     if adapter is not None:
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             # Tokens added in training: the adapter's embedding rows only fit a base that has them.
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        model = PeftModel.from_pretrained(model, model_id)
+        model = PeftModel.from_pretrained(model, model_id, revision=revision)
         if merge_adapter:
             model = model.merge_and_unload()
     model.eval()
@@ -75,36 +81,51 @@ def _own_device() -> torch.device:
     return torch.device(current.type, int(local_rank))
 
 
-def adapter_config(model_id: str) -> PeftConfig | None:
+def adapter_config(model_id: str, revision: str | None = None) -> PeftConfig | None:
     """The configuration of an adapter; None for a full model.
 
     Raises:
         ValueError: The adapter does not say which base model it belongs to.
     """
-    if find_adapter_config_file(model_id) is None:
+    if find_adapter_config_file(model_id, revision=revision) is None:
         return None
-    config = PeftConfig.from_pretrained(model_id)
+    config = PeftConfig.from_pretrained(model_id, revision=revision)
     if not config.base_model_name_or_path:
         raise ValueError(f"{model_id}/adapter_config.json names no base model: set base_model_name_or_path in it")
     return config
 
 
-def tokenizer_id(model_id: str, base_id: str) -> str:
+def tokenizer_id(model_id: str, base_id: str, revision: str | None = None) -> str:
     """Where the tokenizer of a model is: an adapter's own if it has one, else its base's."""
-    return model_id if model_id == base_id or _has_tokenizer(model_id) else base_id
+    return model_id if model_id == base_id or _has_tokenizer(model_id, revision) else base_id
 
 
-def _has_tokenizer(model_id: str) -> bool:
+def _has_tokenizer(model_id: str, revision: str | None) -> bool:
     found = cached_file(
         model_id,
         "tokenizer_config.json",
+        revision=revision,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
     return found is not None
 
 
-def load_tokenizer(model_id: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_id: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory or hub id."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        model_id, trust_remote_code=False, revision=revision
+    )
     return tokenizer
+
+
+def _base_revision(adapter: PeftConfig | None, revision: str | None) -> str | None:
+    """The revision of the weights: of a full model the one asked for, of an adapter's base the one it names."""
+    return revision if adapter is None else adapter.revision
+
+
+def _tokenizer_of(
+    model_id: str, base_id: str, adapter: PeftConfig | None, revision: str | None
+) -> PreTrainedTokenizerBase:
+    location = tokenizer_id(model_id, base_id, revision)
+    return load_tokenizer(location, revision if location == model_id else _base_revision(adapter, revision))

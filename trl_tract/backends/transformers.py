@@ -62,6 +62,7 @@ class TransformersBackend:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         merge_adapter: bool = False,
+        revision: str | None = None,
     ) -> None:
         """Load a model, or take a loaded one.
 
@@ -75,22 +76,23 @@ class TransformersBackend:
                 its own, else the CPU.
             merge_adapter: Add a loaded adapter into its base's weights. Decodes faster, but the sum is rounded to the
                 weights' 16 bits, so scores move a little against the unmerged adapter. No effect on a full model.
+            revision: Branch, tag or commit of the model on the hub; the newest on its main branch by default.
 
         Raises:
-            ValueError: `batch_size` below 1; `dtype`, `device` or `merge_adapter` given with a loaded model; an
-                encoder-decoder; no tokenizer to be found; an adapter that does not name its base.
+            ValueError: `batch_size` below 1; `dtype`, `device`, `merge_adapter` or `revision` given with a loaded
+                model; an encoder-decoder; no tokenizer to be found; an adapter that does not name its base.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be 1 or more")
         self.model: Any
         if isinstance(model, str | PathLike):
             self.model_id = fspath(model)
-            self.model, self.tokenizer = load(self.model_id, tokenizer, dtype, device, merge_adapter)
+            self.model, self.tokenizer = load(self.model_id, tokenizer, dtype, device, merge_adapter, revision)
         else:
-            if dtype is not None or device is not None or merge_adapter:
+            if dtype is not None or device is not None or merge_adapter or revision is not None:
                 raise ValueError(
-                    "dtype, device and merge_adapter apply to a model that is loaded here; this one is loaded already: "
-                    "convert, move or merge it before handing it in"
+                    "dtype, device, merge_adapter and revision apply to a model that is loaded here; this one is "
+                    "loaded already: convert, move or merge it before handing it in"
                 )
             origin = str(model.config.name_or_path)
             self.model = model

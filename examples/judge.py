@@ -1,0 +1,57 @@
+"""Score rows with a trained judge, and compare with their gold scores where they have some.
+
+    python examples/judge.py \
+        --model judge \
+        --dataset_name trl_tract/demo \
+        --output_file judged.jsonl \
+        --max_new_tokens 256
+
+`trl-tract judge` does the same for long runs: it survives being killed, and shares the rows among processes.
+"""
+
+import json
+from dataclasses import dataclass, field
+
+from datasets import load_dataset
+from trl import ScriptArguments, TrlParser
+
+from trl_tract import CoTRAILJudge, TransformersBackend, score_report
+
+
+@dataclass
+class JudgeArguments:
+    model: str = field(metadata={"help": "The judge or its adapter: directory or hub id."})
+    output_file: str = field(metadata={"help": "Receives a line of JSON for each row: score, rationales, error."})
+    num_generations: int = field(default=1, metadata={"help": "Rationales for each row; their scores are averaged."})
+    max_new_tokens: int = field(default=1024, metadata={"help": "Tokens a rationale may have."})
+    batch_size: int = field(default=8, metadata={"help": "Rationales that are written at once."})
+
+
+def main(script_args: ScriptArguments, args: JudgeArguments) -> None:
+    rows = load_dataset(script_args.dataset_name, name=script_args.dataset_config, split=script_args.dataset_test_split)
+
+    judge = CoTRAILJudge.from_pretrained(
+        args.model,
+        TransformersBackend(args.model, batch_size=args.batch_size),
+        num_generations=args.num_generations,
+        max_new_tokens=args.max_new_tokens,
+    )
+    judgements = judge.judge(list(rows))
+
+    with open(args.output_file, "w", encoding="utf-8") as file:
+        for judgement in judgements:
+            file.write(json.dumps(judgement.to_dict()) + "\n")
+
+    # An item that could not be scored has an error that says why, and NaN for a score: never a guess.
+    scored = [judgement for judgement in judgements if judgement.error is None]
+    print(f"{len(scored)} of {len(judgements)} rows have a score; all are in {args.output_file}")
+    if "score" in rows.column_names:
+        print(score_report([judgement.score for judgement in judgements], rows["score"]))
+
+
+def make_parser() -> TrlParser:
+    return TrlParser((ScriptArguments, JudgeArguments))
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())
