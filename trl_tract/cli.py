@@ -179,7 +179,7 @@ def _demo(arguments: Sequence[str]) -> None:
     from trl_tract.demo.run import run_demo
 
     (args,) = _parse("demo", (DemoArguments,), arguments)
-    run_demo(args.output_dir, full=args.full, seed=args.seed, model=args.model)
+    run_demo(args.output_dir, full=args.full, seed=args.seed, model=args.model, scale=args.scale)
 
 
 def _is_first_process() -> bool:

