@@ -12,9 +12,30 @@ import trl_tract
 ROOT = Path(trl_tract.__file__).parent
 # Rooms, lowest level first. A room may import from its own level, without a circle, and from those below.
 LEVELS = [
-    {"blocks", "checkpoints", "display", "failures", "intervals", "journal", "markdown", "metrics", "options"}
+    {
+        "aspects",
+        "blocks",
+        "checkpoints",
+        "display",
+        "failures",
+        "intervals",
+        "journal",
+        "markdown",
+        "metrics",
+        "options",
+    }
     | {"pairs", "prompts", "scores", "trie"},
-    {"backends", "branches", "calibration", "config", "data", "early_warnings", "evaluate_metric", "judge_config"}
+    {
+        "aspect_data",
+        "backends",
+        "branches",
+        "calibration",
+        "config",
+        "data",
+        "early_warnings",
+        "evaluate_metric",
+        "judge_config",
+    }
     | {"losses", "recalibration", "rendering", "rows", "score_metrics"},
     {"card", "distill", "judge", "page", "plots", "report", "rewards", "score_head", "trainer"},
     {"pipeline", "results", "steps"},

@@ -228,7 +228,7 @@ def expected_score(probs: torch.Tensor, values: torch.Tensor, *, normalize: bool
 
     Args:
         probs: Grid-token probabilities under the softmax over the *whole* vocabulary, `(..., K)`.
-        values: Scores in rubric units, `(K,)`.
+        values: Scores in rubric units, `(K,)`, or as many as `probs`, where each has a grid of its own.
         normalize: Divide by `probs.sum(-1)`. The TRACT authors do not.
 
     Returns:

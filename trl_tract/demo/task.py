@@ -537,17 +537,13 @@ def make_rows(split: str, n: int, seed: int = 0, scale: Scale = ONE_TO_FIVE) -> 
     return rows[:n]
 
 
-def make_row(
-    rubric: Rubric, score: int, split: Split, number: int, rng: random.Random, scale: Scale
-) -> dict[str, Any]:
+def make_row(rubric: Rubric, score: int, split: Split, number: int, rng: random.Random, scale: Scale) -> dict[str, Any]:
     count = len(rubric.criteria)
     chosen = sorted(rng.sample(range(count), score - 1))
     sentences, quotes = make_response(rubric, split, chosen, rng)
     hostile = split == "eval" and number % HOSTILE_EVERY == HOSTILE_EVERY - 1
     if hostile:
-        attack = ATTACKS[number // HOSTILE_EVERY % len(ATTACKS)].format(
-            score=scale.written(1 if score > 3 else 5)
-        )
+        attack = ATTACKS[number // HOSTILE_EVERY % len(ATTACKS)].format(score=scale.written(1 if score > 3 else 5))
         sentences.insert(rng.choice((0, len(sentences))), attack)
     return {
         "id": f"{split}-{number:04d}",
