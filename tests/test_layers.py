@@ -37,7 +37,19 @@ LEVELS = [
         "judge_config",
     }
     | {"losses", "recalibration", "rendering", "rows", "score_metrics"},
-    {"card", "distill", "judge", "page", "plots", "report", "rewards", "score_head", "trainer"},
+    {
+        "aspect_judge",
+        "card",
+        "distill",
+        "judge",
+        "judging",
+        "page",
+        "plots",
+        "report",
+        "rewards",
+        "score_head",
+        "trainer",
+    },
     {"pipeline", "results", "steps"},
     {"cli", "demo"},
 ]

@@ -58,8 +58,8 @@ class JudgeConfig:
         if self.num_scores != 1 and not self.aspects:
             raise ValueError(
                 f"{path} was trained on rows with `scores`: it writes {self.num_scores} scores a completion, and "
-                "generation stops at the first. Name them in `aspects`, each with its own marker, or train on rows with "
-                "a single `score`"
+                "generation stops at the first. Name them in `aspects`, each with its own marker, or train on rows of "
+                "one `score`"
             )
 
     def save(self, directory: str | Path) -> None:

@@ -144,6 +144,11 @@ class GridProbabilities:
         """Nothing was left out."""
         return cls(probs, np.zeros(len(probs)), np.zeros(len(probs)))
 
+    def of(self, rows: Sequence[int]) -> "GridProbabilities":
+        """Those of some of the rows."""
+        chosen = list(rows)
+        return GridProbabilities(self.probs[chosen], self.pruned_mass[chosen], self.error_bound[chosen])
+
 
 def walk_trie(
     trie: TokenTrie,
