@@ -91,7 +91,7 @@ def _train(arguments: Sequence[str]) -> None:
 def _distill(arguments: Sequence[str]) -> None:
     from pathlib import Path
 
-    from trl_tract.distill import read_summary
+    from trl_tract.distill_summary import read_summary
     from trl_tract.steps import DistillStep
 
     rows, generation, worker = _parse("distill", (DistillArguments, GenerationArguments, WorkerArguments), arguments)
