@@ -118,6 +118,8 @@ def _judge(arguments: Sequence[str]) -> None:
         "num_generations": generation.num_generations,
         "decision": rows.decision,
     }
+    if rows.decision == "quantile":
+        settings["quantile"] = rows.quantile
     step = JudgeStep(
         rows.model,
         rows.data,
@@ -137,8 +139,8 @@ def _report(arguments: Sequence[str]) -> None:
     from pathlib import Path
 
     from trl_tract.report import compare, score_report
-    from trl_tract.results import item_groups, judged_grid, judged_items
-    from trl_tract.steps import check_same_items, count_errors, mean_grid_mass, read_judgements
+    from trl_tract.results import item_groups, judged_grid, judged_items, page_file, with_aspect
+    from trl_tract.steps import check_same_items, count_errors, judged_aspects, mean_grid_mass, read_judgements
 
     # `report A B` is short for `report --judgements A B`.
     named = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
@@ -149,30 +151,37 @@ def _report(arguments: Sequence[str]) -> None:
     folders = [args.judgements] if isinstance(args.judgements, str) else args.judgements
     if len(folders) > 2:
         raise ValueError(f"{len(folders)} directories were given: one is reported on, two are compared")
-    judged = [read_judgements(Path(folder)) for folder in folders]
-    if len(folders) == 2:
-        check_same_items(judged[0], judged[1], folders)
-    groups = item_groups(judged[0]["records"])
-    grid = args.score_values or judged_grid(Path(folders[0]))
-    options: dict[str, Any] = {"groups": groups, "n_bootstrap": args.n_bootstrap, "grid": grid}
-    reports = [score_report(each["score"], each["reference"], **options) for each in judged]
-    for folder, each, report in zip(folders, judged, reports, strict=True):
-        mass = mean_grid_mass(each)
-        print(f"{folder} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})")
-        print(report)
-        _print_errors(count_errors(each["records"]))
-        print()
-    if len(folders) == 2:
-        a, b = judged
-        print(f"a: {folders[0]}, b: {folders[1]}")
-        print(compare(a["score"], b["score"], a["reference"], **options))
-    if args.html:
-        from trl_tract.page import write_page
+    aspects = [judged_aspects(Path(folder)) for folder in folders]
+    if aspects[0] != aspects[-1]:
+        named = [", ".join(aspect or "one score" for aspect in of) for of in aspects]
+        raise ValueError(
+            f"{folders[0]} has judgements of {named[0]}, {folders[1]} of {named[1]}: they cannot be compared"
+        )
+    for aspect in aspects[0]:
+        judged = [read_judgements(Path(folder), aspect) for folder in folders]
+        if len(folders) == 2:
+            check_same_items(judged[0], judged[1], folders)
+        groups = item_groups(judged[0]["records"])
+        grid = args.score_values or judged_grid(Path(folders[0]), aspect)
+        options: dict[str, Any] = {"groups": groups, "n_bootstrap": args.n_bootstrap, "grid": grid}
+        reports = [score_report(each["score"], each["reference"], **options) for each in judged]
+        for folder, each, report in zip(folders, judged, reports, strict=True):
+            mass = mean_grid_mass(each)
+            print(f"{with_aspect(folder, aspect)} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})")
+            print(report)
+            _print_errors(count_errors(each["records"]))
+            print()
+        if len(folders) == 2:
+            a, b = judged
+            print(f"a: {with_aspect(folders[0], aspect)}, b: {with_aspect(folders[1], aspect)}")
+            print(compare(a["score"], b["score"], a["reference"], **options))
+        if args.html:
+            from trl_tract.page import write_page
 
-        others = {folder: (Path(folder), report) for folder, report in zip(folders[1:], reports[1:], strict=True)}
-        items = judged_items(Path(folders[0]), reports[0], data=args.data, others=others)
-        page, *pictures = write_page(items, args.html)
-        print(f"The page is {page}; its {len(pictures)} pictures are in {page.stem}-plots beside it")
+            others = {folder: (Path(folder), report) for folder, report in zip(folders[1:], reports[1:], strict=True)}
+            items = judged_items(Path(folders[0]), reports[0], data=args.data, others=others, aspect=aspect)
+            page, *pictures = write_page(items, page_file(Path(args.html), aspect))
+            print(f"The page is {page}; its {len(pictures)} pictures are in {page.stem}-plots beside it")
 
 
 def _demo(arguments: Sequence[str]) -> None:

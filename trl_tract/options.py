@@ -153,8 +153,12 @@ class JudgeArguments:
         default="mean",
         metadata={
             "help": "How score probabilities become a score.",
-            "choices": ["mean", "median", "mode", "sampled"],
+            "choices": ["mean", "median", "mode", "sampled", "quantile"],
         },
+    )
+    quantile: float = field(
+        default=0.5,
+        metadata={"help": "With --decision quantile: the score at or below which this share of the distribution lies."},
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trl_tract.aspects import Aspect, aspect_scores, locate_aspects
 from trl_tract.journal import read_jsonl
 from trl_tract.prompts import (
     Row,
@@ -49,7 +50,7 @@ class Item:
     converted: bool = False
 
 
-def load_items(source: str, grid: ScoreGrid, marker: str) -> list[Item]:
+def load_items(source: str, grid: ScoreGrid, marker: str, aspects: Sequence[Aspect] = ()) -> list[Item]:
     """Read judge items from a JSONL or JSON file, or a hub dataset.
 
     Raises:
@@ -59,7 +60,7 @@ def load_items(source: str, grid: ScoreGrid, marker: str) -> list[Item]:
     items: list[Item] = []
     for number, record in enumerate(read_records(source)):
         try:
-            items.append(read_item(record, grid, marker))
+            items.append(read_item(record, grid, marker, aspects))
         except (ScoreNotFoundError, KeyError, TypeError) as error:
             reason = f"column {error} is missing" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{source}, row {number}: {reason}") from error
@@ -90,9 +91,11 @@ def read_records(source: str) -> Iterable[Mapping[str, Any]]:
     return load_dataset(source, split="train")  # type: ignore[no-any-return]
 
 
-def read_item(record: Mapping[str, Any], grid: ScoreGrid, marker: str) -> Item:
+def read_item(record: Mapping[str, Any], grid: ScoreGrid, marker: str, aspects: Sequence[Aspect] = ()) -> Item:
     """Turn a record of any schema that is understood into an item."""
     columns = set(record)
+    if aspects:
+        return _read_aspect_item(record, aspects)
     if {"instruction", "gpt4_score", "gpt4_feedback"} <= columns:
         reference = prometheus_eval_reference(record)
         return Item(reference["group"], tuple(from_prometheus_eval(record, marker=marker)), reference, converted=True)
@@ -113,6 +116,27 @@ def read_item(record: Mapping[str, Any], grid: ScoreGrid, marker: str) -> Item:
         reference = {**{name: row[name] for name in row if name != "completion"}, "score": score, "group": group}
         return Item(group, () if completion is None else (row,), reference)
     raise ValueError(f"the columns {', '.join(sorted(columns))} are not understood. Understood are: {UNDERSTOOD}")
+
+
+def _read_aspect_item(record: Mapping[str, Any], aspects: Sequence[Aspect]) -> Item:
+    """An item whose gold scores are one for each aspect: those in `scores`, or in its completion."""
+    if not set(record) & {"prompt", "messages", "conversations"}:
+        raise ValueError(
+            f"the columns {', '.join(sorted(record))} are not understood with several aspects: give prompt, completion "
+            "and scores"
+        )
+    row = as_prompt_completion(record)
+    completion = row.get("completion")
+    golds = aspect_scores(row.get("scores"), aspects)
+    if golds is None:
+        if completion is None:
+            raise ValueError("the row has a prompt, but neither a completion nor scores")
+        spans = locate_aspects(completion_text(completion), aspects)
+        golds = [aspect.grid.value_of(span.text) for aspect, span in zip(aspects, spans, strict=True)]
+    scores = {aspect.name: gold_score(gold) for aspect, gold in zip(aspects, golds, strict=True)}
+    group = str(row.get("group") or json.dumps(row["prompt"]))
+    reference = {**{name: row[name] for name in row if name != "completion"}, "scores": scores, "group": group}
+    return Item(group, () if completion is None else (row,), reference)
 
 
 def split_items(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
