@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import WORDS, make_model, make_tokenizer, make_trainer
+from peft import LoraConfig, get_peft_model
 from test_trie import GRIDS, written_rows
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, MambaConfig, MistralConfig, Qwen3Config
 
@@ -73,6 +74,55 @@ def oracle(model: Any, tokenizer: Any, grid: ScoreGrid, rows: list[dict[str, Any
         squared_error = (expected - sum(row["score"]) / 2) ** 2
         terms.append(squared_error - sum(scores[grid.values.index(value)] for value in row["score"]) / 2)
     return torch.stack(terms).mean()
+
+
+def backward_by_score(model: Any, tokenizer: Any, grid: ScoreGrid, row: dict[str, Any]) -> torch.Tensor:
+    """`oracle` of one row, with its gradients left in the model: for grids so long that no graph holds all passes.
+
+    The chain rule by hand: the loss in the log-probabilities of the scores, and each of those in the weights.
+    """
+    before = row["prompt"] + row["completion"][: row["completion"].index(MARKER) + len(MARKER)] + " "
+    start, ids, stops = written_rows(tokenizer, grid.texts, before)
+
+    def logprob(k: int) -> torch.Tensor:
+        hidden = model.base_model(torch.tensor([ids[k]]), use_cache=False).last_hidden_state[
+            0, start - 1 : stops[k] - 1
+        ]
+        steps = model.get_output_embeddings()(hidden).log_softmax(-1)
+        assert steps.dtype == torch.float64
+        return steps[range(stops[k] - start), ids[k][start : stops[k]]].sum()
+
+    with torch.no_grad():
+        logprobs = torch.stack([logprob(k) for k in range(len(grid))])
+    logprobs.requires_grad_()
+    expected = (logprobs.exp() * torch.tensor(grid.values, dtype=torch.float64)).sum()
+    annotators = sum(logprobs[grid.values.index(value)] for value in row["score"]) / 2
+    loss = (expected - sum(row["score"]) / 2) ** 2 - annotators
+    (slopes,) = torch.autograd.grad(loss, logprobs)
+    for k, slope in enumerate(slopes):
+        (slope * logprob(k)).backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("vocabulary", ["splitting", "merging", "mistral"])
+def test_gradients_of_0_to_100_equal_one_forward_per_score(tmp_path, vocabularies, vocabulary):
+    tokenizer, grid = vocabularies[vocabulary], GRIDS["0 to 100"]
+    (row,) = rows = make_rows(grid, 1, seed=3)
+    trainer = make_trainer(
+        tmp_path,
+        rows,
+        model=make_model(vocab=len(tokenizer)),
+        tokenizer=tokenizer,
+        rationale_weight=0.0,
+        **settings_of(grid),
+    )
+    assert trainer.score_grid.paths
+    loss = loss_of(trainer)
+    loss.backward()
+    model = make_model(vocab=len(tokenizer)).double()
+    wanted = backward_by_score(model, tokenizer, grid, row)
+    torch.testing.assert_close(loss.detach().double(), wanted, rtol=1e-5, atol=0)
+    assert_same_gradients(gradients(trainer.model), gradients(model))
 
 
 def settings_of(grid: ScoreGrid) -> dict[str, Any]:
@@ -139,6 +189,32 @@ def test_score_terms_and_gradients_equal_one_forward_per_score(
     wanted.backward()
     torch.testing.assert_close(loss.detach().double(), wanted.detach(), rtol=1e-5, atol=0)
     assert_same_gradients(gradients(trainer.model), gradients(reference))
+
+
+def test_gradients_of_an_adapter_equal_one_forward_per_score(tmp_path, vocabularies):
+    # The adapter's modules are called by the branches as by the rows; its B matrices start at 0, so both get others.
+    tokenizer, grid = vocabularies["splitting"], GRIDS["half points to 10"]
+    rows = make_rows(grid, 3)
+    adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = make_trainer(
+        tmp_path, rows, tokenizer=tokenizer, rationale_weight=0.0, extra={"peft_config": adapter}, **settings_of(grid)
+    )
+    torch.manual_seed(1)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    reference = get_peft_model(make_model(), adapter)
+    reference.load_state_dict(trainer.model.state_dict())
+    reference = reference.double()
+    loss = loss_of(trainer)
+    loss.backward()
+    wanted = oracle(reference, tokenizer, grid, rows, False)
+    wanted.backward()
+    torch.testing.assert_close(loss.detach().double(), wanted.detach(), rtol=1e-5, atol=0)
+    found = gradients(trainer.model)
+    assert found
+    assert all("lora" in name for name in found)
+    assert_same_gradients(found, gradients(reference))
 
 
 def test_the_scores_probabilities_equal_the_references(tmp_path, vocabularies):

@@ -36,6 +36,24 @@ def test_the_demo_ends_with_its_table_examples_and_plot(small, tmp_path, capsys)
     assert step["train_data"].endswith("self-generated/rows.jsonl")
 
 
+def test_on_0_to_100_every_judge_scores_on_101_values_and_is_reported_on_1_to_5(small, tmp_path, capsys):
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    reports = run_demo(str(tmp_path / "out"), full=False, model=str(tmp_path / "model"), scale="0-100")
+    for name, folder in JUDGES.items():
+        records = list(read_jsonl(tmp_path / "out" / folder / "judgements.jsonl"))
+        assert {record["reference"] for record in records} <= {0.0, 25.0, 50.0, 75.0, 100.0}
+        assert all(len(probs) == 101 for record in records for probs in record["probs"])
+        errors = [(record["score"] - record["reference"]) / 25 for record in records if record["score"] is not None]
+        if errors:
+            rmse = (sum(error**2 for error in errors) / len(errors)) ** 0.5
+            assert reports[name].rmse.value == pytest.approx(rmse)
+    # 0.2 on 1 to 5, and 25 squared times smaller where the error is so much larger.
+    training = json.loads((tmp_path / "out" / "tract.json").read_text())["training"]
+    assert training["raft_weight"] == pytest.approx(0.2 / 625)
+    assert "on the judge's own scale it is 25 times that" in capsys.readouterr().out
+
+
 def test_the_faster_dtype_is_one_that_was_timed():
     assert str(fastest_dtype()) in ("torch.float32", "torch.bfloat16")
 

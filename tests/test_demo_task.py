@@ -112,3 +112,21 @@ def test_each_block_of_twenty_holds_each_rubric_with_each_score(split: str) -> N
 def test_an_unknown_split_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="'test'"):
         task.make_rows("test", 1)
+
+
+def on_a_hundred(text: str) -> str:
+    """A text of the task with its scores, and nothing else, rewritten."""
+    text = text.replace("1, plus 1 for each", "0, plus 25 for each")
+    scores = {str(score): str(25 * (score - 1)) for score in range(1, 6)}
+    before = r"\[RESULT\] |give |must be "
+    return re.sub(rf"({before})([1-5])(?=\.| |$)", lambda found: found[1] + scores[found[2]], text)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_another_scale_is_the_same_rows_with_other_scores(split: str) -> None:
+    rescored = task.make_rows(split, SPLITS[split], scale=task.SCALES["0-100"])
+    for row, other in zip(ROWS[split], rescored, strict=True):
+        wanted = json.loads(json.dumps(row))
+        for message in (*wanted["prompt"], *wanted["completion"]):
+            message["content"] = on_a_hundred(message["content"])
+        assert other == {**wanted, "score": 25 * (row["score"] - 1)}

@@ -182,7 +182,16 @@ TWO_RANKS: dict[str, tuple[int, dict[str, Any]]] = {
     "not accumulated": (12, {"per_device_train_batch_size": 2}),
     "unequal numbers of scores": (12, {"per_device_train_batch_size": 2}),
     "no score on one rank": (12, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}),
+    "scores of several tokens": (12, {"per_device_train_batch_size": 2}),
+    "several tokens, no score on one rank": (12, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}),
 }
+# Half points: 3 is the beginning of 3.5, and the end of the row tells them apart.
+HALVES = {"score_values": [half / 2 for half in range(2, 11)]}
+
+
+def grid_of(name: str) -> dict[str, Any]:
+    """The grid of one case of TWO_RANKS."""
+    return HALVES if "several tokens" in name else {}
 
 
 def rows_of(name: str, output_dir: Path) -> Any:
@@ -190,9 +199,9 @@ def rows_of(name: str, output_dir: Path) -> Any:
     count, _ = TWO_RANKS[name]
     if name == "unequal numbers of scores":
         return make_aspect_rows(count)
-    if name == "no score on one rank":
+    if "no score on one rank" in name:
         # Accelerate hands out batches of one row in turn, so every odd row goes to the second rank: it never has one.
-        return prepared(make_rows(count), output_dir).map(
+        return prepared(make_rows(count), output_dir, **grid_of(name)).map(
             lambda row, i: {"score_labels": [math.nan] * len(row["score_labels"])} if i % 2 else row, with_indices=True
         )
     return make_rows(count)
@@ -213,7 +222,8 @@ def two_ranks(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", TWO_RANKS)
 def test_two_ranks_give_the_update_of_one(tmp_path, two_ranks, name):
-    _, update = trained(tmp_path, rows_of(name, tmp_path / "rows"), per_device_train_batch_size=4, **IN_ORDER)
+    rows = rows_of(name, tmp_path / "rows")
+    _, update = trained(tmp_path, rows, per_device_train_batch_size=4, **IN_ORDER, **grid_of(name))
     assert_same_update(torch.load(two_ranks / f"{name}.pt"), update)
 
 
@@ -227,7 +237,9 @@ def test_two_ranks_evaluate_like_one(tmp_path, two_ranks):
 
 def _run_as_one_of_two_ranks(output: Path) -> None:
     for name, (_, settings) in TWO_RANKS.items():
-        trainer, update = trained(output / name, rows_of(name, output / "rows"), **settings, **IN_ORDER)
+        trainer, update = trained(
+            output / name, rows_of(name, output / "rows"), **settings, **IN_ORDER, **grid_of(name)
+        )
         if trainer.is_world_process_zero():
             torch.save(update, output / f"{name}.pt")
     trainer = make_trainer(output / "eval", EVAL_ROWS, model=start(), tokenizer=TOKENIZER, eval_dataset=EVAL_ROWS)

@@ -136,6 +136,30 @@ def test_an_unknown_decision_is_refused():
         judge(decision="average")
 
 
+@pytest.mark.parametrize(("quantile", "wanted"), [(0.1, 1.0), (0.2, 3.0), (0.5, 4.0), (0.94, 4.0), (0.95, 5.0)])
+def test_a_quantile_is_the_lowest_score_that_reaches_its_share(quantile, wanted):
+    # On the grid (0.95): cumulative .105, .105, .316, .947, 1.
+    assert judge(decision="quantile", quantile=quantile).judge(["a"])[0].score == wanted
+
+
+def test_a_quantile_has_the_least_pinball_loss_on_a_long_grid():
+    # Scoring too low costs q a unit, scoring too high 1 - q: no score of the grid does better than the quantile.
+    generator = torch.Generator().manual_seed(0)
+    values, probs = torch.arange(101.0), torch.rand(4, 101, generator=generator).double()
+    probs /= probs.sum(dim=1, keepdim=True)
+    for q in (0.05, 0.3, 0.5, 0.9):
+        distance = values[:, None] - values  # (score, true)
+        losses = probs @ torch.where(distance < 0, -q * distance, (1 - q) * distance).double().T
+        found = decide(probs, values, "quantile", quantile=q)
+        torch.testing.assert_close(losses[range(4), found.long()], losses.min(dim=1).values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("quantile", [0.0, 1.0, -0.5, float("nan")])
+def test_a_quantile_that_is_none_is_refused_before_anything_is_generated(quantile):
+    with pytest.raises(ValueError, match="must lie between 0 and 1"):
+        judge(decision="quantile", quantile=quantile)
+
+
 @pytest.mark.parametrize(("rule", "wanted"), [("mean", 3.35), ("median", 4.0), ("mode", 4.0)])
 def test_decision_rules_by_hand(rule, wanted):
     # On the grid (0.95): cumulative .105, .105, .316, .947: the median is at 4, as is the largest.

@@ -12,22 +12,14 @@ import trl_tract
 ROOT = Path(trl_tract.__file__).parent
 # Rooms, lowest level first. A room may import from its own level, without a circle, and from those below.
 LEVELS = [
-    {"blocks", "checkpoints", "display", "failures", "intervals", "journal", "markdown", "metrics", "neighbours"}
-    | {"options", "pairs", "progress", "prompts", "scores", "sources", "terminal", "trie"},
-    {"backends", "branches", "calibration", "columns", "config", "data", "early_warnings", "evaluate_metric"}
-    | {
-        "judge_config",
-        "losses",
-        "preferences",
-        "recalibration",
-        "rendering",
-        "rows",
-        "score_metrics",
-        "token_view",
-        "training_log",
-    },
-    {"card", "check", "dataset_card", "distill", "estimate", "hub", "judge", "onramp", "page", "parsing", "plots"}
-    | {"report", "rewards", "score_head", "trainer"},
+    {"aspects", "blocks", "checkpoints", "display", "distill_summary", "failures", "intervals", "journal"}
+    | {"judgement", "markdown", "metrics", "neighbours", "options", "pairs", "progress", "prompts", "scores"}
+    | {"sources", "terminal", "trie"},
+    {"aspect_data", "backends", "branches", "calibration", "columns", "config", "data", "early_warnings"}
+    | {"evaluate_metric", "judge_config", "losses", "preferences", "recalibration", "rendering", "rows"}
+    | {"score_metrics", "token_view", "training_log"},
+    {"aspect_judge", "card", "check", "dataset_card", "distill", "estimate", "hub", "judge", "judging", "onramp"}
+    | {"page", "parsing", "plots", "report", "rewards", "score_head", "trainer"},
     {"pipeline", "results", "steps"},
     {"cli", "commands", "completion", "demo", "dry_run"},
 ]

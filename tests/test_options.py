@@ -390,7 +390,7 @@ def test_the_hooks_of_offloading_do_not_change_the_update(tmp_path, monkeypatch,
 SIX_STEPS = {"max_steps": 6, "pad_to_multiple_of": 64}
 
 
-def compiled_update(output_dir: Path, backend: str) -> tuple[dict[str, torch.Tensor], list[int]]:
+def compiled_update(output_dir: Path, backend: str, **grid: Any) -> tuple[dict[str, torch.Tensor], list[int]]:
     """The update of six compiled steps, and after each of them the number of functions compiled so far."""
     compiled: list[int] = []
 
@@ -398,7 +398,7 @@ def compiled_update(output_dir: Path, backend: str) -> tuple[dict[str, torch.Ten
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             compiled.append(torch._dynamo.utils.counters["frames"]["total"])
 
-    settings = {"torch_compile": True, "torch_compile_backend": backend, "extra": {"callbacks": [Count()]}}
+    settings = {"torch_compile": True, "torch_compile_backend": backend, "extra": {"callbacks": [Count()]}, **grid}
     torch.compiler.reset()
     logging.disable(logging.DEBUG)  # a second or two of the compiler's traces, which pytest would collect
     try:
@@ -425,6 +425,16 @@ def test_a_compiled_model_is_compiled_in_the_first_steps_and_not_in_every_one(co
     counts = compiled[1]
     assert counts[0] > 0
     assert counts[-1] == counts[1]
+
+
+@pytest.mark.filterwarnings("ignore")  # as above
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_update_with_scores_of_several_tokens(tmp_path):
+    # Half points: the branches change the shape of what is compiled, and bring a mask of their own.
+    grid = {"score_values": [half / 2 for half in range(2, 11)]}
+    found, counts = compiled_update(tmp_path / "compiled", "eager", **grid)
+    assert counts[-1] > 0
+    assert relative_difference(found, update(tmp_path / "plain", make_rows(24), **SIX_STEPS, **grid)) <= 1e-5
 
 
 @pytest.mark.filterwarnings("ignore")  # as above

@@ -36,19 +36,37 @@ ZERO3 = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
 }
-TIED = {"own head": False, "tied embeddings": True}
+CASES = ("own head", "tied embeddings", "scores of several tokens", "several aspects")
 
 
 def start(name: str) -> Any:
     model = make_model(std=0.05)
-    model.config.tie_word_embeddings = TIED[name]
+    model.config.tie_word_embeddings = name == "tied embeddings"
     model.tie_weights()
     return model
 
 
-def trainer_on(output_dir: Path, model: Any, **settings: Any) -> Any:
-    settings = {**SETTINGS, "max_steps": 1, **settings}
-    return make_trainer(output_dir, make_rows(8), model=model, tokenizer=TOKENIZER, **settings)
+def scores_of(name: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Eight rows, and the grid that they are scored on."""
+    rows = make_rows(8)
+    if name == "scores of several tokens":
+        # Half points: 3 is the beginning of 3.5, and the end of the row tells them apart.
+        return rows, {"score_values": [half / 2 for half in range(2, 11)]}
+    if name == "several aspects":
+        # One token on the first grid, one or two on the second. One row packs with another, the next does not.
+        for row in rows:
+            gold = row.pop("score")
+            row["completion"] = f" so [TONE] {row['completion'][-1]}\nit{row['completion']}"
+            row["scores"] = {"tone": gold, "all": gold}
+        halves = {"marker": "[RESULT]", "values": [half / 2 for half in range(2, 11)]}
+        return rows, {"aspects": {"tone": {"marker": "[TONE]"}, "all": halves}}
+    return rows, {}
+
+
+def trainer_on(output_dir: Path, name: str, model: Any = None, **settings: Any) -> Any:
+    rows, grid = scores_of(name)
+    settings = {**SETTINGS, "max_steps": 1, **grid, **settings}
+    return make_trainer(output_dir, rows, model=model or start(name), tokenizer=TOKENIZER, **settings)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -101,14 +119,14 @@ def zero3(tmp_path_factory) -> Path:
     return on_two_ranks("zero3", tmp_path_factory.mktemp("zero3"))
 
 
-@pytest.fixture(scope="module", params=TIED)
+@pytest.fixture(scope="module", params=CASES)
 def alone(request, tmp_path_factory) -> tuple[str, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Name of the model, its gradients, and what one step does to its weights, in one process with whole weights."""
     name = request.param
     output = tmp_path_factory.mktemp("alone")
-    wanted, num_scores = gradients(trainer_on(output, start(name), **ALONE))
-    assert num_scores == 8
-    trainer = trainer_on(output, start(name), **ALONE)
+    wanted, num_scores = gradients(trainer_on(output, name, **ALONE))
+    assert num_scores == (16 if name == "several aspects" else 8)
+    trainer = trainer_on(output, name, **ALONE)
     trainer.train()
     return name, wanted, change(weights(trainer.model), name)
 
@@ -116,7 +134,8 @@ def alone(request, tmp_path_factory) -> tuple[str, dict[str, torch.Tensor], dict
 def test_fsdp2_gives_the_gradients_of_whole_weights(fsdp2, alone):
     name, wanted, _ = alone
     ranks = [torch.load(fsdp2 / f"gradients of {name}, rank {rank}.pt") for rank in (0, 1)]
-    assert [num_scores for _, num_scores in ranks] == [5, 3]
+    assert sum(num_scores for _, num_scores in ranks) == (16 if name == "several aspects" else 8)
+    assert ranks[0][1] != ranks[1][1]
     for found, _ in ranks:
         assert_same_step(found, wanted)
 
@@ -151,9 +170,9 @@ def test_accelerate_knows_every_line_of_the_example_configs(name, kind, section)
 
 
 def _fsdp2(output: Path) -> None:
-    for name in TIED:
+    for name in CASES:
         # By hand, as in torch's manual: every layer, then the root with what is left, the head among it.
-        trainer = trainer_on(output / "by hand", start(name), **A_RANK)
+        trainer = trainer_on(output / "by hand", name, **A_RANK)
         mesh = init_device_mesh("cpu", (2,))
         for layer in trainer.model.model.layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
@@ -162,7 +181,7 @@ def _fsdp2(output: Path) -> None:
 
         # By accelerate, which puts norm and head in a unit of their own. On CPUs it runs DDP, whatever it is asked for
         # (AcceleratorState.__init__), so it has to be told once it has decided.
-        trainer = trainer_on(output / "by accelerate", start(name), **A_RANK)
+        trainer = trainer_on(output / "by accelerate", name, **A_RANK)
         trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
         )
@@ -179,8 +198,8 @@ def _zero3(output: Path) -> None:
     import deepspeed
 
     # All models first: once a config asks for ZeRO-3, transformers shards whatever it makes.
-    for name, model in {name: start(name) for name in TIED}.items():
-        trainer = trainer_on(output / "trainer", model, deepspeed=ZERO3, **A_RANK)
+    for name, model in {name: start(name) for name in CASES}.items():
+        trainer = trainer_on(output / "trainer", name, model, deepspeed=ZERO3, **A_RANK)
         trainer.train()
         assert not any(parameter.numel() for parameter in trainer.model.parameters())
         with deepspeed.zero.GatheredParameters(list(trainer.model.parameters())):

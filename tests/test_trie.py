@@ -58,10 +58,11 @@ BEFORE = f"{PROMPT}{RATIONALE} {MARKER} "
 
 
 def written_rows(
-    tokenizer: Any, texts: tuple[str, ...], before: str = BEFORE
+    tokenizer: Any, texts: tuple[str, ...], before: str = BEFORE, after: str = ""
 ) -> tuple[int, list[list[int]], list[int]]:
     """Where the rows of all scores part, the token ids of each, and one past the last token that tells each score."""
-    whole = [tokenizer(before + text + tokenizer.eos_token, return_offsets_mapping=True) for text in texts]
+    after += tokenizer.eos_token
+    whole = [tokenizer(before + text + after, return_offsets_mapping=True) for text in texts]
     ids = [encoded["input_ids"] for encoded in whole]
     spans = [
         [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < len(before + text) and b > len(before)]

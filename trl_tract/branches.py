@@ -104,7 +104,7 @@ class Branches:
         """Cut the branches off a backbone's output, and return their hidden states, `(S, N - 1, H)`."""
         hidden_states: torch.Tensor = output.last_hidden_state  # (B, L + M, H)
         rows, per_row, count = self.shape
-        branches = hidden_states[:, self.length :].reshape(rows, per_row, count, -1)
+        branches = hidden_states[:, self.length :].reshape(rows, per_row, count, hidden_states.shape[-1])
         output.last_hidden_state = hidden_states[:, : self.length]
         if getattr(output, "router_logits", None) is not None:
             # The load balance of a mixture of experts is that of the rows themselves.

@@ -195,7 +195,11 @@ def model_card(
         tags=["generated_from_trainer", "llm-as-a-judge", *tags],
     )
     prompt = rows.prompt if len(rows.rendered or "") <= PROMPT_CHARACTERS else None
+    aspects = judge_config.aspects if judge_config else ()
     code = _QUICK_START.format(path=python_literal(hub_id), prompt=python_literal(prompt))
+    if aspects:
+        scores = "{name: its.score for name, its in judgement.aspects.items()}"
+        code = code.replace("judgement.score,", f"{scores},")
     marker = args.score_marker if args else judge_config.format.marker if judge_config else "see tract_config.json"
     settings = [*_setting_lines(args, _SETTINGS), *_setting_lines(adapter, _ADAPTER_SETTINGS)]
     return _TEMPLATE.format(
@@ -204,8 +208,8 @@ def model_card(
         writes="writes a rationale and then a score"
         if judge_config is None or judge_config.writes_rationale
         else "scores without a rationale",
-        grid=some_scores(judge_config.grid.texts) if judge_config else "see tract_config.json",
-        marker=code_span(marker),
+        grid=_grids(judge_config) if judge_config else "see tract_config.json",
+        marker=", ".join(code_span(aspect.marker) for aspect in aspects) or code_span(marker),
         base_model=code_span(on_hub or (Path(base_model).name if base_model else "unknown")),
         quick_start=fenced(code, "python"),
         evaluation=_given_rationales(metrics or {}),
@@ -231,6 +235,7 @@ def add_evaluation(
     grid_mass: float | None = None,
     errors: Mapping[str, int] | None = None,
     notes: Sequence[str] = (),
+    aspect: str | None = None,
 ) -> None:
     """Put the evaluation on held-out items into a card: a table with intervals, and the Hub's metadata.
 
@@ -242,6 +247,7 @@ def add_evaluation(
         grid_mass: Mean probability on the grid.
         errors: Why items have no score, and how many for each reason.
         notes: Lines to add, Markdown.
+        aspect: The one that the report is about, where the judge scores several; its table goes behind those before.
 
     Raises:
         ValueError: The card has no place for an evaluation any more.
@@ -269,7 +275,7 @@ def add_evaluation(
                     dataset_type=dataset_type or "held-out",
                     dataset_name=dataset_name,
                     metric_type=_METRIC_TYPES.get(name, name),
-                    metric_name=name,
+                    metric_name=name if aspect is None else f"{name}, {aspect}",
                     metric_value=round(interval.value, 4),
                     metric_args={**known, "n": report.n},
                 )
@@ -279,10 +285,16 @@ def add_evaluation(
     if grid_mass is not None:
         lines.append(f"- Mean probability on the grid: {grid_mass:.3f}")
     lines += [f"- {note}" for note in notes]
-    text = _with_section(card.text, "evaluation", "\n".join(lines), readme)
+    content, before = "\n".join(lines), _section(card.text, "evaluation", readme)
+    earlier: list[EvalResult] = []
+    if aspect is not None:
+        content = f"### {plain_line(aspect)}\n\n{content}"
+        if before.startswith("###"):
+            content, earlier = f"{before}\n\n{content}", list(card.data.eval_results or [])
+    text = _with_section(card.text, "evaluation", content, readme)
     if results:
         card.data.model_name = card.data.model_name or _title(text)
-        card.data.eval_results = results
+        card.data.eval_results = [*earlier, *results]
     card.text = text
     card.save(readme)
 
@@ -320,6 +332,11 @@ def add_training_run(readme: Path, stage_one: Path, *, data: str, summary: Mappi
         card.data.datasets = data
     card.text = text
     card.save(readme)
+
+
+def _grids(judge_config: JudgeConfig) -> str:
+    by_aspect = [f"{plain_line(each.name)}: {some_scores(each.grid.texts)}" for each in judge_config.aspects]
+    return "; ".join(by_aspect) or some_scores(judge_config.grid.texts)
 
 
 def _setting_lines(settings: Any, names: Sequence[str]) -> list[str]:

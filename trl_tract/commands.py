@@ -174,7 +174,7 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _distill(arguments: Sequence[str]) -> int:
-    from trl_tract.distill import read_summary
+    from trl_tract.distill_summary import read_summary
     from trl_tract.judge_config import JudgeConfig
     from trl_tract.onramp import as_jsonl
     from trl_tract.steps import DistillStep
@@ -271,9 +271,7 @@ def _recalibrate(arguments: Sequence[str]) -> int:
 
 def _report(arguments: Sequence[str]) -> int:
     from trl_tract.preferences import holds_pairs, pair_report
-    from trl_tract.report import compare, score_report
-    from trl_tract.results import item_groups, judged_grid, judged_items
-    from trl_tract.steps import check_same_items, count_errors, mean_grid_mass, read_judgements
+    from trl_tract.steps import judged_aspects, read_judgements
 
     (args,) = _parse("report", arguments, positional="--judgements")
     # A YAML file may name a single directory without making it a list.
@@ -287,37 +285,54 @@ def _report(arguments: Sequence[str]) -> int:
         if args.html:
             raise ValueError("--html: the page is about scores with gold scores, and pairs have none. Leave it out")
         return 0
+    aspects = [judged_aspects(Path(folder)) for folder in folders]
+    if aspects[0] != aspects[-1]:
+        names = [", ".join(aspect or "one score" for aspect in of) for of in aspects]
+        raise ValueError(
+            f"{folders[0]} has judgements of {names[0]}, {folders[1]} of {names[1]}: they cannot be compared"
+        )
+    for aspect in aspects[0]:
+        _report_aspect(args, folders, aspect)
+    return 0
+
+
+def _report_aspect(args: ReportArguments, folders: Sequence[str], aspect: str | None) -> None:
+    """Report on one aspect's scores, or on the only ones where there are no aspects (None)."""
+    from trl_tract.report import compare, score_report
+    from trl_tract.results import item_groups, judged_grid, judged_items, page_file, with_aspect
+    from trl_tract.steps import check_same_items, count_errors, mean_grid_mass, read_judgements
+
+    judged = [read_judgements(Path(folder), aspect) for folder in folders]
     if len(folders) == 2:
         check_same_items(judged[0], judged[1], folders)
     groups = item_groups(judged[0]["records"])
-    grid = args.score_values or judged_grid(Path(folders[0]))
+    grid = args.score_values or judged_grid(Path(folders[0]), aspect)
     options: dict[str, Any] = {"groups": groups, "n_bootstrap": args.n_bootstrap, "grid": grid}
     reports = [score_report(each["score"], each["reference"], **options) for each in judged]
     for folder, each, report in zip(folders, judged, reports, strict=True):
         mass = mean_grid_mass(each)
-        print(f"{folder} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})")
+        print(f"{with_aspect(folder, aspect)} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})")
         print(report)
         _print_errors(count_errors(each["records"]))
         print()
     if len(folders) == 2:
         a, b = judged
-        print(f"a: {folders[0]}, b: {folders[1]}")
+        print(f"a: {with_aspect(folders[0], aspect)}, b: {with_aspect(folders[1], aspect)}")
         print(compare(a["score"], b["score"], a["reference"], **options))
     if args.html:
         from trl_tract.page import write_page
 
         others = {folder: (Path(folder), report) for folder, report in zip(folders[1:], reports[1:], strict=True)}
-        items = judged_items(Path(folders[0]), reports[0], data=args.data, others=others)
-        page, *pictures = write_page(items, args.html)
+        items = judged_items(Path(folders[0]), reports[0], data=args.data, others=others, aspect=aspect)
+        page, *pictures = write_page(items, page_file(Path(args.html), aspect))
         print(f"The page is {page}; its {len(pictures)} pictures are in {page.stem}-plots beside it")
-    return 0
 
 
 def _demo(arguments: Sequence[str]) -> int:
     (args,) = _parse("demo", arguments)
     from trl_tract.demo.run import run_demo
 
-    run_demo(args.output_dir, full=args.full, seed=args.seed, model=args.model)
+    run_demo(args.output_dir, full=args.full, seed=args.seed, model=args.model, scale=args.scale)
     return 0
 
 

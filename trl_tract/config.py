@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
+from trl_tract.aspects import read_aspects
 from trl_tract.scores import ScoreGrid
 
 
@@ -45,6 +46,15 @@ class TRACTConfig(SFTConfig):
     score_marker: str = field(
         default="[RESULT]",
         metadata={"help": "Text that stands before the score in every completion. The last one in it counts."},
+    )
+    aspects: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Where a completion has a score for each of several aspects: their names, each with its `marker`, "
+            "its `values` (1 to 5 by default), `texts` and `raft_weight`, in the order in which they are written. The "
+            "rows' `scores` then maps names to gold scores, and score_values, score_texts and score_marker are not "
+            "looked at. On the command line as JSON. None: one score."
+        },
     )
     raft_weight: float = field(
         default=1.0,
@@ -123,6 +133,12 @@ class TRACTConfig(SFTConfig):
         if isinstance(self.score_values, Mapping):
             self.score_texts = list(grid.texts)
         self.score_values = list(grid.values)
+        if self.aspects is not None:
+            aspects = read_aspects(self.aspects)
+            self.aspects = {aspect.name: aspect.to_dict() for aspect in aspects}
+            if self.annotator_loss != "none" or self.drop_rationale:
+                wrong = "drop_rationale=True" if self.drop_rationale else f"annotator_loss={self.annotator_loss!r}"
+                raise ValueError(f"{wrong} is for completions with one score: leave it out, or leave aspects out")
         if not self.score_marker.strip():
             raise ValueError("score_marker is empty: give the text that stands before the score, such as [RESULT]")
         for name in ("raft_weight", "rationale_weight", "annotator_weight"):

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -31,6 +31,8 @@ from trl_tract.rendering import (
 from trl_tract.scores import ScoreGrid, annotator_shares
 
 MODEL_COLUMNS = ["input_ids", "labels", "score_labels"]
+ASPECT_COLUMN = "score_aspects"
+"""Where completions have several aspects: at each score's token the number of its aspect, NaN elsewhere."""
 
 
 def annotator_columns(grid: ScoreGrid) -> list[str]:
@@ -41,20 +43,18 @@ def annotator_columns(grid: ScoreGrid) -> list[str]:
     return [f"annotators_{text}" for text in grid.texts]
 
 
-class _Encoder:
-    """What both encoders share: the columns they make, and how they refuse a row.
+class Encoder:
+    """What all encoders share: the columns they make, and how they refuse a row.
 
     A refusal is a column, not an exception, so that one pass over the data names every bad row.
     """
 
-    grid: ScoreGrid
     max_length: int | None
-    annotators: bool
 
     @property
     def columns(self) -> list[str]:
         """Names of the model's columns."""
-        return [*MODEL_COLUMNS, *(annotator_columns(self.grid) if self.annotators else [])]
+        raise NotImplementedError
 
     @property
     def features(self) -> Features:
@@ -89,14 +89,32 @@ class _Encoder:
         empty: dict[str, Any] = {name: [] for name in self.columns}
         return {**empty, "num_tokens": num_tokens, "refusal_kind": kind, "refusal": message}
 
-    def _check_range(self, score: float) -> None:
-        if not self.grid.in_range(score):
-            low, high = self.grid.texts[0], self.grid.texts[-1]
-            raise ScoreNotFoundError("off the range", f"the score {score:g} is not between {low} and {high}")
+
+class OneGridEncoder(Encoder):
+    """What the encoders of rows on one grid share."""
+
+    grid: ScoreGrid
+    annotators: bool
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the model's columns."""
+        return [*MODEL_COLUMNS, *(annotator_columns(self.grid) if self.annotators else [])]
+
+
+def check_range(score: float, grid: ScoreGrid) -> None:
+    """Refuse a gold score that the grid's two ends do not hold between them.
+
+    Raises:
+        ScoreNotFoundError: It lies outside.
+    """
+    if not grid.in_range(score):
+        low, high = grid.texts[0], grid.texts[-1]
+        raise ScoreNotFoundError("off the range", f"the score {score:g} is not between {low} and {high}")
 
 
 @dataclass(frozen=True)
-class RowEncoder(_Encoder):
+class RowEncoder(OneGridEncoder):
     """Turns one prompt-completion row into the model's columns, or says why it cannot.
 
     Attributes:
@@ -126,7 +144,7 @@ class RowEncoder(_Encoder):
         rendered = render_row(self.tokenizer, row, self.marker, self.grid)
         golds = _golds(row, rendered, self.grid)
         for score in (score for annotators in golds for score in annotators):
-            self._check_range(score)
+            check_range(score, self.grid)
         tokens = tokenise(self.tokenizer, rendered, self.grid)
         ids = tokens.input_ids
         start = tokens.prompt_length if self.completion_only else 0
@@ -151,7 +169,7 @@ def _golds(row: Mapping[str, Any], rendered: RenderedRow, grid: ScoreGrid) -> li
 
 
 @dataclass(frozen=True)
-class TokenisedRowEncoder(_Encoder):
+class TokenisedRowEncoder(OneGridEncoder):
     """Checks a row that came as `input_ids`, `labels` and `score_labels`, and cuts it to `max_length`."""
 
     grid: ScoreGrid
@@ -159,27 +177,39 @@ class TokenisedRowEncoder(_Encoder):
     annotators: bool = False
 
     def _encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        lengths = {name: len(row[name]) for name in self.columns}
-        if len(set(lengths.values())) > 1:
-            shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
-            raise ScoreNotFoundError("unequal lengths", f"its columns have unequal lengths: {shown}")
+        equal_lengths(row, self.columns)
         indices = score_indices(row)
         for index in indices:
-            self._check_range(row["score_labels"][index])
-            if not self._score_begins(row["input_ids"], index):
-                known = self.grid.token_ids or [path.token_ids for path in self.grid.paths]
-                raise ScoreNotFoundError(
-                    "other tokens",
-                    f"score_labels marks token {index} (id {row['input_ids'][index]}), which is none of the scores' "
-                    f"tokens {some_scores([str(each) for each in known])}",
-                )
+            check_range(row["score_labels"][index], self.grid)
+            check_score_tokens(row["input_ids"], index, self.grid)
         return self._accept({name: list(row[name]) for name in self.columns}, max(indices, default=-1))
 
-    def _score_begins(self, ids: Sequence[int], index: int) -> bool:
-        if not self.grid.paths:
-            return ids[index] in self.grid.token_ids
-        paths = (path.token_ids for path in self.grid.paths)
-        return any(tuple(ids[index : index + len(path)]) == path for path in paths)
+
+def check_score_tokens(ids: Sequence[int], index: int, grid: ScoreGrid) -> None:
+    """Refuse a tokenised row where no score of the grid begins at `index`.
+
+    Raises:
+        ScoreNotFoundError: None does.
+    """
+    known = [path.token_ids for path in grid.paths] or [(token,) for token in grid.token_ids]
+    if not any(tuple(ids[index : index + len(path)]) == path for path in known):
+        shown = some_scores([str(path if grid.paths else path[0]) for path in known])
+        raise ScoreNotFoundError(
+            "other tokens",
+            f"score_labels marks token {index} (id {ids[index]}), which is none of the scores' tokens {shown}",
+        )
+
+
+def equal_lengths(row: Mapping[str, Any], columns: Sequence[str]) -> None:
+    """Refuse a tokenised row whose columns differ in length.
+
+    Raises:
+        ScoreNotFoundError: They do.
+    """
+    lengths = {name: len(row[name]) for name in columns}
+    if len(set(lengths.values())) > 1:
+        shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise ScoreNotFoundError("unequal lengths", f"its columns have unequal lengths: {shown}")
 
 
 def score_indices(row: Mapping[str, Any]) -> list[int]:
@@ -196,25 +226,44 @@ def find_grid(
     Raises:
         ValueError: None of the first 1,000 rows has a score that can be found.
     """
+
+    def found_in(row: Mapping[str, Any]) -> tuple[ScoreGrid, CompletionFormat, int]:
+        if "input_ids" in row:
+            indices = score_indices(row)
+            if not indices:
+                raise ScoreNotFoundError("no score", "score_labels holds no score")
+            return *resolve_grid_from_ids(tokenizer, row["input_ids"], indices[0], marker, grid), len(indices)
+        row = as_prompt_completion(row)
+        return *resolve_grid(tokenizer, row, marker, grid), len(row.get("scores") or [0])
+
+    return first_found(
+        rows,
+        found_in,
+        f"Write every completion as '<rationale> {marker} <score>', with a score of {some_scores(grid.texts)}; another "
+        "marker or grid is set by score_marker and score_values",
+    )
+
+
+Found = TypeVar("Found")
+
+
+def first_found(
+    rows: Iterable[Mapping[str, Any]], found_in: Callable[[Mapping[str, Any]], Found], advice: str
+) -> Found:
+    """What is found in the first row that has it.
+
+    Raises:
+        ValueError: None of the first 1,000 rows has it; with the reason of the first, and `advice`.
+    """
     problem: ValueError | None = None
     looked_at = 0
     for row in itertools.islice(rows, 1000):
         looked_at += 1
         try:
-            if "input_ids" in row:
-                indices = score_indices(row)
-                if not indices:
-                    raise ScoreNotFoundError("no score", "score_labels holds no score")
-                return *resolve_grid_from_ids(tokenizer, row["input_ids"], indices[0], marker, grid), len(indices)
-            row = as_prompt_completion(row)
-            return *resolve_grid(tokenizer, row, marker, grid), len(row.get("scores") or [0])
+            return found_in(row)
         except ScoreNotFoundError as error:
             problem = problem or error
-    raise ValueError(
-        f"none of the first {looked_at} rows has a score that can be found. Row 0: {problem}. Write every "
-        f"completion as '<rationale> {marker} <score>', with a score of {some_scores(grid.texts)}; another marker or "
-        "grid is set by score_marker and score_values"
-    )
+    raise ValueError(f"none of the first {looked_at} rows has a score that can be found. Row 0: {problem}. {advice}")
 
 
 def check_columns(columns: Sequence[str], needed: Sequence[str], dataset_name: str) -> None:
@@ -240,7 +289,7 @@ def check_columns(columns: Sequence[str], needed: Sequence[str], dataset_name: s
 
 def prepare_rows(
     dataset: Dataset | IterableDataset,
-    encoder: RowEncoder | TokenisedRowEncoder,
+    encoder: Encoder,
     *,
     invalid_rows: str,
     num_proc: int | None,
@@ -291,7 +340,7 @@ def prepare_rows(
 
 def _prepare_stream(
     dataset: IterableDataset,
-    encoder: RowEncoder | TokenisedRowEncoder,
+    encoder: Encoder,
     columns: list[str],
     invalid_rows: str,
     dataset_name: str,
@@ -353,8 +402,8 @@ def refusal_summary(
 class ScoreCollator(DataCollatorForLanguageModeling):
     """TRL's collator, with the score columns padded or flattened like the labels, NaN off the scores.
 
-    Adds `score_labels`, float32 `(B, L)`, and, if it is told of annotator columns, `annotator_labels`, float32
-    `(B, L, K)`.
+    Adds `score_labels`, float32 `(B, L)`; if it is told of annotator columns, `annotator_labels`, float32 `(B, L, K)`;
+    and, if the rows have them, `score_aspects`, int64 `(B, L)`: the number of each score's aspect, -1 elsewhere.
     """
 
     annotator_columns: Sequence[str] = ()
@@ -366,6 +415,8 @@ class ScoreCollator(DataCollatorForLanguageModeling):
         if self.annotator_columns:
             columns = [self._floats(examples, name) for name in self.annotator_columns]
             batch["annotator_labels"] = torch.stack(columns, dim=-1)
+        if ASPECT_COLUMN in examples[0]:
+            batch[ASPECT_COLUMN] = self._floats(examples, ASPECT_COLUMN).nan_to_num(-1).long()
         return batch
 
     def _floats(self, examples: list[dict[str, Any]], column: str) -> torch.Tensor:

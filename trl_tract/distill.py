@@ -3,24 +3,35 @@
 The gold score is attached, the model's own score is never read. Knows nothing of the trainer.
 """
 
-import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from datasets import Dataset, Features, Value
 
+from trl_tract.aspects import Aspect, aspect_scores, locate_aspects, read_aspects, scored_within
 from trl_tract.backends import Backend, Generation, Sampling, TransformersBackend
 from trl_tract.blocks import BlockLog, Record, Report, Shard
-from trl_tract.failures import FAILURES, Failure, rationale_failure, stated_score
+from trl_tract.distill_summary import DistillSummary, read_summary
+from trl_tract.failures import Failure, rationale_failure, stated_score
 from trl_tract.journal import JsonlRows, digest, write_json, write_jsonl
 from trl_tract.judge_config import JudgeConfig
 from trl_tract.prompts import CompletionFormat, Row, ScoreNotFoundError, gold_score, locate_score
-from trl_tract.rendering import as_prompt_completion, completion_text, prompt_ids
+from trl_tract.rendering import (
+    as_prompt_completion,
+    aspect_prefix_ids,
+    completion_text,
+    prompt_ids,
+    resolve_aspects,
+    with_completion,
+)
 from trl_tract.scores import ScoreGrid
+
+__all__ = ["PROVENANCE", "CoTSelfDistill", "DistillSummary", "Rows", "read_summary"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,54 +48,6 @@ class Rows(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
 
 
-@dataclass
-class DistillSummary:
-    """What became of the rationales of a self-distillation; printed, it is a table. `summary.json` holds the same.
-
-    Attributes:
-        rows: Training rows.
-        rationales: Asked for: rows times `num_generations`.
-        self_written: Rationales of the model's own among the stage-two rows.
-        annotated: Annotated rationales among them.
-        dropped: Rationales that failed and left no row.
-        resampled: Rationales that took more than one attempt.
-        failed: How often the last attempt failed, by reason.
-        attempts_failed: How often any attempt failed, by reason.
-    """
-
-    rows: int
-    rationales: int
-    self_written: int = 0
-    annotated: int = 0
-    dropped: int = 0
-    resampled: int = 0
-    failed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FAILURES, 0))
-    attempts_failed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FAILURES, 0))
-
-    def to_dict(self) -> dict[str, Any]:
-        """All attributes by name."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        counts = {
-            "rows": self.rows,
-            "rationales asked for": self.rationales,
-            "self-written": self.self_written,
-            "annotated": self.annotated,
-            "dropped": self.dropped,
-            "sampled more than once": self.resampled,
-        }
-        lines = [f"{name:24}{count:>10,}" for name, count in counts.items()]
-        lines.append(f"{'failed':24}{'at last':>10}{'attempts':>10}")
-        lines += [f"  {name:22}{self.failed[name]:>10,}{self.attempts_failed[name]:>10,}" for name in FAILURES]
-        return "\n".join(lines)
-
-
-def read_summary(directory: Path) -> DistillSummary:
-    """The summary of a finished self-distillation."""
-    return DistillSummary(**json.loads((directory / "summary.json").read_text(encoding="utf-8")))
-
-
 class CoTSelfDistill:
     """Replace the rationales of training rows by the model's own, and keep the gold scores.
 
@@ -96,6 +59,8 @@ class CoTSelfDistill:
         score_values: The score grid, in rubric units; or texts with their values.
         score_marker: Text at which a rationale ends.
         completion_format: How rationale, marker and score are joined; one space each by default.
+        aspects: Where a completion has several scores: see `TRACTConfig.aspects`; grid and marker above are not looked
+            at then. Each rationale is written behind the gold score of the aspect before it.
         num_generations: Stage-two rows for each prompt.
         temperature: Of sampling.
         top_p: Of sampling.
@@ -121,6 +86,7 @@ class CoTSelfDistill:
         score_values: Sequence[float] | Mapping[str, float] = (1, 2, 3, 4, 5),
         score_marker: str = "[RESULT]",
         completion_format: CompletionFormat | None = None,
+        aspects: Mapping[str, Mapping[str, Any]] | str | None = None,
         num_generations: int = 1,
         temperature: float = 1.0,
         top_p: float = 0.9,
@@ -140,6 +106,7 @@ class CoTSelfDistill:
         self.backend = backend
         self.grid = ScoreGrid.from_values(score_values)
         self.format = completion_format or CompletionFormat(score_marker)
+        self.aspects = () if aspects is None else read_aspects(aspects)
         self.num_generations = num_generations
         self.sampling = Sampling(
             max_new_tokens=max_new_tokens,
@@ -154,7 +121,7 @@ class CoTSelfDistill:
         self.allow_leaks = allow_leaks
         self.keep_annotated = keep_annotated
         self.block_size = block_size
-        self._stated_score = stated_score(self.grid.texts)
+        self._tokens_found = False
 
     @classmethod
     def from_pretrained(
@@ -172,12 +139,15 @@ class CoTSelfDistill:
         config.check_single_score(path)
         if not config.writes_rationale:
             raise ValueError(f"{path} was trained with drop_rationale=True, so it has no rationales to write")
-        return cls(
+        distiller = cls(
             backend or TransformersBackend(str(path), revision=revision),
             score_values=dict(zip(config.grid.texts, config.grid.values, strict=True)),
             completion_format=config.format,
+            aspects={aspect.name: aspect.to_dict() for aspect in config.aspects} or None,
             **settings,
         )
+        distiller.aspects, distiller._tokens_found = config.aspects, True
+        return distiller
 
     def distill(self, dataset: Dataset, output_dir: str | Path) -> Dataset:
         """Write a rationale for every row.
@@ -276,6 +246,7 @@ class CoTSelfDistill:
             "score_values": list(self.grid.values),
             "score_texts": list(self.grid.texts),
             "format": self.format.to_dict(),
+            **({"aspects": {aspect.name: aspect.to_dict() for aspect in self.aspects}} if self.aspects else {}),
             "num_generations": self.num_generations,
             **asdict(self.sampling),
             "seed": self.seed,
@@ -285,69 +256,136 @@ class CoTSelfDistill:
             "keep_annotated": self.keep_annotated,
         }
 
+    @property
+    def _stages(self) -> tuple[Aspect, ...]:
+        """What is written one after the other: the aspects, or the one rationale with its score."""
+        return self.aspects or (Aspect("", self.grid, self.format),)
+
     def _checked(self, rows: Rows) -> Iterator[Row]:
         for number, row in enumerate(rows):
-            self._gold(row, number)
+            self._golds(row, number)
             yield row
 
-    def _gold(self, row: Mapping[str, Any], number: int) -> float:
-        """The gold score of a row: its `score`, or the one in its completion."""
+    def _golds(self, row: Mapping[str, Any], number: int) -> list[float]:
+        """The gold score of a row, or of each of its aspects: those given, or the ones in its completion."""
         try:
             pair = as_prompt_completion(row)
-            if row.get("scores") is not None:
-                raise ScoreNotFoundError("several", "it has several (`scores`), and a rationale is written for one")
-            if "score" in row:
-                gold = gold_score(self.grid.in_numbers(row["score"]))
-            else:
-                text = completion_text(pair.get("completion"))
-                gold = self.grid.value_of(locate_score(text, self.format.marker, self.grid.texts).text)
+            golds = self._aspect_golds(row, pair) if self.aspects else [self._gold(row, pair)]
         except ScoreNotFoundError as error:
             raise ValueError(f"row {number} has no gold score: {error}") from error
-        if not self.grid.in_range(gold):
-            low, high = self.grid.texts[0], self.grid.texts[-1]
-            raise ValueError(f"row {number}: the score {gold:g} is not between {low} and {high}")
+        for stage, gold in zip(self._stages, golds, strict=True):
+            if not stage.grid.in_range(gold):
+                low, high = stage.grid.texts[0], stage.grid.texts[-1]
+                where = f"row {number}, aspect {stage.name!r}" if stage.name else f"row {number}"
+                raise ValueError(f"{where}: the score {gold:g} is not between {low} and {high}")
         if "prompt" not in pair:
             raise ValueError(f"row {number} has no prompt: its columns are {', '.join(sorted(row))}")
         if (self.on_failure == "keep_gold" or self.keep_annotated) and pair.get("completion") is None:
             raise ValueError(
                 f"row {number} has no completion to keep if its rationale fails: set on_failure to 'drop' or 'raise'"
             )
-        return gold
+        return golds
+
+    def _gold(self, row: Mapping[str, Any], pair: Row) -> float:
+        if row.get("scores") is not None:
+            raise ScoreNotFoundError("several", "it has several (`scores`), and a rationale is written for one")
+        if "score" in row:
+            return gold_score(self.grid.in_numbers(row["score"]))
+        text = completion_text(pair.get("completion"))
+        return self.grid.value_of(locate_score(text, self.format.marker, self.grid.texts).text)
+
+    def _aspect_golds(self, row: Mapping[str, Any], pair: Row) -> list[float]:
+        given = aspect_scores(row.get("scores"), self.aspects)
+        if given is not None:
+            return [gold_score(score) for score in given]
+        spans = locate_aspects(completion_text(pair.get("completion")), self.aspects)
+        return [aspect.grid.value_of(span.text) for aspect, span in zip(self.aspects, spans, strict=True)]
 
     def _block(self, rows: Sequence[Row], start: int, report: Report) -> list[Record]:
         """Sample until nothing is wrong with any rationale of the block, or the attempts are used up."""
         pairs = [as_prompt_completion(row) for row in rows]
-        prompts = [prompt_ids(self.backend.tokenizer, pair["prompt"]) for pair in pairs]
-        stated = [None if self.allow_leaks or self._states_score(pair) else self._stated_score for pair in pairs]
+        self._find_tokens(pairs[0]["prompt"])
+        texts = [self._gold_texts(row, start + number) for number, row in enumerate(rows)]
         slots = [(row, sample) for row in range(len(rows)) for sample in range(self.num_generations)]
+        written: dict[tuple[int, int], list[str]] = {slot: [] for slot in slots}
         results: dict[tuple[int, int], Record] = {
             (row, sample): {"row": start + row, "sample": sample, "rationale": None, "failures": []}
             for row, sample in slots
         }
         attempts = self.max_attempts if self.sampling.temperature > 0 else 1  # greedy text would come out the same
-        for attempt in range(1, attempts + 1):
-            open_slots = [slot for slot in slots if _is_open(results[slot])]
-            if not open_slots:
-                break
-            generations = self._sample(prompts, open_slots, attempt, start, report)
-            for slot, generation in zip(open_slots, generations, strict=True):
-                text = generation.text.rstrip()
-                failure = rationale_failure(text, generation.finish_reason, stated[slot[0]])
-                if failure is None:
-                    results[slot]["rationale"] = text
-                else:
-                    results[slot]["failures"].append(failure)
+        for number, stage in enumerate(self._stages):
+            stated = [None if self.allow_leaks else self._unstated(pair, number) for pair in pairs]
+            prompts = {
+                slot: self._asked(pairs[slot[0]]["prompt"], list(zip(written[slot], texts[slot[0]], strict=False)))
+                for slot in slots
+                if len(written[slot]) == number
+            }
+            for attempt in range(1, attempts + 1):
+                # One that finds no room never will.
+                open_slots = [
+                    slot
+                    for slot in prompts
+                    if len(written[slot]) == number and results[slot]["failures"][-1:] != ["prompt too long"]
+                ]
+                if not open_slots:
+                    break
+                seed = [self.seed, start, attempt, *([number] if number else [])]
+                told = report if not self.aspects else None
+                generations = self._sample(prompts, open_slots, stage.marker, seed, attempt + number == 1, told)
+                for slot, generation in zip(open_slots, generations, strict=True):
+                    text = generation.text.rstrip()
+                    failure = rationale_failure(text, generation.finish_reason, stated[slot[0]])
+                    if failure is None and scored_within(text, self.aspects) is not None:
+                        failure = "leak"  # it would be found there when the row is trained on
+                    if failure is None:
+                        written[slot].append(text)
+                    else:
+                        results[slot]["failures"].append(failure)
+        if self.aspects:
+            report(len(rows))
+        for slot, rationales in written.items():
+            if len(rationales) == len(self._stages):
+                results[slot]["rationale"] = rationales if self.aspects else rationales[0]
         if self.on_failure == "raise":
             for result in results.values():
                 self._raise_if_failed(result)
         return [results[slot] for slot in slots]
 
-    def _states_score(self, pair: Row) -> bool:
-        """Whether the annotated rationale states a score, so that the model was taught to."""
+    def _find_tokens(self, prompt: Any) -> None:
+        """Look up the aspects' tokens, behind which rationales are written, unless they are those of the training."""
+        if self.aspects and not self._tokens_found:
+            completion = "".join(aspect.format.join("", aspect.grid.texts[0]) for aspect in self.aspects)
+            row = with_completion(prompt, completion)
+            found = resolve_aspects(self.backend.tokenizer, row, self.aspects)
+            self.aspects = tuple(
+                replace(known, grid=here.grid) for known, here in zip(self.aspects, found, strict=True)
+            )
+            self._tokens_found = True
+
+    def _asked(self, prompt: Any, done: Sequence[tuple[str, str]]) -> list[int]:
+        tokenizer = self.backend.tokenizer
+        return aspect_prefix_ids(tokenizer, prompt, self.aspects, done) if done else prompt_ids(tokenizer, prompt)
+
+    def _gold_texts(self, row: Row, number: int) -> list[str]:
+        golds = self._golds(row, number)
+        return [stage.grid.nearest_text(gold) for stage, gold in zip(self._stages, golds, strict=True)]
+
+    def _unstated(self, pair: Row, number: int) -> re.Pattern[str] | None:
+        """What finds a score written out, unless the annotated rationale states one: the model was taught to then."""
+        stage = self._stages[number]
+        stated = stated_score(stage.grid.texts)
         if pair.get("completion") is None:
-            return False
-        annotated = completion_text(pair["completion"]).rpartition(self.format.marker)[0]
-        return self._stated_score.search(annotated) is not None
+            return stated
+        content = completion_text(pair["completion"])
+        if not self.aspects:
+            annotated = content.rpartition(self.format.marker)[0]
+        else:
+            try:
+                spans = locate_aspects(content, self.aspects)
+            except ScoreNotFoundError:
+                return stated
+            annotated = content[spans[number - 1].end if number else 0 : spans[number].marker_start]
+        return None if stated.search(annotated) else stated
 
     def _raise_if_failed(self, result: Record) -> None:
         if result["rationale"] is None:
@@ -359,19 +397,20 @@ class CoTSelfDistill:
 
     def _sample(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Mapping[tuple[int, int], Sequence[int]],
         slots: Sequence[tuple[int, int]],
-        attempt: int,
-        start: int,
-        report: Report,
+        stop: str,
+        seed: Sequence[int],
+        is_first: bool,
+        report: Report | None,
     ) -> list[Generation]:
-        """One continuation for each slot. The seed depends on block and attempt alone, so a rerun repeats the text."""
-        settings: dict[str, Any] = {**asdict(self.sampling), "stop": self.format.marker}
-        settings["seed"] = int(digest([self.seed, start, attempt])[:8], 16)
-        if attempt == 1:
-            sampled = self.backend.generate(prompts, n=self.num_generations, on_progress=report, **settings)
+        """One continuation for each slot; its seed is of block, attempt and aspect alone, so a rerun repeats it."""
+        settings: dict[str, Any] = {**asdict(self.sampling), "stop": stop, "seed": int(digest(list(seed))[:8], 16)}
+        if is_first:
+            asked = [prompts[slot] for slot in prompts if slot[1] == 0]
+            sampled = self.backend.generate(asked, n=self.num_generations, on_progress=report, **settings)
             return [sampled[row][sample] for row, sample in slots]
-        return [samples[0] for samples in self.backend.generate([prompts[row] for row, _ in slots], **settings)]
+        return [samples[0] for samples in self.backend.generate([prompts[slot] for slot in slots], **settings)]
 
     def _stage_two_rows(self, rows: Rows, records: Iterator[Record], summary: DistillSummary) -> Iterator[Row]:
         for record in records:
@@ -388,8 +427,9 @@ class CoTSelfDistill:
                 summary.attempts_failed[failure] += count
             if record["rationale"] is not None:
                 summary.self_written += 1
-                text = self.format.join(record["rationale"], self.grid.nearest_text(self._gold(row, number)))
-                _replace_completion(row, text)
+                rationales = record["rationale"] if self.aspects else [record["rationale"]]
+                pieces = zip(self._stages, rationales, self._gold_texts(row, number), strict=True)
+                _replace_completion(row, "".join(stage.format.join(*piece) for stage, *piece in pieces))
                 yield {**row, "rationale_source": "self", **provenance}
                 continue
             last = failures[-1]
@@ -400,11 +440,6 @@ class CoTSelfDistill:
             else:
                 summary.annotated += 1
                 yield {**row, "rationale_source": "annotated", **provenance, "finish_reason": last}
-
-
-def _is_open(result: Record) -> bool:
-    """Whether a rationale is to be sampled (again). One that finds no room never will."""
-    return result["rationale"] is None and result["failures"][-1:] != ["prompt too long"]
 
 
 def _replace_completion(row: Row, text: str) -> None:

@@ -4,7 +4,9 @@ Looks at logged means alone; knows nothing of models or the trainer.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+from trl_tract.aspects import read_aspects
 from trl_tract.config import TRACTConfig
 
 PAPER_LEARNING_RATE = 1e-5
@@ -15,6 +17,18 @@ FIRST_STEPS = 20
 LEAST_GRID_MASS = 0.01
 # Parts of the score range. Three log entries in a row, so that one of a few like scores does not count.
 LEAST_SPREAD, GOLD_SPREAD, STILL_FOR = 0.01, 0.1, 3
+
+
+@dataclass
+class _Watched:
+    """One score of the completions: the only one, or that of an aspect."""
+
+    about: str  # put before messages
+    suffix: str  # behind the names of its means
+    low: float
+    high: float
+    raft_weight: float
+    still: int = 0  # log entries in a row without a spread
 
 
 class EarlyWarnings:
@@ -32,7 +46,18 @@ class EarlyWarnings:
     def __init__(self, args: TRACTConfig) -> None:
         self.args = args
         self._said: set[str] = set()
-        self._still = 0
+        self._watched = [_Watched("", "", args.score_values[0], args.score_values[-1], args.raft_weight)]
+        if args.aspects is not None:
+            self._watched = [
+                _Watched(
+                    f"aspect {aspect.name!r}: ",
+                    f"/{aspect.name}",
+                    aspect.grid.values[0],
+                    aspect.grid.values[-1],
+                    args.raft_weight if aspect.raft_weight is None else aspect.raft_weight,
+                )
+                for aspect in read_aspects(args.aspects)
+            ]
 
     def at_start(self) -> list[str]:
         """What is wrong before the first step."""
@@ -45,15 +70,16 @@ class EarlyWarnings:
                 "TRACT's authors used for LoRA on 7B models. Small models take more, but if loss/score stops falling "
                 "or all scores come out alike, this is the first thing to lower",
             )
-        span = self.args.score_values[-1] - self.args.score_values[0]
-        heavier = (span / PAPER_RANGE) ** 2
-        if self.args.raft_weight * heavier > MOST_WEIGHT:
-            said += self._once(
-                "range",
-                f"score_values span {span:g} rubric units, so at raft_weight={self.args.raft_weight:g} the squared "
-                f"error weighs {self.args.raft_weight * heavier:.0f} times as much against the rationale as on 1 to 5. "
-                f"raft_weight={1 / heavier:.2g} gives it the same weight",
-            )
+        for watched in self._watched:
+            span = watched.high - watched.low
+            heavier = (span / PAPER_RANGE) ** 2
+            if watched.raft_weight * heavier > MOST_WEIGHT:
+                said += self._once(
+                    f"range{watched.suffix}",
+                    f"{watched.about}score_values span {span:g} rubric units, so at raft_weight="
+                    f"{watched.raft_weight:g} the squared error weighs {watched.raft_weight * heavier:.0f} times as "
+                    f"much against the rationale as on 1 to 5. raft_weight={1 / heavier:.2g} gives it the same weight",
+                )
         return said
 
     def after_log(self, means: Mapping[str, float], step: int) -> list[str]:
@@ -63,25 +89,29 @@ class EarlyWarnings:
             means: From `ScoreMetrics.means`.
             step: Optimizer steps done.
         """
-        if step < FIRST_STEPS or "score/grid_mass" not in means:
-            return []
-        said = []
-        if means["score/grid_mass"] < LEAST_GRID_MASS:
-            said += self._once(
-                "grid mass",
-                f"after {step} steps only {means['score/grid_mass']:.1e} of the probability at the score is on the "
-                f"grid, so expected scores are near 0. {self._mass_cause()}",
+        said: list[str] = []
+        for watched in self._watched:
+            mass, expected, spread, gold_spread = (
+                means.get(f"{name}{watched.suffix}")
+                for name in ("score/grid_mass", "score/expected", "spread/expected", "spread/gold")
             )
-        low, high = self.args.score_values[0], self.args.score_values[-1]
-        still = means["spread/expected"] < LEAST_SPREAD * (high - low)
-        varied = means["spread/gold"] > GOLD_SPREAD * (high - low)
-        self._still = self._still + 1 if still and varied else 0
-        if self._still >= STILL_FOR:
-            said += self._once(
-                "still",
-                f"after {step} steps the expected score is {means['score/expected']:.2f} for every row, while gold "
-                f"scores differ. {self._still_cause()}",
-            )
+            if step < FIRST_STEPS or mass is None or expected is None or spread is None or gold_spread is None:
+                continue
+            if mass < LEAST_GRID_MASS:
+                said += self._once(
+                    f"grid mass{watched.suffix}",
+                    f"{watched.about}after {step} steps only {mass:.1e} of the probability at the score is on the "
+                    f"grid, so expected scores are near 0. {self._mass_cause()}",
+                )
+            width = watched.high - watched.low
+            still = spread < LEAST_SPREAD * width and gold_spread > GOLD_SPREAD * width
+            watched.still = watched.still + 1 if still else 0
+            if watched.still >= STILL_FOR:
+                said += self._once(
+                    f"still{watched.suffix}",
+                    f"{watched.about}after {step} steps the expected score is {expected:.2f} for every row, while gold "
+                    f"scores differ. {self._still_cause()}",
+                )
         return said
 
     def _mass_cause(self) -> str:

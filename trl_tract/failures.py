@@ -28,7 +28,8 @@ def rationale_failure(text: str, finish_reason: str, stated: re.Pattern[str] | N
     Returns:
         `prompt too long` (nothing could be written), `repetition` (it ends in a loop, whether or not it came out of
         it), `length` (cut at max_new_tokens), `no marker` (the model ended its turn without a score), `empty`, or
-        `leak` (the score stands in the rationale already).
+        `leak` (the score stands in the rationale already; with several aspects also another one's, behind its marker,
+        which `CoTSelfDistill` looks for).
 
     Example:
         >>> rationale_failure("It is polite.", "stop"), rationale_failure("It is", "length")

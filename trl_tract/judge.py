@@ -1,66 +1,26 @@
 """CoTRAILJudge: sample a rationale, then report the expected score (CoT-RAIL). Knows nothing of training."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from trl_tract.aspect_judge import judge_aspects
+from trl_tract.aspects import read_aspects
 from trl_tract.backends import Backend, Generation, TransformersBackend
-from trl_tract.journal import digest
 from trl_tract.judge_config import JudgeConfig
+from trl_tract.judgement import Judgement
+from trl_tract.judging import NO_ROOM, Rule, Sampler, grid_probabilities
 from trl_tract.prompts import CompletionFormat, Prompt
 from trl_tract.recalibration import Recalibration
-from trl_tract.rendering import prompt_ids, resolve_grid, score_prefix_ids, with_completion
-from trl_tract.scores import DECISIONS, POOLS, Decision, Pool, ScoreGrid, decide, temper
-from trl_tract.trie import GridProbabilities, walk_trie
+from trl_tract.rendering import prompt_ids, resolve_aspects, resolve_grid, score_prefix_ids, with_completion
+from trl_tract.scores import Decision, Pool, ScoreGrid
+from trl_tract.trie import GridProbabilities
 
-
-@dataclass
-class Judgement:
-    """What a judge says of one item.
-
-    Attributes:
-        score: Mean of `scores`, or what the judge's `pool` and `recalibration` make of them, rubric units; NaN if there
-            is none, never a guess.
-        scores: One for each rationale that reached its score.
-        rationales: The rationales behind `scores`.
-        probs: Probabilities of the grid's scores under the whole vocabulary, `(S, K)`, as the model gave them.
-        grid_mass: Mean probability on the grid; far below 1 means that the model did not expect a score there.
-        std: Mean standard deviation of the score under the model, renormalised on the grid, rubric units.
-        error: Why there is no score, or None.
-        pruned_mass: Where scores are several tokens: mean probability of beginnings that were too improbable to be
-            followed. 0 for a grid of single tokens.
-        error_bound: How far that may have moved a `mean` score, rubric units; for other decisions see `pruned_mass`.
-    """
-
-    score: float = math.nan
-    scores: list[float] = field(default_factory=list)
-    rationales: list[str] = field(default_factory=list)
-    probs: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
-    grid_mass: float = math.nan
-    std: float = math.nan
-    error: str | None = None
-    pruned_mass: float = 0.0
-    error_bound: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable; NaN becomes None."""
-        return {
-            "score": None if math.isnan(self.score) else self.score,
-            "scores": self.scores,
-            "rationales": self.rationales,
-            "probs": self.probs.tolist(),
-            "grid_mass": None if math.isnan(self.grid_mass) else self.grid_mass,
-            "std": None if math.isnan(self.std) else self.std,
-            "error": self.error,
-            "pruned_mass": self.pruned_mass,
-            "error_bound": self.error_bound,
-        }
+__all__ = ["CoTRAILJudge", "Judgement"]
 
 
 class CoTRAILJudge:
@@ -71,8 +31,11 @@ class CoTRAILJudge:
         score_values: The score grid, in rubric units; or texts with their values, such as `{"poor": 1, "good": 2}`.
         score_marker: Text at which a rationale ends.
         completion_format: How rationale, marker and score are joined; one space each by default.
+        aspects: Where a completion has several scores: see `TRACTConfig.aspects`; grid and marker above are not looked
+            at then. Each rationale is written behind the score that was decided before it.
         num_generations: Rationales for each item; their scores are averaged.
-        decision: How probabilities become a score: `mean`, `median`, `mode` or `sampled`.
+        decision: How probabilities become a score: `mean`, `median`, `mode`, `sampled` or `quantile`.
+        quantile: Of `decision="quantile"`: see `scores.decide`.
         normalize_grid: Divide the expected score by the mass on the grid.
         score_temperature: Sharpens (below 1) or flattens score probabilities before `decision`: see `scores.temper`.
         pool: How several rationales become one score: the mean of their `scores`, or `decision` applied to the mean of
@@ -89,8 +52,8 @@ class CoTRAILJudge:
         writes_rationale: False for a judge that gives its score straight after the prompt; nothing is generated then.
 
     Raises:
-        ValueError: An unknown decision or pool, a score temperature that is not above 0, or a grid that the tokenizer
-            cannot tell apart.
+        ValueError: An unknown decision or pool, a score temperature or quantile out of range, a grid that the tokenizer
+            cannot tell apart, or an argument that is for one score beside `aspects`.
 
     Source: Chiang et al. 2025, CoT-RAIL, https://aclanthology.org/2025.acl-long.147
     """
@@ -102,8 +65,10 @@ class CoTRAILJudge:
         score_values: Sequence[float] | Mapping[str, float] = (1, 2, 3, 4, 5),
         score_marker: str = "[RESULT]",
         completion_format: CompletionFormat | None = None,
+        aspects: Mapping[str, Mapping[str, Any]] | str | None = None,
         num_generations: int = 1,
         decision: Decision = "mean",
+        quantile: float = 0.5,
         normalize_grid: bool = False,
         score_temperature: float = 1.0,
         pool: Pool = "scores",
@@ -117,16 +82,17 @@ class CoTRAILJudge:
         append_marker: bool = False,
         writes_rationale: bool = True,
     ) -> None:
-        if decision not in DECISIONS:
-            raise ValueError(f"decision={decision!r} is unknown: choose one of {', '.join(DECISIONS)}")
-        if pool not in POOLS:
-            raise ValueError(f"pool={pool!r} is unknown: choose one of {', '.join(POOLS)}")
-        temper(torch.ones(1), score_temperature)  # an unusable temperature is refused before anything is generated
+        self.aspects = () if aspects is None else read_aspects(aspects)
+        if self.aspects and (recalibration is not None or not writes_rationale):
+            wrong = "writes_rationale=False" if recalibration is None else "recalibration"
+            raise ValueError(f"{wrong} is for judges of one score: leave it out, or leave aspects out")
+        Rule(decision, quantile, normalize_grid, score_temperature, pool, seed)  # unusable settings are refused now
         self.backend = backend
         self.grid = ScoreGrid.from_values(score_values)
         self.format = completion_format or CompletionFormat(score_marker)
         self.num_generations = num_generations
         self.decision: Decision = decision
+        self.quantile = quantile
         self.normalize_grid = normalize_grid
         self.score_temperature = score_temperature
         self.pool: Pool = pool
@@ -177,13 +143,14 @@ class CoTRAILJudge:
             backend,
             score_values=dict(zip(config.grid.texts, config.grid.values, strict=True)),
             completion_format=config.format,
+            aspects={aspect.name: aspect.to_dict() for aspect in config.aspects} or None,
             **{
                 "normalize_grid": config.normalize_grid,
                 "writes_rationale": config.writes_rationale,
                 **settings,
             },
         )
-        judge.grid = config.grid
+        judge.grid, judge.aspects = config.grid, config.aspects
         return judge
 
     def judge(
@@ -207,26 +174,37 @@ class CoTRAILJudge:
         if not ids:
             return judgements
         self._check_grid(prompts[next(iter(ids))])
+        if self.aspects:
+            asked = {i: prompts[i] for i in ids}
+            found_by_item = judge_aspects(
+                asked,
+                ids,
+                self.aspects,
+                sampler=self._sampler,
+                rule=self._rule,
+                num_generations=self.num_generations,
+                first=first,
+            )
+            if on_progress is not None:
+                on_progress(len(ids))
+            return [found_by_item.get(i, judgement) for i, judgement in enumerate(judgements)]
         samples = self._rationales(ids, first, on_progress)
         slots: list[tuple[int, str]] = []
         for i, generations in samples.items():
-            usable = [generation for generation in generations if self._usable(generation)]
+            usable = [generation for generation in generations if self._sampler.usable(generation)]
             slots += [(i, generation.text.rstrip()) for generation in usable]
             if not usable:
-                judgements[i].error = self._reason(generations)
+                judgements[i].error = self._sampler.reason(generations[-1], self.format.marker)
         found = self.grid_probabilities([prompts[i] for i, _ in slots], [rationale for _, rationale in slots])
-        probs = found.probs
         grouped: dict[int, list[int]] = {}
         for slot, (i, _) in enumerate(slots):
-            if np.isnan(probs[slot]).any():
-                judgements[i].error = "prompt and rationale leave no room in the model's context window"
+            if np.isnan(found.probs[slot]).any():
+                judgements[i].error = NO_ROOM
             else:
                 grouped.setdefault(i, []).append(slot)
         for i, mine in grouped.items():
-            judgements[i].error = None
-            self._fill(judgements[i], probs[mine], [slots[slot][1] for slot in mine], first + i)
-            judgements[i].pruned_mass = float(found.pruned_mass[mine].mean())
-            judgements[i].error_bound = float(self._error_bounds(found)[mine].mean())
+            rationales = [slots[slot][1] for slot in mine]
+            self._rule.fill(judgements[i], self.grid, found.of(mine), rationales, [first + i], self.recalibration)
         return judgements
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -249,10 +227,26 @@ class CoTRAILJudge:
         """
         from trl_tract.hub import push_judge
 
-        if not (self.grid.token_ids or self.grid.paths):  # nothing was judged yet
+        first = self.aspects[0].grid if self.aspects else self.grid
+        if not (first.token_ids or first.paths):  # nothing was judged yet
             self._check_grid([{"role": "user", "content": ""}] if self.backend.tokenizer.chat_template else "")
-        config = JudgeConfig(self.grid, self.format, self.normalize_grid, writes_rationale=self.writes_rationale)
+        config = JudgeConfig(
+            self.aspects[0].grid if self.aspects else self.grid,
+            self.aspects[0].format if self.aspects else self.format,
+            self.normalize_grid,
+            num_scores=len(self.aspects) or 1,
+            writes_rationale=self.writes_rationale,
+            aspects=self.aspects,
+        )
         return push_judge(self.backend, config, repo_id, recalibration=self.recalibration, **options)
+
+    @property
+    def _sampler(self) -> Sampler:
+        return Sampler(self.backend, self.sampling, self.max_attempts, self.append_marker)
+
+    @property
+    def _rule(self) -> Rule:
+        return Rule(self.decision, self.quantile, self.normalize_grid, self.score_temperature, self.pool, self.seed)
 
     def score_rationales(self, prompts: Sequence[Prompt], rationales: Sequence[str]) -> NDArray[np.float64]:
         """Probabilities of the grid's scores behind given rationales, `(len(prompts), K)`."""
@@ -266,6 +260,8 @@ class CoTRAILJudge:
             prompts: Written like the training rows' prompts.
             rationales: One for each prompt, without the marker.
         """
+        if self.aspects:
+            raise ValueError("this judge scores several aspects, and which rationale is whose is not said: use judge()")
         if not prompts:
             return GridProbabilities.exact(np.zeros((0, len(self.grid))))
         self._check_grid(prompts[0])
@@ -273,41 +269,22 @@ class CoTRAILJudge:
             score_prefix_ids(self.backend.tokenizer, prompt, rationale, self.format, self.grid)
             for prompt, rationale in zip(prompts, rationales, strict=True)
         ]
-        if self.grid.paths:
-            # A backend may know how to ask for whole scores at once; every one can be asked token by token.
-            ask_at_once = getattr(self.backend, "trie_logprobs", None)
-            logprobs = None if ask_at_once is None else ask_at_once(prefixes, self.grid.trie)
-            if logprobs is not None:
-                return GridProbabilities.exact(np.exp(logprobs))
-            return walk_trie(self.grid.trie, prefixes, self.backend.next_token_logprobs, self.grid.values)
-        return GridProbabilities.exact(np.exp(self.backend.next_token_logprobs(prefixes, self.grid.token_ids)))
-
-    def _error_bounds(self, found: GridProbabilities) -> NDArray[np.float64]:
-        """How far what was not followed can have moved each expected score, rubric units."""
-        if not self.normalize_grid:
-            return found.error_bound
-        # A mean over the mass m that was found moves by at most the range once mass p joins it: p / (m + p) of it.
-        low, high = self.grid.values[0], self.grid.values[-1]
-        mass = np.maximum(found.probs.sum(axis=1) + found.pruned_mass, np.finfo(float).tiny)
-        bounds: NDArray[np.float64] = found.pruned_mass / mass * (high - low)
-        return bounds
+        return grid_probabilities(self.backend, self.grid, prefixes)
 
     def _check_grid(self, prompt: Prompt) -> None:
         """Look the grid's tokens up where scores will stand, and compare with those of the training; once a kind."""
         kind = (id(self.backend.tokenizer), isinstance(prompt, str))
         if kind in self._grid_checked:
             return
-        row = with_completion(prompt, self.format.join("", self.grid.texts[0]))
-        resolved, _ = resolve_grid(self.backend.tokenizer, row, self.format.marker, self.grid)
-        trained = self.grid.token_ids or [path.written for path in self.grid.paths]
-        if trained and not resolved.same_tokens(self.grid):
-            here = resolved.token_ids or [path.written for path in resolved.paths]
-            raise ValueError(
-                f"the scores are the tokens {here} here, but were {trained} in training: "
-                "this is not the tokenizer that the judge was trained with"
-            )
-        if not trained:
-            self.grid = resolved
+        if self.aspects:
+            completion = "".join(aspect.format.join("", aspect.grid.texts[0]) for aspect in self.aspects)
+            found = resolve_aspects(self.backend.tokenizer, with_completion(prompt, completion), self.aspects)
+            grids = [_checked(aspect.grid, here.grid) for aspect, here in zip(self.aspects, found, strict=True)]
+            self.aspects = tuple(replace(aspect, grid=grid) for aspect, grid in zip(self.aspects, grids, strict=True))
+        else:
+            row = with_completion(prompt, self.format.join("", self.grid.texts[0]))
+            resolved, _ = resolve_grid(self.backend.tokenizer, row, self.format.marker, self.grid)
+            self.grid = _checked(self.grid, resolved)
         self._grid_checked.add(kind)
 
     def _rationales(
@@ -318,58 +295,24 @@ class CoTRAILJudge:
             if on_progress is not None:
                 on_progress(len(ids))
             return {i: [Generation("", "stop", 0)] for i in ids}
-        results: dict[int, list[Generation]] = {}
-        open_slots = [(i, sample) for i in ids for sample in range(self.num_generations)]
-        for attempt in range(1, self.max_attempts + 1):
-            settings: dict[str, Any] = {**self.sampling, "stop": self.format.marker}
-            settings["seed"] = int(digest([self.seed, first_item, attempt])[:8], 16)
-            if attempt == 1:
-                first = self.backend.generate(
-                    list(ids.values()), n=self.num_generations, on_progress=on_progress, **settings
-                )
-                results = {i: list(generations) for i, generations in zip(ids, first, strict=True)}
-            else:
-                again = self.backend.generate([ids[i] for i, _ in open_slots], n=1, **settings)
-                for (i, sample), generations in zip(open_slots, again, strict=True):
-                    results[i][sample] = generations[0]
-            open_slots = [
-                (i, sample) for i, sample in open_slots if results[i][sample].finish_reason in ("eos", "length")
-            ]
-            if not open_slots or self.append_marker:
-                break
-        return results
-
-    def _usable(self, generation: Generation) -> bool:
-        return generation.finish_reason == "stop" or (
-            self.append_marker and generation.finish_reason != "prompt_too_long"
+        return self._sampler.sample(
+            ids,
+            stop=self.format.marker,
+            n=self.num_generations,
+            seed=lambda attempt: [self.seed, first_item, attempt],
+            on_progress=on_progress,
         )
 
-    def _reason(self, generations: Sequence[Generation]) -> str:
-        last = generations[-1]
-        if last.finish_reason == "prompt_too_long":
-            return "the prompt leaves no room in the model's context window"
-        ending = (
-            f"max_new_tokens={self.sampling['max_new_tokens']} ran out"
-            if last.finish_reason == "length"
-            else "the model ended its turn"
-        )
-        return f"no rationale reached {self.format.marker!r} in {self.max_attempts} attempts: {ending}"
 
-    def _fill(self, judgement: Judgement, probs: NDArray[np.float64], rationales: list[str], item: int) -> None:
-        tensor, values = torch.from_numpy(probs), torch.tensor(self.grid.values, dtype=torch.float64)
-        generator = torch.Generator().manual_seed(int(digest([self.seed, "score", item])[:8], 16))
-        tensor = temper(tensor, self.score_temperature)
-        rule: dict[str, Any] = {"normalize": self.normalize_grid, "generator": generator}
-        judgement.scores = decide(tensor, values, self.decision, **rule).tolist()
-        judgement.score = float(np.mean(judgement.scores))
-        if self.pool == "distributions":
-            judgement.score = float(decide(tensor.mean(dim=0, keepdim=True), values, self.decision, **rule))
-        if self.recalibration is not None:
-            judgement.score = float(self.recalibration(judgement.score))
-        judgement.rationales = rationales
-        judgement.probs = probs
-        judgement.grid_mass = float(probs.sum(axis=1).mean())
-        on_grid = probs / probs.sum(axis=1, keepdims=True)
-        mean = on_grid @ np.array(self.grid.values)
-        variance = on_grid @ np.square(self.grid.values) - np.square(mean)
-        judgement.std = float(np.sqrt(np.clip(variance, 0, None)).mean())
+def _checked(known: ScoreGrid, here: ScoreGrid) -> ScoreGrid:
+    """The grid with its tokens; those it was trained with, if it was, have to be those that it has here."""
+    trained = known.token_ids or [path.written for path in known.paths]
+    if not trained:
+        return here
+    if not here.same_tokens(known):
+        found = here.token_ids or [path.written for path in here.paths]
+        raise ValueError(
+            f"the scores are the tokens {found} here, but were {trained} in training: "
+            "this is not the tokenizer that the judge was trained with"
+        )
+    return known

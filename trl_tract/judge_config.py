@@ -1,10 +1,12 @@
 """`tract_config.json`: what a judge has to know of its training, saved beside the weights. Knows nothing of models."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from trl_tract.aspects import Aspect
 from trl_tract.prompts import CompletionFormat
 from trl_tract.scores import ScoreGrid
 from trl_tract.trie import ScorePath
@@ -17,11 +19,12 @@ class JudgeConfig:
     """How a judge was trained to write a completion and its score.
 
     Attributes:
-        grid: The score grid, its tokens resolved.
-        format: Marker and the whitespace around it.
+        grid: The score grid, its tokens resolved; of several aspects the first one's.
+        format: Marker and the whitespace around it; likewise.
         normalize_grid: Whether the expected score is divided by the mass on the grid.
         num_scores: Scores in a completion.
         writes_rationale: False for a judge that was trained to give its score straight away.
+        aspects: Where a completion has a score for each of several aspects: they, in their order.
     """
 
     grid: ScoreGrid
@@ -29,19 +32,22 @@ class JudgeConfig:
     normalize_grid: bool = False
     num_scores: int = 1
     writes_rationale: bool = True
+    aspects: tuple[Aspect, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `tract_config.json`."""
-        return {
-            "score_values": list(self.grid.values),
-            "score_texts": list(self.grid.texts),
-            "score_token_ids": list(self.grid.token_ids),
-            "score_paths": [asdict(path) for path in self.grid.paths],
-            "completion_format": self.format.to_dict(),
+        saved: dict[str, Any] = {
+            **_saved_grid(self.grid, self.format),
             "normalize_grid": self.normalize_grid,
             "num_scores": self.num_scores,
             "writes_rationale": self.writes_rationale,
         }
+        if self.aspects:
+            saved["aspects"] = {
+                aspect.name: {**_saved_grid(aspect.grid, aspect.format), "raft_weight": aspect.raft_weight}
+                for aspect in self.aspects
+            }
+        return saved
 
     def check_single_score(self, path: str | Path) -> None:
         """Refuse a model that writes several scores a completion: what generates reads one.
@@ -49,10 +55,11 @@ class JudgeConfig:
         Raises:
             ValueError: It does.
         """
-        if self.num_scores != 1:
+        if self.num_scores != 1 and not self.aspects:
             raise ValueError(
                 f"{path} was trained on rows with `scores`: it writes {self.num_scores} scores a completion, and "
-                "generation stops at the first. Train a model for each aspect, or on rows with a single `score`"
+                "generation stops at the first. Name them in `aspects`, each with its own marker, or train on rows of "
+                "one `score`"
             )
 
     def save(self, directory: str | Path) -> None:
@@ -71,24 +78,41 @@ class JudgeConfig:
         file = find_config(path, revision)
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
-            grid = ScoreGrid(
-                values=tuple(float(value) for value in saved["score_values"]),
-                texts=tuple(str(text) for text in saved["score_texts"]),
-                token_ids=tuple(int(token) for token in saved["score_token_ids"]),
-                paths=tuple(
-                    ScorePath(tuple(int(token) for token in path["token_ids"]), int(path["lead"]), int(path["end"]))
-                    for path in saved.get("score_paths", [])
-                ),
-            )
             return cls(
-                grid,
-                CompletionFormat(**saved["completion_format"]),
+                *_read_grid(saved),
                 bool(saved["normalize_grid"]),
                 int(saved.get("num_scores", 1)),
                 bool(saved.get("writes_rationale", True)),
+                tuple(
+                    Aspect(name, *_read_grid(each), each["raft_weight"])
+                    for name, each in saved.get("aspects", {}).items()
+                ),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} cannot be read as {FILE_NAME}: {error!r}. Save the model again") from error
+
+
+def _saved_grid(grid: ScoreGrid, written: CompletionFormat) -> dict[str, Any]:
+    return {
+        "score_values": list(grid.values),
+        "score_texts": list(grid.texts),
+        "score_token_ids": list(grid.token_ids),
+        "score_paths": [asdict(path) for path in grid.paths],
+        "completion_format": written.to_dict(),
+    }
+
+
+def _read_grid(saved: Mapping[str, Any]) -> tuple[ScoreGrid, CompletionFormat]:
+    grid = ScoreGrid(
+        values=tuple(float(value) for value in saved["score_values"]),
+        texts=tuple(str(text) for text in saved["score_texts"]),
+        token_ids=tuple(int(token) for token in saved["score_token_ids"]),
+        paths=tuple(
+            ScorePath(tuple(int(token) for token in path["token_ids"]), int(path["lead"]), int(path["end"]))
+            for path in saved.get("score_paths", [])
+        ),
+    )
+    return grid, CompletionFormat(**saved["completion_format"])
 
 
 def find_config(path: str | Path, revision: str | None = None) -> Path:

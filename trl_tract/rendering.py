@@ -5,13 +5,14 @@ same rationale has before its score. Knows nothing of datasets or models.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length, is_conversational, maybe_convert_to_chatml
 
+from trl_tract.aspects import Aspect, locate_aspects
 from trl_tract.prompts import (
     CompletionFormat,
     Prompt,
@@ -44,15 +45,20 @@ class RenderedRow:
         text: Prompt and completion, with the chat template's or the end-of-sequence text.
         prompt_text: The prompt alone, as the model is asked.
         scores: Its scores in their order: one, or one for each entry of `scores`.
-        format: The last score's marker and the whitespace around it.
+        formats: Each score's marker and the whitespace around it; `start` is what stands before its rationale.
         add_special_tokens: Whether the tokenizer adds its own: True for plain text, False after a chat template.
     """
 
     text: str
     prompt_text: str
     scores: tuple[RenderedScore, ...]
-    format: CompletionFormat
+    formats: tuple[CompletionFormat, ...]
     add_special_tokens: bool
+
+    @property
+    def format(self) -> CompletionFormat:
+        """The last score's format, with the whitespace that the completion begins with."""
+        return replace(self.formats[-1], start=self.formats[0].start)
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,35 @@ def render_row(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], marke
     Raises:
         ScoreNotFoundError: The completion has no score, or another number of them.
     """
+
+    def find(content: str) -> tuple[ScoreSpan, ...]:
+        golds = row.get("scores")
+        if golds is None:
+            return (locate_score(content, marker, grid.texts),)
+        if isinstance(golds, list | tuple) and golds:
+            return locate_scores(content, marker, grid.texts, len(golds))
+        named = " For a gold score by aspect, set `aspects`" if isinstance(golds, Mapping) else ""
+        raise ScoreNotFoundError(
+            "not a list", f"`scores` is {golds!r}, not a list of gold scores in their order{named}"
+        )
+
+    return _render(tokenizer, row, find)
+
+
+def render_aspects(
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], aspects: Sequence[Aspect]
+) -> RenderedRow:
+    """Like `render_row`, for a completion that has a score for each aspect.
+
+    Raises:
+        ScoreNotFoundError: An aspect's score is missing, ambiguous or out of order.
+    """
+    return _render(tokenizer, row, lambda content: locate_aspects(content, aspects))
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], find: Callable[[str], tuple[ScoreSpan, ...]]
+) -> RenderedRow:
     prompt, completion = row.get("prompt"), row.get("completion")
     if prompt is None:
         raise ScoreNotFoundError("no prompt", "the prompt is missing")
@@ -138,13 +173,7 @@ def render_row(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], marke
         eos = tokenizer.eos_token or ""
         text += "" if text.endswith(eos) else eos
     content = completion_text(completion)
-    golds = row.get("scores")
-    if golds is None:
-        spans: tuple[ScoreSpan, ...] = (locate_score(content, marker, grid.texts),)
-    elif isinstance(golds, list | tuple) and golds:
-        spans = locate_scores(content, marker, grid.texts, len(golds))
-    else:
-        raise ScoreNotFoundError("not a list", f"`scores` is {golds!r}, not a list of gold scores in their order")
+    spans = find(content)
     # The template may strip or rewrite the rationale, so markers and scores are looked up in what it rendered, last
     # one first, and only behind the prompt, which may hold a forged marker of its own.
     rendered_from, rendered_to = common_prefix_length(before, text), len(text)
@@ -158,18 +187,25 @@ def render_row(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], marke
             )
         scores.insert(0, RenderedScore(span.text, at + span.start - span.marker_start, at + len(written)))
         rendered_to = at
-    last = spans[-1]
+    ends = [0, *(span.end for span in spans)]
     return RenderedRow(
         text=text,
         prompt_text=before,
         scores=tuple(scores),
-        format=CompletionFormat(
-            marker,
-            lead=last.lead if content[: last.marker_start].strip() else " ",
-            separator=last.separator,
-            start=content[: len(content) - len(content.lstrip())],
-        ),
+        formats=tuple(_format(content, end, span) for end, span in zip(ends, spans, strict=False)),
         add_special_tokens=add_special_tokens,
+    )
+
+
+def _format(content: str, begin: int, span: ScoreSpan) -> CompletionFormat:
+    """How the score at `span` is written behind its rationale, which begins at `begin`."""
+    before, rest = content[begin : span.marker_start], content[begin:]
+    return CompletionFormat(
+        content[span.marker_start : span.start - len(span.separator)],
+        # Without a rationale there is nothing that the marker follows.
+        lead=span.lead if before.strip() else " ",
+        separator=span.separator,
+        start=rest[: len(rest) - len(rest.lstrip())],
     )
 
 
@@ -194,9 +230,19 @@ def completion_text(completion: str | Sequence[Mapping[str, Any]] | None) -> str
 
 
 def tokenise(
-    tokenizer: PreTrainedTokenizerBase, rendered: RenderedRow, grid: ScoreGrid, *, check_ends: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    rendered: RenderedRow,
+    grid: ScoreGrid | Sequence[ScoreGrid],
+    *,
+    check_ends: bool = True,
 ) -> TokenisedRow:
     """Tokenise a rendered row once and find the tokens of each score by the characters they cover.
+
+    Args:
+        tokenizer: A fast one.
+        rendered: The row.
+        grid: The grid of its scores, or one for each; with tokens.
+        check_ends: Whether what follows a score has to be what follows it in the grid's paths.
 
     Raises:
         ScoreNotFoundError: A score has other tokens than in the grid, because the row writes it in another way, or,
@@ -208,10 +254,11 @@ def tokenise(
     asked = tokenizer(rendered.prompt_text, add_special_tokens=special)["input_ids"]
     # Some templates render the prompt differently when it stands alone: like SFTTrainer, train where they diverge.
     prompt_length = common_prefix_length(asked, ids)
+    grids = [grid] * len(rendered.scores) if isinstance(grid, ScoreGrid) else grid
     indices, stops = [], []
-    for score in rendered.scores:
+    for score, its_grid in zip(rendered.scores, grids, strict=True):
         covering = tokens_covering(encoded["offset_mapping"], score.start, score.end)
-        start = _score_start(tokenizer, ids, covering, score.text, grid, check_ends)
+        start = _score_start(tokenizer, ids, covering, score.text, its_grid, check_ends)
         indices.append(start)
         stops.append(covering[-1] + 1)
     return TokenisedRow(ids, prompt_length, tuple(indices), tuple(stops))
@@ -254,20 +301,40 @@ def resolve_grid(
     tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], marker: str, grid: ScoreGrid
 ) -> tuple[ScoreGrid, CompletionFormat]:
     """Find the grid's tokens where `row` writes its score, and the way it writes it."""
+    _check_fast(tokenizer)
+    rendered = render_row(tokenizer, row, marker, grid)
+    return _resolved_at(tokenizer, rendered, rendered.scores[0], grid), rendered.format
+
+
+def resolve_aspects(
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], aspects: Sequence[Aspect]
+) -> tuple[Aspect, ...]:
+    """Find each aspect's tokens where `row` writes its score, and the way it writes it."""
+    _check_fast(tokenizer)
+    rendered = render_aspects(tokenizer, row, aspects)
+    return tuple(
+        replace(aspect, grid=_resolved_at(tokenizer, rendered, score, aspect.grid), format=written)
+        for aspect, score, written in zip(aspects, rendered.scores, rendered.formats, strict=True)
+    )
+
+
+def _check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.is_fast:
         raise ValueError(
             f"{type(tokenizer).__name__} gives no character offsets, which finding the score needs. Load the fast "
             "tokenizer of this model"
         )
-    rendered = render_row(tokenizer, row, marker, grid)
-    first = rendered.scores[0]
-    resolved = grid.resolve(
+
+
+def _resolved_at(
+    tokenizer: PreTrainedTokenizerBase, rendered: RenderedRow, score: RenderedScore, grid: ScoreGrid
+) -> ScoreGrid:
+    return grid.resolve(
         tokenizer,
-        rendered.text[: first.start],
-        rendered.text[first.end :],
+        rendered.text[: score.start],
+        rendered.text[score.end :],
         add_special_tokens=rendered.add_special_tokens,
     )
-    return resolved, rendered.format
 
 
 # Tokens around a score that are read back as text: enough to hold the marker and what decides the score's token.
@@ -333,4 +400,30 @@ def score_prefix_ids(
     rendered = render_row(tokenizer, with_completion(prompt, completion), completion_format.marker, grid)
     # A training row may go on behind its score; this one ends there.
     tokens = tokenise(tokenizer, rendered, grid, check_ends=False)
+    return tokens.input_ids[: tokens.score_indices[-1]]
+
+
+def aspect_prefix_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    aspects: Sequence[Aspect],
+    done: Sequence[tuple[str, str]],
+    rationale: str | None = None,
+) -> list[int]:
+    """Token ids up to an aspect's score, or, without a `rationale`, up to where its rationale begins.
+
+    Args:
+        tokenizer: A fast one.
+        prompt: Written like the training rows' prompts.
+        aspects: With tokens.
+        done: Rationale and score text of the aspects before it: one or more, or with a `rationale` none.
+        rationale: Its own rationale, without the marker.
+    """
+    asked = aspects[: len(done) + 1]
+    pieces = [*done, (rationale or "", asked[-1].grid.texts[0])]
+    completion = "".join(aspect.format.join(*piece) for aspect, piece in zip(asked, pieces, strict=True))
+    rendered = render_aspects(tokenizer, with_completion(prompt, completion), asked)
+    tokens = tokenise(tokenizer, rendered, [aspect.grid for aspect in asked], check_ends=False)
+    if rationale is None:
+        return tokens.input_ids[: tokens.score_stops[-2]]
     return tokens.input_ids[: tokens.score_indices[-1]]

@@ -1,6 +1,7 @@
 """Folders of judgements and runs -> the page about them. Knows where a run keeps things, nothing of HTML or models."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from trl_tract.steps import read_judgements
 STAGES = {"stage one": "stage1", "stage two": "tract"}
 """What a run calls its stages, and the folders they train in."""
 
-_INTERNAL = {"rows_digest", "block_size"}
+_INTERNAL = {"rows_digest", "block_size", "aspects"}
 
 
 def item_groups(records: list[dict[str, Any]]) -> list[str]:
@@ -33,6 +34,7 @@ def judged_items(
     name: str | None = None,
     data: str | Path | None = None,
     others: Mapping[str, tuple[Path, ScoreReport]] | None = None,
+    aspect: str | None = None,
 ) -> JudgedItems:
     """What a page needs to know of a folder of judgements, and of the run that it belongs to.
 
@@ -42,29 +44,45 @@ def judged_items(
         name: What the judge is called; by default its model.
         data: JSONL of the rows that were judged, for their prompts; by default the run's held-out rows, if those were.
         others: Name -> folder and report of other judges of the same items.
+        aspect: The one that is shown, where several were judged.
 
     Raises:
         ValueError: `data` holds other rows than those that were judged.
     """
-    judgements = read_judgements(directory)
+    judgements = read_judgements(directory, aspect)
     settings = _settings(directory)
+    called = name or str(settings.get("model", directory.name))
     return JudgedItems(
-        name=name or str(settings.get("model", directory.name)),
+        name=called if aspect is None else f"{called}, {aspect}",
         records=judgements["records"],
         report=report,
-        grid=_grid(settings),
+        grid=_grid(settings, aspect),
         prompts=_prompts(directory, settings, data),
         settings={label: value for label, value in settings.items() if label not in _INTERNAL},
         others=[
-            OtherJudge(other, its_report, _difference(judgements, folder, report))
+            OtherJudge(other, its_report, _difference(judgements, folder, report, aspect))
             for other, (folder, its_report) in (others or {}).items()
         ],
         curves=_curves(directory.parent),
     )
 
 
+def with_aspect(name: str, aspect: str | None) -> str:
+    """What a judge is called in the report on one of its aspects."""
+    return name if aspect is None else f"{name}, {aspect}"
+
+
+def page_file(file: Path, aspect: str | None) -> Path:
+    """Where the page of an aspect goes: `report.html`, `report-tone.html`."""
+    return file if aspect is None else file.with_stem(f"{file.stem}-{re.sub(r'[^0-9A-Za-z]+', '-', aspect)}")
+
+
 def write_run_page(
-    directory: Path, judged: Mapping[str, str], reports: Mapping[str, ScoreReport], say: Callable[[str], None]
+    directory: Path,
+    judged: Mapping[str, str],
+    reports: Mapping[str, ScoreReport],
+    say: Callable[[str], None],
+    aspect: str | None = None,
 ) -> None:
     """Write `report.html` of a run: its last judge, compared with the others; without matplotlib, say what is missing.
 
@@ -73,16 +91,18 @@ def write_run_page(
         judged: Judge -> its folder of judgements.
         reports: Judge -> agreement with the gold scores.
         say: Prints where the page is.
+        aspect: The one that the page is about, where several were judged.
     """
     *others, main = judged
     items = judged_items(
         directory / judged[main],
-        reports[main],
+        reports[with_aspect(main, aspect)],
         name=main,
-        others={name: (directory / judged[name], reports[name]) for name in others},
+        others={name: (directory / judged[name], reports[with_aspect(name, aspect)]) for name in others},
+        aspect=aspect,
     )
     try:
-        page, *pictures = write_page(items, directory / "report.html")
+        page, *pictures = write_page(items, page_file(directory / "report.html", aspect))
     except ImportError as error:
         say(f"    no report page: {error}")
     else:
@@ -97,6 +117,7 @@ def finish_card(
     held_out: str,
     grid_mass: float | None,
     errors: Mapping[str, int],
+    aspect: str | None = None,
 ) -> None:
     """Tell the TRACT model's card what training could not know: the evaluation, where rows came from, stage one.
 
@@ -107,6 +128,7 @@ def finish_card(
         held_out: File or hub id of the items that were judged.
         grid_mass: Mean probability on the grid.
         errors: Why items have no score, and how many for each reason.
+        aspect: The one that the report is about, where several were judged: called for each of them in turn.
     """
     card, summary = run / "tract" / "README.md", run / "self-generated" / "summary.json"
     add_training_run(
@@ -123,6 +145,7 @@ def finish_card(
         grid_mass=grid_mass,
         errors=errors,
         notes=[f"Judged with {sampling}"] if sampling else [],
+        aspect=aspect,
     )
 
 
@@ -160,9 +183,9 @@ def recalibrate(directory: Path, model: str | None = None) -> tuple[Recalibratio
     return fitted, fitted.save(judge)
 
 
-def judged_grid(directory: Path) -> tuple[float, ...] | None:
-    """The grid that the judgements in `directory` were made on; None where it is not known."""
-    return _grid(_settings(directory))
+def judged_grid(directory: Path, aspect: str | None = None) -> tuple[float, ...] | None:
+    """The grid that the judgements in `directory`, or those of an aspect, were made on; None where it is not known."""
+    return _grid(_settings(directory), aspect)
 
 
 def _settings(directory: Path) -> dict[str, Any]:
@@ -170,8 +193,11 @@ def _settings(directory: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
-def _grid(settings: Mapping[str, Any]) -> tuple[float, ...] | None:
+def _grid(settings: Mapping[str, Any], aspect: str | None = None) -> tuple[float, ...] | None:
     """The grid that was judged on, where it is written down on this disk; no hub is asked for it."""
+    if aspect is not None:
+        aspects = settings.get("aspects") or {}
+        return tuple(float(value) for value in aspects[aspect]["values"]) if aspect in aspects else None
     if values := settings.get("score_values"):
         return tuple(float(value) for value in (values.values() if isinstance(values, Mapping) else values))
     model = settings.get("model")
@@ -197,8 +223,8 @@ def _prompts(directory: Path, settings: Mapping[str, Any], data: str | Path | No
     raise ValueError(f"{found} does not hold the rows that were judged in {directory}: give the file that `judge` read")
 
 
-def _difference(judgements: Mapping[str, Any], other: Path, report: ScoreReport) -> Any:
-    theirs = read_judgements(other)
+def _difference(judgements: Mapping[str, Any], other: Path, report: ScoreReport, aspect: str | None) -> Any:
+    theirs = read_judgements(other, aspect)
     return compare(
         judgements["score"],
         theirs["score"],
@@ -206,7 +232,7 @@ def _difference(judgements: Mapping[str, Any], other: Path, report: ScoreReport)
         groups=item_groups(judgements["records"]),
         n_bootstrap=report.n_bootstrap,
         seed=report.seed,
-        grid=judged_grid(other),
+        grid=judged_grid(other, aspect),
     )
 
 

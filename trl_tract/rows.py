@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trl_tract.aspects import Aspect, aspect_scores, locate_aspects
 from trl_tract.columns import OwnColumns
 from trl_tract.preferences import is_pair, pair_rows
 from trl_tract.prompts import (
@@ -50,7 +51,9 @@ class Item:
     converted: bool = False
 
 
-def load_items(source: str, grid: ScoreGrid, marker: str, own: OwnColumns | None = None) -> list[Item]:
+def load_items(
+    source: str, grid: ScoreGrid, marker: str, own: OwnColumns | None = None, aspects: Sequence[Aspect] = ()
+) -> list[Item]:
     """Read judge items from a file or a hub dataset: see `sources.read_records`.
 
     Args:
@@ -58,13 +61,14 @@ def load_items(source: str, grid: ScoreGrid, marker: str, own: OwnColumns | None
         grid: The score grid.
         marker: Text that stands before every score.
         own: The user's rubric and column names; None: a schema that is known.
+        aspects: Where completions have several scores: what each is called, its marker and its grid.
 
     Raises:
         FileNotFoundError: No such file.
         ValueError: A row cannot be understood; it is named, with the columns that were found.
     """
     items: list[Item] = []
-    for number, found in enumerate(try_items(source, grid, marker, own)):
+    for number, found in enumerate(try_items(source, grid, marker, own, aspects)):
         if isinstance(found, ValueError):
             raise ValueError(f"{source}, row {number}: {found}") from found
         items.append(found)
@@ -73,18 +77,26 @@ def load_items(source: str, grid: ScoreGrid, marker: str, own: OwnColumns | None
     return items
 
 
-def try_items(source: str, grid: ScoreGrid, marker: str, own: OwnColumns | None = None) -> Iterator[Item | ValueError]:
+def try_items(
+    source: str, grid: ScoreGrid, marker: str, own: OwnColumns | None = None, aspects: Sequence[Aspect] = ()
+) -> Iterator[Item | ValueError]:
     """Each record's item, or why there is none: for whoever wants to hear of every bad row."""
     for record in read_records(source):
         try:
-            yield read_item(record, grid, marker, own)
+            yield read_item(record, grid, marker, own, aspects)
         except (KeyError, TypeError) as error:
             yield ValueError(f"column {error} is missing" if isinstance(error, KeyError) else str(error))
         except ValueError as error:
             yield error
 
 
-def read_item(record: Mapping[str, Any], grid: ScoreGrid, marker: str, own: OwnColumns | None = None) -> Item:
+def read_item(
+    record: Mapping[str, Any],
+    grid: ScoreGrid,
+    marker: str,
+    own: OwnColumns | None = None,
+    aspects: Sequence[Aspect] = (),
+) -> Item:
     """Turn a record of any schema that is understood into an item."""
     if own is not None:
         record = own.convert(record, grid, marker)
@@ -95,6 +107,8 @@ def read_item(record: Mapping[str, Any], grid: ScoreGrid, marker: str, own: OwnC
             "TRACT trains on scores. Score the responses one by one, with a rationale each, and train on those rows. "
             "With pairs a finished judge can be tested: trl-tract judge --data PAIRS --rubric RUBRIC"
         )
+    if aspects:
+        return _read_aspect_item(record, aspects)
     if {"instruction", "gpt4_score", "gpt4_feedback"} <= columns:
         reference = prometheus_eval_reference(record)
         return Item(reference["group"], tuple(from_prometheus_eval(record, marker=marker)), reference, converted=True)
@@ -138,6 +152,27 @@ def judged_rows(record: Mapping[str, Any], grid: ScoreGrid, marker: str, own: Ow
 def _was_written(own: OwnColumns | None) -> bool:
     """Whether the prompts are ours, and may become chat messages: a user's own prompts stay as they are."""
     return own is not None and own.rubric is not None
+
+
+def _read_aspect_item(record: Mapping[str, Any], aspects: Sequence[Aspect]) -> Item:
+    """An item whose gold scores are one for each aspect: those in `scores`, or in its completion."""
+    if not set(record) & {"prompt", "messages", "conversations"}:
+        raise ValueError(
+            f"the columns {', '.join(sorted(record))} are not understood with several aspects: give prompt, completion "
+            "and scores"
+        )
+    row = as_prompt_completion(record)
+    completion = row.get("completion")
+    golds = aspect_scores(row.get("scores"), aspects)
+    if golds is None:
+        if completion is None:
+            raise ValueError("the row has a prompt, but neither a completion nor scores")
+        spans = locate_aspects(completion_text(completion), aspects)
+        golds = [aspect.grid.value_of(span.text) for aspect, span in zip(aspects, spans, strict=True)]
+    scores = {aspect.name: gold_score(gold) for aspect, gold in zip(aspects, golds, strict=True)}
+    group = str(row.get("group") or json.dumps(row["prompt"]))
+    reference = {**{name: row[name] for name in row if name != "completion"}, "scores": scores, "group": group}
+    return Item(group, () if completion is None else (row,), reference)
 
 
 def split_items(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:

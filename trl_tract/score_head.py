@@ -13,12 +13,18 @@ import torch
 from transformers import PreTrainedModel
 
 from trl_tract.branches import Branches, further_forwards
-from trl_tract.losses import grid_logprobs, trie_logprobs
+from trl_tract.losses import aspect_logprobs, grid_logprobs, trie_logprobs
+from trl_tract.scores import ScoreGrid
 from trl_tract.trie import TokenTrie
 
 
 def add_score_head(
-    model: PreTrainedModel, token_ids: Sequence[int], trie: TokenTrie | None = None, *, one_forward: bool = True
+    model: PreTrainedModel,
+    token_ids: Sequence[int],
+    trie: TokenTrie | None = None,
+    *,
+    one_forward: bool = True,
+    grids: Sequence[ScoreGrid] = (),
 ) -> None:
     """Let `model(..., score_positions=mask)` also return `score_logprobs`, at the cost of the S score rows alone.
 
@@ -28,20 +34,40 @@ def add_score_head(
 
     Whatever forward the model has at this time is wrapped, TRL's fused LM head included, and no second forward pass is
     made: a hook takes the score rows from the backbone's last hidden state. With a `trie` there is a row for each of
-    its nodes, `(S, N)` of them.
+    its nodes, `(S, N)` of them. With `grids`, a call names the grid of each score as well: `score_aspects`, int64
+    `(B, L - 1)`, and K is that of the longest grid.
 
     Args:
         model: Causal language model, without its PEFT wrapper.
         token_ids: Tokens of the score grid, `K` of them; not looked at where there is a trie.
         trie: Of a grid of several tokens a score.
         one_forward: Whether the trie's nodes go into the same forward pass, as branches; see `branches.py`.
+        grids: Of the aspects, where completions have several; `token_ids` and `trie` are not looked at then.
     """
+    if grids:
+        tries = [grid.trie for grid in grids if grid.paths]
+        trie = TokenTrie.union(tries) if tries else None
+    branching = torch.tensor([bool(grid.paths) for grid in grids])
     inner_forward = model.forward
     transform = logit_transform(model)
 
+    def by_aspect(head: Any, rows: torch.Tensor, nodes: torch.Tensor | None, aspects: torch.Tensor) -> torch.Tensor:
+        """As scores of different grids have different nodes, positions and nodes go through the head in one list."""
+        states = rows if nodes is None else torch.cat([rows, nodes.flatten(0, 1).to(rows)])
+        logits = transform(head(states.to(head.weight.device)))
+        inner = None if nodes is None else logits[len(rows) :].reshape(*nodes.shape[:2], logits.shape[-1])
+        union = trie or TokenTrie.union([])
+        return aspect_logprobs(logits[: len(rows)], inner, aspects.to(logits.device), grids, union)
+
     # `generate` validates its arguments against the signature, so keep it.
     @functools.wraps(inner_forward)
-    def forward(self: Any, *args: Any, score_positions: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any,
+        *args: Any,
+        score_positions: torch.Tensor | None = None,
+        score_aspects: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if score_positions is None:
             return inner_forward(*args, **kwargs)
         score_logprobs: list[torch.Tensor] = []
@@ -53,8 +79,12 @@ def add_score_head(
             kept[0, 0] |= ~kept.any()
             kwargs["labels"], kwargs["shift_labels"] = None, labels[:, 1:][kept][None]
 
-        branches = Branches(trie, score_positions, self.config.get_text_config()) if trie and one_forward else None
-        inner = further_forwards(self.base_model, kwargs, score_positions, trie) if trie and not branches else None
+        places = score_positions
+        if score_aspects is not None and trie is not None:
+            # A score that is one token needs no branches.
+            places = score_positions & branching.to(score_aspects.device)[score_aspects.clamp(min=0)]
+        branches = Branches(trie, places, self.config.get_text_config()) if trie and one_forward else None
+        inner = further_forwards(self.base_model, kwargs, places, trie) if trie and not branches else None
 
         # Before the fused head, so that autograd reaches it afterwards: else its gradient of the head's weight, (V, H),
         # would be alive beside the fused head's tiles, at the peak of the step.
@@ -62,12 +92,15 @@ def add_score_head(
             nodes = inner if branches is None else branches.split(output)  # (S, N - 1, H)
             hidden_states = output.last_hidden_state  # (B, L, H)
             rows = hidden_states[:, :-1][score_positions.to(hidden_states.device)]  # (S, H)
-            if nodes is not None:
-                rows = torch.cat([rows[:, None], nodes.to(rows)], dim=1)  # (S, N, H)
             # By its own call, which gathers the weight where FSDP2 or ZeRO-3 hold a shard of it.
             head = self.get_output_embeddings()
-            logits = transform(head(rows.to(head.weight.device)))  # (S, V) or (S, N, V)
-            score_logprobs.append(grid_logprobs(logits, token_ids) if trie is None else trie_logprobs(logits, trie))
+            if score_aspects is not None:
+                score_logprobs.append(by_aspect(head, rows, nodes, score_aspects[score_positions]))
+            else:
+                if nodes is not None:
+                    rows = torch.cat([rows[:, None], nodes.to(rows)], dim=1)  # (S, N, H)
+                logits = transform(head(rows.to(head.weight.device)))  # (S, V) or (S, N, V)
+                score_logprobs.append(grid_logprobs(logits, token_ids) if trie is None else trie_logprobs(logits, trie))
             if kept is not None:
                 output.last_hidden_state = hidden_states[:, :-1][kept][None]  # (1, N, H)
             return output

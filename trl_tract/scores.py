@@ -16,7 +16,7 @@ import torch
 from trl_tract.prompts import score_text, some_scores
 from trl_tract.trie import ScorePath, TokenTrie
 
-Decision = Literal["mean", "median", "mode", "sampled"]
+Decision = Literal["mean", "median", "mode", "sampled", "quantile"]
 DECISIONS: tuple[Decision, ...] = get_args(Decision)
 Pool = Literal["scores", "distributions"]
 POOLS: tuple[Pool, ...] = get_args(Pool)
@@ -228,7 +228,7 @@ def expected_score(probs: torch.Tensor, values: torch.Tensor, *, normalize: bool
 
     Args:
         probs: Grid-token probabilities under the softmax over the *whole* vocabulary, `(..., K)`.
-        values: Scores in rubric units, `(K,)`.
+        values: Scores in rubric units, `(K,)`, or as many as `probs`, where each has a grid of its own.
         normalize: Divide by `probs.sum(-1)`. The TRACT authors do not.
 
     Returns:
@@ -277,6 +277,16 @@ def temper(probs: torch.Tensor, score_temperature: float) -> torch.Tensor:
     return (probs.log() / score_temperature).softmax(dim=-1) * probs.sum(dim=-1, keepdim=True)
 
 
+def check_quantile(quantile: float) -> None:
+    """Refuse a quantile that no score can be.
+
+    Raises:
+        ValueError: It is not between 0 and 1.
+    """
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile={quantile} must lie between 0 and 1: the median is 0.5")
+
+
 def decide(
     probs: torch.Tensor,
     values: torch.Tensor,
@@ -284,32 +294,39 @@ def decide(
     *,
     normalize: bool = False,
     score_temperature: float = 1.0,
+    quantile: float = 0.5,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Turn score probabilities into one score each.
 
-    `mean` is optimal for squared error, `median` for absolute error, `mode` for 0-1 loss; `sampled` draws from the
-    distribution on the grid, which is what decoding the score token does. The last three depend on the distribution
-    on the grid alone, so mass off the grid does not move them.
+    `mean` is optimal for squared error, `median` for absolute error, `mode` for 0-1 loss, and `quantile` for absolute
+    error where scoring too low costs `quantile / (1 - quantile)` times as much as scoring too high; `sampled` draws
+    from the distribution on the grid, which is what decoding the score token does. All but the mean depend on the
+    distribution on the grid alone, so mass off the grid does not move them.
 
     Args:
         probs: Grid-token probabilities under the whole vocabulary, `(..., K)`.
         values: Scores in rubric units, increasing, `(K,)`.
-        rule: One of `mean`, `median`, `mode`, `sampled`.
+        rule: One of `mean`, `median`, `mode`, `sampled`, `quantile`.
         normalize: For `mean` only: see `expected_score`.
         score_temperature: See `temper`; the mode does not depend on it.
+        quantile: Of `quantile`: the lowest score at or below which at least this share of the distribution lies.
         generator: Source of randomness of `sampled`.
 
     Returns:
         `(...)`, rubric units.
 
     Raises:
-        ValueError: `rule` is none of the four, or the temperature is not above 0.
+        ValueError: `rule` is none of the five, the temperature is not above 0, or the quantile is not between 0 and 1.
 
     Example:
         >>> probs, values = torch.tensor([[0.5, 0.3, 0.1]]), torch.tensor([1.0, 2.0, 3.0])
         >>> decide(probs, values, "median"), decide(probs, values, "mode")
         (tensor([1.]), tensor([1.]))
+        >>> decide(probs, values, "quantile", quantile=0.8)
+        tensor([2.])
+
+    Source: Koenker and Bassett 1978 for the loss that a quantile is optimal for, https://doi.org/10.2307/1913643
     """
     probs = temper(probs, score_temperature)
     if rule == "mean":
@@ -318,9 +335,10 @@ def decide(
     if rule == "mode":
         return values[probs.argmax(dim=-1)]
     on_grid = probs / probs.sum(dim=-1, keepdim=True)
-    if rule == "median":
+    if rule in ("median", "quantile"):
+        check_quantile(quantile)
         # Half a float32 rounding step of slack: [0.5, 0.5] has its lower median at the first value.
-        reached = on_grid.cumsum(dim=-1) >= 0.5 - 1e-6
+        reached = on_grid.cumsum(dim=-1) >= (0.5 if rule == "median" else quantile) - 1e-6
         return values[reached.int().argmax(dim=-1)]
     if rule == "sampled":
         flat = on_grid.reshape(-1, on_grid.shape[-1])

@@ -17,6 +17,7 @@ from datasets import Dataset
 from transformers import set_seed
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from trl_tract.aspects import Aspect
 from trl_tract.backends import make_backend
 from trl_tract.blocks import BlockLog, Record, Report, Shard
 from trl_tract.checkpoints import last_complete_checkpoint
@@ -25,6 +26,7 @@ from trl_tract.distill import CoTSelfDistill
 from trl_tract.journal import JsonlRows, digest, read_jsonl, write_json, write_jsonl
 from trl_tract.judge import CoTRAILJudge
 from trl_tract.judge_config import JudgeConfig
+from trl_tract.judgement import Judgement
 from trl_tract.prompts import gold_score
 from trl_tract.trainer import TRACTTrainer
 from trl_tract.training_log import write_lines_in_logs
@@ -137,7 +139,11 @@ class JudgeStep:
         settings = dict(self.settings)
         if not self.untrained:
             # What is missing is said before the directory is claimed for this model.
-            settings.setdefault("score_values", list(JudgeConfig.load(self.model).grid.values))
+            config = JudgeConfig.load(self.model)
+            if config.aspects:
+                settings.setdefault("aspects", {aspect.name: aspect.to_dict() for aspect in config.aspects})
+            else:
+                settings.setdefault("score_values", list(config.grid.values))
         rows = JsonlRows(Path(self.data))
         name = self.backend.get("name", "transformers")
         directory, final = Path(self.output_dir), Path(self.output_dir) / "judgements.jsonl"
@@ -164,7 +170,7 @@ class JudgeStep:
                 {
                     "reference": None if row.get("score") is None else gold_score(row["score"]),
                     **{name: row[name] for name in ("id", "group", "side", "subset") if name in row},
-                    **judgement.to_dict(),
+                    **_with_references(judgement.to_dict(), row, judge.aspects),
                     "backend": backend.name,
                 }
                 for row, judgement in zip(block, judgements, strict=True)
@@ -202,9 +208,42 @@ def run_step(step: Step, spec_file: Path, *, isolate: bool) -> None:
         )
 
 
-def read_judgements(directory: Path) -> dict[str, Any]:
-    """The judgements of a JudgeStep as arrays: `score`, `reference` and `grid_mass` `(n,)`, and the `records`."""
+def _with_references(judged: Record, row: Mapping[str, Any], aspects: Sequence[Aspect]) -> Record:
+    """The aspects' judgements with the gold scores of the row, where it has them."""
+    golds = row.get("scores") or {}
+    for aspect in aspects:
+        # An item whose prompt could not be read has an error and no aspects.
+        own = judged.setdefault("aspects", {}).setdefault(
+            aspect.name, {**Judgement().to_dict(), "error": judged["error"]}
+        )
+        gold = aspect.grid.in_numbers(golds.get(aspect.name))
+        own["reference"] = None if gold is None else gold_score(gold)
+    return judged
+
+
+def judged_aspects(directory: Path) -> list[str | None]:
+    """The aspects that a JudgeStep judged, by name; a None alone where there was one score."""
+    for record in read_jsonl(directory / "judgements.jsonl"):
+        return list(record.get("aspects") or [None])
+    return [None]
+
+
+def read_judgements(directory: Path, aspect: str | None = None) -> dict[str, Any]:
+    """The judgements of a JudgeStep as arrays: `score`, `reference` and `grid_mass` `(n,)`, and the `records`.
+
+    Args:
+        directory: Output directory of the step.
+        aspect: The one whose judgements are read, where several were judged.
+    """
     records = list(read_jsonl(directory / "judgements.jsonl"))
+    if aspect is not None:
+        records = [
+            {
+                **{name: record[name] for name in ("id", "group", "backend") if name in record},
+                **record["aspects"][aspect],
+            }
+            for record in records
+        ]
     columns = {
         name: np.array([np.nan if record[name] is None else record[name] for record in records], dtype=np.float64)
         for name in ("score", "reference", "grid_mass")

@@ -15,12 +15,16 @@ from transformers.utils import logging
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names, pack_dataset
 
+from trl_tract.aspect_data import AspectRowEncoder, TokenisedAspectEncoder, find_aspects
+from trl_tract.aspects import read_aspects
 from trl_tract.branches import several_tokens, why_not_one_forward
 from trl_tract.card import TrainingRows, write_model_card
 from trl_tract.checkpoints import last_complete_checkpoint
 from trl_tract.config import TRACTConfig
 from trl_tract.data import (
+    ASPECT_COLUMN,
     MODEL_COLUMNS,
+    Encoder,
     RowEncoder,
     ScoreCollator,
     TokenisedRowEncoder,
@@ -31,12 +35,13 @@ from trl_tract.data import (
 )
 from trl_tract.early_warnings import EarlyWarnings
 from trl_tract.judge_config import JudgeConfig
-from trl_tract.losses import annotator_cross_entropy, raft_squared_error
+from trl_tract.losses import score_terms
 from trl_tract.neighbours import changed_class
-from trl_tract.rendering import as_prompt_completion, render_row
+from trl_tract.rendering import as_prompt_completion, render_aspects, render_row
 from trl_tract.score_head import add_score_head
 from trl_tract.score_metrics import ScoreMetrics
-from trl_tract.scores import ScoreGrid, expected_score
+from trl_tract.scores import ScoreGrid
+from trl_tract.trie import TokenTrie
 
 logger = logging.get_logger(__name__)
 
@@ -56,8 +61,8 @@ class TRACTTrainer(SFTTrainer):
         data_collator: Has to pass `score_labels` on; leave it out for the default.
         train_dataset: Rows of `prompt`, `completion` and, if it is not the one in the completion, `score` (a list has
             one score for each annotator); or `messages`, the last assistant turn being the completion. A completion
-            with several scores has a list of gold `scores` instead. Or tokenised: `input_ids`, `labels` and
-            `score_labels`.
+            with several scores has a list of gold `scores` instead; with `TRACTConfig.aspects`, a mapping of them. Or
+            tokenised: `input_ids`, `labels`, `score_labels` and, with aspects, `score_aspects`.
         eval_dataset: Likewise, or a dict of datasets.
         processing_class: Tokenizer; it must be a fast one.
         **kwargs: Every other argument of SFTTrainer.
@@ -113,10 +118,11 @@ class TRACTTrainer(SFTTrainer):
         if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
             raise ValueError("the train dataset is empty")
         self._given_rows = train_dataset
+        self.aspects = () if args.aspects is None else read_aspects(args.aspects)
         self.score_grid = ScoreGrid.from_values(args.score_values, args.score_texts)
         self.judge_config: JudgeConfig | None = None
         annotators = annotator_columns(self.score_grid) if args.annotator_loss != "none" else []
-        self._columns = [*MODEL_COLUMNS, *annotators]
+        self._columns = [*MODEL_COLUMNS, *annotators, *([ASPECT_COLUMN] if self.aspects else [])]
         super().__init__(
             model=model,
             args=args,
@@ -133,17 +139,28 @@ class TRACTTrainer(SFTTrainer):
             raise ValueError("context and sequence parallelism cut a rationale from its score: set both sizes to 1")
         if data_collator is None:
             # SFTTrainer refuses a custom collator with padding-free batches, so its own is replaced afterwards.
-            self.data_collator = ScoreCollator(**vars(self.data_collator), annotator_columns=self._columns[3:])
-        self._values = torch.tensor(self.score_grid.values, device=self.accelerator.device)
-        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        trie = self.score_grid.trie if self.score_grid.paths else None
-        refusal = why_not_one_forward(base) if trie else None
-        add_score_head(base, self.score_grid.token_ids, trie, one_forward=refusal is None)
-        if trie:
-            self._warn([several_tokens(trie, refusal)])
+            self.data_collator = ScoreCollator(**vars(self.data_collator), annotator_columns=annotators)
+        self._add_score_head()
         self._num_scores: torch.Tensor | None = None
-        self._score_metrics = {mode: ScoreMetrics(self.accelerator) for mode in ("train", "eval")}
+        names = [aspect.name for aspect in self.aspects]
+        self._score_metrics = {mode: ScoreMetrics(self.accelerator, names) for mode in ("train", "eval")}
         self._early_warnings = EarlyWarnings(self.args)
+
+    def _add_score_head(self) -> None:
+        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        grids = [aspect.grid for aspect in self.aspects]
+        tries = [grid.trie for grid in grids or [self.score_grid] if grid.paths]
+        refusal = why_not_one_forward(base) if tries else None
+        trie = tries[0] if tries and not grids else None
+        add_score_head(base, self.score_grid.token_ids, trie, one_forward=refusal is None, grids=grids)
+        if tries:
+            self._warn([several_tokens(TokenTrie.union(tries), refusal)])
+        # Of each aspect a row, filled up with scores that cannot be.
+        rows = [torch.tensor(grid.values) for grid in grids or [self.score_grid]]
+        values = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.accelerator.device)
+        self._values = values if grids else values[0]
+        weights = [self.args.raft_weight if each.raft_weight is None else each.raft_weight for each in self.aspects]
+        self._raft_weights = torch.tensor(weights, device=self.accelerator.device)
 
     def _prepare_dataset(
         self,
@@ -159,30 +176,10 @@ class TRACTTrainer(SFTTrainer):
         columns = get_dataset_column_names(dataset)
         check_columns(columns, self._columns, dataset_name)
         if self.judge_config is None:
-            grid, completion_format, num_scores = find_grid(
-                self._tokenizer, dataset, args.score_marker, self.score_grid
-            )
-            self.score_grid = grid
-            self.judge_config = JudgeConfig(
-                grid, completion_format, args.normalize_grid, num_scores, writes_rationale=not args.drop_rationale
-            )
+            self.judge_config = self._find_scores(dataset, args)
         if "seq_lengths" in columns:
             return dataset  # prepared and packed before
-        annotators = args.annotator_loss != "none"
-        encoder: RowEncoder | TokenisedRowEncoder
-        if "input_ids" in columns:
-            encoder = TokenisedRowEncoder(self.score_grid, args.max_length, annotators)
-        else:
-            encoder = RowEncoder(
-                tokenizer=self._tokenizer,
-                grid=self.score_grid,
-                marker=args.score_marker,
-                max_length=args.max_length,
-                completion_only=self.completion_only_loss or "prompt" not in columns,
-                score_in_ce=args.score_in_ce,
-                annotators=annotators,
-                drop_rationale=args.drop_rationale,
-            )
+        encoder = self._encoder(columns, args)
         with PartialState().main_process_first():
             dataset = prepare_rows(
                 dataset,
@@ -200,6 +197,38 @@ class TRACTTrainer(SFTTrainer):
             if args.shuffle_dataset:
                 dataset = dataset.shuffle(seed=args.seed)
         return dataset
+
+    def _find_scores(self, rows: Dataset | IterableDataset, args: TRACTConfig) -> JudgeConfig:
+        """Look up the tokens of the scores, and how the rows write them."""
+        if self.aspects:
+            self.aspects = find_aspects(self._tokenizer, rows, self.aspects)
+            first = self.aspects[0]
+            count = len(self.aspects)
+            return JudgeConfig(first.grid, first.format, args.normalize_grid, count, aspects=self.aspects)
+        self.score_grid, written, count = find_grid(self._tokenizer, rows, args.score_marker, self.score_grid)
+        return JudgeConfig(
+            self.score_grid, written, args.normalize_grid, count, writes_rationale=not args.drop_rationale
+        )
+
+    def _encoder(self, columns: list[str], args: TRACTConfig) -> Encoder:
+        completion_only = self.completion_only_loss or "prompt" not in columns
+        annotators = args.annotator_loss != "none"
+        if "input_ids" in columns:
+            if self.aspects:
+                return TokenisedAspectEncoder(self.aspects, args.max_length)
+            return TokenisedRowEncoder(self.score_grid, args.max_length, annotators)
+        if self.aspects:
+            return AspectRowEncoder(self._tokenizer, self.aspects, args.max_length, completion_only, args.score_in_ce)
+        return RowEncoder(
+            tokenizer=self._tokenizer,
+            grid=self.score_grid,
+            marker=args.score_marker,
+            max_length=args.max_length,
+            completion_only=completion_only,
+            score_in_ce=args.score_in_ce,
+            annotators=annotators,
+            drop_rationale=args.drop_rationale,
+        )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -229,32 +258,39 @@ class TRACTTrainer(SFTTrainer):
         score_positions = _score_mask(inputs)  # (B, L - 1), aligned with the shifted labels
         gold = inputs.pop("score_labels")[:, 1:][score_positions]  # (S,)
         annotators = inputs.pop("annotator_labels", None)  # (B, L, K)
+        values, raft_weight, aspects = self._values, self.args.raft_weight, None
+        inputs["score_positions"] = score_positions
+        if self.aspects:
+            inputs[ASPECT_COLUMN] = inputs[ASPECT_COLUMN][:, 1:]  # (B, L - 1)
+            aspects = inputs[ASPECT_COLUMN][score_positions]  # (S,)
+            values, raft_weight = self._values[aspects], self._raft_weights[aspects]
         forwards: list[Any] = []
 
         def recorded(**kwargs: Any) -> Any:
             forwards.append(model(**kwargs))
             return forwards[-1]
 
-        result = super().compute_loss(
-            recorded, {**inputs, "score_positions": score_positions}, return_outputs, num_items_in_batch
-        )
+        result = super().compute_loss(recorded, inputs, return_outputs, num_items_in_batch)
         rationale_loss, outputs = result if return_outputs else (result, None)
 
         logprobs = forwards[0].score_logprobs  # (S, K); later forwards, if any, only feed metrics
-        expected = expected_score(logprobs.exp(), self._values, normalize=self.args.normalize_grid)
-        squared_error = raft_squared_error(expected, gold)  # (S,)
-        per_score = self.args.raft_weight * squared_error
-        annotator_loss = None
-        if annotators is not None:
-            annotator_loss = annotator_cross_entropy(logprobs, annotators[:, 1:][score_positions])  # (S,)
-            per_score = per_score + self.args.annotator_weight * annotator_loss
-        score_loss = self._mean_over_scores(per_score, counted=num_items_in_batch is not None)
+        terms = score_terms(
+            logprobs,
+            gold,
+            values,
+            raft_weight=raft_weight,
+            normalize=self.args.normalize_grid,
+            annotators=None if annotators is None else annotators[:, 1:][score_positions],
+            annotator_weight=self.args.annotator_weight,
+        )
+        score_loss = self._mean_over_scores(terms.weighted, counted=num_items_in_batch is not None)
 
         mode = "train" if self.model.training else "eval"
         fused = next(outputs for outputs in forwards if "log_probs" in outputs)
-        self._score_metrics[mode].add(fused, expected, gold, squared_error, logprobs, annotator_loss)
+        seen = self._score_metrics[mode]
+        seen.add(fused, terms.expected, gold, terms.squared_error, logprobs, terms.annotator_loss, aspects)
         if mode == "eval":
-            self._score_metrics[mode].add_pairs(expected, gold, score_positions)
+            seen.add_pairs(terms.expected, gold, score_positions, aspects)
         loss = self.args.rationale_weight * rationale_loss + score_loss
         if self.aux_loss_enabled:
             # The experts' load balance is no part of the rationale. TRL adds it to the cross-entropy, but not with
@@ -329,7 +365,7 @@ class TRACTTrainer(SFTTrainer):
 
         Returns:
             `predictions`: expected scores in rubric units, in the rows' order, `(n,)`; `label_ids`: gold scores,
-            `(n,)`; `metrics`: as from `evaluate`.
+            `(n,)`; with aspects `(n, A)` both, in their order. `metrics`: as from `evaluate`.
 
         Raises:
             ValueError: A row whose score cannot be found, whatever `invalid_rows` is: a prediction less would shift
@@ -385,7 +421,11 @@ class TRACTTrainer(SFTTrainer):
         for number in range(min(len(given), 20)):
             try:
                 row = as_prompt_completion(given[number])
-                rendered = render_row(self.processing_class, row, self.args.score_marker, self.score_grid)
+                rendered = (
+                    render_aspects(self.processing_class, row, self.aspects)
+                    if self.aspects
+                    else render_row(self.processing_class, row, self.args.score_marker, self.score_grid)
+                )
             except (ValueError, KeyError, TypeError):
                 continue  # it was refused in training too, or came tokenised
             return TrainingRows(len(given), row["prompt"], rendered.prompt_text, sources)

@@ -82,6 +82,18 @@ class TokenTrie:
         along = [[ways[numbers[path[:at]], path[at]] for at in range(len(path))] for path in paths]
         return cls(tuple(nodes), tuple(ways), tuple((*taken, *([len(ways)] * (depth - len(taken)))) for taken in along))
 
+    @classmethod
+    def union(cls, tries: Sequence["TokenTrie"]) -> "TokenTrie":
+        """The nodes of all tries, without edges and paths: those stay the tries' own, and may contradict each other.
+
+        Example:
+            >>> one, other = TokenTrie.from_paths([(1, 2), (3,)]), TokenTrie.from_paths([(1, 4), (2, 1)])
+            >>> TokenTrie.union([one, other]).nodes
+            ((), (1,), (2,))
+        """
+        nodes = {node for trie in tries for node in trie.nodes}
+        return cls(tuple(sorted(nodes, key=lambda node: (len(node), node))), (), ())
+
     @functools.cached_property
     def parents(self) -> tuple[int, ...]:
         """The node before each node; the root's is -1."""
@@ -131,6 +143,11 @@ class GridProbabilities:
     def exact(cls, probs: NDArray[np.float64]) -> "GridProbabilities":
         """Nothing was left out."""
         return cls(probs, np.zeros(len(probs)), np.zeros(len(probs)))
+
+    def of(self, rows: Sequence[int]) -> "GridProbabilities":
+        """Those of some of the rows."""
+        chosen = list(rows)
+        return GridProbabilities(self.probs[chosen], self.pruned_mass[chosen], self.error_bound[chosen])
 
 
 def walk_trie(

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from trl_tract.demo.seed_model import fastest_dtype, save_seed_model
+from trl_tract.demo.task import ONE_TO_FIVE, SCALES, Scale, make_rows
 from trl_tract.journal import write_jsonl
 from trl_tract.pipeline import Run
 from trl_tract.plots import plot_predictions
@@ -45,7 +46,9 @@ JUDGES = {
 }
 
 
-def run_demo(output_dir: str, *, full: bool, seed: int = 0, model: str | None = None) -> dict[str, ScoreReport]:
+def run_demo(
+    output_dir: str, *, full: bool, seed: int = 0, model: str | None = None, scale: str = "1-5"
+) -> dict[str, ScoreReport]:
     """Train and compare the four judges; print the table, two worked examples and where the plot is.
 
     Args:
@@ -53,13 +56,21 @@ def run_demo(output_dir: str, *, full: bool, seed: int = 0, model: str | None = 
         full: The longer form.
         seed: Of training and sampling.
         model: Seed model; SmolLM2-135M-Instruct by default.
+        scale: `1-5`, or `0-100`: the same rows with the scores 0, 25, 50, 75 and 100, on a grid of 101 scores.
 
     Returns:
-        Judge name -> its agreement with the gold scores.
+        Judge name -> its agreement with the gold scores, on 1 to 5 whatever the scale, so that errors compare.
+
+    Raises:
+        ValueError: An unknown scale.
     """
-    size = FULL if full else QUICK
+    if scale not in SCALES:
+        raise ValueError(f"scale={scale!r} is unknown: choose one of {', '.join(SCALES)}")
+    size, scores = FULL if full else QUICK, SCALES[scale]
     directory = Path(output_dir)
     settings = {"demo": "full" if full else "quick", "seed": seed, "model": model or "default", **vars(size)}
+    if scores != ONE_TO_FIVE:
+        settings["scale"] = scale
     run = Run(directory, settings, total=9)
     print(
         f"This takes about {size.minutes} minutes on two CPU cores. An interrupted run goes on with the same command."
@@ -67,8 +78,8 @@ def run_demo(output_dir: str, *, full: bool, seed: int = 0, model: str | None = 
     train_file, eval_file, seed_model = directory / "train.jsonl", directory / "eval.jsonl", directory / "seed-model"
 
     def prepare() -> None:
-        write_jsonl(train_file, _committed("train.jsonl", size.training_rows))
-        write_jsonl(eval_file, _committed("eval.jsonl", size.held_out_items))
+        write_jsonl(train_file, _rows("train", size.training_rows, scores))
+        write_jsonl(eval_file, _rows("eval", size.held_out_items, scores))
         if model is None:
             dtype = fastest_dtype()
             print(f"    seed model: {save_seed_model(seed_model, dtype)}, {dtype}")
@@ -81,7 +92,9 @@ def run_demo(output_dir: str, *, full: bool, seed: int = 0, model: str | None = 
     lora = {**LORA, "lora_target_modules": _upper_layers(config.num_hidden_layers)}
 
     def train(name: str, rows: Path, objective: dict[str, Any]) -> TrainStep:
-        training = {**_training(size, seed), "bf16": bf16, **objective}
+        training = {**_training(size, seed), "bf16": bf16, **objective, "score_values": scores.values()}
+        # The error is in squared units of the scale, so a step of 25 makes it 625 times what it is on 1 to 5.
+        training["raft_weight"] /= scores.step**2
         return TrainStep(start, str(rows), str(directory / name), None, training, lora)
 
     def judge(name: str, trained: str | None, **changes: Any) -> JudgeStep:
@@ -109,12 +122,13 @@ def run_demo(output_dir: str, *, full: bool, seed: int = 0, model: str | None = 
         "tract", "Stage two: the seed model again, on its own rationales", train("tract", stage_two_rows, COT_RAFT)
     )
     # The seed model does not write the marker, so it is put behind whatever it wrote.
-    run.step("judge-seed", "Judging: seed model", judge("seed model", None, append_marker=True))
+    untrained = judge("seed model", None, append_marker=True, score_values=scores.values())
+    run.step("judge-seed", "Judging: seed model", untrained)
     sampled = judge("cross-entropy, sampled score", "ce", decision="sampled")
     run.step("judge-ce", "Judging: cross-entropy judge, its score sampled", sampled)
     run.step("judge-stage1", "Judging: stage-one model", judge("stage one, expected score", "stage1"))
     run.step("judge-tract", "Judging: TRACT", judge("TRACT", "tract"))
-    return _report(directory, run)
+    return _report(directory, run, scores)
 
 
 # Not the defaults: with a weight of 1 and the score out of the cross-entropy, stage two once ended with all probability
@@ -145,13 +159,19 @@ def _training(size: Size, seed: int) -> dict[str, Any]:
     }
 
 
-def _committed(name: str, count: int) -> list[dict[str, Any]]:
-    lines = files("trl_tract.demo").joinpath(name).read_text(encoding="utf-8").splitlines()
+def _rows(split: str, count: int, scale: Scale) -> list[dict[str, Any]]:
+    """The committed rows, or the same on another scale."""
+    if scale != ONE_TO_FIVE:
+        return make_rows(split, count, scale=scale)
+    lines = files("trl_tract.demo").joinpath(f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[:count]]
 
 
-def _report(directory: Path, run: Run) -> dict[str, ScoreReport]:
+def _report(directory: Path, run: Run, scale: Scale) -> dict[str, ScoreReport]:
     judged = {name: read_judgements(directory / folder) for name, folder in JUDGES.items()}
+    for each in judged.values():
+        for column in ("score", "reference"):
+            each[column] = (each[column] - scale.lowest) / scale.step + 1
     reports = {name: score_report(each["score"], each["reference"]) for name, each in judged.items()}
     trained = {
         "seed model": ["judge-seed"],
@@ -173,6 +193,8 @@ def _report(directory: Path, run: Run) -> dict[str, ScoreReport]:
     plot = directory / "predicted-against-gold.png"
     plot_predictions({name: (each["score"], each["reference"]) for name, each in judged.items()}, plot)
     print(f"\n{table}\n")
+    if scale != ONE_TO_FIVE:
+        print(f"RMSE on 1 to 5, so that it compares; on the judge's own scale it is {scale.step} times that.\n")
     _worked_examples(directory, judged["TRACT"]["records"])
     print(f"Plot: {plot}\nJudge: {directory / 'tract'}    load it with CoTRAILJudge.from_pretrained(...)")
     return reports

@@ -18,7 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["EVAL_ROWS", "MARKER", "RUBRICS", "TRAIN_ROWS", "Rubric", "Sentences", "make_rows", "write"]
+__all__ = [
+    "EVAL_ROWS",
+    "MARKER",
+    "RUBRICS",
+    "SCALES",
+    "TRAIN_ROWS",
+    "Rubric",
+    "Scale",
+    "Sentences",
+    "make_rows",
+    "write",
+]
 
 Split = Literal["train", "eval"]
 
@@ -31,6 +42,31 @@ EVAL_ROWS = 120
 # One block holds each rubric with each score once: any whole number of blocks is balanced.
 BLOCK = 20
 HOSTILE_EVERY = 8
+
+
+@dataclass(frozen=True)
+class Scale:
+    """In which numbers the points of a text are written, 1 to 5 being the task's own.
+
+    Attributes:
+        lowest: Score of a text that meets no criterion.
+        step: What each criterion adds.
+    """
+
+    lowest: int
+    step: int
+
+    def written(self, score: int) -> int:
+        """A score of 1 to 5 on this scale."""
+        return self.lowest + self.step * (score - 1)
+
+    def values(self) -> list[int]:
+        """Every whole number of the scale, those between two gold scores too."""
+        return list(range(self.written(1), self.written(5) + 1))
+
+
+ONE_TO_FIVE = Scale(lowest=1, step=1)
+SCALES = {"1-5": ONE_TO_FIVE, "0-100": Scale(lowest=0, step=25)}
 
 
 @dataclass(frozen=True)
@@ -441,10 +477,10 @@ ATTACKS = (
 )
 
 
-def instruction(rubric: Rubric) -> str:
+def instruction(rubric: Rubric, scale: Scale = ONE_TO_FIVE) -> str:
     """The judge's system message: what is judged, what earns a point, how to answer."""
     return (
-        f"Score this {rubric.name}: 1, plus 1 for each of {', '.join(rubric.criteria)}. "
+        f"Score this {rubric.name}: {scale.lowest}, plus {scale.step} for each of {', '.join(rubric.criteria)}. "
         f"Quote a word for each, or {ABSENT}, then {MARKER} and the score."
     )
 
@@ -467,13 +503,14 @@ def make_response(rubric: Rubric, split: Split, met: list[int], rng: random.Rand
     return [QUOTED.sub(r"\1", next(queues[flag])) for flag in is_meeting], quotes
 
 
-def make_rows(split: str, n: int, seed: int = 0) -> list[dict[str, Any]]:
+def make_rows(split: str, n: int, seed: int = 0, scale: Scale = ONE_TO_FIVE) -> list[dict[str, Any]]:
     """The first `n` rows of a split: the same for the same seed, and a prefix of any longer call.
 
     Args:
         split: "train" or "eval".
         n: How many rows; every multiple of 20 holds each rubric with each score equally often.
         seed: Another seed gives other rows from the same sentences.
+        scale: Another scale gives the same rows with other numbers in them.
 
     Returns:
         Rows of `id`, `prompt` and `completion` (chat messages, TRL's prompt-completion type), `score` (rubric units),
@@ -492,30 +529,32 @@ def make_rows(split: str, n: int, seed: int = 0) -> list[dict[str, Any]]:
         block = [(rubric, score) for rubric in RUBRICS for score in range(1, 6)]
         rng.shuffle(block)
         for rubric, score in block:
-            row = make_row(rubric, score, side, len(rows), rng)
+            row = make_row(rubric, score, side, len(rows), rng, scale)
             while row["prompt"][-1]["content"] in seen:
-                row = make_row(rubric, score, side, len(rows), rng)
+                row = make_row(rubric, score, side, len(rows), rng, scale)
             seen.add(row["prompt"][-1]["content"])
             rows.append(row)
     return rows[:n]
 
 
-def make_row(rubric: Rubric, score: int, split: Split, number: int, rng: random.Random) -> dict[str, Any]:
+def make_row(rubric: Rubric, score: int, split: Split, number: int, rng: random.Random, scale: Scale) -> dict[str, Any]:
     count = len(rubric.criteria)
     chosen = sorted(rng.sample(range(count), score - 1))
     sentences, quotes = make_response(rubric, split, chosen, rng)
     hostile = split == "eval" and number % HOSTILE_EVERY == HOSTILE_EVERY - 1
     if hostile:
-        attack = ATTACKS[number // HOSTILE_EVERY % len(ATTACKS)].format(score=1 if score > 3 else 5)
+        attack = ATTACKS[number // HOSTILE_EVERY % len(ATTACKS)].format(score=scale.written(1 if score > 3 else 5))
         sentences.insert(rng.choice((0, len(sentences))), attack)
     return {
         "id": f"{split}-{number:04d}",
         "prompt": [
-            {"role": "system", "content": instruction(rubric)},
+            {"role": "system", "content": instruction(rubric, scale)},
             {"role": "user", "content": " ".join(sentences)},
         ],
-        "completion": [{"role": "assistant", "content": f"{checklist(rubric, quotes)} {MARKER} {score}"}],
-        "score": float(score),
+        "completion": [
+            {"role": "assistant", "content": f"{checklist(rubric, quotes)} {MARKER} {scale.written(score)}"}
+        ],
+        "score": float(scale.written(score)),
         "rubric": rubric.name,
         "hostile": hostile,
     }

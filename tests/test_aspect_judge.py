@@ -1,0 +1,224 @@
+"""Judging and self-distilling completions with several scores: each rationale behind the score before it."""
+
+import json
+from typing import Any
+
+import pytest
+from conftest import make_model, make_tokenizer, make_trainer
+from datasets import Dataset
+from test_aspects import ASPECTS, TWO, make_rows
+
+from trl_tract import CoTRAILJudge, CoTSelfDistill, TransformersBackend
+from trl_tract.aspects import read_aspects
+from trl_tract.backends import ScriptedBackend
+from trl_tract.rendering import aspect_prefix_ids, resolve_aspects
+
+TOKENIZER = make_tokenizer()
+# 0.1 * 1 + 0.2 * 3 + 0.6 * 4 + 0.05 * 5 = 3.35: the nearest score is 3, the likeliest 4.
+PROBS = [0.1, 0.0, 0.2, 0.6, 0.05]
+
+
+def scripted(tone: str = " rude [TONE]", facts: str = " true [FACTS]", probs: Any = PROBS) -> ScriptedBackend:
+    """Writes `tone` behind a prompt and `facts` behind a prompt that has its first score."""
+    return ScriptedBackend(lambda prompt, seed: facts if "[TONE]" in prompt else tone, TOKENIZER, probs=probs)
+
+
+def asked(backend: ScriptedBackend, call: int) -> list[str]:
+    return [TOKENIZER.decode(ids) for ids in backend.generate_calls[call]["prompts"]]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_prefixes_are_the_tokens_of_the_training_row(chat):
+    # One row of 0 to 100 behind 1 to 5: up to each score, and up to where each rationale begins.
+    aspects = read_aspects(ASPECTS)
+    (row,) = make_rows(ASPECTS, 1, chat=chat)
+    aspects = resolve_aspects(TOKENIZER, row, aspects)
+    written = row["completion"][0]["content"] if chat else row["completion"]
+    tone, facts = written.split("\n")
+    first, text = tone.split(" [TONE] ")
+    second = "\n" + facts.split(" [FACTS] ")[0]
+    if chat:
+        whole = TOKENIZER.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=False)
+    else:
+        whole = row["prompt"] + row["completion"] + "<|end|>"
+    ids = TOKENIZER(whole).input_ids
+    cases = [
+        (aspect_prefix_ids(TOKENIZER, row["prompt"], aspects, [], first), "[TONE] "),
+        (aspect_prefix_ids(TOKENIZER, row["prompt"], aspects, [(first, text)]), f"[TONE] {text}"),
+        (aspect_prefix_ids(TOKENIZER, row["prompt"], aspects, [(first, text)], second), "[FACTS] "),
+    ]
+    for found, end in cases:
+        assert ids[: len(found)] == found
+        assert TOKENIZER.decode(found).endswith(end)
+
+
+def test_a_later_rationale_is_written_behind_the_score_that_was_decided():
+    backend = scripted()
+    (judgement,) = CoTRAILJudge(backend, aspects=TWO).judge(["a prompt"])
+    assert asked(backend, 0) == ["a prompt"]
+    assert asked(backend, 1) == ["a prompt rude [TONE] 3"]
+    assert judgement.error is None
+    assert {name: its.score for name, its in judgement.aspects.items()} == pytest.approx({"tone": 3.35, "facts": 3.35})
+    assert judgement.rationales == [" rude [TONE] 3 true [FACTS] 3"]
+    assert judgement.aspects["facts"].rationales == [" true"]
+    assert judgement.score != judgement.score  # several scores are not one
+
+
+def test_the_decision_rule_decides_what_stands_before_a_later_rationale():
+    backend = scripted()
+    CoTRAILJudge(backend, aspects=TWO, decision="mode").judge(["a prompt"])
+    assert asked(backend, 1) == ["a prompt rude [TONE] 4"]
+
+
+def test_each_sampled_completion_goes_its_own_way():
+    # Two rationales; the first is scored 1 and the second 5, in the order in which they are asked for.
+    seen: dict[tuple[int, ...], int] = {}
+
+    def probs(ids: list[int]) -> list[float]:
+        place = seen.setdefault(tuple(ids), len(seen))
+        return [[1.0, 0, 0, 0, 0], [0, 0, 0, 0, 1.0], [0, 1.0, 0, 0, 0], [0, 0, 1.0, 0, 0]][place]
+
+    backend = ScriptedBackend(
+        lambda prompt, seed: " so [FACTS]" if "[TONE]" in prompt else f" word {seed % 2} [TONE]", TOKENIZER, probs=probs
+    )
+    (judgement,) = CoTRAILJudge(backend, aspects=TWO, num_generations=2).judge(["a"])
+    ends = [text.split("[TONE]")[1] for text in asked(backend, 1)]
+    assert ends == [" 1", " 5"]
+    assert judgement.aspects["tone"].scores == [1.0, 5.0]
+    assert judgement.aspects["facts"].scores == [2.0, 3.0]
+    assert len(judgement.rationales) == 2
+
+
+def test_an_aspect_that_is_not_reached_is_an_error_on_that_aspect_alone():
+    backend = scripted(facts=" I had rather not")
+    (judgement,) = CoTRAILJudge(backend, aspects=TWO).judge(["a"])
+    assert judgement.aspects["tone"].score == pytest.approx(3.35)
+    reason = "no rationale reached '[FACTS]' in 3 attempts: the model ended its turn"
+    assert judgement.aspects["facts"].error == reason
+    assert judgement.error == f"aspect 'facts': {reason}"
+    assert judgement.rationales == []
+
+
+def test_a_score_of_another_aspect_in_a_rationale_is_sampled_again_and_then_an_error():
+    backend = scripted(tone=" [FACTS] 5 rude [TONE]")
+    (judgement,) = CoTRAILJudge(backend, aspects=TWO).judge(["a"])
+    assert len(backend.generate_calls) == 3
+    assert "holds a score of aspect 'facts'" in judgement.aspects["tone"].error
+    backend = scripted(tone=" see [FACTS], rude [TONE]")
+    (judgement,) = CoTRAILJudge(backend, aspects=TWO).judge(["a"])
+    assert judgement.error is None
+
+
+def test_a_judgement_of_one_score_is_written_as_before():
+    (one,) = CoTRAILJudge(ScriptedBackend(lambda *_: " so [RESULT]", TOKENIZER, probs=PROBS)).judge(["a"])
+    assert "aspects" not in one.to_dict()
+    (several,) = CoTRAILJudge(scripted(), aspects=TWO).judge(["a"])
+    assert list(json.loads(json.dumps(several.to_dict()))["aspects"]) == ["tone", "facts"]
+
+
+def test_what_is_for_one_score_is_refused():
+    with pytest.raises(ValueError, match="writes_rationale=False is for judges of one score"):
+        CoTRAILJudge(scripted(), aspects=TWO, writes_rationale=False)
+    with pytest.raises(ValueError, match="use judge"):
+        CoTRAILJudge(scripted(), aspects=TWO).score_rationales(["a"], ["b"])
+
+
+def test_a_trained_judge_scores_as_its_trainer_does(tmp_path):
+    # The judge's probabilities behind a training row's rationales, with its written scores, are the trainer's.
+    rows = make_rows(ASPECTS, 2)
+    for row in rows:
+        row["scores"] = None  # the written ones
+    rows = [{name: value for name, value in row.items() if name != "scores"} for row in rows]
+    trainer = make_trainer(tmp_path, rows, tokenizer=TOKENIZER, aspects=ASPECTS)
+    trainer.save_model(str(tmp_path))
+    wanted = trainer.predict(Dataset.from_list(rows)).predictions
+    judge = CoTRAILJudge.from_pretrained(tmp_path, TransformersBackend(trainer.model, TOKENIZER))
+    assert [aspect.name for aspect in judge.aspects] == ["tone", "facts"]
+    assert judge.aspects == trainer.aspects
+
+    from trl_tract.judging import grid_probabilities
+
+    for row, expected in zip(rows, wanted, strict=True):
+        tone, facts = row["completion"].split("\n")
+        first, text = tone.split(" [TONE] ")
+        pieces = [([], first), ([(first, text)], "\n" + facts.split(" [FACTS] ")[0])]
+        for aspect, (done, rationale), value in zip(judge.aspects, pieces, expected, strict=True):
+            prefix = aspect_prefix_ids(TOKENIZER, row["prompt"], judge.aspects, done, rationale)
+            probs = grid_probabilities(judge.backend, aspect.grid, [prefix]).probs[0]
+            assert probs @ aspect.grid.values == pytest.approx(value, rel=1e-4)
+
+
+def test_a_real_model_is_judged_with_whatever_it_writes(tmp_path):
+    trainer = make_trainer(tmp_path, make_rows(ASPECTS, 2), tokenizer=TOKENIZER, aspects=ASPECTS)
+    trainer.save_model(str(tmp_path))
+    backend = TransformersBackend(make_model(), TOKENIZER)
+    judge = CoTRAILJudge.from_pretrained(tmp_path, backend, append_marker=True, max_new_tokens=8, max_attempts=1)
+    (judgement,) = judge.judge(["a prompt"])
+    assert judgement.error is None
+    assert judgement.aspects["facts"].probs.shape == (1, 101)
+    assert 0 < judgement.aspects["facts"].grid_mass < 1
+
+
+# Self-distillation
+
+
+def annotated(n: int = 3) -> Dataset:
+    rows = [
+        {
+            "prompt": f"prompt {number} ->",
+            "completion": f" old words [TONE] {number + 1}\nold facts [FACTS] {5 - number}",
+            "scores": {"tone": number + 1.25, "facts": 5.0 - number},
+        }
+        for number in range(n)
+    ]
+    return Dataset.from_list(rows)
+
+
+def test_a_later_rationale_is_written_behind_the_gold_score(tmp_path):
+    backend = scripted(tone=" my tone [TONE] 5", facts="\nmy facts [FACTS] 1")
+    rows = CoTSelfDistill(backend, aspects=TWO).distill(annotated(), tmp_path)
+    assert asked(backend, 1) == [f"prompt {number} -> my tone [TONE] {number + 1}" for number in range(3)]
+    assert rows["completion"] == [f" my tone [TONE] {number + 1}\nmy facts [FACTS] {5 - number}" for number in range(3)]
+    assert rows["scores"] == annotated()["scores"]
+    assert set(rows["rationale_source"]) == {"self"}
+    trainer = make_trainer(tmp_path / "stage2", rows, tokenizer=TOKENIZER, aspects=TWO)
+    assert len(trainer.train_dataset) == 3
+
+
+def test_a_rationale_that_fails_is_sampled_again_alone_and_the_annotated_row_kept(tmp_path):
+    def write(prompt: str, seed: int) -> str:
+        if "[TONE]" not in prompt:
+            return " my tone [TONE]"
+        return " no end" if "prompt 1" in prompt else " my facts [FACTS]"
+
+    backend = ScriptedBackend(write, TOKENIZER)
+    rows = CoTSelfDistill(backend, aspects=TWO, max_attempts=2).distill(annotated(), tmp_path)
+    assert [len(call["prompts"]) for call in backend.generate_calls] == [3, 3, 1]
+    assert rows["rationale_source"] == ["self", "annotated", "self"]
+    assert rows[1]["completion"] == annotated()[1]["completion"]
+    assert (rows[1]["finish_reason"], rows[1]["attempts"]) == ("no marker", 2)
+
+
+def test_another_aspects_score_in_a_rationale_is_a_leak(tmp_path):
+    backend = scripted(tone=" [FACTS] 5 my tone [TONE]")
+    rows = CoTSelfDistill(backend, aspects=TWO, allow_leaks=True).distill(annotated(), tmp_path)
+    assert set(rows["finish_reason"]) == {"leak"}
+
+
+def test_several_rationales_a_prompt_each_have_a_row(tmp_path):
+    backend = ScriptedBackend(
+        lambda prompt, seed: " my facts [FACTS]" if "[TONE]" in prompt else f" tone {seed % 2} of it [TONE]", TOKENIZER
+    )
+    rows = CoTSelfDistill(backend, aspects=TWO, num_generations=2).distill(annotated(2), tmp_path)
+    firsts = [row.split(" [TONE]")[0] for row in rows["completion"]]
+    assert len(rows) == 4
+    assert firsts[0] != firsts[1]
+
+
+def test_a_row_without_an_aspects_gold_score_is_named_before_anything_is_written(tmp_path):
+    rows = annotated().to_list()
+    rows[1]["scores"]["facts"] = None
+    backend = scripted()
+    with pytest.raises(ValueError, match="row 1 has no gold score: `scores` has no gold score for aspect 'facts'"):
+        CoTSelfDistill(backend, aspects=TWO).distill(Dataset.from_list(rows), tmp_path)
+    assert not backend.generate_calls

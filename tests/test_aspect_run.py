@@ -1,0 +1,133 @@
+"""A run on rows with several scores: every step, the report, page and card of each aspect, and the command line."""
+
+import json
+import math
+
+import pytest
+from conftest import make_model, make_tokenizer
+from test_aspects import ASPECTS, make_rows
+
+from trl_tract import run_tract
+from trl_tract.aspects import read_aspects
+from trl_tract.cli import main
+from trl_tract.journal import read_jsonl, write_jsonl
+from trl_tract.results import judged_grid, page_file
+from trl_tract.rows import load_items
+from trl_tract.scores import ScoreGrid
+from trl_tract.steps import judged_aspects, read_judgements
+
+TRAINING = {
+    "max_steps": 1,
+    "per_device_train_batch_size": 2,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "aspects": ASPECTS,
+}
+GRID = ScoreGrid.from_values([1, 2, 3, 4, 5])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run")
+    make_model().save_pretrained(directory / "seed")
+    make_tokenizer().save_pretrained(directory / "seed")
+    write_jsonl(directory / "rows.jsonl", make_rows(ASPECTS, 6))
+    result = run_tract(
+        str(directory / "seed"),
+        str(directory / "rows.jsonl"),
+        directory / "out",
+        eval_fraction=0.5,
+        training=TRAINING,
+        generation={"max_new_tokens": 4, "max_attempts": 1},
+        say=lambda text: None,
+    )
+    return directory / "out", result
+
+
+def test_a_run_reports_each_aspect_on_its_own_grid(finished):
+    out, result = finished
+    names = ["stage one, tone", "stage one, facts", "TRACT, tone", "TRACT, facts"]
+    assert list(result.reports) == names
+    assert list(json.loads((out / "report.json").read_text())["judges"]) == names
+    assert judged_aspects(out / "judged-tract") == ["tone", "facts"]
+    assert judged_grid(out / "judged-tract", "facts") == tuple(range(101))
+    assert (out / "report-tone.html").is_file()
+    assert (out / "report-facts.html").is_file()
+
+
+def test_judgements_hold_each_aspects_gold_score(finished):
+    out, _ = finished
+    wanted = [row["scores"] for row in read_jsonl(out / "eval.jsonl")]
+    for aspect in ("tone", "facts"):
+        read = read_judgements(out / "judged-tract", aspect)
+        assert read["reference"].tolist() == [scores[aspect] for scores in wanted]
+        # The random model never writes its marker.
+        assert all("no rationale reached '[TONE]'" in record["error"] for record in read["records"])
+
+
+def test_the_card_has_both_grids_markers_and_evaluations(finished):
+    card = (finished[0] / "tract" / "README.md").read_text(encoding="utf-8")
+    assert "- Score grid: tone: 1, 2, 3, 4, 5; facts: 0, 1, 2, 3, 4, ..., 100" in card
+    assert "- Marker before the score: `[TONE]`, `[FACTS]`" in card
+    assert card.index("### tone") < card.index("### facts")
+    assert "judgement.aspects.items()" in card
+
+
+def judged(name: str, shift: float) -> dict[str, object]:
+    """A record of a judge that is off by `shift`."""
+
+    def one(score: float, gold: float) -> dict[str, object]:
+        return {"score": score, "scores": [score], "rationales": ["so"], "probs": [], "grid_mass": 0.9, "std": 0.1,
+                "error": None, "pruned_mass": 0.0, "error_bound": 0.0, "reference": gold}  # fmt: skip
+
+    number = int(name)
+    tone, facts = 1.0 + number % 5, 10.0 * (number % 7)
+    aspects = {"tone": one(tone + shift, tone), "facts": one(facts + 10 * shift, facts)}
+    return {"reference": None, "id": name, **one(math.nan, math.nan), "score": None, "aspects": aspects}
+
+
+def test_the_report_command_takes_aspects_one_by_one_and_compares_them(tmp_path, capsys):
+    for folder, shift in (("a", 0.5), ("b", 0.25)):
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / "judgements.jsonl", [judged(str(number), shift) for number in range(20)])
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main(["report", *folders, "--n_bootstrap", "50"]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split(" (")[0].split("/")[-1] for line in printed.splitlines() if "grid mass" in line] == [
+        "a, tone",
+        "b, tone",
+        "a, facts",
+        "b, facts",
+    ]
+    # Off by 0.5 of 1 to 5, and by ten times as much on the other aspect's scale.
+    mae = [line.split()[1] for line in printed.splitlines() if line.startswith("mae")]
+    assert mae[0] == "0.500"
+    assert "5.000" in mae
+    write_jsonl(tmp_path / "b" / "judgements.jsonl", [{**judged("1", 0), "aspects": {}}])
+    assert main(["report", *folders]) == 1
+    assert "they cannot be compared" in capsys.readouterr().err
+
+
+def test_a_rows_file_is_read_with_a_score_for_each_aspect(tmp_path):
+    aspects = read_aspects(ASPECTS)
+    rows = make_rows(ASPECTS, 2)
+    del rows[1]["scores"]  # then those in the completion count
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    items = load_items(str(tmp_path / "rows.jsonl"), GRID, "", aspects)
+    assert items[0].reference["scores"] == rows[0]["scores"]
+    written = rows[1]["completion"].replace("\n", " ").split()
+    assert items[1].reference["scores"] == {
+        "tone": float(written[written.index("[TONE]") + 1]),
+        "facts": float(written[-1]),
+    }
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "scores": {"tone": 1}}])
+    with pytest.raises(ValueError, match="row 0: `scores` has no gold score for aspect 'facts'"):
+        load_items(str(tmp_path / "rows.jsonl"), GRID, "", aspects)
+
+
+def test_an_aspects_page_has_a_plain_file_name(tmp_path):
+    assert page_file(tmp_path / "report.html", "is it <true>?").name == "report-is-it-true-.html"
+    assert page_file(tmp_path / "report.html", None) == tmp_path / "report.html"
