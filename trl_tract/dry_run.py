@@ -177,6 +177,8 @@ def dry_train(
 
 
 def _grid(training: Mapping[str, Any]) -> tuple[ScoreGrid, str]:
+    if training.get("aspects"):
+        raise ValueError("--dry-run shows rows with one score, and `aspects` gives them several: leave --dry-run out")
     grid = ScoreGrid.from_values(training.get("score_values", DEFAULT_VALUES), training.get("score_texts"))
     return grid, str(training.get("score_marker", "[RESULT]"))
 
