@@ -1,6 +1,8 @@
 """Judging and self-distilling completions with several scores: each rationale behind the score before it."""
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ from conftest import make_model, make_tokenizer, make_trainer
 from datasets import Dataset
 from test_aspects import ASPECTS, TWO, make_rows
 
-from trl_tract import CoTRAILJudge, CoTSelfDistill, TransformersBackend
+from trl_tract import CoTRAILJudge, CoTSelfDistill, TransformersBackend, make_reward_func
 from trl_tract.aspects import read_aspects
 from trl_tract.backends import ScriptedBackend
 from trl_tract.rendering import aspect_prefix_ids, resolve_aspects
@@ -157,6 +159,34 @@ def test_a_real_model_is_judged_with_whatever_it_writes(tmp_path):
     assert judgement.error is None
     assert judgement.aspects["facts"].probs.shape == (1, 101)
     assert 0 < judgement.aspects["facts"].grid_mass < 1
+
+
+def test_the_pages_aspects_train_and_judge(tmp_path, monkeypatch, capsys):
+    # The page's configuration, its row and its loop over what the judge says.
+    page = (Path(__file__).parents[1] / "docs" / "score_scales.md").read_text(encoding="utf-8")
+    _, config, judging = re.findall(r"```python\n(.*?)```", page, re.S)
+    (row,) = (json.loads(text) for text in re.findall(r"```json\n(.*?)```", page, re.S))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(config.replace("TRACTConfig(\n", "args = TRACTConfig(\n"), names)
+    trainer = make_trainer("judge", [row], tokenizer=TOKENIZER, aspects=names["args"].aspects)
+    assert [score for score in trainer.train_dataset[0]["score_labels"] if score == score] == [2.5, 95.0]
+    trainer.save_model("judge")
+
+    class ShortJudge(CoTRAILJudge):
+        """Writes little, since a random model finds no end."""
+
+        @classmethod
+        def from_pretrained(cls, path: Any, *args: Any, **settings: Any) -> Any:
+            return CoTRAILJudge.from_pretrained(path, *args, max_new_tokens=4, max_attempts=1, **settings)
+
+    exec(judging, {"CoTRAILJudge": ShortJudge, "rows": [row]})
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [["tone", "nan"], ["facts", "nan"]]
+
+
+def test_a_judge_of_several_aspects_is_no_reward():
+    with pytest.raises(ValueError, match="this judge scores 2 aspects, and a reward is one number"):
+        make_reward_func(CoTRAILJudge(scripted(), aspects=TWO))
 
 
 # Self-distillation

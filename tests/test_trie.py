@@ -416,9 +416,9 @@ PAGE = (Path(__file__).parents[1] / "docs" / "score_scales.md").read_text(encodi
 
 def test_the_pages_code_prints_what_the_page_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (code,), printed = re.findall(r"```python\n(.*?)```", PAGE, re.S), re.findall(r"```text\n(.*?)```", PAGE, re.S)
+    (code, *_), (printed, *_) = (re.findall(rf"```{kind}\n(.*?)```", PAGE, re.S) for kind in ("python", "text"))
     exec(code, {})
-    assert [capsys.readouterr().out] == printed
+    assert capsys.readouterr().out == printed
 
 
 def test_a_wide_range_is_warned_about_with_the_weight_that_is_right(tmp_path):

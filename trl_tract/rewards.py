@@ -58,6 +58,10 @@ def make_reward_func(
     """
     if scale not in (None, "unit"):
         raise ValueError(f"scale={scale!r} is unknown: give None for rubric units, or 'unit' for 0 to 1")
+    if judge.aspects:
+        raise ValueError(
+            f"this judge scores {len(judge.aspects)} aspects, and a reward is one number: give a judge of one score"
+        )
     if failed is not None and not math.isfinite(failed):
         raise ValueError(f"failed={failed} would spoil the whole group's rewards: give a finite number, or None")
     return _JudgeReward(judge, prompt, scale, failed)
