@@ -70,7 +70,7 @@ class Run:
         try:
             guard(directory, settings, "run")
         except FileExistsError:
-            if not _nothing_trained(directory):
+            if not nothing_trained(directory):
                 raise
             # A mistake in the options, mended: nothing is lost, and another directory would only be a nuisance.
             say("The settings changed before anything was trained: starting anew")
@@ -101,7 +101,7 @@ class Run:
         write_json(self._file, self.seconds)
 
 
-def _nothing_trained(directory: Path) -> bool:
+def nothing_trained(directory: Path) -> bool:
     """Whether a run was begun in the directory, but came to no result that would be missed."""
     if not (directory / "settings.json").exists():
         return False
@@ -181,24 +181,22 @@ def run_tract(
         raise ValueError(
             "a server cannot serve models that a run has yet to train: use the backend vllm or transformers"
         )
-    training.pop("output_dir", None)
     directory = Path(output_dir)
     own = OwnColumns.parse(columns, rubric)
-    settings = {
-        "model": model,
-        "data": data,
-        "eval_data": eval_data,
-        "eval_fraction": eval_fraction,
-        "training": digest([training]),
-        "model_args": digest([model_args]),
-        "generation": generation,
-        "num_generations": num_generations,
-        "on_failure": on_failure,
-        "keep_annotated": keep_annotated,
-        "backend": engine.get("name", "transformers"),
-    }
-    if own is not None:
-        settings["own_columns"] = asdict(own)
+    settings = run_settings(
+        model,
+        data,
+        eval_data=eval_data,
+        eval_fraction=eval_fraction,
+        own=own,
+        training=training,
+        model_args=model_args,
+        generation=generation,
+        num_generations=num_generations,
+        on_failure=on_failure,
+        keep_annotated=keep_annotated,
+        backend=engine,
+    )
     run = Run(directory, settings, isolate=isolate, total=len(STEPS), say=say)
     train_file, eval_file = directory / "train.jsonl", directory / "eval.jsonl"
     grid = ScoreGrid.from_values(training.get("score_values", DEFAULT_VALUES), training.get("score_texts"))
@@ -258,6 +256,38 @@ def run_tract(
 
     run.step("report", STEPS["report"], report)
     return result
+
+
+def run_settings(
+    model: str,
+    data: str,
+    *,
+    eval_data: str | None,
+    eval_fraction: float,
+    own: OwnColumns | None,
+    training: Mapping[str, Any],
+    model_args: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    num_generations: int,
+    on_failure: str,
+    keep_annotated: bool,
+    backend: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Whatever changes the results of a run, by which its directory is recognised; arguments as in `run_tract`."""
+    settings = {
+        "model": model,
+        "data": data,
+        "eval_data": eval_data,
+        "eval_fraction": eval_fraction,
+        "training": digest([{name: value for name, value in training.items() if name != "output_dir"}]),
+        "model_args": digest([model_args]),
+        "generation": dict(generation),
+        "num_generations": num_generations,
+        "on_failure": on_failure,
+        "keep_annotated": keep_annotated,
+        "backend": backend.get("name", "transformers"),
+    }
+    return settings if own is None else settings | {"own_columns": asdict(own)}
 
 
 def write_items(training: list[Item], held_out: list[Item], train_file: Path, eval_file: Path, *, chat: bool) -> None:
