@@ -129,6 +129,8 @@ def guard(directory: Path, settings: Mapping[str, Any], what: str) -> None:
     Raises:
         FileExistsError: The directory holds another run, or files that are not of a run.
     """
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file: give a directory for the {what}")
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / "settings.json"
     wanted = json.loads(json.dumps(settings))

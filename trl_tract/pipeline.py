@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from trl_tract.backends.loading import check_model
 from trl_tract.columns import OwnColumns
 from trl_tract.journal import digest, guard, write_json, write_jsonl
 from trl_tract.report import ScoreReport, score_report
@@ -204,6 +205,7 @@ def run_tract(
     seed = int(training.get("seed", 42))
 
     def prepare() -> None:
+        check_model(model)
         items = load_items(data, grid, marker, own)
         if eval_data is None:
             items, held_out = split_items(items, eval_fraction, seed)
