@@ -21,10 +21,21 @@ def model(tmp_path_factory):
     return str(directory)
 
 
+def run_of(tmp_path, model, *options):
+    paths = ["--data", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
+    return ["run", "--model_name_or_path", model, *paths, "--bf16", "false", *options]
+
+
+def begin(tmp_path, model, seconds):
+    """A directory of a real run, which cannot train since the model has no weights, with these steps finished."""
+    write_jsonl(tmp_path / "rows.jsonl", make_rows(12))
+    assert main(run_of(tmp_path, model)) == 1
+    write_json(tmp_path / "out" / "steps.json", seconds)
+
+
 def dry(tmp_path, model, rows, capsys, *options, command="run"):
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    paths = ["--data", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
-    code = main([command, "--model_name_or_path", model, *paths, "--bf16", "false", "--dry-run", *options])
+    code = main([command, *run_of(tmp_path, model, "--dry-run", *options)[1:]])
     return code, capsys.readouterr().out
 
 
@@ -34,11 +45,11 @@ def dry(tmp_path, model, rows, capsys, *options, command="run"):
         {"per_device_train_batch_size": 4, "num_train_epochs": 3},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_train_epochs": 2},
         {"per_device_train_batch_size": 3, "num_train_epochs": 0.5},
-        {"per_device_train_batch_size": 4, "max_steps": 7},
+        {"per_device_train_batch_size": 4, "max_steps": 5},
     ],
 )
 def test_updates_are_those_that_trainer_does(settings, tmp_path):
-    trainer = make_trainer(tmp_path, make_rows(19), **{**settings, "learning_rate": 0.0})
+    trainer = make_trainer(tmp_path, make_rows(7), **{**settings, "learning_rate": 0.0})
     lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
     trainer.train()
     assert Plan.of(lengths, trainer.args.to_dict(), 1).updates == trainer.state.global_step
@@ -107,12 +118,18 @@ def test_a_dry_run_prints_the_steps_and_writes_nothing(tmp_path, model, capsys):
 
 
 def test_a_dry_run_says_what_is_finished(tmp_path, model, capsys):
-    (tmp_path / "out").mkdir()
-    write_json(tmp_path / "out" / "steps.json", {"prepare": 3.0, "stage1": 61.0})
+    begin(tmp_path, model, {"prepare": 3.0, "stage1": 61.0})
     printed = dry(tmp_path, model, make_rows(12), capsys)[1]
     assert "[2/7] Stage one: the seed model on the annotated rationales: finished before, in 61 s" in printed
     assert "Self-generation: the stage-one model writes its own rationales\n    11 rationales" in printed
     assert json.loads((tmp_path / "out" / "steps.json").read_text()) == {"prepare": 3.0, "stage1": 61.0}
+
+
+def test_a_dry_run_says_that_a_directory_would_be_refused(tmp_path, model, capsys):
+    begin(tmp_path, model, {"prepare": 3.0, "stage1": 61.0})
+    assert main(run_of(tmp_path, model, "--dry-run", "--on_failure", "drop")) == 1
+    assert "would be refused: " in (printed := capsys.readouterr().err)
+    assert "holds another run (on_failure: 'keep_gold' there, 'drop' now)" in printed
 
 
 def test_five_rows_are_shown_with_their_terms_of_the_loss(tmp_path, model, capsys):

@@ -10,6 +10,7 @@ import trl_tract
 from trl_tract.commands import COMMANDS, USAGE, UsageError
 from trl_tract.display import visible
 from trl_tract.progress import hide_bars_of_libraries
+from trl_tract.terminal import hide_host_warnings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     hide_bars_of_libraries()
+    hide_host_warnings()
     try:
         return command(arguments[1:])
     except UsageError as error:

@@ -96,43 +96,26 @@ def _run(arguments: Sequence[str]) -> int:
     from trl_tract.pipeline import run_tract
 
     run, own, generation, training, model = _parse("run", arguments)
-    name = _required_model(model)
+    arguments_of_run: dict[str, Any] = {
+        "eval_data": run.eval_data,
+        "eval_fraction": run.eval_fraction,
+        "rubric": own.rubric,
+        "columns": own.columns,
+        "training": field_values(training),
+        "model_args": asdict(model),
+        "generation": generation.sampling(),
+        "num_generations": generation.num_generations,
+        "on_failure": run.on_failure,
+        "keep_annotated": run.keep_annotated,
+        "backend": generation.engine(),
+    }
+    paths = (_required_model(model), run.data, training.output_dir)
     if run.dry_run:
         from trl_tract.dry_run import dry_run
 
-        return _exit_code(
-            dry_run(
-                name,
-                run.data,
-                training.output_dir,
-                eval_data=run.eval_data,
-                eval_fraction=run.eval_fraction,
-                own=_own(own),
-                training=field_values(training),
-                model_args=asdict(model),
-                generation=generation.sampling(),
-                num_generations=generation.num_generations,
-                generation_batch=generation.generation_batch_size,
-                colour=uses_colour(sys.stdout),
-            )
-        )
+        return _exit_code(dry_run(*paths, **arguments_of_run, colour=uses_colour(sys.stdout)))
     _tell_of_neighbours()
-    result = run_tract(
-        name,
-        run.data,
-        training.output_dir,
-        eval_data=run.eval_data,
-        eval_fraction=run.eval_fraction,
-        rubric=own.rubric,
-        columns=own.columns,
-        training=field_values(training),
-        model_args=asdict(model),
-        generation=generation.sampling(),
-        num_generations=generation.num_generations,
-        on_failure=run.on_failure,
-        keep_annotated=run.keep_annotated,
-        backend=generation.engine(),
-    )
+    result = run_tract(*paths, **arguments_of_run)
     for name, report in result.reports.items():
         mass = result.grid_mass[name]
         print(f"\n{name} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})\n{report}")

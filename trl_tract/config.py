@@ -139,12 +139,14 @@ class TRACTConfig(SFTConfig):
             if self.annotator_loss != "none" or self.drop_rationale:
                 wrong = "drop_rationale=True" if self.drop_rationale else f"annotator_loss={self.annotator_loss!r}"
                 raise ValueError(f"{wrong} is for completions with one score: leave it out, or leave aspects out")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length={self.max_length} must be 1 or more, or None for no limit")
         if not self.score_marker.strip():
             raise ValueError("score_marker is empty: give the text that stands before the score, such as [RESULT]")
         for name in ("raft_weight", "rationale_weight", "annotator_weight"):
             weight = getattr(self, name)
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"{name}={weight} must be a number that is 0 or greater")
+            if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+                raise ValueError(f"{name}={weight!r} must be a number that is 0 or greater")
         if self.raft_weight == self.rationale_weight == self.annotator_weight == 0:
             raise ValueError("raft_weight and rationale_weight are both 0, which leaves nothing to train on")
         if self.annotator_loss not in ("none", "distribution"):

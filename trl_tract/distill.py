@@ -101,8 +101,9 @@ class CoTSelfDistill:
     ) -> None:
         if on_failure not in ON_FAILURE:
             raise ValueError(f"on_failure={on_failure!r} is unknown: choose one of {', '.join(ON_FAILURE)}")
-        if max_attempts < 1:
-            raise ValueError(f"max_attempts={max_attempts} must be 1 or more")
+        for name, count in (("num_generations", num_generations), ("max_attempts", max_attempts)):
+            if count < 1:
+                raise ValueError(f"{name}={count} must be 1 or more")
         self.backend = backend
         self.grid = ScoreGrid.from_values(score_values)
         self.format = completion_format or CompletionFormat(score_marker)
@@ -170,6 +171,8 @@ class CoTSelfDistill:
             RuntimeError: Another process is at work in `output_dir`; or, with `on_failure="raise"`, a rationale failed
                 in all its attempts.
         """
+        if not isinstance(dataset, Dataset):
+            raise TypeError(f"dataset is a {type(dataset).__name__}: make it a Dataset, as in Dataset.from_list(rows)")
         directory = Path(output_dir)
         self._distill(dataset, directory, None)
         features = Features({**dataset.features, **PROVENANCE})

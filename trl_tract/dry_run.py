@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from trl_tract.check import RowsReport, examine_items, load_tokenizer, what_is_refused
 from trl_tract.columns import OwnColumns
@@ -25,7 +26,8 @@ from trl_tract.estimate import (
     training_memory,
     training_operations,
 )
-from trl_tract.pipeline import DEFAULT_VALUES, STEPS, finished_steps
+from trl_tract.journal import changed_settings
+from trl_tract.pipeline import DEFAULT_VALUES, STEPS, finished_steps, nothing_trained, run_settings
 from trl_tract.rows import Item, load_items, split_items, try_items
 from trl_tract.scores import ScoreGrid
 from trl_tract.token_view import labelled, legend, painted, view_row
@@ -104,17 +106,35 @@ def dry_run(
     *,
     eval_data: str | None,
     eval_fraction: float,
-    own: OwnColumns | None,
+    rubric: str | None,
+    columns: Sequence[str] | None,
     training: Mapping[str, Any],
     model_args: Mapping[str, Any],
     generation: Mapping[str, Any],
     num_generations: int,
-    generation_batch: int,
+    on_failure: str,
+    keep_annotated: bool,
+    backend: Mapping[str, Any],
     colour: bool,
     say: Say = print,
 ) -> bool:
     """Print what `run_tract` would do with the same arguments; whether it would take all rows."""
-    directory = Path(output_dir)
+    own = OwnColumns.parse(columns, rubric)
+    settings = run_settings(
+        model,
+        data,
+        eval_data=eval_data,
+        eval_fraction=eval_fraction,
+        own=own,
+        training=training,
+        model_args=model_args,
+        generation=generation,
+        num_generations=num_generations,
+        on_failure=on_failure,
+        keep_annotated=keep_annotated,
+        backend=backend,
+    )
+    done = _finished(Path(output_dir), settings)
     grid, marker = _grid(training)
     tokenizer = load_tokenizer(model)
     numbered = list(enumerate(try_items(data, grid, marker, own)))
@@ -128,8 +148,7 @@ def dry_run(
         out = set(map(id, held_out))
         kept = [(number, item) for number, item in numbered if id(item) not in out]
     report, encoder = _examined(kept, data, tokenizer, grid, marker, training)
-    done = finished_steps(directory)
-    say(f"Dry run: nothing is trained or written. trl-tract run would do this in {directory}:")
+    say(f"Dry run: nothing is trained or written. trl-tract run would do this in {output_dir}:")
     speed, size = _measured(model, model_args, training, say)
     # The stage-one model's own rationales are taken to be as long as the annotated ones.
     plan = Plan.of(report.tokens, training, _processes()) if report.tokens else None
@@ -144,10 +163,29 @@ def dry_run(
         elif report.tokens and name in ("distill", "judge-stage1", "judge-tract"):
             rows = report.trained if name == "distill" else len(held_out)
             samples = rows * num_generations if name == "distill" else rows
-            lines += _generation(size, speed, report, rows, samples, generation, generation_batch)
+            lines += _generation(size, speed, report, rows, samples, generation, int(backend.get("batch_size", 8)))
         say("\n    ".join(line for line in lines if line))
     say(f"\n{report.trained:,} rows to train on, {len(held_out):,} held-out items")
     return _rest(report, encoder, plan, size, speed, training, model_args, tokenizer, colour, say)
+
+
+def _finished(directory: Path, settings: Mapping[str, Any]) -> dict[str, float]:
+    """The steps that the run would find finished.
+
+    Raises:
+        FileExistsError: It would refuse the directory.
+    """
+    if not (directory / "settings.json").exists():
+        return {}
+    changed = changed_settings(directory, settings)
+    if changed and nothing_trained(directory):
+        return {}
+    if changed:
+        raise FileExistsError(
+            f"the run would be refused: {directory} holds another run ({'; '.join(changed[:5])}). Choose another "
+            "output directory, or the settings that it was started with"
+        )
+    return finished_steps(directory)
 
 
 def dry_train(
@@ -216,8 +254,13 @@ def _measured(
     except (OSError, ValueError, KeyError, AttributeError) as error:
         say(f"No estimate of time and memory: the model cannot be counted ({' '.join(str(error).split())})")
         return None, None
-    computed = "bfloat16" if training.get("bf16") else "float16" if training.get("fp16") else "float32"
-    return measure_speed(computed), size
+    computed = "bfloat16" if training.get("bf16") or training.get("fp16") else "float32"
+    speed = measure_speed(computed)
+    if computed != "float32" and not torch.accelerator.is_available():
+        faster = measure_speed("float32").operations / speed.operations
+        if faster > 1.5:
+            say(f"bfloat16 is slow on this processor, float32 {faster:.0f} times as fast: add --bf16 false")
+    return speed, size
 
 
 def _training_time(
@@ -298,6 +341,6 @@ def _how(size: ModelSize, speed: Speed, plan: Plan) -> Iterator[str]:
     )
     yield (
         f"time: operations counted from parameters and tokens, over the speed of a matrix product in {speed.dtype} "
-        f"measured here just now ({speed.operations / 1e9:,.0f} GFLOP/s on {speed.device}) and, the upper end, a third "
+        f"measured here just now ({speed.operations / 1e9:,.3g} GFLOP/s on {speed.device}) and, the upper end, a third "
         "of it; no step was run"
     )

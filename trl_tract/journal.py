@@ -129,6 +129,8 @@ def guard(directory: Path, settings: Mapping[str, Any], what: str) -> None:
     Raises:
         FileExistsError: The directory holds another run, or files that are not of a run.
     """
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file: give a directory for the {what}")
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / "settings.json"
     wanted = json.loads(json.dumps(settings))
@@ -143,11 +145,18 @@ def guard(directory: Path, settings: Mapping[str, Any], what: str) -> None:
         # Of the workers that start at once, the first one's settings stand, and the others are compared with them.
         with suppress(FileExistsError):
             _write_new(file, wanted)
-    held = json.loads(file.read_text(encoding="utf-8"))
-    changed = [name for name in {**held, **wanted} if held.get(name) != wanted.get(name)]
+    changed = changed_settings(directory, settings)
     if changed:
-        differences = "; ".join(f"{name}: {held.get(name)!r} there, {wanted.get(name)!r} now" for name in changed[:5])
+        differences = "; ".join(changed[:5])
         raise FileExistsError(
             f"{directory} holds another {what} ({differences}). Choose another output directory, or go on with the "
             "settings that it was started with"
         )
+
+
+def changed_settings(directory: Path, settings: Mapping[str, Any]) -> list[str]:
+    """What differs between these settings and those that `directory` was claimed with; empty where nothing does."""
+    held = json.loads((directory / "settings.json").read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(settings))
+    changed = [name for name in {**held, **wanted} if held.get(name) != wanted.get(name)]
+    return [f"{name}: {held.get(name)!r} there, {wanted.get(name)!r} now" for name in changed]

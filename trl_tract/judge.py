@@ -87,6 +87,9 @@ class CoTRAILJudge:
             wrong = "writes_rationale=False" if recalibration is None else "recalibration"
             raise ValueError(f"{wrong} is for judges of one score: leave it out, or leave aspects out")
         Rule(decision, quantile, normalize_grid, score_temperature, pool, seed)  # unusable settings are refused now
+        for name, count in (("num_generations", num_generations), ("max_attempts", max_attempts)):
+            if count < 1:
+                raise ValueError(f"{name}={count} must be 1 or more")
         self.backend = backend
         self.grid = ScoreGrid.from_values(score_values)
         self.format = completion_format or CompletionFormat(score_marker)
@@ -137,7 +140,9 @@ class CoTRAILJudge:
             settings["recalibration"] = Recalibration.load(path, revision)
         if isinstance(backend, str):
             if backend != "transformers":
-                raise ValueError(f"backend={backend!r} is unknown: give 'transformers' or a backend object")
+                raise ValueError(
+                    f"backend={backend!r} is unknown: give 'transformers', or a backend, such as VLLMBackend(path)"
+                )
             backend = TransformersBackend(str(path), revision=revision)
         judge = cls(
             backend,
@@ -163,11 +168,14 @@ class CoTRAILJudge:
             first: Number of the first item where `rows` is a part of more; the random seed depends on it.
             on_progress: Called with the number of items whose rationales have just been written.
         """
-        prompts: list[Prompt] = [row if isinstance(row, str) else row["prompt"] for row in rows]
+        if isinstance(rows, str | Mapping):
+            raise TypeError(f"rows is one {type(rows).__name__}: put it into a list, as in judge.judge([row])[0]")
+        prompts: list[Prompt] = [_prompt_of(row) for row in rows]
         judgements = [Judgement() for _ in prompts]
         ids: dict[int, list[int]] = {}
         for i, prompt in enumerate(prompts):
             try:
+                _check_prompt(rows[i], prompt)
                 ids[i] = prompt_ids(self.backend.tokenizer, prompt)
             except (TypeError, ValueError, KeyError) as error:
                 judgements[i].error = f"the prompt cannot be read: {error}"
@@ -316,3 +324,20 @@ def _checked(known: ScoreGrid, here: ScoreGrid) -> ScoreGrid:
             "this is not the tokenizer that the judge was trained with"
         )
     return known
+
+
+def _prompt_of(row: Any) -> Any:
+    return row["prompt"] if isinstance(row, Mapping) and "prompt" in row else row
+
+
+def _check_prompt(row: Any, prompt: Any) -> None:
+    """Refuse what is neither text nor chat messages, and say what it is."""
+    if isinstance(prompt, str):
+        return
+    if isinstance(row, Mapping) and "prompt" not in row:
+        raise ValueError(f"the row has no `prompt`; its columns are {', '.join(sorted(map(str, row)))}")
+    if not isinstance(prompt, Sequence):
+        raise TypeError(f"it is {type(prompt).__name__}, not text or a list of chat messages")
+    for message in prompt:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"a chat message needs `role` and `content`, and one is {message!r}")

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from trl_tract.aspects import read_aspects
+from trl_tract.backends.loading import check_model
 from trl_tract.columns import OwnColumns
 from trl_tract.journal import digest, guard, write_json, write_jsonl
 from trl_tract.report import ScoreReport, score_report
@@ -72,7 +73,7 @@ class Run:
         try:
             guard(directory, settings, "run")
         except FileExistsError:
-            if not _nothing_trained(directory):
+            if not nothing_trained(directory):
                 raise
             # A mistake in the options, mended: nothing is lost, and another directory would only be a nuisance.
             say("The settings changed before anything was trained: starting anew")
@@ -103,7 +104,7 @@ class Run:
         write_json(self._file, self.seconds)
 
 
-def _nothing_trained(directory: Path) -> bool:
+def nothing_trained(directory: Path) -> bool:
     """Whether a run was begun in the directory, but came to no result that would be missed."""
     if not (directory / "settings.json").exists():
         return False
@@ -184,24 +185,22 @@ def run_tract(
         raise ValueError(
             "a server cannot serve models that a run has yet to train: use the backend vllm or transformers"
         )
-    training.pop("output_dir", None)
     directory = Path(output_dir)
     own = OwnColumns.parse(columns, rubric)
-    settings = {
-        "model": model,
-        "data": data,
-        "eval_data": eval_data,
-        "eval_fraction": eval_fraction,
-        "training": digest([training]),
-        "model_args": digest([model_args]),
-        "generation": generation,
-        "num_generations": num_generations,
-        "on_failure": on_failure,
-        "keep_annotated": keep_annotated,
-        "backend": engine.get("name", "transformers"),
-    }
-    if own is not None:
-        settings["own_columns"] = asdict(own)
+    settings = run_settings(
+        model,
+        data,
+        eval_data=eval_data,
+        eval_fraction=eval_fraction,
+        own=own,
+        training=training,
+        model_args=model_args,
+        generation=generation,
+        num_generations=num_generations,
+        on_failure=on_failure,
+        keep_annotated=keep_annotated,
+        backend=engine,
+    )
     run = Run(directory, settings, isolate=isolate, total=len(STEPS), say=say)
     train_file, eval_file = directory / "train.jsonl", directory / "eval.jsonl"
     grid = ScoreGrid.from_values(training.get("score_values", DEFAULT_VALUES), training.get("score_texts"))
@@ -210,6 +209,7 @@ def run_tract(
     seed = int(training.get("seed", 42))
 
     def prepare() -> None:
+        check_model(model)
         items = load_items(data, grid, marker, own, aspects)
         if eval_data is None:
             items, held_out = split_items(items, eval_fraction, seed)
@@ -265,6 +265,38 @@ def run_tract(
 
     run.step("report", STEPS["report"], report)
     return result
+
+
+def run_settings(
+    model: str,
+    data: str,
+    *,
+    eval_data: str | None,
+    eval_fraction: float,
+    own: OwnColumns | None,
+    training: Mapping[str, Any],
+    model_args: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    num_generations: int,
+    on_failure: str,
+    keep_annotated: bool,
+    backend: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Whatever changes the results of a run, by which its directory is recognised; arguments as in `run_tract`."""
+    settings = {
+        "model": model,
+        "data": data,
+        "eval_data": eval_data,
+        "eval_fraction": eval_fraction,
+        "training": digest([{name: value for name, value in training.items() if name != "output_dir"}]),
+        "model_args": digest([model_args]),
+        "generation": dict(generation),
+        "num_generations": num_generations,
+        "on_failure": on_failure,
+        "keep_annotated": keep_annotated,
+        "backend": backend.get("name", "transformers"),
+    }
+    return settings if own is None else settings | {"own_columns": asdict(own)}
 
 
 def write_items(training: list[Item], held_out: list[Item], train_file: Path, eval_file: Path, *, chat: bool) -> None:

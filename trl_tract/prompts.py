@@ -292,7 +292,15 @@ def rubric_prompt(
         descriptions: Score text -> what earns it, in the order of the grid.
         reference: An answer that would earn the highest score.
         marker: Text that the judge is asked to write before its score.
+
+    Raises:
+        TypeError: The descriptions are no mapping.
     """
+    if not isinstance(descriptions, Mapping):
+        raise TypeError(
+            f"descriptions is a {type(descriptions).__name__}: give score text -> what earns it, as in "
+            '{"1": "wrong", "2": "right"}'
+        )
     return RUBRIC_PROMPT.format(
         instructions=_INSTRUCTIONS.format(marker=marker, scores=", ".join(descriptions)),
         instruction=instruction.strip(),
@@ -323,6 +331,9 @@ def from_prometheus_eval(item: Mapping[str, Any], *, marker: str = "[RESULT]") -
     """An item of the prometheus-eval benchmark JSON as training rows: one per annotated rationale and score."""
     format_ = CompletionFormat(marker)
     prompt = cleaned_instruction(str(item["instruction"]))
+    scores, feedbacks = item["gpt4_score"], item["gpt4_feedback"]
+    if len(scores) != len(feedbacks):
+        raise ValueError(f"gpt4_score has {len(scores)} entries and gpt4_feedback has {len(feedbacks)}: one for each")
     return [
         {
             "prompt": prompt,
@@ -330,7 +341,7 @@ def from_prometheus_eval(item: Mapping[str, Any], *, marker: str = "[RESULT]") -
             "score": gold_score(score),
             "group": prometheus_question(prompt),
         }
-        for feedback, score in zip(item["gpt4_feedback"], item["gpt4_score"], strict=True)
+        for feedback, score in zip(feedbacks, scores, strict=True)
     ]
 
 

@@ -56,6 +56,8 @@ def make_reward_func(
         ValueError: An unknown `scale`, or a `failed` that is not finite. From the reward function: columns that the
             default prompt needs are missing, or descriptions that are not of the judge's scores.
     """
+    if not callable(getattr(judge, "judge", None)):
+        raise TypeError(f"judge is {judge!r}, not a judge: load one first, CoTRAILJudge.from_pretrained(path)")
     if scale not in (None, "unit"):
         raise ValueError(f"scale={scale!r} is unknown: give None for rubric units, or 'unit' for 0 to 1")
     if judge.aspects:

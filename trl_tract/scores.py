@@ -64,7 +64,15 @@ class ScoreGrid:
                 raise ValueError("the texts are given twice: as the keys of score_values and as score_texts")
             pairs = sorted(values.items(), key=lambda pair: pair[1])
             texts, values = [text for text, _ in pairs], [value for _, value in pairs]
-        numbers = tuple(float(value) for value in values)
+        try:
+            if isinstance(values, str):
+                raise TypeError
+            numbers = tuple(float(value) for value in values)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"score_values={values!r} is no list of numbers: give them in rubric units, as in [1, 2, 3]; how they "
+                "are written, if in words, is score_texts"
+            ) from None
         if len(numbers) < 2:
             raise ValueError(f"score_values={list(values)} holds {len(numbers)} score(s); a grid needs two or more")
         if not all(math.isfinite(number) for number in numbers):

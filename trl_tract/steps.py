@@ -28,6 +28,7 @@ from trl_tract.judge import CoTRAILJudge
 from trl_tract.judge_config import JudgeConfig
 from trl_tract.judgement import Judgement
 from trl_tract.prompts import gold_score
+from trl_tract.terminal import hide_host_warnings
 from trl_tract.trainer import TRACTTrainer
 from trl_tract.training_log import write_lines_in_logs
 
@@ -292,5 +293,6 @@ def _dataset(path: str) -> Dataset:
 
 
 if __name__ == "__main__":
+    hide_host_warnings()
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     STEPS[spec.pop("kind")](**spec).run()

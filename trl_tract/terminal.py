@@ -1,6 +1,7 @@
 """Text for a terminal or a log file: colour where it is wanted, bars, tables. Knows nothing of rows or models."""
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
@@ -65,6 +66,12 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def hide_host_warnings() -> None:
+    """Keep back warnings that TRL's own defaults bring about, and that no user can act on."""
+    # SFTConfig sets the old name by default, and PEFT asks the model by it: see pyproject.toml for the versions.
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def can_write(stream: TextIO, text: str) -> bool:

@@ -17,6 +17,7 @@ from trl.data_utils import get_dataset_column_names, pack_dataset
 
 from trl_tract.aspect_data import AspectRowEncoder, TokenisedAspectEncoder, find_aspects
 from trl_tract.aspects import read_aspects
+from trl_tract.backends.loading import check_model
 from trl_tract.branches import several_tokens, why_not_one_forward
 from trl_tract.card import TrainingRows, write_model_card
 from trl_tract.checkpoints import last_complete_checkpoint
@@ -106,6 +107,8 @@ class TRACTTrainer(SFTTrainer):
             raise ValueError(
                 "prompt tuning puts virtual tokens before a row, so its score is no longer where it was found. Use LoRA"
             )
+        if isinstance(model, str):
+            check_model(model)
         changed = changed_class(SFTTrainer)
         if changed is not None:
             logger.warning(changed)

@@ -4,6 +4,7 @@ Knows nothing of generation.
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ def load(
     Raises:
         ValueError: An adapter does not say which base model it belongs to.
     """
+    check_model(model_id)
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype={dtype!r} is unknown: give auto, float32, bfloat16 or float16")
     device = _own_device() if device is None else device
     adapter = adapter_config(model_id, revision)
     base_id = model_id if adapter is None else str(adapter.base_model_name_or_path)
@@ -55,6 +59,19 @@ def load(
             model = model.merge_and_unload()
     model.eval()
     return model, tokenizer
+
+
+def check_model(model_id: str) -> None:
+    """Refuse a path that leads nowhere; what may be a hub id is left to the hub's client.
+
+    Raises:
+        FileNotFoundError: It does.
+    """
+    path = Path(model_id)
+    if not path.exists() and (model_id.startswith((".", "~", os.sep)) or model_id.count("/") > 1):
+        raise FileNotFoundError(f"{model_id} is not a model directory: there is nothing at {path.absolute()}")
+    if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise FileNotFoundError(f"{model_id} is not a model directory: it holds no config.json or adapter_config.json")
 
 
 def _own_device() -> torch.device:

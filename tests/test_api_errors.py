@@ -1,0 +1,164 @@
+"""Everything but training data mistyped once: each message says what is wrong and what to do."""
+
+import pytest
+from conftest import make_model, make_rows, make_tokenizer, make_trainer
+from datasets import Dataset
+
+from trl_tract import (
+    CoTRAILJudge,
+    CoTSelfDistill,
+    ScoreGrid,
+    TRACTConfig,
+    TRACTTrainer,
+    TransformersBackend,
+    from_prometheus_eval,
+    make_reward_func,
+    rubric_prompt,
+    run_tract,
+)
+from trl_tract.backends import ScriptedBackend
+from trl_tract.journal import write_jsonl
+
+
+def scripted():
+    return ScriptedBackend(lambda *_: "fine. [RESULT]", make_tokenizer())
+
+
+def judge(**settings):
+    return CoTRAILJudge(scripted(), **settings)
+
+
+def run(folder, **settings):
+    write_jsonl(folder / "rows.jsonl", make_rows(6))
+    training = {"bf16": False}
+    arguments = {"model": seed(folder), "data": str(folder / "rows.jsonl"), "output_dir": folder / "out"}
+    return run_tract(**{**arguments, "eval_fraction": 0.34, "training": training, **settings})
+
+
+# name: (what is called with a folder, kind of error, what the message holds)
+MISTAKES = {
+    "one row instead of a list": (
+        lambda _: judge().judge("Judge this."),
+        TypeError,
+        "rows is one str: put it into a list",
+    ),
+    "one dict instead of a list": (lambda _: judge().judge({"prompt": "a"}), TypeError, "as in judge.judge([row])[0]"),
+    "no rationale": (lambda _: judge(num_generations=0), ValueError, "num_generations=0 must be 1 or more"),
+    "no attempt": (lambda _: judge(max_attempts=0), ValueError, "max_attempts=0 must be 1 or more"),
+    "an unknown decision": (lambda _: judge(decision="meen"), ValueError, "choose one of mean, median, mode, sampled"),
+    "an unknown pool": (lambda _: judge(pool="both"), ValueError, "choose one of scores, distributions"),
+    "a grid as text": (lambda _: judge(score_values="12345"), ValueError, "score_values='12345' is no list of numbers"),
+    "a grid of words": (lambda _: ScoreGrid.from_values(["poor", "good"]), ValueError, "if in words, is score_texts"),
+    "a grid of one number": (lambda _: TRACTConfig("out", score_values=5), ValueError, "give them in rubric units"),
+    "a weight as text": (lambda _: TRACTConfig("out", raft_weight="1"), ValueError, "raft_weight='1' must be a number"),
+    "no length at all": (
+        lambda _: TRACTConfig("out", max_length=0),
+        ValueError,
+        "max_length=0 must be 1 or more, or None",
+    ),
+    "a judge that is nowhere": (
+        lambda folder: CoTRAILJudge.from_pretrained(folder / "no"),
+        FileNotFoundError,
+        "no is not a model directory. It is saved by TRACTTrainer.save_model()",
+    ),
+    "a backend by a name that needs more": (
+        lambda folder: CoTRAILJudge.from_pretrained(trained(folder), backend="vllm"),
+        ValueError,
+        "give 'transformers', or a backend, such as VLLMBackend(path)",
+    ),
+    "a recalibration that nobody fitted": (
+        lambda folder: CoTRAILJudge.from_pretrained(trained(folder), scripted(), recalibrate=True),
+        FileNotFoundError,
+        "Fit one on held-out judgements and save it there",
+    ),
+    "a model that is nowhere": (
+        lambda folder: TransformersBackend(str(folder / "no")),
+        FileNotFoundError,
+        "is not a model directory: there is nothing at /",
+    ),
+    "a directory that holds no model": (
+        lambda folder: TransformersBackend(str(folder)),
+        FileNotFoundError,
+        "it holds no config.json or adapter_config.json",
+    ),
+    "a seed model that is nowhere": (
+        lambda folder: TRACTTrainer(str(folder / "no"), train_dataset=Dataset.from_list(make_rows(2))),
+        FileNotFoundError,
+        "is not a model directory",
+    ),
+    "an unknown dtype": (
+        lambda folder: TransformersBackend(seed(folder), dtype="float33"),
+        ValueError,
+        "dtype='float33' is unknown: give auto, float32, bfloat16 or float16",
+    ),
+    "a list to distil": (
+        lambda folder: CoTSelfDistill(scripted()).distill(make_rows(2), folder / "out"),
+        TypeError,
+        "dataset is a list: make it a Dataset, as in Dataset.from_list(rows)",
+    ),
+    "no rationale to distil": (
+        lambda _: CoTSelfDistill(scripted(), num_generations=0),
+        ValueError,
+        "num_generations=0",
+    ),
+    "a run of a model that is nowhere": (
+        lambda folder: run(folder, model=str(folder / "no")),
+        FileNotFoundError,
+        "is not a model directory",
+    ),
+    "a run into a file": (
+        lambda folder: run(folder, output_dir=folder / "rows.jsonl"),
+        FileExistsError,
+        "rows.jsonl is a file: give a directory for the run",
+    ),
+    "too large a share held out": (lambda folder: run(folder, eval_fraction=2), ValueError, "leaves one side empty"),
+    "descriptions without scores": (
+        lambda _: rubric_prompt("a", "b", "c", ["bad", "good"]),
+        TypeError,
+        'descriptions is a list: give score text -> what earns it, as in {"1": "wrong", "2": "right"}',
+    ),
+    "more scores than rationales": (
+        lambda _: from_prometheus_eval({"instruction": "a", "gpt4_score": [1, 2], "gpt4_feedback": ["b"]}),
+        ValueError,
+        "gpt4_score has 2 entries and gpt4_feedback has 1",
+    ),
+    "a path as a reward's judge": (
+        lambda _: make_reward_func("judge"),
+        TypeError,
+        "CoTRAILJudge.from_pretrained(path)",
+    ),
+}
+
+
+def seed(folder):
+    make_model().save_pretrained(folder / "seed")
+    make_tokenizer().save_pretrained(folder / "seed")
+    return str(folder / "seed")
+
+
+def trained(folder):
+    make_trainer(folder / "judge", make_rows(3)).save_model()
+    return str(folder / "judge")
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_an_error_that_says_what_to_do(name, tmp_path):
+    call, kind, wanted = MISTAKES[name]
+    with pytest.raises(kind) as caught:
+        call(tmp_path)
+    assert wanted in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        ({"text": "a"}, "the row has no `prompt`; its columns are text"),
+        (3, "it is int, not text or a list of chat messages"),
+        ({"prompt": None}, "it is NoneType, not text"),
+        ({"prompt": [{"rol": "user", "content": "a"}]}, "a chat message needs `role` and `content`"),
+    ],
+)
+def test_a_row_that_cannot_be_judged_is_that_item_s_error(row, wanted):
+    (judgement,) = judge().judge([row])
+    assert judgement.error is not None
+    assert wanted in judgement.error

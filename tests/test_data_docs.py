@@ -1,0 +1,56 @@
+"""The page about data does what it says: its files, commands and Python are run, on a model that is made here."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import make_model, make_rows, make_tokenizer
+
+from trl_tract.cli import main
+from trl_tract.journal import write_jsonl
+
+PAGE = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The files of the page, and rows of the known schema."""
+    monkeypatch.chdir(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path / "seed")
+    make_model().config.save_pretrained(tmp_path / "seed")
+    (tmp_path / "rows.csv").write_text(blocks("text")[0])
+    rubric, config = blocks("yaml")
+    (tmp_path / "rubric.yaml").write_text(rubric)
+    (tmp_path / "run.yaml").write_text(config.replace(MODEL, "seed") + "eval_fraction: 0.5\n")
+    write_jsonl(tmp_path / "rows.jsonl", make_rows(18))
+    # A split needs two questions, and the page shows two answers to one.
+    with (tmp_path / "rows.csv").open("a") as file:
+        file.write("What is 1 + 1?,2,Right.,5\n")
+    return tmp_path
+
+
+COMMANDS = [command for block in blocks("bash") for command in block.replace("\\\n", " ").strip().splitlines()]
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if " check " in command or "--dry-run" in command])
+def test_a_command_of_the_page_runs(command, folder, capsys):
+    program, *arguments = shlex.split(command.replace(MODEL, "seed"))
+    assert program == "trl-tract"
+    assert main(arguments) == 0, capsys.readouterr().err
+
+
+def test_the_page_has_the_commands_that_are_run():
+    assert len(COMMANDS) == 5  # two checks, a dry run, a run (tests/test_cli.py has one) and a judge (likewise)
+
+
+def test_python_of_the_page_runs():
+    (code,) = blocks("python")
+    names = {}
+    exec(code, names)
+    assert "With fire." in names["row"]["prompt"][0]["content"]
