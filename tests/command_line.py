@@ -71,8 +71,9 @@ def parse(arguments: Sequence[str]) -> tuple[Any, ...]:
     """
     original = TrlParser.parse_args_and_config
 
-    def parse_and_stop(self: TrlParser, *args: Any, **kwargs: Any) -> Any:
-        raise _Parsed(tuple(original(self, *args, **{**kwargs, "fail_with_unknown_args": True})))
+    def parse_and_stop(self: TrlParser, args: Any = None, **kwargs: Any) -> Any:
+        # By itself TRL's parser refuses what it does not know.
+        raise _Parsed(tuple(original(self, args)))
 
     said = io.StringIO()
     TrlParser.parse_args_and_config = parse_and_stop

@@ -31,9 +31,17 @@ from trl_tract.judge_config import JudgeConfig
 from trl_tract.rendering import resolve_grid
 from trl_tract.scores import ScoreGrid
 
-BLOCKS = {page: [block for block in blocks_of(page) if block.language in ("python", "bash")] for page in PAGES}
+# Pages whose blocks a test of their own runs, with the files that they need.
+ELSEWHERE = {"docs/data.md": "tests/test_data_docs.py"}
+BLOCKS = {
+    page: [block for block in blocks_of(page) if block.language in ("python", "bash")]
+    for page in PAGES
+    if page not in ELSEWHERE
+}
 CHECKED = [block for blocks in BLOCKS.values() for block in blocks if block.not_run]
-RUN = {page: [block for block in blocks if not block.not_run] for page, blocks in BLOCKS.items()}
+RUN: dict[str, list[Block]] = {
+    page: [block for block in blocks if not block.not_run] for page, blocks in BLOCKS.items()
+}
 
 # How many blocks of a page are not run. A new one has to be wanted: it changes this.
 NOT_RUN = {
@@ -51,7 +59,10 @@ SLOW = {"README.md", "docs/index.md", "docs/recipes.md", "docs/rewards.md", "doc
 FEW = "max_new_tokens=8, max_attempts=1"
 # What is made smaller before a block runs, so that it takes seconds. Each text has to be there.
 SMALLER = {
-    "README.md": {'from_pretrained("stage1")': f'from_pretrained("stage1", {FEW})', '("judge")': f'("judge", {FEW})'},
+    "README.md": {
+        'from_pretrained("stage1")': f'from_pretrained("stage1", {FEW})',
+        'Judge.from_pretrained("judge")': f'Judge.from_pretrained("judge", {FEW})',
+    },
     "docs/generation.md": {"http://localhost:8000/v1": "FAKE_SERVER"},
     "docs/rewards.md": {
         'from_pretrained("judge")': f'from_pretrained("judge", {FEW})',
@@ -125,7 +136,7 @@ def run_bash(code: str, workplace: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else []) for page in PAGES if RUN[page]]
+    "page", [pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else []) for page in RUN if RUN[page]]
 )
 def test_the_blocks_of_a_page_run_and_print_what_stands_below_them(page, workplace):
     names: dict[str, Any] = {"__name__": "page", **GIVEN.get(page, {})}
@@ -180,9 +191,9 @@ def test_the_names_of_code_that_is_not_run_import_and_its_calls_fit(block):
 
 def test_no_block_is_left_out_without_a_reason():
     # Counted apart from the parser of pages.py.
-    fences = sum(len(re.findall(r"^```+(?:python|bash)$", text_of(page), re.MULTILINE)) for page in PAGES)
+    fences = sum(len(re.findall(r"^```+(?:python|bash)$", text_of(page), re.MULTILINE)) for page in BLOCKS)
     assert fences == len(CHECKED) + sum(map(len, RUN.values()))
-    reasons = sum(text_of(page).count("<!-- not run: ") for page in PAGES)
+    reasons = sum(text_of(page).count("<!-- not run: ") for page in BLOCKS)
     assert reasons == len(CHECKED)
 
 
@@ -198,3 +209,8 @@ def test_code_stands_in_blocks_that_name_their_language():
         indented = re.findall(r"^ {4,}(?:trl-tract|python3?|pip|accelerate|torchrun) .*$", text_of(page), re.MULTILINE)
         inside = "".join(block.code for block in blocks_of(page))
         assert not [line for line in indented if line not in inside], page
+
+
+@pytest.mark.parametrize("page", sorted(set(ELSEWHERE) & set(PAGES)))
+def test_a_page_that_is_left_to_another_test_is_read_by_it(page):
+    assert Path(page).name in (ROOT / ELSEWHERE[page]).read_text(encoding="utf-8")

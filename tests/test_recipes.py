@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from command_line import check, commands_of, parse
+from conftest import make_model, make_rows, make_tokenizer
 from pages import ROOT
 
 from trl_tract import TRACTConfig
 from trl_tract.cli import main
+from trl_tract.journal import write_jsonl
+from trl_tract.options import RunArguments
 
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 ON_GPUS = [recipe for recipe in RECIPES if recipe.stem != "cpu-smoke"]
@@ -148,6 +152,21 @@ def test_nf4_has_the_bytes_that_bitsandbytes_makes(estimate):
     packed, state = quantize_4bit(weights, quant_type="nf4", compress_statistics=True)
     made = packed.numel() * packed.element_size() + state.absmax.numel() + 4 * state.state2.absmax.numel()
     assert made == pytest.approx(estimate.NF4_BYTES * weights.numel(), rel=1e-6)
+
+
+@pytest.mark.skipif("dry_run" not in RunArguments.__dataclass_fields__, reason="the commands have no --dry-run yet")
+@by_name
+def test_a_recipe_can_be_tried_without_its_weights(recipe, tmp_path, monkeypatch, capsys):
+    # A tokenizer and a configuration under the recipe's hub id: a dry run needs no more.
+    settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    directory = tmp_path / settings["model_name_or_path"]
+    make_tokenizer().save_pretrained(directory)
+    make_model().config.save_pretrained(directory)
+    write_jsonl(tmp_path / "rows.jsonl", make_rows(24))
+    monkeypatch.chdir(tmp_path)
+    assert main([stage(recipe), "--config", str(recipe), "--data", "rows.jsonl", "--dry-run"]) == 0
+    assert "GiB" in capsys.readouterr().out
+    assert not (tmp_path / settings["output_dir"]).exists()
 
 
 @pytest.mark.slow

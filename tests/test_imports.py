@@ -1,0 +1,43 @@
+"""What an import costs is what it imports: heavy modules wait until they are needed. Measured in docs/benchmarks.md."""
+
+import ast
+import subprocess
+import sys
+
+from pages import ROOT
+
+# Hundreds of modules each, needed for one thing each. What TRL and datasets import themselves is not among them.
+HEAVY = {"bitsandbytes", "evaluate", "gguf", "matplotlib", "scipy", "sklearn", "vllm"}
+
+
+def imported_at_once(file) -> set[str]:
+    """What the file imports when it is imported: not inside functions, not for type checkers alone."""
+    found: set[str] = set()
+    waiting = list(ast.parse(file.read_text(encoding="utf-8")).body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module).partition(".")[0])
+        waiting += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+    return found
+
+
+def test_no_room_imports_a_heavy_module_before_it_is_needed():
+    rooms = {
+        file.relative_to(ROOT).as_posix(): imported_at_once(file) & HEAVY for file in ROOT.glob("trl_tract/**/*.py")
+    }
+    assert rooms
+    assert not {room: heavy for room, heavy in rooms.items() if heavy}
+
+
+def test_the_help_of_the_command_imports_nothing_that_is_not_python_s_own_or_this_package_s():
+    code = "import sys; before = set(sys.modules); from trl_tract.cli import main; main(['--help'])\n"
+    code += "print({name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "{'trl_tract'}"
