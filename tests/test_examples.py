@@ -38,11 +38,11 @@ def script(tmp_path, monkeypatch):
     return run
 
 
-def run_all(script, seed_model, rows, max_new_tokens):
+def run_all(script, seed_model, rows, max_new_tokens, **training):
     """Both stages, the judge and a policy; what the judge said."""
-    script("stage_one", model_name_or_path=seed_model, dataset_name=rows, output_dir="stage1", **TRAINING)
+    script("stage_one", model_name_or_path=seed_model, dataset_name=rows, output_dir="stage1", **training)
     script("distill", model="stage1", dataset_name=rows, output_dir="self-generated", max_new_tokens=max_new_tokens)
-    script("stage_two", model_name_or_path=seed_model, self_generated="self-generated", output_dir="judge", **TRAINING)
+    script("stage_two", model_name_or_path=seed_model, self_generated="self-generated", output_dir="judge", **training)
     script("judge", model="judge", dataset_name=rows, output_file="judged.jsonl", max_new_tokens=max_new_tokens)
     script(
         "grpo_judge_reward",
@@ -50,7 +50,7 @@ def run_all(script, seed_model, rows, max_new_tokens):
         judge="judge",
         judge_max_new_tokens=max_new_tokens,
         output_dir="policy",
-        **{**TRAINING, "max_steps": 1},
+        **{**training, "max_steps": 1},
         **GRPO,
     )
     return list(read_jsonl(Path("judged.jsonl")))
@@ -62,7 +62,7 @@ def test_the_scripts_in_order_on_a_random_model(script, capsys):
     Path("rows").mkdir()
     write_jsonl(Path("rows/train.jsonl"), make_rows(4, chat=True))
     write_jsonl(Path("rows/eval.jsonl"), make_rows(3, seed=1, chat=True))
-    judged = run_all(script, "seed", "rows", max_new_tokens=6)
+    judged = run_all(script, "seed", "rows", 6, **TRAINING)
     assert len(judged) == 3
     assert all(Path(folder, "model.safetensors").exists() for folder in ("stage1", "judge", "policy"))
     assert json.loads(Path("judge/tract_config.json").read_text())["score_texts"] == ["1", "2", "3", "4", "5"]
@@ -81,8 +81,9 @@ def test_the_scripts_in_order_on_the_real_model_and_the_demos_rows(script, capsy
     demo = EXAMPLES.parent / "trl_tract" / "demo"
     write_jsonl(Path("rows/train.jsonl"), list(read_jsonl(demo / "train.jsonl"))[:2])
     write_jsonl(Path("rows/eval.jsonl"), list(read_jsonl(demo / "eval.jsonl"))[:2])
-    judged = run_all(script, "seed", "rows", max_new_tokens=12)
+    judged = run_all(script, "seed", "rows", 12, **TRAINING, use_peft=True, lora_r=4)
     assert len(judged) == 2
+    assert all(Path(folder, "adapter_model.safetensors").exists() for folder in ("stage1", "judge", "policy"))
     for each in judged:
         assert (each["score"] is None) == bool(each["error"])
     assert "of 2 rows have a score" in capsys.readouterr().out
