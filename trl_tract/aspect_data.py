@@ -146,7 +146,7 @@ def find_aspects(
     def found_in(row: Mapping[str, Any]) -> tuple[Aspect, ...]:
         if "input_ids" not in row:
             return resolve_aspects(tokenizer, as_prompt_completion(row), aspects)
-        resolved = []
+        resolved: list[Aspect] = []
         for aspect, index in zip(aspects, _aspect_indices(row, aspects), strict=True):
             grid, written = resolve_grid_from_ids(tokenizer, row["input_ids"], index, aspect.marker, aspect.grid)
             # What stands before a rationale cannot be told from tokens; the default of the configuration is a space.

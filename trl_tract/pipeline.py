@@ -210,7 +210,8 @@ def run_tract(
 
     def report() -> None:
         write_report(directory, result)
-        for aspect in [each.name for each in aspects] or [None]:
+        names: list[str | None] = [each.name for each in aspects]
+        for aspect in names or [None]:
             write_run_page(directory, JUDGED, result.reports, say, aspect)
             judge_name = with_aspect(list(JUDGED)[-1], aspect)
             finish_card(
