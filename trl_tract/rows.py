@@ -95,9 +95,10 @@ def read_item(record: Mapping[str, Any], grid: ScoreGrid, marker: str, own: OwnC
             "TRACT trains on scores. Score the responses one by one, with a rationale each, and train on those rows. "
             "With pairs a finished judge can be tested: trl-tract judge --data PAIRS --rubric RUBRIC"
         )
-    if {"instruction", "gpt4_score", "gpt4_feedback"} <= columns:
+    if {"instruction", "gpt4_score"} <= columns:
         reference = prometheus_eval_reference(record)
-        return Item(reference["group"], tuple(from_prometheus_eval(record, marker=marker)), reference, converted=True)
+        annotated = from_prometheus_eval(record, marker=marker) if record.get("gpt4_feedback") else []
+        return Item(reference["group"], tuple(annotated), reference, converted=True)
     if {"orig_instruction", "orig_score"} <= columns:
         row = from_feedback_collection(record, marker=marker)
         reference = {name: row[name] for name in ("prompt", "score", "group")}
