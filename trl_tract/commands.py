@@ -304,7 +304,7 @@ def _demo(arguments: Sequence[str]) -> int:
 def _completion(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="trl-tract completion",
-        description='A script that completes commands and options in a shell. In bash: eval "$(trl-tract completion bash)"',
+        description='A script that completes commands and options. In bash: eval "$(trl-tract completion bash)"',
     )
     parser.add_argument("shell", choices=["bash", "zsh", "fish"])
     shell = parser.parse_args(list(arguments)).shell
