@@ -206,7 +206,7 @@ def usage_error(arguments, capsys):
         (["report", "a", "--n_bootstrap", "5", "b"], "'b' belongs to no option"),
         (["judge", "--decision", "best"], "invalid choice: 'best'"),
         (["report", "a", "--config"], "--config: the path of a YAML file is missing"),
-        (["completion", "csh"], "name one shell: trl-tract completion bash | zsh | fish"),
+        (["completion", "csh"], "invalid choice: 'csh'"),
     ],
 )
 def test_wrong_usage_is_exit_code_2_and_says_what_is_meant(arguments, wanted, capsys):

@@ -6,7 +6,7 @@ import pytest
 from conftest import make_rows
 
 from trl_tract.prompts import from_feedback_collection
-from trl_tract.rows import Item, load_items, split_items
+from trl_tract.rows import Item, load_items, read_item, split_items
 from trl_tract.scores import ScoreGrid
 
 GRID = ScoreGrid.from_values([1, 2, 3, 4, 5])
@@ -101,3 +101,10 @@ def test_a_group_is_never_split():
 def test_too_few_groups_to_split_are_an_error():
     with pytest.raises(ValueError, match=r"holding out 0\.1 of 1 group"):
         split_items(items(["q"] * 8), 0.1, seed=1)
+
+
+def test_a_benchmark_item_without_feedback_can_be_judged_and_not_trained_on():
+    item = read_item({"instruction": "Judge. ", "gpt4_score": [4, 5, 5]}, GRID, "[RESULT]")
+    assert item.training == ()
+    assert item.reference["score"] == pytest.approx(14 / 3)
+    assert item.reference["prompt"] == "Judge."

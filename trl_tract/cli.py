@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 import trl_tract
-from trl_tract.commands import COMMANDS, USAGE, UsageError
+from trl_tract.commands import COMMANDS, USAGE
 from trl_tract.display import visible
 from trl_tract.progress import hide_bars_of_libraries
 from trl_tract.terminal import hide_host_warnings
@@ -40,9 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     hide_host_warnings()
     try:
         return command(arguments[1:])
-    except UsageError as error:
-        print(f"trl-tract {name}: error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(
             f"trl-tract {name}: stopped. What is finished is on disk: start the same command to go on.", file=sys.stderr

@@ -3,6 +3,7 @@
 Knows nothing of exit codes for errors, or of how they are printed: that is `cli`.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -54,10 +55,6 @@ exit codes: 0 done; 1 failed, or rows would be refused; 2 wrong usage; 130 stopp
 SENTENCES = {
     line.split()[0]: " ".join(line.split()[1:]) for line in USAGE.splitlines() if line.startswith("  ") and line.strip()
 }
-
-
-class UsageError(Exception):
-    """A command was called in a way that it has no meaning for: exit code 2."""
 
 
 def _option_groups(command: str) -> list[type]:
@@ -320,12 +317,16 @@ def _demo(arguments: Sequence[str]) -> int:
 
 
 def _completion(arguments: Sequence[str]) -> int:
-    from trl_tract.completion import SHELLS, completion_script
+    parser = argparse.ArgumentParser(
+        prog="trl-tract completion",
+        description='A script that completes commands and options. In bash: eval "$(trl-tract completion bash)"',
+    )
+    parser.add_argument("shell", choices=["bash", "zsh", "fish"])
+    shell = parser.parse_args(list(arguments)).shell
+    from trl_tract.completion import completion_script
 
-    if len(arguments) != 1 or arguments[0] not in SHELLS:
-        raise UsageError(f"name one shell: trl-tract completion {' | '.join(SHELLS)}")
     groups = {command: _option_groups(command) for command in COMMANDS if command != "completion"}
-    print(completion_script(arguments[0], groups, SENTENCES))
+    print(completion_script(shell, groups, SENTENCES))
     return 0
 
 

@@ -109,9 +109,10 @@ def read_item(
         )
     if aspects:
         return _read_aspect_item(record, aspects)
-    if {"instruction", "gpt4_score", "gpt4_feedback"} <= columns:
+    if {"instruction", "gpt4_score"} <= columns:
         reference = prometheus_eval_reference(record)
-        return Item(reference["group"], tuple(from_prometheus_eval(record, marker=marker)), reference, converted=True)
+        annotated = from_prometheus_eval(record, marker=marker) if record.get("gpt4_feedback") else []
+        return Item(reference["group"], tuple(annotated), reference, converted=True)
     if {"orig_instruction", "orig_score"} <= columns:
         row = from_feedback_collection(record, marker=marker)
         reference = {name: row[name] for name in ("prompt", "score", "group")}
