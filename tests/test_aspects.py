@@ -52,6 +52,17 @@ def make_rows(aspects: dict[str, Any], n: int = 4, *, seed: int = 0, chat: bool 
     return rows
 
 
+def reference_logprobs(model: Any, grid: ScoreGrid, before: str, after: str) -> tuple[int, torch.Tensor]:
+    """Where the scores of a grid part between two texts, and the log-probability of each, from a pass for each."""
+    start, all_ids, stops = written_rows(TOKENIZER, grid.texts, before, after)
+    logprobs = []
+    for ids, stop in zip(all_ids, stops, strict=True):
+        steps = model(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+        assert steps.dtype == torch.float64
+        logprobs.append(sum(steps[t - 1, ids[t]] for t in range(start, stop)))
+    return start, torch.stack(logprobs)
+
+
 def oracle(
     model: Any,
     rows: list[dict[str, Any]],
@@ -72,13 +83,8 @@ def oracle(
             begin = whole.rindex(aspect["marker"]) + len(aspect["marker"]) + 1
             written = whole[begin:].split("\n")[0]
             after = whole[begin + len(written) :]
-            start, all_ids, stops = written_rows(TOKENIZER, grid.texts, whole[:begin], after)
-            logprobs = []
-            for its_ids, stop in zip(all_ids, stops, strict=True):
-                steps = model(torch.tensor([its_ids]), use_cache=False).logits[0].log_softmax(-1)
-                assert steps.dtype == torch.float64
-                logprobs.append(sum(steps[t - 1, its_ids[t]] for t in range(start, stop)))
-            probs = torch.stack(logprobs).exp()
+            start, logprobs = reference_logprobs(model, grid, whole[:begin], after)
+            probs = logprobs.exp()
             expected = (probs * torch.tensor(grid.values, dtype=torch.float64)).sum()
             expected = expected / (probs.sum() if normalize_grid else 1)
             errors.append(aspect.get("raft_weight", 1.0) * (expected - row["scores"][name]) ** 2)
@@ -120,6 +126,35 @@ def test_loss_and_gradients_equal_the_formula(tmp_path, case):
     wanted = oracle(model, rows, aspects, **settings)
     wanted.backward()
     torch.testing.assert_close(loss.detach().double(), wanted.detach(), rtol=1e-5, atol=0)
+    assert_same_gradients(gradients(trainer.model), gradients(model))
+
+
+def test_log_probabilities_and_their_gradients_are_those_of_each_scores_own_grid(tmp_path):
+    # The squared error hardly feels an improbable score, and those of several tokens are; logarithms feel it.
+    aspects = {"tone": ONE_TO_FIVE, "facts": HALVES}
+    rows = make_rows(aspects, 2)
+    trainer = make_trainer(tmp_path, rows, tokenizer=TOKENIZER, aspects=aspects, train_sampling_strategy="sequential")
+    batch, _ = batch_of(trainer)
+    found = trainer.model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        score_positions=~batch["score_labels"][:, 1:].isnan(),
+        score_aspects=batch["score_aspects"][:, 1:],
+    ).score_logprobs
+    model = make_model().double()
+    wanted = []
+    for row in rows:
+        whole = row["prompt"] + row["completion"]
+        for aspect in read_aspects(aspects):
+            begin = whole.rindex(aspect.marker) + len(aspect.marker) + 1
+            after = whole[begin + len(whole[begin:].split("\n")[0]) :]
+            wanted.append(reference_logprobs(model, aspect.grid, whole[:begin], after)[1])
+    padded = torch.nn.utils.rnn.pad_sequence(wanted, batch_first=True, padding_value=-torch.inf)
+    finite = padded.isfinite()
+    assert finite.sum(dim=1).tolist() == [5, 11, 5, 11]
+    torch.testing.assert_close(found.detach().double(), padded.detach(), rtol=1e-5, atol=1e-4)
+    found[finite].mean().backward()
+    padded[finite].mean().backward()
     assert_same_gradients(gradients(trainer.model), gradients(model))
 
 
