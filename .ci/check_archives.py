@@ -1,6 +1,6 @@
 """Do the wheel and the sdist hold what the repository tracks for them, and nothing else?
 
-    python .ci/check_archives.py dist
+python .ci/check_archives.py dist
 """
 
 import subprocess
