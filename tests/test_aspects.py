@@ -405,6 +405,8 @@ def test_metrics_come_by_aspect_and_mix_no_units(tmp_path):
     output = trainer.predict(Dataset.from_list(rows))
     assert output.predictions.shape == (5, 2)
     assert output.label_ids.tolist() == [[row["scores"]["tone"], row["scores"]["facts"]] for row in rows]
+    alone = trainer.predict(Dataset.from_list(rows[3:4])).predictions[0]
+    assert output.predictions[3] == pytest.approx(alone, rel=1e-4)
     errors = abs(output.predictions - output.label_ids).mean(axis=0)
     assert metrics["eval_score/mae/tone"] == pytest.approx(errors[0], rel=1e-5)
     assert metrics["eval_score/mae/facts"] == pytest.approx(errors[1], rel=1e-5)

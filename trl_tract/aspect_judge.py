@@ -54,8 +54,10 @@ def judge_aspects(
     found: dict[int, Judgement] = {item: Judgement() for item in ids}
     for number, aspect in enumerate(aspects):
         going = [chain for chain in chains if chain.error is None]
-        _write(going, _next_rationales(going, prompts, ids, aspects, number, sampler, rule, num_generations, first),
-               aspects, number, sampler)  # fmt: skip
+        generations = _next_rationales(
+            going, prompts, ids, aspects, number, sampler=sampler, rule=rule, n=num_generations, first=first
+        )
+        _write(going, generations, aspects, number, sampler)
         written = [chain for chain in going if chain.error is None]
         prefixes = [
             aspect_prefix_ids(tokenizer, prompts[chain.item], aspects, chain.done, chain.rationale) for chain in written
@@ -90,9 +92,10 @@ def _next_rationales(
     ids: Mapping[int, Sequence[int]],
     aspects: Sequence[Aspect],
     number: int,
+    *,
     sampler: Sampler,
     rule: Rule,
-    num_generations: int,
+    n: int,
     first: int,
 ) -> list[Generation]:
     """The next piece of each completion that goes on."""
@@ -105,7 +108,7 @@ def _next_rationales(
 
     options: dict[str, Any] = {"stop": aspects[number].marker, "seed": seed, "rejects": rejects}
     if number == 0:
-        sampled = sampler.sample(ids, n=num_generations, **options)
+        sampled = sampler.sample(ids, n=n, **options)
         return [generation for generations in sampled.values() for generation in generations]
     tokenizer = sampler.backend.tokenizer
     asked = {
