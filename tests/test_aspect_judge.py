@@ -180,7 +180,7 @@ def test_the_pages_aspects_train_and_judge(tmp_path, monkeypatch, capsys):
         def from_pretrained(cls, path: Any, *args: Any, **settings: Any) -> Any:
             return CoTRAILJudge.from_pretrained(path, *args, max_new_tokens=4, max_attempts=1, **settings)
 
-    exec(judging, {"CoTRAILJudge": ShortJudge, "rows": [row]})
+    exec(judging.removeprefix("from trl_tract import CoTRAILJudge\n"), {"CoTRAILJudge": ShortJudge, "rows": [row]})
     assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [["tone", "nan"], ["facts", "nan"]]
 
 

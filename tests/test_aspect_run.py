@@ -116,7 +116,7 @@ def test_a_rows_file_is_read_with_a_score_for_each_aspect(tmp_path):
     rows = make_rows(ASPECTS, 2)
     del rows[1]["scores"]  # then those in the completion count
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    items = load_items(str(tmp_path / "rows.jsonl"), GRID, "", aspects)
+    items = load_items(str(tmp_path / "rows.jsonl"), GRID, "", aspects=aspects)
     assert items[0].reference["scores"] == rows[0]["scores"]
     written = rows[1]["completion"].replace("\n", " ").split()
     assert items[1].reference["scores"] == {
@@ -125,7 +125,7 @@ def test_a_rows_file_is_read_with_a_score_for_each_aspect(tmp_path):
     }
     write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "scores": {"tone": 1}}])
     with pytest.raises(ValueError, match="row 0: `scores` has no gold score for aspect 'facts'"):
-        load_items(str(tmp_path / "rows.jsonl"), GRID, "", aspects)
+        load_items(str(tmp_path / "rows.jsonl"), GRID, "", aspects=aspects)
 
 
 def test_an_aspects_page_has_a_plain_file_name(tmp_path):

@@ -32,7 +32,7 @@ from trl_tract.rendering import resolve_grid
 from trl_tract.scores import ScoreGrid
 
 # Pages whose blocks a test of their own runs, with the files that they need.
-ELSEWHERE = {"docs/data.md": "tests/test_data_docs.py"}
+ELSEWHERE = {"docs/data.md": "tests/test_data_docs.py", "docs/score_scales.md": "tests/test_aspect_judge.py"}
 BLOCKS = {
     page: [block for block in blocks_of(page) if block.language in ("python", "bash")]
     for page in PAGES
@@ -47,10 +47,12 @@ RUN: dict[str, list[Block]] = {
 NOT_RUN = {
     "README.md": 2,
     "docs/generation.md": 4,
+    "docs/hub.md": 4,
     "docs/index.md": 2,
     "docs/large_runs.md": 1,
     "docs/multi_gpu.md": 1,
     "docs/recipes.md": 2,
+    "docs/replication.md": 2,
     "docs/training_options.md": 0,
     "examples/benchmarks/README.md": 3,
 }

@@ -9,7 +9,6 @@ from difflib import get_close_matches
 import trl_tract
 from trl_tract.commands import COMMANDS, USAGE
 from trl_tract.display import visible
-from trl_tract.progress import hide_bars_of_libraries
 from trl_tract.terminal import hide_host_warnings
 
 
@@ -36,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"trl-tract: error: unknown command {name!r}: choose one of {', '.join(COMMANDS)}.{hint}", file=sys.stderr
         )
         return 2
+    from trl_tract.progress import hide_bars_of_libraries  # here, because it imports tqdm
+
     hide_bars_of_libraries()
     hide_host_warnings()
     try:
