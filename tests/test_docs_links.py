@@ -14,6 +14,7 @@ import yaml
 from pages import PAGES, ROOT, anchors_of, links_of, text_of
 
 import trl_tract
+from trl_tract.commands import COMMANDS, _option_groups
 
 OUTSIDE = ("http://", "https://", "mailto:")
 
@@ -86,3 +87,10 @@ def test_a_message_that_troubleshooting_quotes_is_one_of_the_code(message):
             blocks = SequenceMatcher(None, message, text, autojunk=False).get_matching_blocks()
             covered = max(covered, sum(block.size for block in blocks if block.size > 3))
     assert covered > 0.55 * len(message)
+
+
+def test_the_options_page_has_a_row_for_each_command_with_its_groups():
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text_of("docs/options.md"), re.MULTILINE))
+    assert set(rows) == set(COMMANDS)
+    for command in set(COMMANDS) - {"completion"}:
+        assert re.findall(r"`(\w+)`", rows[command]) == [group.__name__ for group in _option_groups(command)], command
