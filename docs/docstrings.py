@@ -23,11 +23,18 @@ class FieldHelp(griffe.Extension):
         for key, value in zip(metadata.keys, metadata.values, strict=True):
             if isinstance(key, ast.Constant) and key.value == "help":
                 # argparse writes a percent sign as two.
-                attr.docstring = griffe.Docstring(str(ast.literal_eval(value)).replace("%%", "%"), parent=attr)
+                attr.docstring = griffe.Docstring(_text(value, attr.module).replace("%%", "%"), parent=attr)
         if "default" in given:
             attr.value = ast.unparse(given["default"])
         elif "default_factory" in given:
             attr.value = ast.unparse(given["default_factory"]).removeprefix("lambda: ")
+
+
+def _text(node: ast.expr, module: griffe.Module) -> str:
+    """A text that is written out, or the name of one that the module has further up."""
+    if isinstance(node, ast.Name):
+        node = ast.parse(str(module.members[node.id].value), mode="eval").body
+    return str(ast.literal_eval(node))
 
 
 class Doctests(griffe.Extension):
