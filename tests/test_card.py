@@ -162,9 +162,10 @@ def test_a_run_puts_both_stages_into_the_card(tmp_path):
     one, two = write(tmp_path / "one"), write(tmp_path / "two")
     one.write_text(one.read_text().replace("- `raft_weight`: 1.0", "- `raft_weight`: 0.5"))
     summary = {"rows": 10, "self_written": 9, "annotated": 1, "resampled": 3}
-    for _ in range(2):  # the second time changes nothing
-        add_training_run(two, one, data="someone/rows", summary=summary)
+    add_training_run(two, one, data="someone/rows", summary=summary)
     text = two.read_text()
+    add_training_run(two, one, data="someone/rows", summary=summary)
+    assert two.read_text() == text  # the second time changes nothing
     stage_one, stage_two = text.split("### Stage two", 1)
     assert "- `raft_weight`: 0.5" in stage_one.split("### Stage one", 1)[1]
     assert "- `raft_weight`: 1.0" in stage_two
