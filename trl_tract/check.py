@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from trl_tract.backends.loading import load_tokenizer
 from trl_tract.columns import OwnColumns
 from trl_tract.data import RowEncoder, find_grid, refusal_summary
 from trl_tract.display import visible
@@ -272,18 +273,3 @@ def _max_length(report: RowsReport, max_length: int | None) -> str:
     if max_length is not None and report.longest > max_length:
         return f"max_length: set it to {report.longest} or more; at {max_length} the longest row is cut"
     return f"max_length: {report.longest} is enough for every row"
-
-
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory or hub id.
-
-    Raises:
-        FileNotFoundError: There is none; what the hub's client said is in the message.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise FileNotFoundError(
-            f"{model}: no tokenizer could be loaded from there. Give a model's directory or hub id ({reason})"
-        ) from error

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from trl_tract.check import RowsReport, examine_items, load_tokenizer, what_is_refused
+from trl_tract.backends.loading import load_tokenizer
+from trl_tract.check import RowsReport, examine_items, what_is_refused
 from trl_tract.columns import OwnColumns
 from trl_tract.data import RowEncoder
 from trl_tract.estimate import (

@@ -129,10 +129,20 @@ def _has_tokenizer(model_id: str, revision: str | None) -> bool:
 
 
 def load_tokenizer(model_id: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory or hub id."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        model_id, trust_remote_code=False, revision=revision
-    )
+    """The tokenizer of a directory or hub id.
+
+    Raises:
+        FileNotFoundError: There is none; what the hub's client said is in the message.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model_id, trust_remote_code=False, revision=revision
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"{model_id}: no tokenizer could be loaded from there. Give a model's directory or hub id ({reason})"
+        ) from error
     return tokenizer
 
 
