@@ -17,7 +17,7 @@ from trl_tract import (
     run_tract,
 )
 from trl_tract.backends import ScriptedBackend
-from trl_tract.journal import write_jsonl
+from trl_tract.files.journal import write_jsonl
 
 
 def scripted():

@@ -8,11 +8,11 @@ from conftest import make_model, make_tokenizer
 from test_aspects import ASPECTS, make_rows
 
 from trl_tract import run_tract
-from trl_tract.aspects import read_aspects
 from trl_tract.cli import main
-from trl_tract.journal import read_jsonl, write_jsonl
+from trl_tract.files.journal import read_jsonl, write_jsonl
+from trl_tract.grids.aspects import read_aspects
 from trl_tract.results import judged_grid, page_file
-from trl_tract.rows import load_items
+from trl_tract.rows.schemas import load_items
 from trl_tract.scores import ScoreGrid
 from trl_tract.steps import judged_aspects, read_judgements
 

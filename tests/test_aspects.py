@@ -17,10 +17,10 @@ from test_branches import assert_same_gradients, batch_of, gradients, loss_of
 from test_trie import written_rows
 
 from trl_tract import ScoreGrid, TRACTConfig
-from trl_tract.aspects import locate_aspects, read_aspects
-from trl_tract.branches import Branches
-from trl_tract.judge_config import JudgeConfig
+from trl_tract.grids.aspects import locate_aspects, read_aspects
+from trl_tract.grids.branches import Branches
 from trl_tract.prompts import ScoreNotFoundError
+from trl_tract.saved.judge_config import JudgeConfig
 
 TOKENIZER = make_tokenizer()
 ONE_TO_FIVE = {"marker": "[TONE]"}
@@ -228,7 +228,7 @@ def test_only_scores_of_several_tokens_get_branches(tmp_path, monkeypatch):
             seen.append(int(positions.sum()))
             super().__init__(trie, positions, config)
 
-    monkeypatch.setattr("trl_tract.score_head.Branches", Counted)
+    monkeypatch.setattr("trl_tract.training.score_head.Branches", Counted)
     loss_of(make_trainer(tmp_path, make_rows(ASPECTS, 4), tokenizer=TOKENIZER, aspects=ASPECTS))
     assert seen == [4]  # of 8 scores
 

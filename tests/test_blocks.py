@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from trl_tract.blocks import BlockLog, Record, Report, Shard
-from trl_tract.journal import JsonlRows, read_jsonl, write_jsonl
+from trl_tract.files.blocks import BlockLog, Record, Report, Shard
+from trl_tract.files.journal import JsonlRows, read_jsonl, write_jsonl
 
 HOSTILE = [
     "\x00nul",

@@ -15,8 +15,8 @@ from test_trie import GRIDS, written_rows
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, MambaConfig, MistralConfig, Qwen3Config
 
 from trl_tract import ScoreGrid
-from trl_tract.branches import Branches, further_forwards, why_not_one_forward
-from trl_tract.trie import TokenTrie
+from trl_tract.grids.branches import Branches, further_forwards, why_not_one_forward
+from trl_tract.grids.trie import TokenTrie
 
 MARKER = "[RESULT]"
 
@@ -436,7 +436,7 @@ def test_single_tokens_go_the_old_way(tmp_path, vocabularies, monkeypatch):
         raise AssertionError("no branches are needed")
 
     for name in ("Branches", "further_forwards", "trie_logprobs"):
-        monkeypatch.setattr(f"trl_tract.score_head.{name}", fail)
+        monkeypatch.setattr(f"trl_tract.training.score_head.{name}", fail)
     grid = ScoreGrid.from_values([1, 2, 3, 4, 5])
     trainer = make_trainer(tmp_path, make_rows(grid), tokenizer=vocabularies["splitting"])
     assert loss_of(trainer).isfinite()

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from conftest import make_aspect_rows, make_model, make_rows, make_tokenizer, make_trainer
 
-from trl_tract.check import examine, lengths_table, score_histogram
 from trl_tract.cli import main
+from trl_tract.commands.check import examine, lengths_table, score_histogram
+from trl_tract.commands.token_view import around_score, labelled, legend, painted, view_row
 from trl_tract.data import RowEncoder
-from trl_tract.journal import write_jsonl
-from trl_tract.rendering import resolve_grid
+from trl_tract.files.journal import write_jsonl
+from trl_tract.rows.rendering import resolve_grid
 from trl_tract.scores import ScoreGrid
-from trl_tract.token_view import around_score, labelled, legend, painted, view_row
 
 GRID = ScoreGrid.from_values([1, 2, 3, 4, 5])
 TOKENIZER = make_tokenizer()

@@ -2,8 +2,8 @@
 
 import pytest
 
-from trl_tract.columns import OwnColumns, Rubric
-from trl_tract.rows import load_items, read_item
+from trl_tract.rows.columns import OwnColumns, Rubric
+from trl_tract.rows.schemas import load_items, read_item
 from trl_tract.scores import ScoreGrid
 
 GRID = ScoreGrid.from_values([1, 2, 3, 4, 5])

@@ -8,7 +8,7 @@ import pytest
 from conftest import make_model, make_rows, make_tokenizer
 
 from trl_tract.cli import main
-from trl_tract.journal import write_jsonl
+from trl_tract.files.journal import write_jsonl
 
 PAGE = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"

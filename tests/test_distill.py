@@ -10,9 +10,9 @@ from datasets import Dataset
 
 from trl_tract import CoTSelfDistill
 from trl_tract.backends import ScriptedBackend
-from trl_tract.blocks import Shard
 from trl_tract.distill import read_summary
-from trl_tract.journal import read_jsonl, write_jsonl
+from trl_tract.files.blocks import Shard
+from trl_tract.files.journal import read_jsonl, write_jsonl
 
 TOKENIZER = make_tokenizer()
 

@@ -26,9 +26,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from trl_tract.cli import main
-from trl_tract.journal import write_jsonl
-from trl_tract.judge_config import JudgeConfig
-from trl_tract.rendering import resolve_grid
+from trl_tract.files.journal import write_jsonl
+from trl_tract.rows.rendering import resolve_grid
+from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scores import ScoreGrid
 
 # Pages whose blocks a test of their own runs, with the files that they need.

@@ -14,7 +14,7 @@ import yaml
 from pages import PAGES, ROOT, anchors_of, links_of, text_of
 
 import trl_tract
-from trl_tract.commands import COMMANDS, _option_groups
+from trl_tract.commands.entry_points import COMMANDS, _option_groups
 
 OUTSIDE = ("http://", "https://", "mailto:")
 

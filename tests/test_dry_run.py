@@ -8,9 +8,9 @@ from conftest import make_model, make_rows, make_tokenizer, make_trainer
 from peft import LoraConfig, get_peft_model
 
 from trl_tract.cli import main
-from trl_tract.dry_run import Plan
-from trl_tract.estimate import count, training_memory, training_operations
-from trl_tract.journal import write_json, write_jsonl
+from trl_tract.commands.dry_run import Plan
+from trl_tract.commands.estimate import count, training_memory, training_operations
+from trl_tract.files.journal import write_json, write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from conftest import make_rows, make_trainer
 
 from trl_tract import TRACTConfig
-from trl_tract.early_warnings import EarlyWarnings
+from trl_tract.training.early_warnings import EarlyWarnings
 
 HEALTHY = {"score/grid_mass": 0.9, "score/expected": 3.0, "spread/expected": 0.8, "spread/gold": 1.4}
 

@@ -16,7 +16,7 @@ from conftest import PLAIN, make_model, make_rows, make_tokenizer
 from datasets import load_dataset
 
 from trl_tract.demo.seed_model import package_model, save_seed_model
-from trl_tract.journal import read_jsonl, write_jsonl
+from trl_tract.files.journal import read_jsonl, write_jsonl
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = ["stage_one", "distill", "stage_two", "judge", "grpo_judge_reward"]

@@ -9,10 +9,10 @@ from conftest import make_model, make_rows, make_tokenizer
 
 from trl_tract import CoTRAILJudge, TransformersBackend
 from trl_tract.backends import ScriptedBackend
-from trl_tract.judge_config import JudgeConfig
 from trl_tract.prompts import CompletionFormat
 from trl_tract.recalibration import Recalibration
-from trl_tract.rendering import resolve_grid, with_completion
+from trl_tract.rows.rendering import resolve_grid, with_completion
+from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scores import ScoreGrid, decide, temper
 
 TOKENIZER = make_tokenizer()

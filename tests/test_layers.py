@@ -10,25 +10,30 @@ import pytest
 import trl_tract
 
 ROOT = Path(trl_tract.__file__).parent
-# Rooms, lowest level first. A room may import from its own level, without a circle, and from those below.
+# Rooms, lowest level first. A room may import from its own level, without a circle, and from those below. A folder
+# whose files stand on different levels is a floor of rooms; any other folder is one room.
 LEVELS = [
-    {"aspects", "blocks", "checkpoints", "display", "distill_summary", "failures", "intervals", "journal"}
-    | {"judgement", "markdown", "metrics", "neighbours", "options", "pairs", "progress", "prompts", "scores"}
-    | {"sources", "terminal", "trie"},
-    {"aspect_data", "backends", "branches", "calibration", "columns", "config", "data", "early_warnings"}
-    | {"evaluate_metric", "judge_config", "losses", "preferences", "recalibration", "rendering", "rows"}
-    | {"score_metrics", "token_view", "training_log"},
-    {"aspect_judge", "card", "check", "dataset_card", "distill", "estimate", "hub", "judge", "judging", "onramp"}
-    | {"page", "parsing", "plots", "report", "rewards", "score_head", "trainer"},
+    {"metrics", "prompts", "scores", "commands.options", "distillation.failures", "distillation.summary"}
+    | {"files.blocks", "files.checkpoints", "files.journal", "grids.aspects", "grids.trie", "judging.judgement"}
+    | {"resampling.intervals", "resampling.pairs", "rows.sources", "text.display", "text.markdown", "text.progress"}
+    | {"text.terminal", "training.neighbours"},
+    {"backends", "calibration", "config", "data", "evaluate_metric", "losses", "recalibration"}
+    | {"commands.token_view", "grids.branches", "rows.aspect_columns", "rows.columns", "rows.preferences"}
+    | {"rows.rendering", "rows.schemas", "saved.judge_config", "training.early_warnings", "training.log_lines"}
+    | {"training.score_metrics"},
+    {"distill", "judge", "page", "plots", "report", "rewards", "trainer"}
+    | {"commands.check", "commands.estimate", "commands.parsing", "judging.aspect_judge", "judging.scoring"}
+    | {"rows.onramp", "saved.dataset_card", "saved.hub", "saved.model_card", "training.score_head"},
     {"pipeline", "results", "steps"},
-    {"cli", "commands", "completion", "demo", "dry_run"},
+    {"cli", "demo", "commands.completion", "commands.dry_run", "commands.entry_points"},
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+FLOORS = {room.split(".")[0] for room in LEVEL_OF if "." in room}
 
 
 def files_of(room: str) -> list[Path]:
-    file = ROOT / f"{room}.py"
-    return [file] if file.exists() else sorted((ROOT / room).rglob("*.py"))
+    path = ROOT.joinpath(*room.split("."))
+    return [path.with_suffix(".py")] if path.with_suffix(".py").exists() else sorted(path.rglob("*.py"))
 
 
 def rooms_imported_by(file: Path) -> set[str]:
@@ -45,7 +50,8 @@ def rooms_imported_by(file: Path) -> set[str]:
             assert node.level == 0, f"{file}: imports are written in full"
             names += [f"{node.module}.{alias.name}" for alias in node.names]
     parts = [name.split(".") for name in names]
-    rooms = {part[1] for part in parts if part[0] == "trl_tract" and len(part) > 1}
+    inside = [part[1:] for part in parts if part[0] == "trl_tract" and len(part) > 1]
+    rooms = {".".join(part[:2]) if part[0] in FLOORS else part[0] for part in inside}
     return rooms - {"__version__"} - set(trl_tract.__all__)
 
 
@@ -53,8 +59,21 @@ IMPORTS = {room: set().union(*map(rooms_imported_by, files_of(room))) - {room} f
 
 
 def test_every_room_has_a_level():
-    found = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert found - {"__init__"} == set(LEVEL_OF)
+    folders = [ROOT, *(ROOT / floor for floor in FLOORS)]
+    found = {
+        path
+        for folder in folders
+        for path in folder.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    rooms = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in found if path.stem != "__init__"}
+    assert rooms - FLOORS == set(LEVEL_OF)
+
+
+def test_a_floor_says_what_its_rooms_are_for_and_nothing_else():
+    for floor in FLOORS:
+        (said,) = ast.parse((ROOT / floor / "__init__.py").read_text(encoding="utf-8")).body
+        assert isinstance(said, ast.Expr)
 
 
 @pytest.mark.parametrize("room", sorted(LEVEL_OF))
@@ -82,7 +101,7 @@ def test_rooms_do_not_import_in_circles():
         ("report", {"torch", "transformers", "trl"}),
         ("calibration", {"torch", "transformers", "trl"}),
         ("recalibration", {"torch", "trl"}),
-        ("intervals", {"torch", "transformers", "trl"}),
+        ("resampling.intervals", {"torch", "transformers", "trl"}),
         ("rewards", {"torch", "transformers", "trl"}),
     ],
 )

@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, cohen_kappa_score
 
 from trl_tract import metrics
 from trl_tract.metrics import accuracy, calibration_error, kendall, mae, pearson, qwk, rmse, spearman
-from trl_tract.pairs import METRICS, JudgedPairs, round_to_grid
+from trl_tract.resampling.pairs import METRICS, JudgedPairs, round_to_grid
 
 CORRELATIONS = [
     (pearson, lambda x, y: stats.pearsonr(x, y).statistic),

@@ -9,7 +9,7 @@ from conftest import make_rows, make_trainer
 from trl import SFTTrainer
 
 from trl_tract.cli import main
-from trl_tract.neighbours import changed_class, neighbours
+from trl_tract.training.neighbours import changed_class, neighbours
 
 
 def install(tmp_path, monkeypatch, name, *requirements):

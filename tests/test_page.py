@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from trl_tract.cli import main
-from trl_tract.display import excerpt, visible
-from trl_tract.journal import digest, write_json, write_jsonl
+from trl_tract.files.journal import digest, write_json, write_jsonl
 from trl_tract.page import PROMPT_CHARACTERS, RATIONALE_CHARACTERS, JudgedItems, OtherJudge, page_html, write_page
 from trl_tract.page.bins import density, gold_bins, prediction_bins
 from trl_tract.page.charts import MAX_POINTS, JudgedScores, score_charts
@@ -20,6 +19,7 @@ from trl_tract.page.drawing import DARK, LIGHT, legible
 from trl_tract.page.learning import learning_charts
 from trl_tract.report import compare, score_report
 from trl_tract.results import judged_items
+from trl_tract.text.display import excerpt, visible
 
 pytest.importorskip("matplotlib")
 GRID = (1.0, 2.0, 3.0, 4.0, 5.0)

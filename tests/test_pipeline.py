@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from trl_tract import CoTRAILJudge, run_tract
 from trl_tract.cli import COMMANDS, main
-from trl_tract.journal import read_jsonl, write_jsonl
+from trl_tract.files.journal import read_jsonl, write_jsonl
 from trl_tract.pipeline import JUDGED, Run
 from trl_tract.results import write_run_page
 

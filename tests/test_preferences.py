@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from trl_tract.columns import OwnColumns, Rubric
-from trl_tract.preferences import pair_report, pair_rows
-from trl_tract.rows import judged_rows, read_item
+from trl_tract.rows.columns import OwnColumns, Rubric
+from trl_tract.rows.preferences import pair_report, pair_rows
+from trl_tract.rows.schemas import judged_rows, read_item
 from trl_tract.scores import ScoreGrid
 
 GRID = ScoreGrid.from_values([1, 2])

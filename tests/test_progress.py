@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import make_rows, make_trainer
 
-from trl_tract.progress import ProgressLines, is_watched, progress
-from trl_tract.training_log import write_lines_in_logs
+from trl_tract.text.progress import ProgressLines, is_watched, progress
+from trl_tract.training.log_lines import write_lines_in_logs
 
 
 def test_a_log_file_gets_lines_without_carriage_returns():
@@ -45,7 +45,7 @@ def test_a_terminal_has_a_bar(monkeypatch):
 
 @pytest.mark.parametrize("watched", [True, False])
 def test_training_writes_lines_where_nobody_watches(watched, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("trl_tract.training_log.is_watched", lambda: watched)
+    monkeypatch.setattr("trl_tract.training.log_lines.is_watched", lambda: watched)
     settings = {"disable_tqdm": False, "logging_strategy": "steps", "logging_steps": 1, "max_steps": 2}
     trainer = make_trainer(tmp_path, make_rows(8), **settings)
     write_lines_in_logs(trainer)

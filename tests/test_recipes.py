@@ -16,8 +16,8 @@ from pages import ROOT
 
 from trl_tract import TRACTConfig
 from trl_tract.cli import main
-from trl_tract.journal import write_jsonl
-from trl_tract.options import RunArguments
+from trl_tract.commands.options import RunArguments
+from trl_tract.files.journal import write_jsonl
 
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 ON_GPUS = [recipe for recipe in RECIPES if recipe.stem != "cpu-smoke"]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from trl_tract import metrics
-from trl_tract.pairs import METRICS
 from trl_tract.plots import plot_predictions
 from trl_tract.report import ScoreReport, compare, comparison_table, score_report
+from trl_tract.resampling.pairs import METRICS
 
 
 def judged(seed, n=80):

@@ -17,7 +17,7 @@ import torch
 from conftest import make_model, make_rows, make_tokenizer, make_trainer
 from transformers import TrainerCallback
 
-from trl_tract.checkpoints import last_complete_checkpoint
+from trl_tract.files.checkpoints import last_complete_checkpoint
 
 TOKENIZER = make_tokenizer()
 STEPS = 12

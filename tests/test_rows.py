@@ -6,7 +6,7 @@ import pytest
 from conftest import make_rows
 
 from trl_tract.prompts import from_feedback_collection
-from trl_tract.rows import Item, load_items, read_item, split_items
+from trl_tract.rows.schemas import Item, load_items, read_item, split_items
 from trl_tract.scores import ScoreGrid
 
 GRID = ScoreGrid.from_values([1, 2, 3, 4, 5])

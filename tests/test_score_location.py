@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from trl_tract import ScoreGrid
 from trl_tract.data import RowEncoder
 from trl_tract.prompts import CompletionFormat, ScoreNotFoundError, locate_score
-from trl_tract.rendering import as_prompt_completion, resolve_grid, resolve_grid_from_ids, score_prefix_ids
+from trl_tract.rows.rendering import as_prompt_completion, resolve_grid, resolve_grid_from_ids, score_prefix_ids
 
 MARKER = "[RESULT]"
 ONE_TO_FIVE = ScoreGrid.from_values([1, 2, 3, 4, 5])

@@ -19,9 +19,9 @@ import pytest
 from conftest import make_model, make_rows, make_tokenizer
 
 from trl_tract import CoTRAILJudge, CoTSelfDistill, TransformersBackend
-from trl_tract.journal import read_jsonl, write_jsonl
-from trl_tract.judge_config import JudgeConfig
+from trl_tract.files.journal import read_jsonl, write_jsonl
 from trl_tract.prompts import CompletionFormat
+from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scores import ScoreGrid
 from trl_tract.steps import JudgeStep
 

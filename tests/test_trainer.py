@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
 from trl_tract import TRACTConfig, TRACTTrainer
-from trl_tract.judge_config import JudgeConfig
+from trl_tract.saved.judge_config import JudgeConfig
 
 TOKENIZER = make_tokenizer()
 GRID_IDS = tuple(TOKENIZER.convert_tokens_to_ids(["1", "2", "3", "4", "5"]))
@@ -468,7 +468,7 @@ def test_a_checkpoint_comes_with_a_card_in_the_output_directory(tmp_path):
 
 
 def test_every_named_setting_of_the_card_is_a_field_of_the_config():
-    from trl_tract.card import _SETTINGS
+    from trl_tract.saved.model_card import _SETTINGS
 
     check: Callable[[str], bool] = TRACTConfig.__dataclass_fields__.__contains__
     assert all(map(check, _SETTINGS))

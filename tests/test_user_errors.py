@@ -14,7 +14,7 @@ from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trl_tract import CoTRAILJudge, CoTSelfDistill, TRACTConfig, TRACTTrainer
-from trl_tract.judge_config import JudgeConfig
+from trl_tract.saved.judge_config import JudgeConfig
 
 TOKENS = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
 REST = "Or set invalid_rows='drop' to go on without them."

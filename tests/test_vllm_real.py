@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from trl_tract import CoTRAILJudge, CoTSelfDistill, ServerBackend, TransformersBackend, VLLMBackend
 from trl_tract.backends import Generation
 from trl_tract.demo.seed_model import save_seed_model
-from trl_tract.journal import read_jsonl, write_jsonl
+from trl_tract.files.journal import read_jsonl, write_jsonl
 
 pytestmark = [
     pytest.mark.vllm,

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from trl_tract.pairs import Floats, as_pairs, as_scores, round_to_grid
+from trl_tract.resampling.pairs import Floats, as_pairs, as_scores, round_to_grid
 
 Event = Literal["point", "cumulative"]
 

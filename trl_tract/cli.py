@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 import trl_tract
-from trl_tract.commands import COMMANDS, USAGE
-from trl_tract.display import visible
-from trl_tract.terminal import hide_host_warnings
+from trl_tract.commands.entry_points import COMMANDS, USAGE
+from trl_tract.text.display import visible
+from trl_tract.text.terminal import hide_host_warnings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"trl-tract: error: unknown command {name!r}: choose one of {', '.join(COMMANDS)}.{hint}", file=sys.stderr
         )
         return 2
-    from trl_tract.progress import hide_bars_of_libraries  # here, because it imports tqdm
+    from trl_tract.text.progress import hide_bars_of_libraries  # here, because it imports tqdm
 
     hide_bars_of_libraries()
     hide_host_warnings()

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from trl_tract.aspects import read_aspects
+from trl_tract.grids.aspects import read_aspects
 from trl_tract.scores import ScoreGrid
 
 

@@ -19,7 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
 from trl_tract.prompts import CompletionFormat, ScoreNotFoundError, annotator_scores, some_scores
-from trl_tract.rendering import (
+from trl_tract.rows.rendering import (
     RenderedRow,
     as_prompt_completion,
     render_row,

@@ -13,15 +13,14 @@ from typing import Any, Protocol
 
 from datasets import Dataset, Features, Value
 
-from trl_tract.aspects import Aspect, aspect_scores, locate_aspects, read_aspects, scored_within
 from trl_tract.backends import Backend, Generation, Sampling, TransformersBackend
-from trl_tract.blocks import BlockLog, Record, Report, Shard
-from trl_tract.distill_summary import DistillSummary, read_summary
-from trl_tract.failures import Failure, rationale_failure, stated_score
-from trl_tract.journal import JsonlRows, digest, write_json, write_jsonl
-from trl_tract.judge_config import JudgeConfig
+from trl_tract.distillation.failures import Failure, rationale_failure, stated_score
+from trl_tract.distillation.summary import DistillSummary, read_summary
+from trl_tract.files.blocks import BlockLog, Record, Report, Shard
+from trl_tract.files.journal import JsonlRows, digest, write_json, write_jsonl
+from trl_tract.grids.aspects import Aspect, aspect_scores, locate_aspects, read_aspects, scored_within
 from trl_tract.prompts import CompletionFormat, Row, ScoreNotFoundError, gold_score, locate_score
-from trl_tract.rendering import (
+from trl_tract.rows.rendering import (
     as_prompt_completion,
     aspect_prefix_ids,
     completion_text,
@@ -29,6 +28,7 @@ from trl_tract.rendering import (
     resolve_aspects,
     with_completion,
 )
+from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scores import ScoreGrid
 
 __all__ = ["PROVENANCE", "CoTSelfDistill", "DistillSummary", "Rows", "read_summary"]
@@ -69,7 +69,7 @@ class CoTSelfDistill:
         seed: Of sampling; the same seed gives the same rationales with the transformers backend, however often the run
             was stopped and however many processes shared it.
         max_attempts: How often a rationale is sampled, each time with another seed, until nothing is wrong with it:
-            see `trl_tract.failures`.
+            see `trl_tract.distillation.failures`.
         on_failure: Then: `keep_gold` keeps the annotated rationale, `drop` leaves the row out, `raise` stops. Each is
             counted in `summary.json`.
         allow_leaks: Accept rationales that state a score although the row's annotated one states none.
@@ -217,7 +217,7 @@ class CoTSelfDistill:
             FileNotFoundError: The self-distillation is not finished.
             ValueError: The repository exists and is public, and `private=False` was not given.
         """
-        from trl_tract.hub import push_rows
+        from trl_tract.saved.hub import push_rows
 
         return push_rows(Path(output_dir), repo_id, **options)
 

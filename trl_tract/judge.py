@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trl_tract.aspect_judge import judge_aspects
-from trl_tract.aspects import read_aspects
 from trl_tract.backends import Backend, Generation, TransformersBackend
-from trl_tract.judge_config import JudgeConfig
-from trl_tract.judgement import Judgement
-from trl_tract.judging import NO_ROOM, Rule, Sampler, grid_probabilities
+from trl_tract.grids.aspects import read_aspects
+from trl_tract.grids.trie import GridProbabilities
+from trl_tract.judging.aspect_judge import judge_aspects
+from trl_tract.judging.judgement import Judgement
+from trl_tract.judging.scoring import NO_ROOM, Rule, Sampler, grid_probabilities
 from trl_tract.prompts import CompletionFormat, Prompt
 from trl_tract.recalibration import Recalibration
-from trl_tract.rendering import prompt_ids, resolve_aspects, resolve_grid, score_prefix_ids, with_completion
+from trl_tract.rows.rendering import prompt_ids, resolve_aspects, resolve_grid, score_prefix_ids, with_completion
+from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scores import Decision, Pool, ScoreGrid
-from trl_tract.trie import GridProbabilities
 
 __all__ = ["CoTRAILJudge", "Judgement"]
 
@@ -233,7 +233,7 @@ class CoTRAILJudge:
             ValueError: The repository exists and is public, and `private=False` was not given; the adapter's base is a
                 directory; or the weights are not in this process.
         """
-        from trl_tract.hub import push_judge
+        from trl_tract.saved.hub import push_judge
 
         first = self.aspects[0].grid if self.aspects else self.grid
         if not (first.token_ids or first.paths):  # nothing was judged yet

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from trl_tract.grids.trie import TokenTrie
 from trl_tract.scores import ScoreGrid, expected_score
-from trl_tract.trie import TokenTrie
 
 
 def grid_logprobs(logits: torch.Tensor, token_ids: Sequence[int]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trl_tract.pairs import JudgedPairs, as_pairs, round_to_grid
+from trl_tract.resampling.pairs import JudgedPairs, as_pairs, round_to_grid
 
 
 def _point(

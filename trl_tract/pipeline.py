@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from trl_tract.aspects import read_aspects
 from trl_tract.backends.loading import check_model
-from trl_tract.columns import OwnColumns
-from trl_tract.journal import digest, guard, write_json, write_jsonl
+from trl_tract.files.journal import digest, guard, write_json, write_jsonl
+from trl_tract.grids.aspects import read_aspects
 from trl_tract.report import ScoreReport, score_report
 from trl_tract.results import finish_card, item_groups, judged_grid, with_aspect, write_run_page
-from trl_tract.rows import Item, load_items, split_items, written_rows
+from trl_tract.rows.columns import OwnColumns
+from trl_tract.rows.schemas import Item, load_items, split_items, written_rows
 from trl_tract.scores import ScoreGrid
 from trl_tract.steps import (
     DistillStep,

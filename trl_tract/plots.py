@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trl_tract.metrics import pearson, rmse
-from trl_tract.pairs import Floats, as_pairs
+from trl_tract.resampling.pairs import Floats, as_pairs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trl_tract.pairs import Floats, as_pairs, as_scores
+from trl_tract.resampling.pairs import Floats, as_pairs, as_scores
 
 FILE_NAME = "tract_calibration.json"
 MIN_FIT = 10

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trl_tract.intervals import KINDS, Interval, Kind, bootstrap, interval
-from trl_tract.pairs import METRICS, Floats, Ints, JudgedPairs, as_pairs
+from trl_tract.resampling.intervals import KINDS, Interval, Kind, bootstrap, interval
+from trl_tract.resampling.pairs import METRICS, Floats, Ints, JudgedPairs, as_pairs
 
 __all__ = ["Comparison", "Interval", "ScoreReport", "compare", "comparison_table", "score_report"]
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from trl_tract.card import add_evaluation, add_training_run
-from trl_tract.journal import digest, read_jsonl
-from trl_tract.judge_config import JudgeConfig
+from trl_tract.files.journal import digest, read_jsonl
 from trl_tract.page import JudgedItems, OtherJudge, write_page
 from trl_tract.recalibration import Recalibration
 from trl_tract.report import ScoreReport, compare
+from trl_tract.saved.judge_config import JudgeConfig
+from trl_tract.saved.model_card import add_evaluation, add_training_run
 from trl_tract.steps import read_judgements
 
 STAGES = {"stage one": "stage1", "stage two": "tract"}

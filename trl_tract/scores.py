@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from trl_tract.grids.trie import ScorePath, TokenTrie
 from trl_tract.prompts import score_text, some_scores
-from trl_tract.trie import ScorePath, TokenTrie
 
 Decision = Literal["mean", "median", "mode", "sampled", "quantile"]
 DECISIONS: tuple[Decision, ...] = get_args(Decision)

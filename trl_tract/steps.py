@@ -17,20 +17,20 @@ from datasets import Dataset
 from transformers import set_seed
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from trl_tract.aspects import Aspect
 from trl_tract.backends import make_backend
-from trl_tract.blocks import BlockLog, Record, Report, Shard
-from trl_tract.checkpoints import last_complete_checkpoint
 from trl_tract.config import TRACTConfig
 from trl_tract.distill import CoTSelfDistill
-from trl_tract.journal import JsonlRows, digest, read_jsonl, write_json, write_jsonl
+from trl_tract.files.blocks import BlockLog, Record, Report, Shard
+from trl_tract.files.checkpoints import last_complete_checkpoint
+from trl_tract.files.journal import JsonlRows, digest, read_jsonl, write_json, write_jsonl
+from trl_tract.grids.aspects import Aspect
 from trl_tract.judge import CoTRAILJudge
-from trl_tract.judge_config import JudgeConfig
-from trl_tract.judgement import Judgement
+from trl_tract.judging.judgement import Judgement
 from trl_tract.prompts import gold_score
-from trl_tract.terminal import hide_host_warnings
+from trl_tract.saved.judge_config import JudgeConfig
+from trl_tract.text.terminal import hide_host_warnings
 from trl_tract.trainer import TRACTTrainer
-from trl_tract.training_log import write_lines_in_logs
+from trl_tract.training.log_lines import write_lines_in_logs
 
 
 @dataclass

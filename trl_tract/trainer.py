@@ -15,12 +15,7 @@ from transformers.utils import logging
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names, pack_dataset
 
-from trl_tract.aspect_data import AspectRowEncoder, TokenisedAspectEncoder, find_aspects
-from trl_tract.aspects import read_aspects
 from trl_tract.backends.loading import check_model
-from trl_tract.branches import several_tokens, why_not_one_forward
-from trl_tract.card import TrainingRows, write_model_card
-from trl_tract.checkpoints import last_complete_checkpoint
 from trl_tract.config import TRACTConfig
 from trl_tract.data import (
     ASPECT_COLUMN,
@@ -34,15 +29,20 @@ from trl_tract.data import (
     find_grid,
     prepare_rows,
 )
-from trl_tract.early_warnings import EarlyWarnings
-from trl_tract.judge_config import JudgeConfig
+from trl_tract.files.checkpoints import last_complete_checkpoint
+from trl_tract.grids.aspects import read_aspects
+from trl_tract.grids.branches import several_tokens, why_not_one_forward
+from trl_tract.grids.trie import TokenTrie
 from trl_tract.losses import score_terms
-from trl_tract.neighbours import changed_class
-from trl_tract.rendering import as_prompt_completion, render_aspects, render_row
-from trl_tract.score_head import add_score_head
-from trl_tract.score_metrics import ScoreMetrics
+from trl_tract.rows.aspect_columns import AspectRowEncoder, TokenisedAspectEncoder, find_aspects
+from trl_tract.rows.rendering import as_prompt_completion, render_aspects, render_row
+from trl_tract.saved.judge_config import JudgeConfig
+from trl_tract.saved.model_card import TrainingRows, write_model_card
 from trl_tract.scores import ScoreGrid
-from trl_tract.trie import TokenTrie
+from trl_tract.training.early_warnings import EarlyWarnings
+from trl_tract.training.neighbours import changed_class
+from trl_tract.training.score_head import add_score_head
+from trl_tract.training.score_metrics import ScoreMetrics
 
 logger = logging.get_logger(__name__)
 

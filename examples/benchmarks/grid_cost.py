@@ -41,8 +41,8 @@ from transformers import PreTrainedTokenizerFast
 
 import trl_tract
 from trl_tract import CoTRAILJudge, TRACTConfig, TRACTTrainer, TransformersBackend
+from trl_tract.grids.trie import walk_trie
 from trl_tract.scores import ScoreGrid, expected_score
-from trl_tract.trie import walk_trie
 
 GRIDS: dict[int, list[float]] = {
     5: [0, 1, 2, 3, 4],

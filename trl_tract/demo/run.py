@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from trl_tract.demo.seed_model import fastest_dtype, save_seed_model
 from trl_tract.demo.task import ONE_TO_FIVE, SCALES, Scale, make_rows
-from trl_tract.journal import write_jsonl
+from trl_tract.files.journal import write_jsonl
 from trl_tract.pipeline import Run
 from trl_tract.plots import plot_predictions
 from trl_tract.report import ScoreReport, comparison_table, score_report

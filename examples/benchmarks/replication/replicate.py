@@ -24,9 +24,9 @@ from table import write_table
 from transformers import AutoTokenizer
 
 from trl_tract.demo.seed_model import save_seed_model
-from trl_tract.journal import guard, write_jsonl
+from trl_tract.files.journal import guard, write_jsonl
 from trl_tract.pipeline import Run
-from trl_tract.rows import Item, load_items, split_items, written_rows
+from trl_tract.rows.schemas import Item, load_items, split_items, written_rows
 from trl_tract.scores import ScoreGrid
 from trl_tract.steps import DistillStep, JudgeStep, TrainStep
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from rows import TABLE
 
-from trl_tract.intervals import KINDS, Interval, Kind, bootstrap, interval
-from trl_tract.journal import digest, write_json
-from trl_tract.pairs import METRICS, Floats, JudgedPairs
+from trl_tract.files.journal import digest, write_json
+from trl_tract.resampling.intervals import KINDS, Interval, Kind, bootstrap, interval
+from trl_tract.resampling.pairs import METRICS, Floats, JudgedPairs
 from trl_tract.results import item_groups
 from trl_tract.scores import decide
 from trl_tract.steps import check_same_items, mean_grid_mass, read_judgements

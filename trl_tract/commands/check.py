@@ -1,0 +1,275 @@
+"""What training would make of rows, before anything is trained: lengths, scores, refusals. Loads a tokenizer, no model.
+
+Every refusal is `data.py`'s or `schemas.py`'s own; none is decided here.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from trl_tract.backends.loading import load_tokenizer
+from trl_tract.commands.token_view import around_score, view_row
+from trl_tract.data import RowEncoder, find_grid, refusal_summary
+from trl_tract.prompts import CompletionFormat, Row, ScoreNotFoundError
+from trl_tract.rows.columns import OwnColumns
+from trl_tract.rows.schemas import Item, as_chat, try_items
+from trl_tract.scores import ScoreGrid
+from trl_tract.text.display import visible
+from trl_tract.text.terminal import aligned, bars
+
+Refusal = tuple[int, str, str, int]
+"""`(number of the record, kind, message, tokens)`, as `data.refusal_summary` takes them."""
+
+_EXAMPLES = 5  # rows that are kept to be shown
+
+
+@dataclass
+class RowsReport:
+    """What was found in rows.
+
+    Attributes:
+        name: What the source is called.
+        records: Records that were read.
+        trained: Training rows that would be trained on.
+        judged_only: Records with a gold score but without a completion: they can be judged, not trained on.
+        groups: Different groups among the training rows.
+        prompt_tokens: Of each trained row.
+        completion_tokens: Of each trained row.
+        tokens: Of each trained row, as it is trained on.
+        golds: Gold scores of the trained rows, rubric units.
+        refused: Whatever would not be trained on, and why.
+        longest: Tokens of the longest row, one that is cut included: the `max_length` that cuts none.
+        format: How the rows write a score.
+        examples: The first rows that are trained on, with the numbers of their records.
+    """
+
+    name: str
+    records: int = 0
+    trained: int = 0
+    judged_only: int = 0
+    groups: int = 0
+    prompt_tokens: list[int] = field(default_factory=list)
+    completion_tokens: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    golds: list[float] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    longest: int = 0
+    format: CompletionFormat = field(default_factory=lambda: CompletionFormat("[RESULT]"))
+    examples: list[tuple[int, Row]] = field(default_factory=list)
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is something to train on, and nothing would be refused."""
+        return bool(self.trained) and not self.refused
+
+
+def examine(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    grid: ScoreGrid,
+    marker: str,
+    *,
+    max_length: int | None,
+    own: OwnColumns | None = None,
+    score_in_ce: bool = False,
+    drop_rationale: bool = False,
+    examples: Sequence[int] | None = None,
+) -> tuple[RowsReport, RowEncoder | None]:
+    """Read and tokenise all rows as training would.
+
+    Args:
+        source: File or hub id.
+        tokenizer: Of the model that is to be trained.
+        grid: The score grid.
+        marker: Text that stands before every score.
+        max_length: Tokens a row may have.
+        own: The user's rubric and column names.
+        score_in_ce: As in TRACTConfig.
+        drop_rationale: As in TRACTConfig.
+        examples: Records whose rows are kept to be shown; None: the first five that are trained on.
+
+    Returns:
+        The report, and the encoder, which shows rows; None where no row has a score that can be found.
+
+    Raises:
+        FileNotFoundError, ValueError: The source as a whole cannot be read.
+    """
+    found = enumerate(try_items(source, grid, marker, own))
+    return examine_items(
+        found,
+        Path(source).name,
+        tokenizer,
+        grid,
+        marker,
+        max_length=max_length,
+        score_in_ce=score_in_ce,
+        drop_rationale=drop_rationale,
+        examples=examples,
+    )
+
+
+def examine_items(
+    found: Iterable[tuple[int, Item | ValueError]],
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    grid: ScoreGrid,
+    marker: str,
+    *,
+    max_length: int | None,
+    score_in_ce: bool = False,
+    drop_rationale: bool = False,
+    examples: Sequence[int] | None = None,
+) -> tuple[RowsReport, RowEncoder | None]:
+    """Like `examine`, of items that were read already, each with the number of its record."""
+    report = RowsReport(name)
+    rows: list[tuple[int, Row]] = []
+    groups: set[str] = set()
+    for number, item in found:
+        report.records += 1
+        if isinstance(item, ValueError):
+            kind = item.kind if isinstance(item, ScoreNotFoundError) else "not understood"
+            report.refused.append((number, kind, str(item), 0))
+            continue
+        report.judged_only += not item.training
+        groups.update([item.group] if item.training else [])
+        chat = item.converted and bool(tokenizer.chat_template)
+        rows += [(number, as_chat(row) if chat else row) for row in item.training]
+    report.groups = len(groups)
+    if not rows:
+        return report, None
+    resolved, report.format, _ = find_grid(tokenizer, (row for _, row in rows), marker, grid)
+    encoder = RowEncoder(
+        tokenizer=tokenizer,
+        grid=resolved,
+        marker=marker,
+        max_length=max_length,
+        completion_only=True,
+        score_in_ce=score_in_ce,
+        drop_rationale=drop_rationale,
+    )
+    whole = replace(encoder, max_length=None)
+    shown: set[int] = set()
+    for number, row in rows:
+        columns = whole(row)
+        length = columns["num_tokens"]
+        report.longest = max(report.longest, length)
+        prompt = next((i for i, label in enumerate(columns["labels"]) if label != -100), length)
+        golds = [score for score in columns["score_labels"] if not np.isnan(score)]
+        if not columns["refusal_kind"] and max_length is not None and length > max_length:
+            columns = encoder(row)  # which of them lose their score is the encoder's to say
+        if columns["refusal_kind"]:
+            report.refused.append((number, columns["refusal_kind"], columns["refusal"], columns["num_tokens"]))
+            continue
+        report.trained += 1
+        report.golds += golds
+        report.tokens.append(len(columns["input_ids"]))
+        report.prompt_tokens.append(prompt)
+        report.completion_tokens.append(length - prompt)
+        if number in shown:
+            continue  # of a record with several rationales, the first
+        if len(report.examples) < _EXAMPLES if examples is None else number in examples:
+            shown.add(number)
+            report.examples.append((number, row))
+    report.refused.sort(key=lambda refusal: refusal[0])
+    return report, encoder
+
+
+def lengths_table(report: RowsReport) -> list[str]:
+    """Tokens of prompts, completions and whole rows: least, median, 95th percentile, most."""
+    table = [["tokens", "min", "median", "p95", "max"]]
+    for name, lengths in (
+        ("prompt", report.prompt_tokens),
+        ("completion", report.completion_tokens),
+        ("both", report.tokens),
+    ):
+        # Lengths that rows really have, not means of two.
+        cuts = np.percentile(lengths, [0, 50, 95, 100], method="inverted_cdf")
+        table.append([name, *(f"{int(cut):,}" for cut in cuts)])
+    return aligned(table)
+
+
+def score_histogram(golds: Sequence[float], grid: ScoreGrid, *, mark: str = "█") -> list[str]:
+    """How often each score of the grid is the one nearest to a gold score."""
+    counts = Counter(map(grid.nearest_text, golds))
+    shown = grid.texts if len(grid) <= 21 else sorted(counts, key=grid.texts.index)
+    return bars({text: counts.get(text, 0) for text in shown}, mark=mark)
+
+
+def what_is_refused(report: RowsReport, max_length: int | None) -> str:
+    """One sentence for each reason, with the first row and what to do."""
+    total = report.trained + len(report.refused)
+    return visible(refusal_summary(report.refused, total, report.name, max_length))
+
+
+def check(
+    source: str,
+    model: str,
+    grid: ScoreGrid,
+    marker: str,
+    *,
+    max_length: int | None,
+    own: OwnColumns | None = None,
+    rows: Sequence[int] = (0,),
+    drop_rationale: bool = False,
+    mark: str = "█",
+    say: Callable[[str], None] = print,
+) -> bool:
+    """Print what training would make of a source; whether it would take all of it.
+
+    Args:
+        source: File or hub id.
+        model: Directory or hub id whose tokenizer is used.
+        grid: The score grid.
+        marker: Text that stands before every score.
+        max_length: Tokens a row may have.
+        own: The user's rubric and column names.
+        rows: Records whose score is shown token by token.
+        drop_rationale: As in TRACTConfig.
+        mark: What bars are made of.
+        say: Prints.
+    """
+    tokenizer = load_tokenizer(model)
+    report, encoder = examine(
+        source, tokenizer, grid, marker, max_length=max_length, own=own, drop_rationale=drop_rationale, examples=rows
+    )
+    say(_counts(report))
+    if encoder is not None and report.trained:
+        say("\n" + "\n".join(lengths_table(report)))
+        fractions = sum(gold not in grid.values for gold in report.golds)
+        between = f", {fractions:,} of them between two scores of the grid" if fractions else ""
+        say(f"\n{len(report.golds):,} gold scores{between}")
+        say("\n".join(score_histogram(report.golds, encoder.grid, mark=mark)))
+        for number, row in report.examples:
+            say(f"\nrow {number}, token by token from shortly before the marker")
+            say(around_score(view_row(tokenizer, encoder, row)))
+        for number in sorted(set(rows) - {number for number, _ in report.examples}):
+            say(f"\nrow {number} is not shown: there is no such row that would be trained on")
+        say(f"\n{_max_length(report, max_length)}")
+    elif not report.refused:
+        say("\nNothing to train on: no row has a completion (rationale, marker and score)")
+    if report.refused:
+        say(f"\nRefused: {what_is_refused(report, max_length)}")
+        say("Training stops at them; with invalid_rows='drop' it goes on without those that it can read")
+    else:
+        say("\nNo row would be refused")
+    return report.usable
+
+
+def _counts(report: RowsReport) -> str:
+    total = report.trained + len(report.refused)
+    lines = [f"{report.name}: {report.records:,} records, {report.trained:,} of {total:,} rows would be trained on"]
+    if report.groups:
+        lines.append(f"{report.groups:,} groups (a split for evaluation keeps each together)")
+    if report.judged_only:
+        lines.append(f"{report.judged_only:,} records have a score but no completion: to be judged, not trained on")
+    return "\n".join(lines)
+
+
+def _max_length(report: RowsReport, max_length: int | None) -> str:
+    if max_length is not None and report.longest > max_length:
+        return f"max_length: set it to {report.longest} or more; at {max_length} the longest row is cut"
+    return f"max_length: {report.longest} is enough for every row"

@@ -1,0 +1,377 @@
+"""The commands: each parses its options and calls. Heavy imports wait until a command is known.
+
+Knows nothing of exit codes for errors, or of how they are printed: that is `cli`.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from trl_tract.commands.options import (
+    CheckArguments,
+    ColumnArguments,
+    DemoArguments,
+    DistillArguments,
+    GenerationArguments,
+    JudgeArguments,
+    RecalibrateArguments,
+    ReportArguments,
+    RunArguments,
+    TrainArguments,
+    WorkerArguments,
+)
+from trl_tract.text.terminal import can_write, uses_colour
+
+USAGE = """\
+usage: trl-tract COMMAND [options]      trl-tract COMMAND --help shows the options of a command
+
+start here:
+  demo         train a small judge on rows made here, and see it get better
+  check        look at rows before training: lengths, scores, what would be refused, the max_length to set
+  run          both stages and the evaluation on your own rows; run again to go on where it stopped
+
+one step at a time:
+  train        one stage: a model on rows with rationales and scores
+  distill      let a stage-one model write its own rationale for every training row
+  judge        score rows with a trained judge; of pairs, which response it prefers
+  report       agreement of judgements with gold scores
+  recalibrate  fit a judge's scores to gold scores of held-out items, and save that with the judge
+
+  completion   a script that completes commands and options: trl-tract completion bash | zsh | fish
+
+Every option can also stand in a YAML file: --config FILE. With run and train, --dry-run shows what would be done and
+how long it might take. --verbose, or TRL_TRACT_DEBUG=1: with an error, also where it arose.
+
+exit codes: 0 done; 1 failed, or rows would be refused; 2 wrong usage; 130 stopped by Ctrl-C
+"""
+
+SENTENCES = {
+    line.split()[0]: " ".join(line.split()[1:]) for line in USAGE.splitlines() if line.startswith("  ") and line.strip()
+}
+
+
+def _option_groups(command: str) -> list[type]:
+    """The dataclasses of a command's options."""
+    if command in ("run", "train"):
+        from trl import ModelConfig
+
+        from trl_tract.config import TRACTConfig
+
+        if command == "run":
+            return [RunArguments, ColumnArguments, GenerationArguments, TRACTConfig, ModelConfig]
+        return [TrainArguments, ColumnArguments, TRACTConfig, ModelConfig]
+    groups: dict[str, list[type]] = {
+        "demo": [DemoArguments],
+        "check": [CheckArguments, ColumnArguments],
+        "distill": [DistillArguments, ColumnArguments, GenerationArguments, WorkerArguments],
+        "judge": [JudgeArguments, ColumnArguments, GenerationArguments, WorkerArguments],
+        "report": [ReportArguments],
+        "recalibrate": [RecalibrateArguments],
+    }
+    return groups[command]
+
+
+def _parse(command: str, arguments: Sequence[str], *, positional: str | None = None) -> tuple[Any, ...]:
+    """The options of a command; words before the first option are short for the option `positional`."""
+    from trl_tract.commands.parsing import parse
+
+    named = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
+    if positional and named:
+        arguments = [positional, *named, *arguments[len(named) :]]
+    return parse(command, _option_groups(command), arguments, f"{SENTENCES[command]}.")
+
+
+def _run(arguments: Sequence[str]) -> int:
+    from trl_tract.config import field_values
+    from trl_tract.pipeline import run_tract
+
+    run, own, generation, training, model = _parse("run", arguments)
+    arguments_of_run: dict[str, Any] = {
+        "eval_data": run.eval_data,
+        "eval_fraction": run.eval_fraction,
+        "rubric": own.rubric,
+        "columns": own.columns,
+        "training": field_values(training),
+        "model_args": asdict(model),
+        "generation": generation.sampling(),
+        "num_generations": generation.num_generations,
+        "on_failure": run.on_failure,
+        "keep_annotated": run.keep_annotated,
+        "backend": generation.engine(),
+    }
+    paths = (_required_model(model), run.data, training.output_dir)
+    if run.dry_run:
+        from trl_tract.commands.dry_run import dry_run
+
+        return _exit_code(dry_run(*paths, **arguments_of_run, colour=uses_colour(sys.stdout)))
+    _tell_of_neighbours()
+    result = run_tract(*paths, **arguments_of_run)
+    for name, report in result.reports.items():
+        mass = result.grid_mass[name]
+        print(f"\n{name} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})\n{report}")
+        _print_errors(result.errors[name])
+    print(f"\nThe judge is in {result.model}; all figures are in {training.output_dir}/report.json")
+    return 0
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from trl_tract.config import field_values
+    from trl_tract.rows.onramp import as_jsonl
+    from trl_tract.scores import ScoreGrid
+    from trl_tract.steps import TrainStep
+
+    rows, columns, training, model = _parse("train", arguments)
+    name, own, fields = _required_model(model), _own(columns), field_values(training)
+    if rows.dry_run:
+        from trl_tract.commands.dry_run import dry_train
+
+        return _exit_code(
+            dry_train(
+                name,
+                rows.data,
+                training.output_dir,
+                own=own,
+                training=fields,
+                model_args=asdict(model),
+                colour=uses_colour(sys.stdout),
+            )
+        )
+    _tell_of_neighbours()
+    grid = ScoreGrid.from_values(training.score_values, training.score_texts)
+    read = partial(as_jsonl, model=name, grid=grid, marker=training.score_marker, own=own)
+    with read(rows.data) as data, read(rows.eval_data) if rows.eval_data else nullcontext() as eval_data:
+        TrainStep(name, data, training.output_dir, eval_data, fields, asdict(model)).run()
+    if _is_first_process():
+        print(f"The model is in {training.output_dir}")
+    return 0
+
+
+def _distill(arguments: Sequence[str]) -> int:
+    from trl_tract.distillation.summary import read_summary
+    from trl_tract.rows.onramp import as_jsonl
+    from trl_tract.saved.judge_config import JudgeConfig
+    from trl_tract.steps import DistillStep
+
+    rows, columns, generation, worker = _parse("distill", arguments)
+    settings = {
+        **generation.sampling(),
+        "num_generations": generation.num_generations,
+        "on_failure": rows.on_failure,
+        "allow_leaks": rows.allow_leaks,
+        "keep_annotated": rows.keep_annotated,
+        "block_size": worker.block_size,
+    }
+    config = JudgeConfig.load(rows.model)
+    with as_jsonl(rows.data, rows.model, config.grid, config.format.marker, _own(columns)) as data:
+        step = DistillStep(rows.model, data, rows.output_dir, settings, worker.engine(generation), worker.shard)
+        written = step.run()
+    if written is not None and _is_first_process():
+        print(f"{read_summary(Path(rows.output_dir))}\nThe stage-two rows are in {written}")
+    return 0
+
+
+def _judge(arguments: Sequence[str]) -> int:
+    from trl_tract.files.journal import write_jsonl
+    from trl_tract.rows.onramp import as_jsonl
+    from trl_tract.rows.preferences import holds_pairs, pair_report
+    from trl_tract.rows.sources import read_records
+    from trl_tract.saved.judge_config import JudgeConfig
+    from trl_tract.steps import JudgeStep, read_judgements
+
+    rows, columns, generation, worker = _parse("judge", arguments)
+    settings = {
+        **generation.sampling(),
+        "num_generations": generation.num_generations,
+        **rows.rules(),
+    }
+    config = JudgeConfig.load(rows.model)
+    with as_jsonl(rows.data, rows.model, config.grid, config.format.marker, _own(columns), judged=True) as data:
+        step = JudgeStep(
+            rows.model,
+            data,
+            rows.output_dir,
+            settings,
+            worker.engine(generation),
+            shard=worker.shard,
+            block_size=worker.block_size,
+        )
+        written = step.run()
+        if written is not None and _is_first_process() and data != rows.data:
+            # The report page shows the prompts, and the temporary file is about to go.
+            write_jsonl(written.with_name("rows.jsonl"), read_records(data))
+    if written is not None and _is_first_process():
+        records = read_judgements(Path(rows.output_dir))["records"]
+        if holds_pairs(records):
+            print(pair_report(records))
+        print(f"The judgements are in {written}")
+    return 0
+
+
+def _check(arguments: Sequence[str]) -> int:
+    from trl_tract.commands.check import check
+    from trl_tract.scores import ScoreGrid
+
+    rows, columns = _parse("check", arguments, positional="--data")
+    taken = check(
+        rows.data,
+        rows.model,
+        ScoreGrid.from_values(rows.score_values, rows.score_texts),
+        rows.score_marker,
+        max_length=rows.max_length,
+        own=_own(columns),
+        rows=rows.rows,
+        drop_rationale=rows.drop_rationale,
+        mark="█" if can_write(sys.stdout, "█") else "#",
+    )
+    return _exit_code(taken)
+
+
+def _recalibrate(arguments: Sequence[str]) -> int:
+    from trl_tract.results import recalibrate
+
+    (args,) = _parse("recalibrate", arguments, positional="--judgements")
+    fitted, file = recalibrate(Path(args.judgements), args.model)
+    print(
+        f"score -> {fitted.slope:.3f} * score {'-' if fitted.intercept < 0 else '+'} {abs(fitted.intercept):.3f}, kept "
+        f"in {fitted.low:g} to {fitted.high:g}; fitted on {fitted.n} held-out judgements\n"
+        f"RMSE {fitted.rmse:.3f} as judged, {fitted.rmse_cross_validated:.3f} recalibrated (cross-validated)"
+    )
+    if fitted.rmse_cross_validated >= fitted.rmse:
+        print("It does not lower the error of items that it was not fitted on: better leave it alone")
+    print(f"Saved in {file}; trl-tract judge --recalibrate applies it, and nothing else does")
+    return 0
+
+
+def _report(arguments: Sequence[str]) -> int:
+    from trl_tract.rows.preferences import holds_pairs, pair_report
+    from trl_tract.steps import judged_aspects, read_judgements
+
+    (args,) = _parse("report", arguments, positional="--judgements")
+    # A YAML file may name a single directory without making it a list.
+    folders = [args.judgements] if isinstance(args.judgements, str) else args.judgements
+    if len(folders) > 2:
+        raise ValueError(f"{len(folders)} directories were given: one is reported on, two are compared")
+    judged = [read_judgements(Path(folder)) for folder in folders]
+    if any(holds_pairs(each["records"]) for each in judged):
+        for folder, each in zip(folders, judged, strict=True):
+            print(f"{folder}\n{pair_report(each['records'], n_bootstrap=args.n_bootstrap)}\n")
+        if args.html:
+            raise ValueError("--html: the page is about scores with gold scores, and pairs have none. Leave it out")
+        return 0
+    aspects = [judged_aspects(Path(folder)) for folder in folders]
+    if aspects[0] != aspects[-1]:
+        names = [", ".join(aspect or "one score" for aspect in of) for of in aspects]
+        raise ValueError(
+            f"{folders[0]} has judgements of {names[0]}, {folders[1]} of {names[1]}: they cannot be compared"
+        )
+    for aspect in aspects[0]:
+        _report_aspect(args, folders, aspect)
+    return 0
+
+
+def _report_aspect(args: ReportArguments, folders: Sequence[str], aspect: str | None) -> None:
+    """Report on one aspect's scores, or on the only ones where there are no aspects (None)."""
+    from trl_tract.report import compare, score_report
+    from trl_tract.results import item_groups, judged_grid, judged_items, page_file, with_aspect
+    from trl_tract.steps import check_same_items, count_errors, mean_grid_mass, read_judgements
+
+    judged = [read_judgements(Path(folder), aspect) for folder in folders]
+    if len(folders) == 2:
+        check_same_items(judged[0], judged[1], folders)
+    groups = item_groups(judged[0]["records"])
+    grid = args.score_values or judged_grid(Path(folders[0]), aspect)
+    options: dict[str, Any] = {"groups": groups, "n_bootstrap": args.n_bootstrap, "grid": grid}
+    reports = [score_report(each["score"], each["reference"], **options) for each in judged]
+    for folder, each, report in zip(folders, judged, reports, strict=True):
+        mass = mean_grid_mass(each)
+        print(f"{with_aspect(folder, aspect)} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})")
+        print(report)
+        _print_errors(count_errors(each["records"]))
+        print()
+    if len(folders) == 2:
+        a, b = judged
+        print(f"a: {with_aspect(folders[0], aspect)}, b: {with_aspect(folders[1], aspect)}")
+        print(compare(a["score"], b["score"], a["reference"], **options))
+    if args.html:
+        from trl_tract.page import write_page
+
+        others = {folder: (Path(folder), report) for folder, report in zip(folders[1:], reports[1:], strict=True)}
+        items = judged_items(Path(folders[0]), reports[0], data=args.data, others=others, aspect=aspect)
+        page, *pictures = write_page(items, page_file(Path(args.html), aspect))
+        print(f"The page is {page}; its {len(pictures)} pictures are in {page.stem}-plots beside it")
+
+
+def _demo(arguments: Sequence[str]) -> int:
+    (args,) = _parse("demo", arguments)
+    from trl_tract.demo.run import run_demo
+
+    run_demo(args.output_dir, full=args.full, seed=args.seed, model=args.model, scale=args.scale)
+    return 0
+
+
+def _completion(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="trl-tract completion",
+        description='A script that completes commands and options. In bash: eval "$(trl-tract completion bash)"',
+    )
+    parser.add_argument("shell", choices=["bash", "zsh", "fish"])
+    shell = parser.parse_args(list(arguments)).shell
+    from trl_tract.commands.completion import completion_script
+
+    groups = {command: _option_groups(command) for command in COMMANDS if command != "completion"}
+    print(completion_script(shell, groups, SENTENCES))
+    return 0
+
+
+def _own(columns: ColumnArguments) -> Any:
+    from trl_tract.rows.columns import OwnColumns
+
+    return OwnColumns.parse(columns.columns, columns.rubric)
+
+
+def _exit_code(taken: bool) -> int:
+    return 0 if taken else 1
+
+
+def _tell_of_neighbours() -> None:
+    from trl_tract.training.neighbours import neighbours
+
+    if _is_first_process():
+        for line in neighbours():
+            print(line, file=sys.stderr)
+
+
+def _is_first_process() -> bool:
+    """Whether this is the process that speaks for all that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _print_errors(errors: Mapping[str, int]) -> None:
+    for reason, count in errors.items():
+        print(f"no score for {count} item(s): {reason}")
+
+
+def _required_model(model: Any) -> str:
+    if not model.model_name_or_path:
+        raise ValueError("--model_name_or_path is missing: give the directory or hub id of the model to start from")
+    return str(model.model_name_or_path)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "demo": _demo,
+    "check": _check,
+    "run": _run,
+    "train": _train,
+    "distill": _distill,
+    "judge": _judge,
+    "report": _report,
+    "recalibrate": _recalibrate,
+    "completion": _completion,
+}

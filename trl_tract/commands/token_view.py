@@ -1,0 +1,161 @@
+"""One row, token by token: which are prompt, rationale, marker, score, and in which term of the loss each takes part.
+
+What is shown is read off the columns that training uses, not worked out a second time. Knows nothing of files.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from trl_tract.data import RowEncoder
+from trl_tract.rows.rendering import RenderedRow, as_prompt_completion, render_row, without_rationale
+from trl_tract.text.display import visible
+from trl_tract.text.terminal import aligned, paint
+
+Part = Literal["prompt", "rationale", "marker", "separator", "score", "after"]
+PARTS: Mapping[Part, str] = {
+    "prompt": "dim",
+    "rationale": "green",
+    "marker": "cyan",
+    "separator": "cyan",
+    "score": "score",
+    "after": "yellow",
+}
+_SHOWN_PROMPT, _SHOWN_RATIONALE = 300, 900  # characters of each that are shown
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a row as it is trained on.
+
+    Attributes:
+        index: Its place in the row.
+        id: In the vocabulary.
+        text: The characters it covers; of a token that covers none, such as a beginning of sequence, its name.
+        part: What it belongs to.
+        cross_entropy: Whether it is in the cross-entropy.
+        gold: The gold score whose squared error is taken at this token, rubric units, or None.
+        kept: False beyond `max_length`.
+    """
+
+    index: int
+    id: int
+    text: str
+    part: Part
+    cross_entropy: bool
+    gold: float | None
+    kept: bool = True
+
+    @property
+    def terms(self) -> str:
+        """The terms of the loss that it takes part in."""
+        if not self.kept:
+            return "cut off"
+        names = (["cross-entropy"] if self.cross_entropy else []) + (["squared error"] if self.gold is not None else [])
+        return " + ".join(names) or "none"
+
+
+def view_row(tokenizer: PreTrainedTokenizerBase, encoder: RowEncoder, row: Mapping[str, Any]) -> list[Token]:
+    """The tokens of a row that `encoder` accepts, but for its length.
+
+    Raises:
+        ScoreNotFoundError: The row is refused for another reason than its length.
+    """
+    row = as_prompt_completion(row)
+    if encoder.drop_rationale:
+        row = without_rationale(row, encoder.marker, encoder.grid)
+    rendered = render_row(tokenizer, row, encoder.marker, encoder.grid)
+    encoded = tokenizer(rendered.text, add_special_tokens=rendered.add_special_tokens, return_offsets_mapping=True)
+    columns = replace(encoder, max_length=None)(row)
+    if columns["refusal_kind"]:
+        raise ValueError(columns["refusal"])
+    limit = math.inf if encoder.max_length is None else encoder.max_length
+    prompt_length = len(tokenizer(rendered.prompt_text, add_special_tokens=rendered.add_special_tokens)["input_ids"])
+    tokens = []
+    for i, (number, (start, end)) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
+        gold = columns["score_labels"][i]
+        tokens.append(
+            Token(
+                index=i,
+                id=number,
+                text=rendered.text[start:end] or tokenizer.convert_ids_to_tokens(number),
+                part="prompt" if i < prompt_length else _part(rendered, start, end),
+                cross_entropy=columns["labels"][i] != -100,
+                gold=None if math.isnan(gold) else gold,
+                kept=i < limit,
+            )
+        )
+    return tokens
+
+
+def _part(rendered: RenderedRow, start: int, end: int) -> Part:
+    """What the characters `start` to `end` of the completion belong to; a token of two parts is of the later one."""
+    previous = 0
+    for score in rendered.scores:
+        marker = rendered.text.rfind(rendered.format.marker, previous, score.start)
+        if start >= score.end:
+            previous = score.end
+            continue
+        if end > score.start:
+            return "score"
+        if end > marker + len(rendered.format.marker):
+            return "separator"
+        return "marker" if end > marker else "rationale"
+    return "after"
+
+
+def painted(tokens: Sequence[Token]) -> str:
+    """The row as running text in the colours of `PARTS`, the middle of a long prompt left out."""
+    return "".join(paint(_shortened(part, text), PARTS[part]) for part, _, text in _runs(tokens))
+
+
+def legend(tokens: Sequence[Token], *, colour: bool) -> str:
+    """The parts of a row, each with its tokens and the terms of the loss that it takes part in."""
+    counted: dict[tuple[Part, str], int] = {}
+    for token in tokens:
+        counted[token.part, token.terms] = counted.get((token.part, token.terms), 0) + 1
+    return "; ".join(
+        f"{paint(part, PARTS[part]) if colour else part} ({count} {'token' if count == 1 else 'tokens'}: {terms})"
+        for (part, terms), count in counted.items()
+    )
+
+
+def labelled(tokens: Sequence[Token]) -> str:
+    """The row without colour: a line for each part, with its tokens, its terms of the loss and its text."""
+    table = [["part", "tokens", "terms of the loss", "text"]]
+    for part, terms, text in _runs(tokens):
+        count = sum(token.part == part and token.terms == terms for token in tokens)
+        shown = _shortened(part, text)
+        # Where a space more or less makes another token, it has to be seen.
+        table.append([part, str(count), terms, shown.replace("\n", "⏎ ") if len(shown) > 40 else repr(shown)])
+    return "\n".join(aligned(table, left=4))
+
+
+def around_score(tokens: Sequence[Token], *, before: int = 3) -> str:
+    """The tokens from shortly before the first marker to the end of the row, one a line."""
+    first = next((i for i, token in enumerate(tokens) if token.part in ("marker", "score")), len(tokens))
+    table = [["token", "id", "text", "part", "terms of the loss"]]
+    for token in tokens[max(0, first - before) :]:
+        terms = token.terms + ("" if token.gold is None else f", gold {token.gold:g}")
+        table.append([str(token.index), str(token.id), repr(visible(token.text)), token.part, terms])
+    return "\n".join(aligned(table, left=5))
+
+
+def _runs(tokens: Sequence[Token]) -> list[tuple[Part, str, str]]:
+    """Stretches of tokens of one part and the same terms, as `(part, terms, text)`."""
+    found = []
+    for (part, terms), run in itertools.groupby(tokens, key=lambda token: (token.part, token.terms)):
+        # Several tokens may share the characters of one that is written in several bytes.
+        found.append((part, terms, "".join(token.text for token in run)))
+    return found
+
+
+def _shortened(part: Part, text: str) -> str:
+    limit = _SHOWN_PROMPT if part == "prompt" else _SHOWN_RATIONALE
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} […] {text[-limit // 2 :]}"
+    return visible(text)

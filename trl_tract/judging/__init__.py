@@ -1,0 +1,1 @@
+"""The judge's parts, and what it returns."""

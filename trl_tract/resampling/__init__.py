@@ -1,0 +1,1 @@
+"""Intervals from resampled items, and the items in the form that resampling needs."""

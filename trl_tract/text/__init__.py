@@ -1,0 +1,1 @@
+"""Text that people look at: made safe, as Markdown, in colour, as progress."""

@@ -1,0 +1,140 @@
+"""What goes wrong early in training and would otherwise be seen at its end: each said once, with its likely cause.
+
+Looks at logged means alone; knows nothing of models or the trainer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from trl_tract.config import TRACTConfig
+from trl_tract.grids.aspects import read_aspects
+
+PAPER_LEARNING_RATE = 1e-5
+# 1 to 5, on which raft_weight=1 was chosen; the paper's own ablation gets worse from a weight of 5.
+PAPER_RANGE, MOST_WEIGHT = 4.0, 25.0
+# From here on the means are of a model that has moved: the first steps of any run look bad.
+FIRST_STEPS = 20
+LEAST_GRID_MASS = 0.01
+# Parts of the score range. Three log entries in a row, so that one of a few like scores does not count.
+LEAST_SPREAD, GOLD_SPREAD, STILL_FOR = 0.01, 0.1, 3
+
+
+@dataclass
+class _Watched:
+    """One score of the completions: the only one, or that of an aspect."""
+
+    about: str  # put before messages
+    suffix: str  # behind the names of its means
+    low: float
+    high: float
+    raft_weight: float
+    still: int = 0  # log entries in a row without a spread
+
+
+class EarlyWarnings:
+    """Says what looks wrong, each thing once.
+
+    Args:
+        args: Of the trainer.
+
+    Example:
+        >>> (message,) = EarlyWarnings(TRACTConfig("out", learning_rate=1e-2)).at_start()
+        >>> message.split(" that ")[0]
+        'learning_rate=0.01 is 1000 times the 1e-05'
+    """
+
+    def __init__(self, args: TRACTConfig) -> None:
+        self.args = args
+        self._said: set[str] = set()
+        self._watched = [_Watched("", "", args.score_values[0], args.score_values[-1], args.raft_weight)]
+        if args.aspects is not None:
+            self._watched = [
+                _Watched(
+                    f"aspect {aspect.name!r}: ",
+                    f"/{aspect.name}",
+                    aspect.grid.values[0],
+                    aspect.grid.values[-1],
+                    args.raft_weight if aspect.raft_weight is None else aspect.raft_weight,
+                )
+                for aspect in read_aspects(args.aspects)
+            ]
+
+    def at_start(self) -> list[str]:
+        """What is wrong before the first step."""
+        said = []
+        times = self.args.learning_rate / PAPER_LEARNING_RATE
+        if times > 100:
+            said += self._once(
+                "learning rate",
+                f"learning_rate={self.args.learning_rate:g} is {times:.0f} times the {PAPER_LEARNING_RATE:g} that "
+                "TRACT's authors used for LoRA on 7B models. Small models take more, but if loss/score stops falling "
+                "or all scores come out alike, this is the first thing to lower",
+            )
+        for watched in self._watched:
+            span = watched.high - watched.low
+            heavier = (span / PAPER_RANGE) ** 2
+            if watched.raft_weight * heavier > MOST_WEIGHT:
+                said += self._once(
+                    f"range{watched.suffix}",
+                    f"{watched.about}score_values span {span:g} rubric units, so at raft_weight="
+                    f"{watched.raft_weight:g} the squared error weighs {watched.raft_weight * heavier:.0f} times as "
+                    f"much against the rationale as on 1 to 5. raft_weight={1 / heavier:.2g} gives it the same weight",
+                )
+        return said
+
+    def after_log(self, means: Mapping[str, float], step: int) -> list[str]:
+        """What the means of one log entry show.
+
+        Args:
+            means: From `ScoreMetrics.means`.
+            step: Optimizer steps done.
+        """
+        said: list[str] = []
+        for watched in self._watched:
+            mass, expected, spread, gold_spread = (
+                means.get(f"{name}{watched.suffix}")
+                for name in ("score/grid_mass", "score/expected", "spread/expected", "spread/gold")
+            )
+            if step < FIRST_STEPS or mass is None or expected is None or spread is None or gold_spread is None:
+                continue
+            if mass < LEAST_GRID_MASS:
+                said += self._once(
+                    f"grid mass{watched.suffix}",
+                    f"{watched.about}after {step} steps only {mass:.1e} of the probability at the score is on the "
+                    f"grid, so expected scores are near 0. {self._mass_cause()}",
+                )
+            width = watched.high - watched.low
+            still = spread < LEAST_SPREAD * width and gold_spread > GOLD_SPREAD * width
+            watched.still = watched.still + 1 if still else 0
+            if watched.still >= STILL_FOR:
+                said += self._once(
+                    f"still{watched.suffix}",
+                    f"{watched.about}after {step} steps the expected score is {expected:.2f} for every row, while gold "
+                    f"scores differ. {self._still_cause()}",
+                )
+        return said
+
+    def _mass_cause(self) -> str:
+        if self.args.normalize_grid and not self.args.score_in_ce:
+            return "normalize_grid=True leaves the mass untrained: set score_in_ce=True, or normalize_grid=False"
+        if self.args.raft_weight == 0 and not self.args.score_in_ce:
+            return "With raft_weight=0 and score_in_ce=False nothing trains the score: set one of them"
+        return (
+            "Likely the learning rate is too low, or the model's chat template or tokenizer is not the one it was "
+            "trained with"
+        )
+
+    def _still_cause(self) -> str:
+        if self.args.raft_weight == 0 and not self.args.score_in_ce:
+            return "With raft_weight=0 and score_in_ce=False nothing trains the score: set one of them"
+        return (
+            "Likely all its probability went to one score, where the squared error has no gradient: start again with "
+            "a lower learning_rate, or with score_in_ce=True. If it never moved at all, check that the trainable "
+            "parameters are the ones you meant"
+        )
+
+    def _once(self, what: str, message: str) -> list[str]:
+        if what in self._said:
+            return []
+        self._said.add(what)
+        return [message]
