@@ -13,7 +13,7 @@ from test_aspects import ASPECTS, TWO, make_rows
 from trl_tract import CoTRAILJudge, CoTSelfDistill, TransformersBackend, make_reward_func
 from trl_tract.backends import ScriptedBackend
 from trl_tract.grids.aspects import read_aspects
-from trl_tract.rows.rendering import aspect_prefix_ids, resolve_aspects
+from trl_tract.rows.tokens import aspect_prefix_ids, resolve_aspects
 
 TOKENIZER = make_tokenizer()
 # 0.1 * 1 + 0.2 * 3 + 0.6 * 4 + 0.05 * 5 = 3.35: the nearest score is 3, the likeliest 4.

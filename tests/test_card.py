@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 from trl_tract import TRACTConfig, score_report
-from trl_tract.saved.model_card import TrainingRows, add_evaluation, add_training_run, write_model_card
+from trl_tract.saved.model_card import add_evaluation, add_training_run, write_model_card
+from trl_tract.saved.training_rows import TrainingRows
 from trl_tract.text.markdown import code_span, fenced, python_literal
 
 HOSTILE = (

@@ -9,9 +9,9 @@ from conftest import make_aspect_rows, make_model, make_rows, make_tokenizer, ma
 from trl_tract.cli import main
 from trl_tract.commands.check import examine, lengths_table, score_histogram
 from trl_tract.commands.token_view import around_score, labelled, legend, painted, view_row
-from trl_tract.data import RowEncoder
 from trl_tract.files.journal import write_jsonl
-from trl_tract.rows.rendering import resolve_grid
+from trl_tract.rows.encoding import RowEncoder
+from trl_tract.rows.tokens import resolve_grid
 from trl_tract.scores import ScoreGrid
 
 GRID = ScoreGrid.from_values([1, 2, 3, 4, 5])

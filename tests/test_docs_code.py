@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_tract.cli import main
 from trl_tract.files.journal import write_jsonl
-from trl_tract.rows.rendering import resolve_grid
+from trl_tract.rows.tokens import resolve_grid
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scores import ScoreGrid
 

@@ -11,7 +11,8 @@ from trl_tract import CoTRAILJudge, TransformersBackend
 from trl_tract.backends import ScriptedBackend
 from trl_tract.prompts import CompletionFormat
 from trl_tract.recalibration import Recalibration
-from trl_tract.rows.rendering import resolve_grid, with_completion
+from trl_tract.rows.rendering import with_completion
+from trl_tract.rows.tokens import resolve_grid
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scores import ScoreGrid, decide, temper
 

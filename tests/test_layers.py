@@ -18,9 +18,11 @@ LEVELS = [
     | {"resampling.intervals", "resampling.pairs", "rows.sources", "text.display", "text.markdown", "text.progress"}
     | {"text.terminal", "training.neighbours"},
     {"backends", "calibration", "config", "data", "evaluate_metric", "losses", "recalibration"}
-    | {"commands.token_view", "grids.branches", "rows.aspect_columns", "rows.columns", "rows.preferences"}
-    | {"rows.rendering", "rows.schemas", "saved.judge_config", "training.early_warnings", "training.log_lines"}
-    | {"training.score_metrics"},
+    | {"distillation.golds"}
+    | {"commands.token_view", "grids.branches", "rows.aspect_columns", "rows.columns", "rows.encoding"}
+    | {"rows.preferences", "rows.rendering", "rows.schemas", "rows.tokens", "saved.judge_config"}
+    | {"saved.training_rows"}
+    | {"training.early_warnings", "training.log_lines", "training.score_metrics"},
     {"distill", "judge", "page", "plots", "report", "rewards", "trainer"}
     | {"commands.check", "commands.estimate", "commands.parsing", "judging.aspect_judge", "judging.scoring"}
     | {"rows.onramp", "saved.dataset_card", "saved.hub", "saved.model_card", "training.score_head"},

@@ -21,7 +21,8 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl_tract import CoTRAILJudge, TransformersBackend, make_reward_func, rubric_prompt
 from trl_tract.backends import ScriptedBackend
 from trl_tract.prompts import CompletionFormat
-from trl_tract.rows.rendering import resolve_grid, with_completion
+from trl_tract.rows.rendering import with_completion
+from trl_tract.rows.tokens import resolve_grid
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scores import ScoreGrid
 

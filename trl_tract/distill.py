@@ -4,7 +4,6 @@ The gold score is attached, the model's own score is never read. Knows nothing o
 """
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -14,20 +13,15 @@ from typing import Any, Protocol
 from datasets import Dataset, Features, Value
 
 from trl_tract.backends import Backend, Generation, Sampling, TransformersBackend
-from trl_tract.distillation.failures import Failure, rationale_failure, stated_score
+from trl_tract.distillation.failures import Failure, rationale_failure
+from trl_tract.distillation.golds import GoldReader
 from trl_tract.distillation.summary import DistillSummary, read_summary
 from trl_tract.files.blocks import BlockLog, Record, Report, Shard
 from trl_tract.files.journal import JsonlRows, digest, write_json, write_jsonl
-from trl_tract.grids.aspects import Aspect, aspect_scores, locate_aspects, read_aspects, scored_within
-from trl_tract.prompts import CompletionFormat, Row, ScoreNotFoundError, gold_score, locate_score
-from trl_tract.rows.rendering import (
-    as_prompt_completion,
-    aspect_prefix_ids,
-    completion_text,
-    prompt_ids,
-    resolve_aspects,
-    with_completion,
-)
+from trl_tract.grids.aspects import Aspect, read_aspects, scored_within
+from trl_tract.prompts import CompletionFormat, Row
+from trl_tract.rows.rendering import as_prompt_completion, with_completion
+from trl_tract.rows.tokens import aspect_prefix_ids, prompt_ids, resolve_aspects
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scores import ScoreGrid
 
@@ -264,51 +258,22 @@ class CoTSelfDistill:
         """What is written one after the other: the aspects, or the one rationale with its score."""
         return self.aspects or (Aspect("", self.grid, self.format),)
 
+    @property
+    def _reader(self) -> GoldReader:
+        return GoldReader(self._stages, self.on_failure == "keep_gold" or self.keep_annotated)
+
     def _checked(self, rows: Rows) -> Iterator[Row]:
+        reader = self._reader
         for number, row in enumerate(rows):
-            self._golds(row, number)
+            reader.golds(row, number)
             yield row
-
-    def _golds(self, row: Mapping[str, Any], number: int) -> list[float]:
-        """The gold score of a row, or of each of its aspects: those given, or the ones in its completion."""
-        try:
-            pair = as_prompt_completion(row)
-            golds = self._aspect_golds(row, pair) if self.aspects else [self._gold(row, pair)]
-        except ScoreNotFoundError as error:
-            raise ValueError(f"row {number} has no gold score: {error}") from error
-        for stage, gold in zip(self._stages, golds, strict=True):
-            if not stage.grid.in_range(gold):
-                low, high = stage.grid.texts[0], stage.grid.texts[-1]
-                where = f"row {number}, aspect {stage.name!r}" if stage.name else f"row {number}"
-                raise ValueError(f"{where}: the score {gold:g} is not between {low} and {high}")
-        if "prompt" not in pair:
-            raise ValueError(f"row {number} has no prompt: its columns are {', '.join(sorted(row))}")
-        if (self.on_failure == "keep_gold" or self.keep_annotated) and pair.get("completion") is None:
-            raise ValueError(
-                f"row {number} has no completion to keep if its rationale fails: set on_failure to 'drop' or 'raise'"
-            )
-        return golds
-
-    def _gold(self, row: Mapping[str, Any], pair: Row) -> float:
-        if row.get("scores") is not None:
-            raise ScoreNotFoundError("several", "it has several (`scores`), and a rationale is written for one")
-        if "score" in row:
-            return gold_score(self.grid.in_numbers(row["score"]))
-        text = completion_text(pair.get("completion"))
-        return self.grid.value_of(locate_score(text, self.format.marker, self.grid.texts).text)
-
-    def _aspect_golds(self, row: Mapping[str, Any], pair: Row) -> list[float]:
-        given = aspect_scores(row.get("scores"), self.aspects)
-        if given is not None:
-            return [gold_score(score) for score in given]
-        spans = locate_aspects(completion_text(pair.get("completion")), self.aspects)
-        return [aspect.grid.value_of(span.text) for aspect, span in zip(self.aspects, spans, strict=True)]
 
     def _block(self, rows: Sequence[Row], start: int, report: Report) -> list[Record]:
         """Sample until nothing is wrong with any rationale of the block, or the attempts are used up."""
         pairs = [as_prompt_completion(row) for row in rows]
         self._find_tokens(pairs[0]["prompt"])
-        texts = [self._gold_texts(row, start + number) for number, row in enumerate(rows)]
+        reader = self._reader
+        texts = [reader.texts(row, start + number) for number, row in enumerate(rows)]
         slots = [(row, sample) for row in range(len(rows)) for sample in range(self.num_generations)]
         written: dict[tuple[int, int], list[str]] = {slot: [] for slot in slots}
         results: dict[tuple[int, int], Record] = {
@@ -317,7 +282,7 @@ class CoTSelfDistill:
         }
         attempts = self.max_attempts if self.sampling.temperature > 0 else 1  # greedy text would come out the same
         for number, stage in enumerate(self._stages):
-            stated = [None if self.allow_leaks else self._unstated(pair, number) for pair in pairs]
+            stated = [None if self.allow_leaks else reader.unstated(pair, number) for pair in pairs]
             prompts = {
                 slot: self._asked(pairs[slot[0]]["prompt"], list(zip(written[slot], texts[slot[0]], strict=False)))
                 for slot in slots
@@ -369,27 +334,6 @@ class CoTSelfDistill:
         tokenizer = self.backend.tokenizer
         return aspect_prefix_ids(tokenizer, prompt, self.aspects, done) if done else prompt_ids(tokenizer, prompt)
 
-    def _gold_texts(self, row: Row, number: int) -> list[str]:
-        golds = self._golds(row, number)
-        return [stage.grid.nearest_text(gold) for stage, gold in zip(self._stages, golds, strict=True)]
-
-    def _unstated(self, pair: Row, number: int) -> re.Pattern[str] | None:
-        """What finds a score written out, unless the annotated rationale states one: the model was taught to then."""
-        stage = self._stages[number]
-        stated = stated_score(stage.grid.texts)
-        if pair.get("completion") is None:
-            return stated
-        content = completion_text(pair["completion"])
-        if not self.aspects:
-            annotated = content.rpartition(self.format.marker)[0]
-        else:
-            try:
-                spans = locate_aspects(content, self.aspects)
-            except ScoreNotFoundError:
-                return stated
-            annotated = content[spans[number - 1].end if number else 0 : spans[number].marker_start]
-        return None if stated.search(annotated) else stated
-
     def _raise_if_failed(self, result: Record) -> None:
         if result["rationale"] is None:
             raise RuntimeError(
@@ -431,7 +375,7 @@ class CoTSelfDistill:
             if record["rationale"] is not None:
                 summary.self_written += 1
                 rationales = record["rationale"] if self.aspects else [record["rationale"]]
-                pieces = zip(self._stages, rationales, self._gold_texts(row, number), strict=True)
+                pieces = zip(self._stages, rationales, self._reader.texts(row, number), strict=True)
                 _replace_completion(row, "".join(stage.format.join(*piece) for stage, *piece in pieces))
                 yield {**row, "rationale_source": "self", **provenance}
                 continue

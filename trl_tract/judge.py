@@ -16,7 +16,8 @@ from trl_tract.judging.judgement import Judgement
 from trl_tract.judging.scoring import NO_ROOM, Rule, Sampler, grid_probabilities
 from trl_tract.prompts import CompletionFormat, Prompt
 from trl_tract.recalibration import Recalibration
-from trl_tract.rows.rendering import prompt_ids, resolve_aspects, resolve_grid, score_prefix_ids, with_completion
+from trl_tract.rows.rendering import with_completion
+from trl_tract.rows.tokens import prompt_ids, resolve_aspects, resolve_grid, score_prefix_ids
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scores import Decision, Pool, ScoreGrid
 

@@ -1,7 +1,6 @@
 """TRACTTrainer: what SFTTrainer does differently for TRACT, and nothing else. Knows nothing of generation."""
 
 import copy
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,27 +16,26 @@ from trl.data_utils import get_dataset_column_names, pack_dataset
 
 from trl_tract.backends.loading import check_model
 from trl_tract.config import TRACTConfig
-from trl_tract.data import (
-    ASPECT_COLUMN,
-    MODEL_COLUMNS,
-    Encoder,
-    RowEncoder,
-    ScoreCollator,
-    TokenisedRowEncoder,
-    annotator_columns,
-    check_columns,
-    find_grid,
-    prepare_rows,
-)
+from trl_tract.data import ScoreCollator, check_columns, find_grid, prepare_rows
 from trl_tract.files.checkpoints import last_complete_checkpoint
 from trl_tract.grids.aspects import read_aspects
 from trl_tract.grids.branches import several_tokens, why_not_one_forward
 from trl_tract.grids.trie import TokenTrie
 from trl_tract.losses import score_terms
+from trl_tract.prompts import Row
 from trl_tract.rows.aspect_columns import AspectRowEncoder, TokenisedAspectEncoder, find_aspects
-from trl_tract.rows.rendering import as_prompt_completion, render_aspects, render_row
+from trl_tract.rows.encoding import (
+    ASPECT_COLUMN,
+    MODEL_COLUMNS,
+    Encoder,
+    RowEncoder,
+    TokenisedRowEncoder,
+    annotator_columns,
+)
+from trl_tract.rows.rendering import RenderedRow, render_aspects, render_row
 from trl_tract.saved.judge_config import JudgeConfig
-from trl_tract.saved.model_card import TrainingRows, write_model_card
+from trl_tract.saved.model_card import write_model_card
+from trl_tract.saved.training_rows import TrainingRows
 from trl_tract.scores import ScoreGrid
 from trl_tract.training.early_warnings import EarlyWarnings
 from trl_tract.training.neighbours import changed_class
@@ -411,28 +409,14 @@ class TRACTTrainer(SFTTrainer):
                 dataset_name=dataset_name,
                 tags=[*self._tag_names, *tags],
                 metrics=next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {}),
-                rows=self._training_rows(),
+                rows=TrainingRows.of(self._given_rows, self._rendered),
                 adapter=next(iter(self.model.peft_config.values())) if is_peft_model(self.model) else None,
             )
 
-    def _training_rows(self) -> TrainingRows:
-        """What the card says of the rows; of a stream, which would have to be read again, nothing."""
-        given = self._given_rows
-        if not isinstance(given, Dataset):
-            return TrainingRows()
-        sources = Counter(given["rationale_source"]) if "rationale_source" in given.column_names else {}
-        for number in range(min(len(given), 20)):
-            try:
-                row = as_prompt_completion(given[number])
-                rendered = (
-                    render_aspects(self.processing_class, row, self.aspects)
-                    if self.aspects
-                    else render_row(self.processing_class, row, self.args.score_marker, self.score_grid)
-                )
-            except (ValueError, KeyError, TypeError):
-                continue  # it was refused in training too, or came tokenised
-            return TrainingRows(len(given), row["prompt"], rendered.prompt_text, sources)
-        return TrainingRows(len(given), sources=sources)
+    def _rendered(self, row: Row) -> RenderedRow:
+        if self.aspects:
+            return render_aspects(self._tokenizer, row, self.aspects)
+        return render_row(self._tokenizer, row, self.args.score_marker, self.score_grid)
 
 
 def _score_mask(batch: dict[str, Any]) -> torch.Tensor:

@@ -45,7 +45,7 @@ import trl_tract
 from trl_tract import CoTSelfDistill, TransformersBackend
 from trl_tract.backends import Generation, ScriptedBackend
 from trl_tract.backends import transformers as transformers_backend
-from trl_tract.rows.rendering import prompt_ids
+from trl_tract.rows.tokens import prompt_ids
 
 QUESTIONS = ["durable", "samples", "memory"]
 SMOKE = {

@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_tract.backends.loading import load_tokenizer
 from trl_tract.commands.token_view import around_score, view_row
-from trl_tract.data import RowEncoder, find_grid, refusal_summary
+from trl_tract.data import find_grid, refusal_summary
 from trl_tract.prompts import CompletionFormat, Row, ScoreNotFoundError
 from trl_tract.rows.columns import OwnColumns
+from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.schemas import Item, as_chat, try_items
 from trl_tract.scores import ScoreGrid
 from trl_tract.text.display import visible

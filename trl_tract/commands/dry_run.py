@@ -26,10 +26,10 @@ from trl_tract.commands.estimate import (
     training_operations,
 )
 from trl_tract.commands.token_view import labelled, legend, painted, view_row
-from trl_tract.data import RowEncoder
 from trl_tract.files.journal import changed_settings
 from trl_tract.pipeline import DEFAULT_VALUES, STEPS, finished_steps, nothing_trained, run_settings
 from trl_tract.rows.columns import OwnColumns
+from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.schemas import Item, load_items, split_items, try_items
 from trl_tract.scores import ScoreGrid
 

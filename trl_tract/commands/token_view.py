@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from trl_tract.data import RowEncoder
+from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.rendering import RenderedRow, as_prompt_completion, render_row, without_rationale
 from trl_tract.text.display import visible
 from trl_tract.text.terminal import aligned, paint

@@ -15,7 +15,7 @@ from trl_tract.grids.aspects import Aspect, scored_within
 from trl_tract.judging.judgement import Judgement
 from trl_tract.judging.scoring import NO_ROOM, Rule, Sampler, grid_probabilities
 from trl_tract.prompts import Prompt
-from trl_tract.rows.rendering import aspect_prefix_ids
+from trl_tract.rows.tokens import aspect_prefix_ids
 
 
 @dataclass

@@ -10,7 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from trl_tract.data import (
+from trl_tract.grids.aspects import Aspect, aspect_scores
+from trl_tract.prompts import Row, ScoreNotFoundError, annotator_scores
+from trl_tract.rows.encoding import (
     ASPECT_COLUMN,
     MODEL_COLUMNS,
     Encoder,
@@ -20,16 +22,8 @@ from trl_tract.data import (
     first_found,
     score_indices,
 )
-from trl_tract.grids.aspects import Aspect, aspect_scores
-from trl_tract.prompts import Row, ScoreNotFoundError, annotator_scores
-from trl_tract.rows.rendering import (
-    RenderedRow,
-    as_prompt_completion,
-    render_aspects,
-    resolve_aspects,
-    resolve_grid_from_ids,
-    tokenise,
-)
+from trl_tract.rows.rendering import RenderedRow, as_prompt_completion, render_aspects
+from trl_tract.rows.tokens import resolve_aspects, resolve_grid_from_ids, tokenise
 
 
 class AspectEncoder(Encoder):

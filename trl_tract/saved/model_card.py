@@ -6,7 +6,6 @@ have written into it by then stays. Knows nothing of trainers, runs or how judge
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from trl_tract.prompts import some_scores
 from trl_tract.report import ScoreReport
 from trl_tract.resampling.pairs import METRICS
 from trl_tract.saved.judge_config import JudgeConfig
+from trl_tract.saved.training_rows import TrainingRows
 from trl_tract.text.display import excerpt
 from trl_tract.text.markdown import code_span, fenced, plain_line, python_literal
 
@@ -132,23 +132,6 @@ _ADAPTER_SETTINGS = ["peft_type", "r", "lora_alpha", "lora_dropout", "target_mod
 _PACKAGES = ["trl", "transformers", "torch"]
 _METRIC_TYPES = {"pearson": "pearsonr", "spearman": "spearmanr"}  # what the Hub calls them
 _SOURCES = {"self": "self-written, by the stage-one model", "annotated": "annotated"}
-
-
-@dataclass(frozen=True)
-class TrainingRows:
-    """What a card says of the rows.
-
-    Attributes:
-        count: How many there were; None where they were streamed.
-        prompt: The first row's prompt, text or chat messages; None where it came tokenised.
-        rendered: The same as the model reads it, chat template included.
-        sources: Where rationales came from (`self`, `annotated`), and how many; empty where nothing is known.
-    """
-
-    count: int | None = None
-    prompt: Any = None
-    rendered: str | None = None
-    sources: Mapping[str, int] = field(default_factory=dict)
 
 
 def write_model_card(args: TRACTConfig, judge_config: JudgeConfig | None, **known: Any) -> None:

@@ -1,0 +1,48 @@
+"""What a model card says of the rows that a model was trained on. Knows nothing of models or training."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+
+from trl_tract.prompts import Row
+from trl_tract.rows.rendering import RenderedRow, as_prompt_completion
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """What a card says of the rows.
+
+    Attributes:
+        count: How many there were; None where they were streamed.
+        prompt: The first row's prompt, text or chat messages; None where it came tokenised.
+        rendered: The same as the model reads it, chat template included.
+        sources: Where rationales came from (`self`, `annotated`), and how many; empty where nothing is known.
+    """
+
+    count: int | None = None
+    prompt: Any = None
+    rendered: str | None = None
+    sources: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Any, render: Callable[[Row], RenderedRow]) -> "TrainingRows":
+        """What there is to say of the dataset `given`; of a stream, which would have to be read again, nothing.
+
+        Args:
+            given: What the trainer was given.
+            render: Writes a prompt-completion row as text.
+        """
+        if not isinstance(given, Dataset):
+            return cls()
+        sources = Counter(given["rationale_source"]) if "rationale_source" in given.column_names else {}
+        for number in range(min(len(given), 20)):
+            try:
+                row = as_prompt_completion(given[number])
+                rendered = render(row)
+            except (ValueError, KeyError, TypeError):
+                continue  # it was refused in training too, or came tokenised
+            return cls(len(given), row["prompt"], rendered.prompt_text, sources)
+        return cls(len(given), sources=sources)
