@@ -11,6 +11,7 @@ from trl_tract import run_tract
 from trl_tract.cli import main
 from trl_tract.files.journal import read_jsonl, write_jsonl
 from trl_tract.grids.aspects import read_aspects
+from trl_tract.grids.scales import Scales
 from trl_tract.results import judged_grid, page_file
 from trl_tract.rows.schemas import load_items
 from trl_tract.scores import ScoreGrid
@@ -116,7 +117,7 @@ def test_a_rows_file_is_read_with_a_score_for_each_aspect(tmp_path):
     rows = make_rows(ASPECTS, 2)
     del rows[1]["scores"]  # then those in the completion count
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    items = load_items(str(tmp_path / "rows.jsonl"), GRID, "", aspects=aspects)
+    items = load_items(str(tmp_path / "rows.jsonl"), Scales(GRID, "", aspects))
     assert items[0].reference["scores"] == rows[0]["scores"]
     written = rows[1]["completion"].replace("\n", " ").split()
     assert items[1].reference["scores"] == {
@@ -125,7 +126,7 @@ def test_a_rows_file_is_read_with_a_score_for_each_aspect(tmp_path):
     }
     write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "scores": {"tone": 1}}])
     with pytest.raises(ValueError, match="row 0: `scores` has no gold score for aspect 'facts'"):
-        load_items(str(tmp_path / "rows.jsonl"), GRID, "", aspects=aspects)
+        load_items(str(tmp_path / "rows.jsonl"), Scales(GRID, "", aspects))
 
 
 def test_an_aspects_page_has_a_plain_file_name(tmp_path):

@@ -5,12 +5,16 @@ import json
 import numpy as np
 import pytest
 from conftest import make_aspect_rows, make_model, make_rows, make_tokenizer, make_trainer
+from test_aspects import ASPECTS
+from test_aspects import make_rows as aspect_rows
 
 from trl_tract.cli import main
 from trl_tract.commands.check import examine, lengths_table, score_histogram
 from trl_tract.commands.token_view import around_score, labelled, legend, painted, view_row
 from trl_tract.files.journal import write_jsonl
+from trl_tract.grids.scales import Scales
 from trl_tract.rows.encoding import RowEncoder
+from trl_tract.rows.schemas import try_items
 from trl_tract.rows.tokens import resolve_grid
 from trl_tract.scores import ScoreGrid
 
@@ -41,7 +45,7 @@ def checked(tmp_path, model, rows, capsys, *options):
 
 def test_the_view_covers_the_row_and_names_its_parts():
     row = make_rows(1)[0] | {"completion": " It is polite. [RESULT] 4"}
-    tokens = view_row(TOKENIZER, encoder_of(row), row)
+    tokens = view_row(encoder_of(row), row)
     assert "".join(token.text for token in tokens) == row["prompt"] + row["completion"] + "<|end|>"
     text = {part: "".join(t.text for t in tokens if t.part == part) for part in dict.fromkeys(t.part for t in tokens)}
     assert text == {
@@ -57,7 +61,7 @@ def test_the_view_covers_the_row_and_names_its_parts():
 @pytest.mark.parametrize("settings", [{}, {"score_in_ce": True}, {"drop_rationale": True}, {"max_length": 44}])
 def test_the_view_shows_the_columns_that_are_trained_on(settings, tmp_path):
     row = make_rows(1, seed=3)[0] | {"score": 3.5}
-    view = [token for token in view_row(TOKENIZER, encoder_of(row, **settings), row) if token.kept]
+    view = [token for token in view_row(encoder_of(row, **settings), row) if token.kept]
     (trained,) = make_trainer(tmp_path, [row], **settings).train_dataset
     assert [token.id for token in view] == trained["input_ids"]
     assert [token.cross_entropy for token in view] == [label != -100 for label in trained["labels"]]
@@ -68,20 +72,20 @@ def test_the_view_shows_the_columns_that_are_trained_on(settings, tmp_path):
 
 def test_every_score_of_several_is_a_score():
     row = make_aspect_rows(3)[2]
-    tokens = view_row(TOKENIZER, encoder_of(row), row)
+    tokens = view_row(encoder_of(row), row)
     assert [token.gold for token in tokens if token.part == "score"] == row["scores"]
     assert sum(token.part == "marker" and "]" in token.text for token in tokens) == 3
 
 
 def test_tokens_beyond_max_length_are_shown_as_cut_off():
     row = make_rows(1)[0]
-    tokens = view_row(TOKENIZER, encoder_of(row, max_length=10), row)
+    tokens = view_row(encoder_of(row, max_length=10), row)
     assert {token.terms for token in tokens[10:]} == {"cut off"}
 
 
 def test_text_of_rows_cannot_reach_the_terminal():
     row = make_rows(1)[0] | {"completion": " \x1b[31mred\x07 [RESULT] 4"}
-    tokens = view_row(TOKENIZER, encoder_of(row), row)
+    tokens = view_row(encoder_of(row), row)
     for shown in (labelled(tokens), around_score(tokens, before=99), legend(tokens, colour=False)):
         assert "\x1b" not in shown
     assert "⟨U+001B⟩[31mred⟨U+0007⟩" in labelled(tokens)
@@ -91,7 +95,9 @@ def test_text_of_rows_cannot_reach_the_terminal():
 def test_lengths_are_those_of_the_trained_rows(tmp_path):
     rows = make_rows(20)
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    report, _ = examine(str(tmp_path / "rows.jsonl"), TOKENIZER, GRID, "[RESULT]", max_length=None)
+    report, _ = examine(
+        enumerate(try_items(str(tmp_path / "rows.jsonl"), Scales(GRID))), "rows.jsonl", TOKENIZER, {"max_length": None}
+    )
     lengths = sorted(len(row["input_ids"]) for row in make_trainer(tmp_path, rows).train_dataset)
     # Inverted distribution function: the 10th of 20 at one half, the 19th at 95 %.
     wanted = [lengths[0], lengths[9], lengths[18], lengths[19]]
@@ -164,6 +170,35 @@ def test_every_schema_can_be_checked(tmp_path, model, capsys):
     (tmp_path / "bench.json").write_text(json.dumps([item]))
     assert main(["check", str(tmp_path / "bench.json"), "--model", model]) == 0
     assert "1 records, 2 of 2 rows would be trained on" in capsys.readouterr().out
+
+
+def test_aspects_are_checked_each_on_its_own_grid(tmp_path, model, capsys):
+    rows = aspect_rows(ASPECTS, 6)
+    trained = make_trainer(tmp_path, rows, aspects=ASPECTS).train_dataset
+    code, printed = checked(tmp_path, model, rows, capsys, "--aspects", json.dumps(ASPECTS))
+    assert code == 0
+    assert "6 of 6 rows would be trained on" in printed
+    assert f"max_length: {max(len(row['input_ids']) for row in trained)} is enough" in printed
+    for name in ASPECTS:
+        golds = [row["scores"][name] for row in rows]
+        between = sum(gold != round(gold) for gold in golds)
+        assert f"6 gold scores of {name}" + (f", {between} of them between" if between else "") in printed
+    shown = [line.rpartition("gold ")[2] for line in printed.splitlines() if ", gold " in line]
+    assert [float(gold) for gold in shown] == pytest.approx(list(rows[0]["scores"].values()), abs=1e-4)
+    markers = [line.split()[-1] for line in printed.splitlines() if " marker " in line]
+    assert "none" not in markers  # both markers are written, so both are in the cross-entropy
+
+
+def test_an_aspect_without_its_score_is_refused_as_in_training(tmp_path, model, capsys):
+    rows = aspect_rows(ASPECTS, 4)
+    rows[2]["completion"] = rows[2]["completion"].replace("[FACTS]", "[FICTION]")
+    with pytest.raises(ValueError) as refused:  # noqa: PT011
+        make_trainer(tmp_path, rows, aspects=ASPECTS)
+    code, printed = checked(tmp_path, model, rows, capsys, "--aspects", json.dumps(ASPECTS))
+    assert code == 1
+    assert "1 of 4 rows.jsonl rows refused (no marker; first: row 2)" in printed
+    assert "aspect 'facts'" in str(refused.value)
+    assert "aspect 'facts'" in printed
 
 
 def test_a_model_without_a_tokenizer_is_named(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from trl_tract.grids.scales import Scales
 from trl_tract.rows.columns import OwnColumns, Rubric
 from trl_tract.rows.schemas import load_items, read_item
 from trl_tract.scores import ScoreGrid
@@ -27,7 +28,7 @@ def rubric(tmp_path):
 
 
 def test_a_csv_record_becomes_a_training_row(rubric):
-    item = read_item(RECORD, GRID, "[RESULT]", OwnColumns.parse(COLUMNS, rubric))
+    item = read_item(RECORD, Scales(GRID), OwnColumns.parse(COLUMNS, rubric))
     (row,) = item.training
     assert row["completion"] == "That is right. [RESULT] 5"
     assert row["score"] == 5.0
@@ -37,25 +38,25 @@ def test_a_csv_record_becomes_a_training_row(rubric):
 
 
 def test_prompts_of_a_rubric_may_become_chat_messages_and_own_prompts_may_not(rubric):
-    assert read_item(RECORD, GRID, "[RESULT]", OwnColumns.parse(COLUMNS, rubric)).converted
+    assert read_item(RECORD, Scales(GRID), OwnColumns.parse(COLUMNS, rubric)).converted
     own = OwnColumns.parse(["prompt=question", "rationale=feedback", "score=stars"], None)
-    assert not read_item(RECORD, GRID, "[RESULT]", own).converted
+    assert not read_item(RECORD, Scales(GRID), own).converted
 
 
 def test_a_mean_over_annotators_is_kept_and_its_nearest_score_is_written(rubric):
     own = OwnColumns.parse(COLUMNS, rubric)
-    (row,) = read_item(RECORD | {"stars": "3.67"}, GRID, "[RESULT]", own).training
+    (row,) = read_item(RECORD | {"stars": "3.67"}, Scales(GRID), own).training
     assert (row["score"], row["completion"]) == (3.67, "That is right. [RESULT] 4")
 
 
 def test_columns_that_bear_the_roles_names_need_not_be_named(rubric):
     record = {"instruction": "ask", "response": "answer", "rationale": "Fine.", "score": 4, "other": "left out"}
-    (row,) = read_item(record, GRID, "[RESULT]", OwnColumns.parse(None, rubric)).training
+    (row,) = read_item(record, Scales(GRID), OwnColumns.parse(None, rubric)).training
     assert row.keys() == {"prompt", "completion", "score", "group"}
 
 
 def test_a_record_without_a_rationale_can_be_judged_but_not_trained_on(rubric):
-    item = read_item(RECORD | {"feedback": None}, GRID, "[RESULT]", OwnColumns.parse(COLUMNS, rubric))
+    item = read_item(RECORD | {"feedback": None}, Scales(GRID), OwnColumns.parse(COLUMNS, rubric))
     assert (item.training, item.reference["score"]) == ((), 5.0)
 
 
@@ -97,7 +98,7 @@ def test_a_mistake_in_columns_is_named(columns, wanted):
 )
 def test_a_record_that_does_not_fit_its_columns_is_named(columns, record, wanted, rubric):
     with pytest.raises(ValueError, match=wanted):
-        read_item(record, GRID, "[RESULT]", OwnColumns.parse(columns, rubric))
+        read_item(record, Scales(GRID), OwnColumns.parse(columns, rubric))
 
 
 @pytest.mark.parametrize(
@@ -122,11 +123,11 @@ def test_a_mistake_in_a_rubric_is_named(text, wanted, tmp_path):
 
 def test_a_rubric_of_other_scores_says_which_option_to_set(rubric):
     with pytest.raises(ValueError, match=r"describes the scores 1, 2, 3, 4, 5, but the grid is 1, 2, 3: give "):
-        read_item(RECORD, ScoreGrid.from_values([1, 2, 3]), "[RESULT]", OwnColumns.parse(COLUMNS, rubric))
+        read_item(RECORD, Scales(ScoreGrid.from_values([1, 2, 3])), OwnColumns.parse(COLUMNS, rubric))
 
 
 def test_a_file_of_own_columns_is_read_to_its_end(tmp_path, rubric):
     lines = ["question,answer,feedback,stars", *(f"q{i // 2},a{i},Fine.,{1 + i % 5}" for i in range(50))]
     (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
-    items = load_items(str(tmp_path / "rows.csv"), GRID, "[RESULT]", OwnColumns.parse(COLUMNS, rubric))
+    items = load_items(str(tmp_path / "rows.csv"), Scales(GRID), OwnColumns.parse(COLUMNS, rubric))
     assert (len(items), len({item.group for item in items})) == (50, 25)

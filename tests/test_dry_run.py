@@ -6,6 +6,8 @@ import re
 import pytest
 from conftest import make_model, make_rows, make_tokenizer, make_trainer
 from peft import LoraConfig, get_peft_model
+from test_aspects import ASPECTS
+from test_aspects import make_rows as aspect_rows
 
 from trl_tract.cli import main
 from trl_tract.commands.dry_run import Plan
@@ -159,3 +161,14 @@ def test_rows_that_may_be_dropped_do_not(tmp_path, model, capsys):
     rows = make_rows(12)
     rows[3]["score"] = 9.0
     assert dry(tmp_path, model, rows, capsys, "--invalid_rows", "drop", command="train")[0] == 0
+
+
+def test_a_dry_run_of_several_aspects(tmp_path, model, capsys):
+    aspects = json.dumps(ASPECTS)
+    code, printed = dry(tmp_path, model, aspect_rows(ASPECTS, 12), capsys, "--aspects", aspects)
+    assert code == 0
+    # 11 training rows with a rationale for each of two aspects.
+    assert "22 rationales for 11 prompts" in printed
+    (golds,) = re.findall(r"^row 0, gold score ([\d., ]+):", printed, re.MULTILINE)
+    assert len(golds.split(", ")) == 2
+    assert len(re.findall(r"^score +\d+ +squared error", printed, re.MULTILINE)) >= 10

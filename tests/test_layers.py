@@ -14,9 +14,17 @@ ROOT = Path(trl_tract.__file__).parent
 # whose files stand on different levels is a floor of rooms; any other folder is one room.
 LEVELS = [
     {"metrics", "prompts", "scores", "commands.options", "distillation.failures", "distillation.summary"}
-    | {"files.blocks", "files.checkpoints", "files.journal", "grids.aspects", "grids.trie", "judging.judgement"}
-    | {"resampling.intervals", "resampling.pairs", "rows.sources", "text.display", "text.markdown", "text.progress"}
-    | {"text.terminal", "training.neighbours"},
+    | {
+        "files.blocks",
+        "files.checkpoints",
+        "files.journal",
+        "grids.aspects",
+        "grids.scales",
+        "grids.trie",
+        "judging.judgement",
+    }
+    | {"judging.judgement", "resampling.intervals", "resampling.pairs", "rows.sources", "text.display"}
+    | {"text.markdown", "text.progress", "text.terminal", "training.neighbours"},
     {"backends", "calibration", "config", "data", "evaluate_metric", "losses", "recalibration"}
     | {"distillation.golds"}
     | {"commands.token_view", "grids.branches", "rows.aspect_columns", "rows.columns", "rows.encoding"}
@@ -26,7 +34,7 @@ LEVELS = [
     {"distill", "judge", "page", "plots", "report", "rewards", "trainer"}
     | {"commands.check", "commands.estimate", "commands.parsing", "judging.aspect_judge", "judging.scoring"}
     | {"rows.onramp", "saved.dataset_card", "saved.hub", "saved.model_card", "training.score_head"},
-    {"pipeline", "results", "steps"},
+    {"pipeline", "results", "run_spec", "steps"},
     {"cli", "demo", "commands.completion", "commands.dry_run", "commands.entry_points"},
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -5,6 +5,7 @@ import json
 import pytest
 from conftest import make_rows
 
+from trl_tract.grids.scales import Scales
 from trl_tract.prompts import from_feedback_collection
 from trl_tract.rows.schemas import Item, load_items, read_item, split_items
 from trl_tract.scores import ScoreGrid
@@ -32,7 +33,7 @@ def write(path, rows, *, as_list=False):
 
 
 def test_prometheus_items_give_three_training_rows_and_their_mean(tmp_path):
-    (item,) = load_items(write(tmp_path / "v.json", [PROMETHEUS], as_list=True), GRID, "[RESULT]")
+    (item,) = load_items(write(tmp_path / "v.json", [PROMETHEUS], as_list=True), Scales(GRID))
     assert [row["completion"] for row in item.training] == [
         "good [RESULT] 4",
         "very good [RESULT] 5",
@@ -53,13 +54,13 @@ def test_feedback_collection_becomes_a_rubric_prompt():
 
 def test_prompt_completion_rows_pass_through(tmp_path):
     rows = make_rows(3)
-    items = load_items(write(tmp_path / "r.jsonl", rows), GRID, "[RESULT]")
+    items = load_items(write(tmp_path / "r.jsonl", rows), Scales(GRID))
     assert [item.training[0] for item in items] == rows
     assert [item.reference["score"] for item in items] == [row["score"] for row in rows]
 
 
 def test_rows_without_a_completion_are_evaluation_only(tmp_path):
-    (item,) = load_items(write(tmp_path / "r.jsonl", [{"prompt": "a", "score": 3}]), GRID, "[RESULT]")
+    (item,) = load_items(write(tmp_path / "r.jsonl", [{"prompt": "a", "score": 3}]), Scales(GRID))
     assert item.training == ()
     assert item.reference["score"] == 3.0
 
@@ -67,7 +68,7 @@ def test_rows_without_a_completion_are_evaluation_only(tmp_path):
 def test_unknown_columns_are_listed_beside_those_that_are_understood(tmp_path):
     file = write(tmp_path / "r.jsonl", [{"question": "a", "rating": 3}])
     with pytest.raises(ValueError, match=r"r.jsonl, row 0: the columns question, rating.*orig_instruction"):
-        load_items(file, GRID, "[RESULT]")
+        load_items(file, Scales(GRID))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_unknown_columns_are_listed_beside_those_that_are_understood(tmp_path):
 def test_files_that_cannot_be_read_say_why(tmp_path, name, text, wanted):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=wanted):
-        load_items(str(tmp_path / name), GRID, "[RESULT]")
+        load_items(str(tmp_path / name), Scales(GRID))
 
 
 def items(groups: list[str]) -> list[Item]:
@@ -104,7 +105,7 @@ def test_too_few_groups_to_split_are_an_error():
 
 
 def test_a_benchmark_item_without_feedback_can_be_judged_and_not_trained_on():
-    item = read_item({"instruction": "Judge. ", "gpt4_score": [4, 5, 5]}, GRID, "[RESULT]")
+    item = read_item({"instruction": "Judge. ", "gpt4_score": [4, 5, 5]}, Scales(GRID))
     assert item.training == ()
     assert item.reference["score"] == pytest.approx(14 / 3)
     assert item.reference["prompt"] == "Judge."

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,12 @@ import torch
 from transformers import AutoTokenizer
 
 from trl_tract.backends.loading import check_model
-from trl_tract.files.journal import digest, guard, write_json, write_jsonl
-from trl_tract.grids.aspects import read_aspects
+from trl_tract.files.journal import guard, write_json, write_jsonl
 from trl_tract.report import ScoreReport, score_report
 from trl_tract.results import finish_card, item_groups, judged_grid, with_aspect, write_run_page
 from trl_tract.rows.columns import OwnColumns
 from trl_tract.rows.schemas import Item, load_items, split_items, written_rows
-from trl_tract.scores import ScoreGrid
+from trl_tract.run_spec import RunSpec
 from trl_tract.steps import (
     DistillStep,
     JudgeStep,
@@ -44,7 +43,6 @@ STEPS: Mapping[str, str] = {
     "report": "Writing the report",
 }
 """The steps of a run in their order, and what they are called."""
-DEFAULT_VALUES = (1.0, 2.0, 3.0, 4.0, 5.0)
 
 
 class Run:
@@ -179,53 +177,56 @@ def run_tract(
         isolate: Run each step in a process of its own; by default on a GPU.
         say: Prints the headings.
     """
-    training, model_args, generation = dict(training or {}), dict(model_args or {}), dict(generation or {})
-    engine = dict(backend or {})
-    if engine.get("name") == "server":
+    spec = RunSpec(
+        model,
+        data,
+        eval_data,
+        eval_fraction,
+        OwnColumns.parse(columns, rubric),
+        dict(training or {}),
+        dict(model_args or {}),
+        dict(generation or {}),
+        num_generations,
+        on_failure,
+        keep_annotated,
+        dict(backend or {}),
+    )
+    return carry_out(spec, Path(output_dir), isolate=isolate, say=say)
+
+
+def carry_out(
+    spec: RunSpec, directory: Path, *, isolate: bool | None = None, say: Callable[[str], None] = say_now
+) -> RunResult:
+    """What `run_tract` does, with its arguments checked and in one place."""
+    if spec.backend.get("name") == "server":
         raise ValueError(
             "a server cannot serve models that a run has yet to train: use the backend vllm or transformers"
         )
-    directory = Path(output_dir)
-    own = OwnColumns.parse(columns, rubric)
-    settings = run_settings(
-        model,
-        data,
-        eval_data=eval_data,
-        eval_fraction=eval_fraction,
-        own=own,
-        training=training,
-        model_args=model_args,
-        generation=generation,
-        num_generations=num_generations,
-        on_failure=on_failure,
-        keep_annotated=keep_annotated,
-        backend=engine,
-    )
-    run = Run(directory, settings, isolate=isolate, total=len(STEPS), say=say)
+    run = Run(directory, spec.settings(), isolate=isolate, total=len(STEPS), say=say)
     train_file, eval_file = directory / "train.jsonl", directory / "eval.jsonl"
-    grid = ScoreGrid.from_values(training.get("score_values", DEFAULT_VALUES), training.get("score_texts"))
-    marker = str(training.get("score_marker", "[RESULT]"))
-    aspects = () if training.get("aspects") is None else read_aspects(training["aspects"])
-    seed = int(training.get("seed", 42))
+    scales = spec.scales
 
     def prepare() -> None:
-        check_model(model)
-        items = load_items(data, grid, marker, own, aspects)
-        if eval_data is None:
-            items, held_out = split_items(items, eval_fraction, seed)
+        check_model(spec.model)
+        items = load_items(spec.data, scales, spec.own)
+        if spec.eval_data is None:
+            items, held_out = split_items(items, spec.eval_fraction, spec.seed)
         else:
-            held_out = load_items(eval_data, grid, marker, own, aspects)
-        tokenizer = AutoTokenizer.from_pretrained(model)
+            held_out = load_items(spec.eval_data, scales, spec.own)
+        tokenizer = AutoTokenizer.from_pretrained(spec.model)
         write_items(items, held_out, train_file, eval_file, chat=bool(tokenizer.chat_template))
 
     run.step("prepare", STEPS["prepare"], prepare)
     say(f"    {_count(train_file)} training rows, {_count(eval_file)} held-out items")
 
     def train(rows: Path, name: str) -> TrainStep:
-        return TrainStep(model, str(rows), str(directory / name), training=training, model_args=model_args)
+        return TrainStep(
+            spec.model, str(rows), str(directory / name), training=dict(spec.training), model_args=dict(spec.model_args)
+        )
 
     def judge(name: str) -> JudgeStep:
-        return JudgeStep(str(directory / name), str(eval_file), str(directory / f"judged-{name}"), generation, engine)
+        judged = directory / f"judged-{name}"
+        return JudgeStep(str(directory / name), str(eval_file), str(judged), dict(spec.generation), dict(spec.backend))
 
     run.step("stage1", STEPS["stage1"], train(train_file, "stage1"))
     distill = DistillStep(
@@ -233,12 +234,12 @@ def run_tract(
         str(train_file),
         str(directory / "self-generated"),
         {
-            **generation,
-            "num_generations": num_generations,
-            "on_failure": on_failure,
-            "keep_annotated": keep_annotated,
+            **spec.generation,
+            "num_generations": spec.num_generations,
+            "on_failure": spec.on_failure,
+            "keep_annotated": spec.keep_annotated,
         },
-        engine,
+        dict(spec.backend),
     )
     run.step("distill", STEPS["distill"], distill)
     stage_two_rows = directory / "self-generated" / "rows.jsonl"
@@ -249,15 +250,15 @@ def run_tract(
 
     def report() -> None:
         write_report(directory, result)
-        names: list[str | None] = [each.name for each in aspects]
+        names: list[str | None] = [each.name for each in scales.aspects]
         for aspect in names or [None]:
             write_run_page(directory, JUDGED, result.reports, say, aspect)
             judge_name = with_aspect(list(JUDGED)[-1], aspect)
             finish_card(
                 directory,
                 result.reports[judge_name],
-                data=data,
-                held_out=eval_data or data,
+                data=spec.data,
+                held_out=spec.eval_data or spec.data,
                 grid_mass=result.grid_mass[judge_name],
                 errors=result.errors[judge_name],
                 aspect=aspect,
@@ -265,38 +266,6 @@ def run_tract(
 
     run.step("report", STEPS["report"], report)
     return result
-
-
-def run_settings(
-    model: str,
-    data: str,
-    *,
-    eval_data: str | None,
-    eval_fraction: float,
-    own: OwnColumns | None,
-    training: Mapping[str, Any],
-    model_args: Mapping[str, Any],
-    generation: Mapping[str, Any],
-    num_generations: int,
-    on_failure: str,
-    keep_annotated: bool,
-    backend: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Whatever changes the results of a run, by which its directory is recognised; arguments as in `run_tract`."""
-    settings = {
-        "model": model,
-        "data": data,
-        "eval_data": eval_data,
-        "eval_fraction": eval_fraction,
-        "training": digest([{name: value for name, value in training.items() if name != "output_dir"}]),
-        "model_args": digest([model_args]),
-        "generation": dict(generation),
-        "num_generations": num_generations,
-        "on_failure": on_failure,
-        "keep_annotated": keep_annotated,
-        "backend": backend.get("name", "transformers"),
-    }
-    return settings if own is None else settings | {"own_columns": asdict(own)}
 
 
 def write_items(training: list[Item], held_out: list[Item], train_file: Path, eval_file: Path, *, chat: bool) -> None:

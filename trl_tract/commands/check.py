@@ -4,9 +4,10 @@ Every refusal is `data.py`'s or `schemas.py`'s own; none is decided here.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from trl_tract.backends.loading import load_tokenizer
 from trl_tract.commands.token_view import around_score, view_row
 from trl_tract.data import find_grid, refusal_summary
-from trl_tract.prompts import CompletionFormat, Row, ScoreNotFoundError
+from trl_tract.grids.scales import Scales
+from trl_tract.prompts import Row, ScoreNotFoundError
+from trl_tract.rows.aspect_columns import AspectRowEncoder, find_aspects
 from trl_tract.rows.columns import OwnColumns
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.schemas import Item, as_chat, try_items
@@ -41,10 +44,9 @@ class RowsReport:
         prompt_tokens: Of each trained row.
         completion_tokens: Of each trained row.
         tokens: Of each trained row, as it is trained on.
-        golds: Gold scores of the trained rows, rubric units.
+        golds: Gold scores of the trained rows by aspect, rubric units; of rows with one score, by the empty name.
         refused: Whatever would not be trained on, and why.
         longest: Tokens of the longest row, one that is cut included: the `max_length` that cuts none.
-        format: How the rows write a score.
         examples: The first rows that are trained on, with the numbers of their records.
     """
 
@@ -56,10 +58,9 @@ class RowsReport:
     prompt_tokens: list[int] = field(default_factory=list)
     completion_tokens: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    golds: list[float] = field(default_factory=list)
+    golds: dict[str, list[float]] = field(default_factory=dict)
     refused: list[Refusal] = field(default_factory=list)
     longest: int = 0
-    format: CompletionFormat = field(default_factory=lambda: CompletionFormat("[RESULT]"))
     examples: list[tuple[int, Row]] = field(default_factory=list)
 
     @property
@@ -69,63 +70,26 @@ class RowsReport:
 
 
 def examine(
-    source: str,
+    found: Iterable[tuple[int, Item | ValueError]],
+    name: str,
     tokenizer: PreTrainedTokenizerBase,
-    grid: ScoreGrid,
-    marker: str,
+    training: Mapping[str, Any],
     *,
-    max_length: int | None,
-    own: OwnColumns | None = None,
-    score_in_ce: bool = False,
-    drop_rationale: bool = False,
     examples: Sequence[int] | None = None,
-) -> tuple[RowsReport, RowEncoder | None]:
-    """Read and tokenise all rows as training would.
+) -> tuple[RowsReport, RowEncoder | AspectRowEncoder | None]:
+    """Tokenise all rows as training would.
 
     Args:
-        source: File or hub id.
+        found: The records' numbers and items, or why there is none: see `schemas.try_items`.
+        name: What the source is called.
         tokenizer: Of the model that is to be trained.
-        grid: The score grid.
-        marker: Text that stands before every score.
-        max_length: Tokens a row may have.
-        own: The user's rubric and column names.
-        score_in_ce: As in TRACTConfig.
-        drop_rationale: As in TRACTConfig.
+        training: Fields of TRACTConfig; those that are left out have its defaults.
         examples: Records whose rows are kept to be shown; None: the first five that are trained on.
 
     Returns:
         The report, and the encoder, which shows rows; None where no row has a score that can be found.
-
-    Raises:
-        FileNotFoundError, ValueError: The source as a whole cannot be read.
     """
-    found = enumerate(try_items(source, grid, marker, own))
-    return examine_items(
-        found,
-        Path(source).name,
-        tokenizer,
-        grid,
-        marker,
-        max_length=max_length,
-        score_in_ce=score_in_ce,
-        drop_rationale=drop_rationale,
-        examples=examples,
-    )
-
-
-def examine_items(
-    found: Iterable[tuple[int, Item | ValueError]],
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    grid: ScoreGrid,
-    marker: str,
-    *,
-    max_length: int | None,
-    score_in_ce: bool = False,
-    drop_rationale: bool = False,
-    examples: Sequence[int] | None = None,
-) -> tuple[RowsReport, RowEncoder | None]:
-    """Like `examine`, of items that were read already, each with the number of its record."""
+    scales, max_length = Scales.of(training), training.get("max_length", 3000)
     report = RowsReport(name)
     rows: list[tuple[int, Row]] = []
     groups: set[str] = set()
@@ -142,16 +106,8 @@ def examine_items(
     report.groups = len(groups)
     if not rows:
         return report, None
-    resolved, report.format, _ = find_grid(tokenizer, (row for _, row in rows), marker, grid)
-    encoder = RowEncoder(
-        tokenizer=tokenizer,
-        grid=resolved,
-        marker=marker,
-        max_length=max_length,
-        completion_only=True,
-        score_in_ce=score_in_ce,
-        drop_rationale=drop_rationale,
-    )
+    encoder = _encoder(tokenizer, (row for _, row in rows), scales, training)
+    names = [aspect.name for aspect in scales.aspects]
     whole = replace(encoder, max_length=None)
     shown: set[int] = set()
     for number, row in rows:
@@ -166,7 +122,8 @@ def examine_items(
             report.refused.append((number, columns["refusal_kind"], columns["refusal"], columns["num_tokens"]))
             continue
         report.trained += 1
-        report.golds += golds
+        for name, gold in zip(names or [""] * len(golds), golds, strict=True):
+            report.golds.setdefault(name, []).append(gold)
         report.tokens.append(len(columns["input_ids"]))
         report.prompt_tokens.append(prompt)
         report.completion_tokens.append(length - prompt)
@@ -177,6 +134,26 @@ def examine_items(
             report.examples.append((number, row))
     report.refused.sort(key=lambda refusal: refusal[0])
     return report, encoder
+
+
+def _encoder(
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], scales: Scales, training: Mapping[str, Any]
+) -> RowEncoder | AspectRowEncoder:
+    """What the trainer would encode such rows with."""
+    max_length, score_in_ce = training.get("max_length", 3000), bool(training.get("score_in_ce"))
+    if scales.aspects:
+        found = find_aspects(tokenizer, rows, scales.aspects)
+        return AspectRowEncoder(tokenizer, found, max_length, completion_only=True, score_in_ce=score_in_ce)
+    grid, _, _ = find_grid(tokenizer, rows, scales.marker, scales.grid)
+    return RowEncoder(
+        tokenizer=tokenizer,
+        grid=grid,
+        marker=scales.marker,
+        max_length=max_length,
+        completion_only=True,
+        score_in_ce=score_in_ce,
+        drop_rationale=bool(training.get("drop_rationale")),
+    )
 
 
 def lengths_table(report: RowsReport) -> list[str]:
@@ -209,13 +186,10 @@ def what_is_refused(report: RowsReport, max_length: int | None) -> str:
 def check(
     source: str,
     model: str,
-    grid: ScoreGrid,
-    marker: str,
+    training: Mapping[str, Any],
     *,
-    max_length: int | None,
     own: OwnColumns | None = None,
     rows: Sequence[int] = (0,),
-    drop_rationale: bool = False,
     mark: str = "█",
     say: Callable[[str], None] = print,
 ) -> bool:
@@ -224,29 +198,30 @@ def check(
     Args:
         source: File or hub id.
         model: Directory or hub id whose tokenizer is used.
-        grid: The score grid.
-        marker: Text that stands before every score.
-        max_length: Tokens a row may have.
+        training: Fields of TRACTConfig; those that are left out have its defaults.
         own: The user's rubric and column names.
         rows: Records whose score is shown token by token.
-        drop_rationale: As in TRACTConfig.
         mark: What bars are made of.
         say: Prints.
+
+    Raises:
+        FileNotFoundError, ValueError: The source as a whole cannot be read.
     """
-    tokenizer = load_tokenizer(model)
-    report, encoder = examine(
-        source, tokenizer, grid, marker, max_length=max_length, own=own, drop_rationale=drop_rationale, examples=rows
-    )
+    tokenizer, scales, max_length = load_tokenizer(model), Scales.of(training), training.get("max_length", 3000)
+    found = enumerate(try_items(source, scales, own))
+    report, encoder = examine(found, Path(source).name, tokenizer, training, examples=rows)
     say(_counts(report))
     if encoder is not None and report.trained:
         say("\n" + "\n".join(lengths_table(report)))
-        fractions = sum(gold not in grid.values for gold in report.golds)
-        between = f", {fractions:,} of them between two scores of the grid" if fractions else ""
-        say(f"\n{len(report.golds):,} gold scores{between}")
-        say("\n".join(score_histogram(report.golds, encoder.grid, mark=mark)))
+        grids = {aspect.name: aspect.grid for aspect in scales.aspects} or {"": scales.grid}
+        for name, golds in report.golds.items():
+            fractions = sum(gold not in grids[name].values for gold in golds)
+            between = f", {fractions:,} of them between two scores of the grid" if fractions else ""
+            say(f"\n{len(golds):,} gold scores{f' of {name}' if name else ''}{between}")
+            say("\n".join(score_histogram(golds, grids[name], mark=mark)))
         for number, row in report.examples:
-            say(f"\nrow {number}, token by token from shortly before the marker")
-            say(around_score(view_row(tokenizer, encoder, row)))
+            say(f"\nrow {number}, token by token from shortly before the {'first ' if scales.aspects else ''}marker")
+            say(around_score(view_row(encoder, row)))
         for number in sorted(set(rows) - {number for number, _ in report.examples}):
             say(f"\nrow {number} is not shown: there is no such row that would be trained on")
         say(f"\n{_max_length(report, max_length)}")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from trl_tract.backends.loading import load_tokenizer
-from trl_tract.commands.check import RowsReport, examine_items, what_is_refused
+from trl_tract.commands.check import RowsReport, examine, what_is_refused
 from trl_tract.commands.estimate import (
     ModelSize,
     Speed,
@@ -27,11 +27,13 @@ from trl_tract.commands.estimate import (
 )
 from trl_tract.commands.token_view import labelled, legend, painted, view_row
 from trl_tract.files.journal import changed_settings
-from trl_tract.pipeline import DEFAULT_VALUES, STEPS, finished_steps, nothing_trained, run_settings
+from trl_tract.grids.scales import Scales
+from trl_tract.pipeline import STEPS, finished_steps, nothing_trained
+from trl_tract.rows.aspect_columns import AspectRowEncoder
 from trl_tract.rows.columns import OwnColumns
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.schemas import Item, load_items, split_items, try_items
-from trl_tract.scores import ScoreGrid
+from trl_tract.run_spec import RunSpec
 
 Say = Callable[[str], None]
 
@@ -100,60 +102,27 @@ class Plan:
         )
 
 
-def dry_run(
-    model: str,
-    data: str,
-    output_dir: str | Path,
-    *,
-    eval_data: str | None,
-    eval_fraction: float,
-    rubric: str | None,
-    columns: Sequence[str] | None,
-    training: Mapping[str, Any],
-    model_args: Mapping[str, Any],
-    generation: Mapping[str, Any],
-    num_generations: int,
-    on_failure: str,
-    keep_annotated: bool,
-    backend: Mapping[str, Any],
-    colour: bool,
-    say: Say = print,
-) -> bool:
+def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = print) -> bool:
     """Print what `run_tract` would do with the same arguments; whether it would take all rows."""
-    own = OwnColumns.parse(columns, rubric)
-    settings = run_settings(
-        model,
-        data,
-        eval_data=eval_data,
-        eval_fraction=eval_fraction,
-        own=own,
-        training=training,
-        model_args=model_args,
-        generation=generation,
-        num_generations=num_generations,
-        on_failure=on_failure,
-        keep_annotated=keep_annotated,
-        backend=backend,
-    )
-    done = _finished(Path(output_dir), settings)
-    grid, marker = _grid(training)
-    tokenizer = load_tokenizer(model)
-    numbered = list(enumerate(try_items(data, grid, marker, own)))
+    training, scales = spec.training, spec.scales
+    done = _finished(Path(output_dir), spec.settings())
+    tokenizer = load_tokenizer(spec.model)
+    numbered = list(enumerate(try_items(spec.data, scales, spec.own)))
     items = [item for _, item in numbered if isinstance(item, Item)]
     held_out: list[Item] = []
     kept = numbered
-    if eval_data is not None:
-        held_out = load_items(eval_data, grid, marker, own)
+    if spec.eval_data is not None:
+        held_out = load_items(spec.eval_data, scales, spec.own)
     elif len(items) == len(numbered) and items:
-        _, held_out = split_items(items, eval_fraction, int(training.get("seed", 42)))
+        _, held_out = split_items(items, spec.eval_fraction, spec.seed)
         out = set(map(id, held_out))
         kept = [(number, item) for number, item in numbered if id(item) not in out]
-    report, encoder = _examined(kept, data, tokenizer, grid, marker, training)
+    report, encoder = examine(kept, Path(spec.data).name, tokenizer, training)
     say(f"Dry run: nothing is trained or written. trl-tract run would do this in {output_dir}:")
-    speed, size = _measured(model, model_args, training, say)
+    speed, size = _measured(spec.model, spec.model_args, training, say)
     # The stage-one model's own rationales are taken to be as long as the annotated ones.
     plan = Plan.of(report.tokens, training, _processes()) if report.tokens else None
-    stage_two = Plan.of(report.tokens * num_generations, training, _processes()) if plan else None
+    stage_two = Plan.of(report.tokens * spec.num_generations, training, _processes()) if plan else None
     for number, (name, title) in enumerate(STEPS.items(), start=1):
         lines = [f"[{number}/{len(STEPS)}] {title}"]
         if name in done:
@@ -163,11 +132,12 @@ def dry_run(
             lines += [str(this), _training_time(size, speed, this, report, training)]
         elif report.tokens and name in ("distill", "judge-stage1", "judge-tract"):
             rows = report.trained if name == "distill" else len(held_out)
-            samples = rows * num_generations if name == "distill" else rows
-            lines += _generation(size, speed, report, rows, samples, generation, int(backend.get("batch_size", 8)))
+            each = (spec.num_generations if name == "distill" else 1) * max(len(scales.aspects), 1)
+            batch = int(spec.backend.get("batch_size", 8))
+            lines += _generation(size, speed, report, rows, each, spec.generation, batch, len(scales.aspects))
         say("\n    ".join(line for line in lines if line))
     say(f"\n{report.trained:,} rows to train on, {len(held_out):,} held-out items")
-    return _rest(report, encoder, plan, size, speed, training, model_args, tokenizer, colour, say)
+    return _rest(report, encoder, plan, size, speed, training, spec.model_args, colour, say)
 
 
 def _finished(directory: Path, settings: Mapping[str, Any]) -> dict[str, float]:
@@ -201,49 +171,19 @@ def dry_train(
     say: Say = print,
 ) -> bool:
     """Print what `trl-tract train` would do with the same arguments; whether it would take all rows."""
-    grid, marker = _grid(training)
-    tokenizer = load_tokenizer(model)
-    report, encoder = _examined(
-        list(enumerate(try_items(data, grid, marker, own))), data, tokenizer, grid, marker, training
-    )
+    found = enumerate(try_items(data, Scales.of(training), own))
+    report, encoder = examine(found, Path(data).name, load_tokenizer(model), training)
     say(f"Dry run: nothing is trained or written. trl-tract train would train one stage in {output_dir}:")
     speed, size = _measured(model, model_args, training, say)
     plan = Plan.of(report.tokens, training, _processes()) if report.tokens else None
     say(f"{report.trained:,} rows to train on")
     if plan:
         say(f"{plan}\n{_training_time(size, speed, plan, report, training)}")
-    return _rest(report, encoder, plan, size, speed, training, model_args, tokenizer, colour, say)
-
-
-def _grid(training: Mapping[str, Any]) -> tuple[ScoreGrid, str]:
-    if training.get("aspects"):
-        raise ValueError("--dry-run shows rows with one score, and `aspects` gives them several: leave --dry-run out")
-    grid = ScoreGrid.from_values(training.get("score_values", DEFAULT_VALUES), training.get("score_texts"))
-    return grid, str(training.get("score_marker", "[RESULT]"))
+    return _rest(report, encoder, plan, size, speed, training, model_args, colour, say)
 
 
 def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _examined(
-    numbered: Sequence[tuple[int, Item | ValueError]],
-    data: str,
-    tokenizer: Any,
-    grid: ScoreGrid,
-    marker: str,
-    training: Mapping[str, Any],
-) -> tuple[RowsReport, RowEncoder | None]:
-    return examine_items(
-        numbered,
-        Path(data).name,
-        tokenizer,
-        grid,
-        marker,
-        max_length=training.get("max_length", 3000),
-        score_in_ce=bool(training.get("score_in_ce")),
-        drop_rationale=bool(training.get("drop_rationale")),
-    )
 
 
 def _measured(
@@ -279,19 +219,21 @@ def _generation(
     speed: Speed | None,
     report: RowsReport,
     rows: int,
-    samples: int,
+    each: int,
     generation: Mapping[str, Any],
     batch: int,
+    aspects: int,
 ) -> list[str]:
+    """Lines about `each` rationales for every one of `rows` prompts; with aspects a completion has several."""
     most = int(generation.get("max_new_tokens", 1024))
     # A batch goes on until its longest rationale ends.
-    length = min(float(np.percentile(report.completion_tokens, 95)), most)
-    lines = [f"{samples:,} rationales for {rows:,} prompts, at most {most:,} tokens each"]
+    length = min(float(np.percentile(report.completion_tokens, 95)) / max(aspects, 1), most)
+    lines = [f"{rows * each:,} rationales for {rows:,} prompts, at most {most:,} tokens each"]
     if size is not None and speed is not None:
         seconds = generation_seconds(
             size,
             speed,
-            rows=samples,
+            rows=rows * each,
             prompt_tokens=float(np.mean(report.prompt_tokens)),
             new_tokens=length,
             batch=batch,
@@ -304,13 +246,12 @@ def _generation(
 
 def _rest(
     report: RowsReport,
-    encoder: RowEncoder | None,
+    encoder: RowEncoder | AspectRowEncoder | None,
     plan: Plan | None,
     size: ModelSize | None,
     speed: Speed | None,
     training: Mapping[str, Any],
     model_args: Mapping[str, Any],
-    tokenizer: Any,
     colour: bool,
     say: Say,
 ) -> bool:
@@ -326,7 +267,7 @@ def _rest(
             say(f"    {line}")
     for number, row in report.examples[:5] if encoder else ():
         assert encoder is not None
-        tokens = view_row(tokenizer, encoder, row)
+        tokens = view_row(encoder, row)
         gold = ", ".join(f"{token.gold:g}" for token in tokens if token.gold is not None)
         say(f"\nrow {number}, gold score {gold}: {legend(tokens, colour=colour)}")
         say(painted(tokens) if colour else labelled(tokens))

@@ -90,29 +90,30 @@ def _parse(command: str, arguments: Sequence[str], *, positional: str | None = N
 
 def _run(arguments: Sequence[str]) -> int:
     from trl_tract.config import field_values
-    from trl_tract.pipeline import run_tract
+    from trl_tract.pipeline import carry_out
+    from trl_tract.run_spec import RunSpec
 
     run, own, generation, training, model = _parse("run", arguments)
-    arguments_of_run: dict[str, Any] = {
-        "eval_data": run.eval_data,
-        "eval_fraction": run.eval_fraction,
-        "rubric": own.rubric,
-        "columns": own.columns,
-        "training": field_values(training),
-        "model_args": asdict(model),
-        "generation": generation.sampling(),
-        "num_generations": generation.num_generations,
-        "on_failure": run.on_failure,
-        "keep_annotated": run.keep_annotated,
-        "backend": generation.engine(),
-    }
-    paths = (_required_model(model), run.data, training.output_dir)
+    spec = RunSpec(
+        _required_model(model),
+        run.data,
+        run.eval_data,
+        run.eval_fraction,
+        _own(own),
+        field_values(training),
+        asdict(model),
+        generation.sampling(),
+        generation.num_generations,
+        run.on_failure,
+        run.keep_annotated,
+        generation.engine(),
+    )
     if run.dry_run:
         from trl_tract.commands.dry_run import dry_run
 
-        return _exit_code(dry_run(*paths, **arguments_of_run, colour=uses_colour(sys.stdout)))
+        return _exit_code(dry_run(spec, training.output_dir, colour=uses_colour(sys.stdout)))
     _tell_of_neighbours()
-    result = run_tract(*paths, **arguments_of_run)
+    result = carry_out(spec, Path(training.output_dir))
     for name, report in result.reports.items():
         mass = result.grid_mass[name]
         print(f"\n{name} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})\n{report}")
@@ -123,8 +124,8 @@ def _run(arguments: Sequence[str]) -> int:
 
 def _train(arguments: Sequence[str]) -> int:
     from trl_tract.config import field_values
+    from trl_tract.grids.scales import Scales
     from trl_tract.rows.onramp import as_jsonl
-    from trl_tract.scores import ScoreGrid
     from trl_tract.steps import TrainStep
 
     rows, columns, training, model = _parse("train", arguments)
@@ -144,8 +145,7 @@ def _train(arguments: Sequence[str]) -> int:
             )
         )
     _tell_of_neighbours()
-    grid = ScoreGrid.from_values(training.score_values, training.score_texts)
-    read = partial(as_jsonl, model=name, grid=grid, marker=training.score_marker, own=own)
+    read = partial(as_jsonl, model=name, scales=Scales.of(fields), own=own)
     with read(rows.data) as data, read(rows.eval_data) if rows.eval_data else nullcontext() as eval_data:
         TrainStep(name, data, training.output_dir, eval_data, fields, asdict(model)).run()
     if _is_first_process():
@@ -168,8 +168,8 @@ def _distill(arguments: Sequence[str]) -> int:
         "keep_annotated": rows.keep_annotated,
         "block_size": worker.block_size,
     }
-    config = JudgeConfig.load(rows.model)
-    with as_jsonl(rows.data, rows.model, config.grid, config.format.marker, _own(columns)) as data:
+    scales = JudgeConfig.load(rows.model).scales
+    with as_jsonl(rows.data, rows.model, scales, _own(columns)) as data:
         step = DistillStep(rows.model, data, rows.output_dir, settings, worker.engine(generation), worker.shard)
         written = step.run()
     if written is not None and _is_first_process():
@@ -191,8 +191,8 @@ def _judge(arguments: Sequence[str]) -> int:
         "num_generations": generation.num_generations,
         **rows.rules(),
     }
-    config = JudgeConfig.load(rows.model)
-    with as_jsonl(rows.data, rows.model, config.grid, config.format.marker, _own(columns), judged=True) as data:
+    scales = JudgeConfig.load(rows.model).scales
+    with as_jsonl(rows.data, rows.model, scales, _own(columns), judged=True) as data:
         step = JudgeStep(
             rows.model,
             data,
@@ -216,18 +216,14 @@ def _judge(arguments: Sequence[str]) -> int:
 
 def _check(arguments: Sequence[str]) -> int:
     from trl_tract.commands.check import check
-    from trl_tract.scores import ScoreGrid
 
     rows, columns = _parse("check", arguments, positional="--data")
     taken = check(
         rows.data,
         rows.model,
-        ScoreGrid.from_values(rows.score_values, rows.score_texts),
-        rows.score_marker,
-        max_length=rows.max_length,
+        rows.training(),
         own=_own(columns),
         rows=rows.rows,
-        drop_rationale=rows.drop_rationale,
         mark="█" if can_write(sys.stdout, "█") else "#",
     )
     return _exit_code(taken)

@@ -262,7 +262,19 @@ class CheckArguments:
     )
     score_texts: list[str] | None = field(default=None, metadata={"help": "How the scores are written, if in words."})
     score_marker: str = field(default="[RESULT]", metadata={"help": "Text that stands before the score."})
+    aspects: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Several scores in a completion: their names, each with its `marker`, `values` and `texts`, as in "
+            "training; JSON, or a mapping in a YAML file."
+        },
+    )
     drop_rationale: bool = field(default=False, metadata={"help": "Check rows without their rationales."})
+
+    def training(self) -> dict[str, Any]:
+        """The fields of TRACTConfig among them."""
+        names = ("max_length", "score_values", "score_texts", "score_marker", "aspects", "drop_rationale")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass

@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerBase
-
+from trl_tract.rows.aspect_columns import AspectRowEncoder
 from trl_tract.rows.encoding import RowEncoder
-from trl_tract.rows.rendering import RenderedRow, as_prompt_completion, render_row, without_rationale
+from trl_tract.rows.rendering import RenderedRow
 from trl_tract.text.display import visible
 from trl_tract.text.terminal import aligned, paint
 
@@ -59,16 +58,13 @@ class Token:
         return " + ".join(names) or "none"
 
 
-def view_row(tokenizer: PreTrainedTokenizerBase, encoder: RowEncoder, row: Mapping[str, Any]) -> list[Token]:
+def view_row(encoder: RowEncoder | AspectRowEncoder, row: Mapping[str, Any]) -> list[Token]:
     """The tokens of a row that `encoder` accepts, but for its length.
 
     Raises:
         ScoreNotFoundError: The row is refused for another reason than its length.
     """
-    row = as_prompt_completion(row)
-    if encoder.drop_rationale:
-        row = without_rationale(row, encoder.marker, encoder.grid)
-    rendered = render_row(tokenizer, row, encoder.marker, encoder.grid)
+    tokenizer, rendered = encoder.tokenizer, encoder.render(row)
     encoded = tokenizer(rendered.text, add_special_tokens=rendered.add_special_tokens, return_offsets_mapping=True)
     columns = replace(encoder, max_length=None)(row)
     if columns["refusal_kind"]:
@@ -95,14 +91,14 @@ def view_row(tokenizer: PreTrainedTokenizerBase, encoder: RowEncoder, row: Mappi
 def _part(rendered: RenderedRow, start: int, end: int) -> Part:
     """What the characters `start` to `end` of the completion belong to; a token of two parts is of the later one."""
     previous = 0
-    for score in rendered.scores:
-        marker = rendered.text.rfind(rendered.format.marker, previous, score.start)
+    for score, written in zip(rendered.scores, rendered.formats, strict=True):
+        marker = rendered.text.rfind(written.marker, previous, score.start)
         if start >= score.end:
             previous = score.end
             continue
         if end > score.start:
             return "score"
-        if end > marker + len(rendered.format.marker):
+        if end > marker + len(written.marker):
             return "separator"
         return "marker" if end > marker else "rationale"
     return "after"

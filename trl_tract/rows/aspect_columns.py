@@ -11,11 +11,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from trl_tract.grids.aspects import Aspect, aspect_scores
-from trl_tract.prompts import Row, ScoreNotFoundError, annotator_scores
+from trl_tract.prompts import ScoreNotFoundError, annotator_scores
 from trl_tract.rows.encoding import (
     ASPECT_COLUMN,
     MODEL_COLUMNS,
     Encoder,
+    TextEncoder,
     check_range,
     check_score_tokens,
     equal_lengths,
@@ -46,7 +47,7 @@ class AspectEncoder(Encoder):
 
 
 @dataclass(frozen=True)
-class AspectRowEncoder(AspectEncoder):
+class AspectRowEncoder(AspectEncoder, TextEncoder):
     """Turns one prompt-completion row with a score for each aspect into the model's columns, or says why it cannot.
 
     Attributes:
@@ -63,9 +64,12 @@ class AspectRowEncoder(AspectEncoder):
     completion_only: bool
     score_in_ce: bool
 
+    def render(self, row: Mapping[str, Any]) -> RenderedRow:
+        """The row as text, with the score of each aspect found."""
+        return render_aspects(self.tokenizer, as_prompt_completion(row), self.aspects)
+
     def _encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        row = as_prompt_completion(row)
-        rendered = render_aspects(self.tokenizer, row, self.aspects)
+        rendered = self.render(row)
         golds = _golds(row, rendered, self.aspects)
         self._check(golds)
         tokens = tokenise(self.tokenizer, rendered, [aspect.grid for aspect in self.aspects])
@@ -81,7 +85,7 @@ class AspectRowEncoder(AspectEncoder):
         return self._accept(columns, tokens.score_stops[-1] - 1)
 
 
-def _golds(row: Row, rendered: RenderedRow, aspects: Sequence[Aspect]) -> list[list[float]]:
+def _golds(row: Mapping[str, Any], rendered: RenderedRow, aspects: Sequence[Aspect]) -> list[list[float]]:
     """The annotators' scores of each aspect: those of `scores`, or the ones that the completion has."""
     if row.get("score") is not None:
         raise ScoreNotFoundError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trl_tract.grids.scales import Scales
 from trl_tract.prompts import (
     CompletionFormat,
     Row,
@@ -174,12 +175,19 @@ class OwnColumns:
             named[role] = column
         return cls(named, Rubric.load(rubric) if rubric else None)
 
-    def convert(self, record: Mapping[str, Any], grid: ScoreGrid, marker: str) -> Row:
+    def convert(self, record: Mapping[str, Any], scales: Scales) -> Row:
         """A record's columns under the names that are understood, its prompt written by the rubric.
 
         Raises:
-            ValueError: A column is not there, or empty where it is needed; it is named.
+            ValueError: A column is not there, or empty where it is needed; it is named. Or there are aspects, and a
+                rubric or the columns of a single score.
         """
+        grid, marker = scales.grid, scales.marker
+        if scales.aspects and (self.rubric or {"score", "rationale"} & self.columns.keys()):
+            raise ValueError(
+                "--rubric and the columns score and rationale are for rows with one score. With aspects write prompt "
+                "and completion yourself, and the gold scores into `scores`"
+            )
         absent = [column for column in self.columns.values() if column not in record]
         if absent:
             raise ValueError(
@@ -187,6 +195,8 @@ class OwnColumns:
             )
         found = {role: record[self._column(role)] for role in ROLES if record.get(self._column(role)) is not None}
         row: Row = {name: found[name] for name in _CARRIED if name in found}
+        if scales.aspects and record.get("scores") is not None:
+            row["scores"] = record["scores"]
         if "chosen" in found or "rejected" in found:
             return (
                 row

@@ -79,6 +79,20 @@ class Encoder:
         return {**empty, "num_tokens": num_tokens, "refusal_kind": kind, "refusal": message}
 
 
+class TextEncoder(Encoder):
+    """What the encoders of rows of text share: what is encoded can be looked at first."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def render(self, row: Mapping[str, Any]) -> RenderedRow:
+        """The row as the text that is tokenised, with its scores found.
+
+        Raises:
+            ScoreNotFoundError: A score is missing.
+        """
+        raise NotImplementedError
+
+
 class OneGridEncoder(Encoder):
     """What the encoders of rows on one grid share."""
 
@@ -103,7 +117,7 @@ def check_range(score: float, grid: ScoreGrid) -> None:
 
 
 @dataclass(frozen=True)
-class RowEncoder(OneGridEncoder):
+class RowEncoder(OneGridEncoder, TextEncoder):
     """Turns one prompt-completion row into the model's columns, or says why it cannot.
 
     Attributes:
@@ -126,11 +140,15 @@ class RowEncoder(OneGridEncoder):
     annotators: bool = False
     drop_rationale: bool = False
 
-    def _encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def render(self, row: Mapping[str, Any]) -> RenderedRow:
+        """The row as text, without its rationale if that is left out."""
         row = as_prompt_completion(row)
         if self.drop_rationale:
             row = without_rationale(row, self.marker, self.grid)
-        rendered = render_row(self.tokenizer, row, self.marker, self.grid)
+        return render_row(self.tokenizer, row, self.marker, self.grid)
+
+    def _encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        rendered = self.render(row)
         golds = _golds(row, rendered, self.grid)
         for score in (score for annotators in golds for score in annotators):
             check_range(score, self.grid)

@@ -7,32 +7,29 @@ from pathlib import Path
 
 from trl_tract.backends.loading import load_tokenizer
 from trl_tract.files.journal import write_jsonl
+from trl_tract.grids.scales import Scales
 from trl_tract.prompts import Row
 from trl_tract.rows.columns import OwnColumns
 from trl_tract.rows.preferences import is_pair
 from trl_tract.rows.schemas import Item, judged_rows, load_items, written_rows
 from trl_tract.rows.sources import first_record, read_records
-from trl_tract.scores import ScoreGrid
 
 _READY = {"prompt", "messages", "conversations", "input_ids"}
 
 
 @contextmanager
-def as_jsonl(
-    source: str, model: str, grid: ScoreGrid, marker: str, own: OwnColumns | None, *, judged: bool = False
-) -> Iterator[str]:
+def as_jsonl(source: str, model: str, scales: Scales, own: OwnColumns | None, *, judged: bool = False) -> Iterator[str]:
     """A JSONL file of `source`'s rows: itself, if a step can read it, or a temporary one, gone afterwards.
 
     Args:
         source: File or hub id.
         model: Whose chat template decides whether prompts that were written here become chat messages.
-        grid: The score grid.
-        marker: Text that stands before every score.
+        scales: How the rows write their scores.
         own: The user's rubric and column names.
         judged: Rows to judge instead of rows to train on.
 
     Raises:
-        FileNotFoundError, ValueError: See `rows.load_items`.
+        FileNotFoundError, ValueError: See `schemas.load_items`.
     """
     first = first_record(source)
     if first is None:
@@ -43,22 +40,22 @@ def as_jsonl(
     chat = bool(load_tokenizer(model).chat_template)
     with tempfile.TemporaryDirectory(prefix="trl-tract-") as folder:
         file = Path(folder) / "rows.jsonl"
-        rows = _judged(source, grid, marker, own, chat) if judged else _trained(source, grid, marker, own, chat)
+        rows = _judged(source, scales, own, chat) if judged else _trained(source, scales, own, chat)
         write_jsonl(file, rows)
         yield str(file)
 
 
-def _trained(source: str, grid: ScoreGrid, marker: str, own: OwnColumns | None, chat: bool) -> list[Row]:
-    rows = written_rows(load_items(source, grid, marker, own), lambda item: item.training, chat=chat)
+def _trained(source: str, scales: Scales, own: OwnColumns | None, chat: bool) -> list[Row]:
+    rows = written_rows(load_items(source, scales, own), lambda item: item.training, chat=chat)
     if not rows:
         raise ValueError(f"{source}: none of the rows has a completion (or rationale), so there is none to train on")
     return rows
 
 
-def _judged(source: str, grid: ScoreGrid, marker: str, own: OwnColumns | None, chat: bool) -> Iterator[Row]:
+def _judged(source: str, scales: Scales, own: OwnColumns | None, chat: bool) -> Iterator[Row]:
     for number, record in enumerate(read_records(source)):
         try:
-            items: list[Item] = judged_rows(record, grid, marker, own)
+            items: list[Item] = judged_rows(record, scales, own)
         except (ValueError, KeyError, TypeError) as error:
             reason = f"column {error} is missing" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{source}, row {number}: {reason}") from error

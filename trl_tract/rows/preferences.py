@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from trl_tract.grids.scales import Scales
 from trl_tract.prompts import Row, cleaned_instruction, prometheus_question
 from trl_tract.resampling.intervals import Interval, bootstrap, interval
 from trl_tract.resampling.pairs import METRICS, Floats
 from trl_tract.rows.columns import Rubric
-from trl_tract.scores import ScoreGrid
 from trl_tract.text.display import prompt_text
 
 SIDES = ("chosen", "rejected")
@@ -28,15 +28,15 @@ def is_pair(record: Mapping[str, Any]) -> bool:
     return set(SIDES) <= record.keys() or set(_WHOLE) <= record.keys()
 
 
-def pair_rows(record: Mapping[str, Any], rubric: Rubric | None, grid: ScoreGrid, marker: str) -> list[Row]:
+def pair_rows(record: Mapping[str, Any], rubric: Rubric | None, scales: Scales) -> list[Row]:
     """The two rows of a pair: `prompt`, `group`, `side`, and the pair's `id` and `subset` if it has them.
 
     Args:
         record: `prompt`, `chosen` and `rejected`, text or chat messages (in which the prompt may stand, as in TRL's
             preference datasets); or `chosen_instruction` and `rejected_instruction`, which are whole prompts.
         rubric: What both are judged by; not needed for whole prompts.
-        grid: The score grid, which the rubric has to describe.
-        marker: Text that the judge is asked to write before its score.
+        scales: The grid that the rubric has to describe, and the marker that the judge is asked to write before its
+            score.
 
     Raises:
         ValueError: No rubric where one is needed, or one of other scores; or a response is missing.
@@ -51,7 +51,7 @@ def pair_rows(record: Mapping[str, Any], rubric: Rubric | None, grid: ScoreGrid,
                 "this is a pair of responses (chosen, rejected): say what they are to be judged by, with --rubric "
                 "RUBRIC.yaml"
             )
-        rubric.check(grid)
+        rubric.check(scales.grid)
         asked, responses = record.get("prompt"), [record[side] for side in SIDES]
         if any(response is None or response == [] for response in responses):
             raise ValueError("one of `chosen` and `rejected` is empty")
@@ -59,7 +59,7 @@ def pair_rows(record: Mapping[str, Any], rubric: Rubric | None, grid: ScoreGrid,
             asked = responses[0][:-1]
         question, reference = _text(asked or ""), record.get("reference")
         texts = [response if isinstance(response, str) else str(response[-1]["content"]) for response in responses]
-        prompts = [rubric.prompt(question, text, reference, marker) for text in texts]
+        prompts = [rubric.prompt(question, text, reference, scales.marker) for text in texts]
         group = str(record.get("group") or question)
     return [
         {"prompt": prompt, "group": group, "side": side, **carried} for prompt, side in zip(prompts, SIDES, strict=True)

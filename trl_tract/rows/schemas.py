@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_tract.grids.aspects import Aspect, aspect_scores, locate_aspects
+from trl_tract.grids.scales import Scales
 from trl_tract.prompts import (
     Row,
     from_feedback_collection,
@@ -22,7 +23,6 @@ from trl_tract.rows.columns import OwnColumns
 from trl_tract.rows.preferences import is_pair, pair_rows
 from trl_tract.rows.rendering import as_prompt_completion, completion_text, with_completion
 from trl_tract.rows.sources import read_records
-from trl_tract.scores import ScoreGrid
 
 UNDERSTOOD = (
     "prompt, completion and score (text or chat messages); "
@@ -51,24 +51,20 @@ class Item:
     converted: bool = False
 
 
-def load_items(
-    source: str, grid: ScoreGrid, marker: str, own: OwnColumns | None = None, aspects: Sequence[Aspect] = ()
-) -> list[Item]:
+def load_items(source: str, scales: Scales, own: OwnColumns | None = None) -> list[Item]:
     """Read judge items from a file or a hub dataset: see `sources.read_records`.
 
     Args:
         source: The file or hub id.
-        grid: The score grid.
-        marker: Text that stands before every score.
+        scales: How its rows write their scores.
         own: The user's rubric and column names; None: a schema that is known.
-        aspects: Where completions have several scores: what each is called, its marker and its grid.
 
     Raises:
         FileNotFoundError: No such file.
         ValueError: A row cannot be understood; it is named, with the columns that were found.
     """
     items: list[Item] = []
-    for number, found in enumerate(try_items(source, grid, marker, own, aspects)):
+    for number, found in enumerate(try_items(source, scales, own)):
         if isinstance(found, ValueError):
             raise ValueError(f"{source}, row {number}: {found}") from found
         items.append(found)
@@ -77,13 +73,11 @@ def load_items(
     return items
 
 
-def try_items(
-    source: str, grid: ScoreGrid, marker: str, own: OwnColumns | None = None, aspects: Sequence[Aspect] = ()
-) -> Iterator[Item | ValueError]:
+def try_items(source: str, scales: Scales, own: OwnColumns | None = None) -> Iterator[Item | ValueError]:
     """Each record's item, or why there is none: for whoever wants to hear of every bad row."""
     for record in read_records(source):
         try:
-            yield read_item(record, grid, marker, own, aspects)
+            yield read_item(record, scales, own)
         except (KeyError, TypeError) as error:
             yield ValueError(f"column {error} is missing" if isinstance(error, KeyError) else str(error))
         except ValueError as error:
@@ -92,14 +86,12 @@ def try_items(
 
 def read_item(
     record: Mapping[str, Any],
-    grid: ScoreGrid,
-    marker: str,
+    scales: Scales,
     own: OwnColumns | None = None,
-    aspects: Sequence[Aspect] = (),
 ) -> Item:
     """Turn a record of any schema that is understood into an item."""
     if own is not None:
-        record = own.convert(record, grid, marker)
+        record = own.convert(record, scales)
     columns = set(record)
     if is_pair(record):
         raise ValueError(
@@ -107,8 +99,9 @@ def read_item(
             "TRACT trains on scores. Score the responses one by one, with a rationale each, and train on those rows. "
             "With pairs a finished judge can be tested: trl-tract judge --data PAIRS --rubric RUBRIC"
         )
-    if aspects:
-        return _read_aspect_item(record, aspects)
+    if scales.aspects:
+        return _read_aspect_item(record, scales.aspects)
+    grid, marker = scales.grid, scales.marker
     if {"instruction", "gpt4_score"} <= columns:
         reference = prometheus_eval_reference(record)
         annotated = from_prometheus_eval(record, marker=marker) if record.get("gpt4_feedback") else []
@@ -134,20 +127,20 @@ def read_item(
     )
 
 
-def judged_rows(record: Mapping[str, Any], grid: ScoreGrid, marker: str, own: OwnColumns | None = None) -> list[Item]:
+def judged_rows(record: Mapping[str, Any], scales: Scales, own: OwnColumns | None = None) -> list[Item]:
     """What a judge is asked of a record: one prompt, whether or not its score is known, or the two of a pair.
 
     Raises:
         ValueError: The record cannot be understood.
     """
-    converted = record if own is None else own.convert(record, grid, marker)
+    converted = record if own is None else own.convert(record, scales)
     if is_pair(converted):
-        rows = pair_rows(converted, None if own is None else own.rubric, grid, marker)
+        rows = pair_rows(converted, None if own is None else own.rubric, scales)
         return [Item(row["group"], (), row, converted=True) for row in rows]
-    if "prompt" in converted and converted.get("completion") is None and converted.get("score") is None:
-        row = {name: value for name, value in converted.items() if name not in ("completion", "score")}
+    if "prompt" in converted and all(converted.get(name) is None for name in ("completion", "score", "scores")):
+        row = {name: value for name, value in converted.items() if name not in ("completion", "score", "scores")}
         return [Item(str(row.get("group") or json.dumps(row["prompt"])), (), row, converted=_was_written(own))]
-    return [read_item(record, grid, marker, own)]
+    return [read_item(record, scales, own)]
 
 
 def _was_written(own: OwnColumns | None) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_tract.grids.aspects import Aspect
+from trl_tract.grids.scales import Scales
 from trl_tract.grids.trie import ScorePath
 from trl_tract.prompts import CompletionFormat
 from trl_tract.scores import ScoreGrid
@@ -33,6 +34,11 @@ class JudgeConfig:
     num_scores: int = 1
     writes_rationale: bool = True
     aspects: tuple[Aspect, ...] = ()
+
+    @property
+    def scales(self) -> Scales:
+        """How the judge writes its scores."""
+        return Scales(self.grid, self.format.marker, self.aspects)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `tract_config.json`."""

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 
 from trl_tract.demo.seed_model import save_seed_model
 from trl_tract.files.journal import guard, write_jsonl
+from trl_tract.grids.scales import Scales
 from trl_tract.pipeline import Run
 from trl_tract.rows.schemas import Item, load_items, split_items, written_rows
 from trl_tract.scores import ScoreGrid
@@ -202,7 +203,7 @@ def merge(adapter: Path, directory: Path) -> None:
 
 
 def _load(config: Replication, source: str) -> list[Item]:
-    items = load_items(source, config.grid, config.marker)
+    items = load_items(source, Scales(config.grid, config.marker))
     if not config.drop_reference:
         return items
 
