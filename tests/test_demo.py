@@ -1,5 +1,6 @@
 """The demo, from its rows to its table: on a random model here, on the real one where `-m slow` is asked for."""
 
+import html
 import importlib.util
 import json
 
@@ -30,6 +31,10 @@ def test_the_demo_ends_with_its_table_examples_and_plot(small, tmp_path, capsys)
     assert "Pearson" in table
     assert "--- A hostile item" in printed
     assert (tmp_path / "out" / "predicted-against-gold.png").stat().st_size > 10_000
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"{tmp_path / 'out' / 'report.html'} and " in printed
+    assert all(html.escape(name) in page for name in JUDGES)
+    assert "Stage two" in page or "stage two" in page
     # Stage two starts from the seed model, on the self-written rows.
     step = json.loads((tmp_path / "out" / "tract.json").read_text())
     assert step["model"] == str(tmp_path / "model")
@@ -48,6 +53,8 @@ def test_on_0_to_100_every_judge_scores_on_101_values_and_is_reported_on_1_to_5(
         if errors:
             rmse = (sum(error**2 for error in errors) / len(errors)) ** 0.5
             assert reports[name].rmse.value == pytest.approx(rmse)
+            # The page is about the judge's own scale.
+            assert f"{25 * rmse:.3f}" in (tmp_path / "out" / "report.html").read_text()
     # 0.2 on 1 to 5, and 25 squared times smaller where the error is so much larger.
     training = json.loads((tmp_path / "out" / "tract.json").read_text())["training"]
     assert training["raft_weight"] == pytest.approx(0.2 / 625)

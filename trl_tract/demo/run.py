@@ -15,6 +15,7 @@ from trl_tract.files.journal import write_jsonl
 from trl_tract.pipeline import Run
 from trl_tract.plots import plot_predictions
 from trl_tract.report import ScoreReport, comparison_table, score_report
+from trl_tract.results import write_run_page
 from trl_tract.steps import DistillStep, JudgeStep, TrainStep, mean_grid_mass, read_judgements
 
 
@@ -169,10 +170,13 @@ def _rows(split: str, count: int, scale: Scale) -> list[dict[str, Any]]:
 
 def _report(directory: Path, run: Run, scale: Scale) -> dict[str, ScoreReport]:
     judged = {name: read_judgements(directory / folder) for name, folder in JUDGES.items()}
-    for each in judged.values():
-        for column in ("score", "reference"):
-            each[column] = (each[column] - scale.lowest) / scale.step + 1
-    reports = {name: score_report(each["score"], each["reference"]) for name, each in judged.items()}
+    on_own_scale = {name: score_report(each["score"], each["reference"]) for name, each in judged.items()}
+    reports = on_own_scale
+    if scale != ONE_TO_FIVE:
+        for each in judged.values():
+            for column in ("score", "reference"):
+                each[column] = (each[column] - scale.lowest) / scale.step + 1
+        reports = {name: score_report(each["score"], each["reference"]) for name, each in judged.items()}
     trained = {
         "seed model": ["judge-seed"],
         "cross-entropy, sampled score": ["ce", "judge-ce"],
@@ -196,6 +200,8 @@ def _report(directory: Path, run: Run, scale: Scale) -> dict[str, ScoreReport]:
     if scale != ONE_TO_FIVE:
         print(f"RMSE on 1 to 5, so that it compares; on the judge's own scale it is {scale.step} times that.\n")
     _worked_examples(directory, judged["TRACT"]["records"])
+    print("Report page:")
+    write_run_page(directory, JUDGES, on_own_scale, print)
     print(f"Plot: {plot}\nJudge: {directory / 'tract'}    load it with CoTRAILJudge.from_pretrained(...)")
     return reports
 
