@@ -196,8 +196,10 @@ def further_forwards(
             more = torch.arange(1, len(end) + 1, device=input_ids.device)
             rows.append((torch.cat([prefix, prefix.new_tensor(end)]), torch.cat([positions, positions[-1] + more])))
     hidden: list[torch.Tensor] = []
-    for at in range(0, len(rows), max(len(input_ids), 1)):
-        chunk = rows[at : at + len(input_ids)]
+    chunks = [rows[at : at + len(input_ids)] for at in range(0, len(rows), max(len(input_ids), 1))]
+    # Asked for before the first of them: a pass gathers weights, and the ranks have to gather in step.
+    idle = _idle_passes(backbone, input_ids, _most_passes(backbone, len(chunks)) - len(chunks))
+    for chunk in chunks:
         ids, positions = (
             torch.nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in zip(*chunk, strict=True)
         )
@@ -213,8 +215,32 @@ def further_forwards(
     ]
     if not found:
         size = backbone.get_input_embeddings().weight.shape[-1]
-        return torch.zeros(0, len(nodes), size, device=input_ids.device)
-    return torch.stack(found).reshape(len(lengths), len(nodes), -1)
+        return torch.zeros(0, len(nodes), size, device=input_ids.device) + idle
+    return torch.stack(found).reshape(len(lengths), len(nodes), -1) + idle
+
+
+def _most_passes(backbone: Any, passes: int) -> int:
+    """The most passes that any rank makes, if all have to make as many because each holds a part of the weights."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized() or not _is_sharded(backbone):
+        return passes
+    most = torch.tensor(passes, device=backbone.get_input_embeddings().weight.device)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return int(most)
+
+
+def _is_sharded(backbone: Any) -> bool:
+    """Whether FSDP, of either version, or ZeRO-3 gathers the weights at each pass."""
+    if any(hasattr(weight, "full_tensor") or hasattr(weight, "ds_id") for weight in backbone.parameters()):
+        return True
+    return any(type(module).__name__ == "FullyShardedDataParallel" for module in backbone.modules())
+
+
+def _idle_passes(backbone: Any, input_ids: torch.Tensor, count: int) -> torch.Tensor | float:
+    """Zero, of which `count` passes over a token are a part, so that their backward passes are made as well."""
+    zero: torch.Tensor | float = 0.0
+    for _ in range(count):
+        zero = zero + 0 * backbone(input_ids=input_ids[:1, :1], use_cache=False).last_hidden_state.sum()
+    return zero
 
 
 def why_not_one_forward(model: PreTrainedModel) -> str | None:
