@@ -7,6 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import importlib.resources
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ from transformers import (
 from transformers.tokenization_utils_base import generate_merges
 
 from trl_tract import TRACTConfig, TRACTTrainer
+
+# A shell starts what it puts into the background with Ctrl-C ignored, and so would the tests of Ctrl-C be.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run, none remembered on disk, no clock on a busy machine.
 hypothesis_settings.register_profile("tests", database=None, derandomize=True, deadline=None)
