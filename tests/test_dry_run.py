@@ -11,8 +11,10 @@ from test_aspects import make_rows as aspect_rows
 
 from trl_tract.cli import main
 from trl_tract.commands.dry_run import Plan
-from trl_tract.commands.estimate import count, training_memory, training_operations
+from trl_tract.commands.estimate import Batch, count, training_memory, training_operations
 from trl_tract.files.journal import write_json, write_jsonl
+
+BATCH = Batch(rows=2, length=50, labelled=30, score_rows=2)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,8 @@ def test_updates_are_those_that_trainer_does(settings, tmp_path):
 def test_tokens_of_an_update_are_counted():
     plan = Plan.of([10, 20, 30, 40], {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, 1)
     # Two rows of 25 tokens in the mean, or of 40 each.
-    assert (plan.rows_per_update, plan.mean_tokens, plan.most_tokens, plan.batch_tokens) == (2, 50, 80, 40)
+    assert (plan.rows_per_update, plan.mean_tokens, plan.most_tokens) == (2, 50, 80)
+    assert (plan.batch_rows, plan.longest) == (1, 40)
 
 
 def test_processes_share_the_updates():
@@ -93,13 +96,37 @@ def test_an_adapters_parameters_are_those_that_are_trained(model):
 
 def test_memory_of_weights_gradients_and_adam_by_hand(model):
     size = count(model, {"dtype": "float32"})
-    memory = training_memory(size, {"optim": "adamw_torch", "gradient_checkpointing": True}, {}, 100)
-    assert (memory.weights, memory.gradients, memory.optimiser) == (4 * size.total, 4 * size.total, 8 * size.total)
+    memory = training_memory(size, {"optim": "adamw_torch", "gradient_checkpointing": True}, {}, BATCH)
+    found = [memory.terms[name] for name in ("weights", "gradients", "optimiser")]
+    assert found == [4 * size.total, 4 * size.total, 8 * size.total]
+
+
+def test_activations_by_hand(model):
+    # Two blocks, 32 wide, 4 heads of 8 and as many for the keys or half, 64 in the feed-forward part, 384 tokens.
+    size = count(model, {"dtype": "float32"})
+    assert (size.hidden, size.inner, size.vocabulary) == (32, make_model().config.intermediate_size, 384)
+    tokens, rows, length = 2 * 50, 2, 50
+    terms = training_memory(size, {"bf16": True}, {}, Batch(rows, length, labelled=30, score_rows=2)).terms
+    assert terms["layer inputs"] == 2 * 2 * tokens * 32
+    assert terms["one layer"] == tokens * (18 * 32 + 8 * size.query + 10 * size.key + 14 * size.inner)
+    assert terms["mask"] == 3 * rows * length**2
+    assert terms["fused head"] == 2 * 384 * 30 + 6 * 30 * 32
+    assert terms["score rows"] == 16 * 2 * 384
+    everything = training_memory(size, {"gradient_checkpointing": False}, {}, Batch(rows, length, 30, 2)).terms
+    assert everything["layers"] == 2 * 2 * terms["one layer"]  # both blocks, in float32
+
+
+def test_sharded_weights_are_shared_out_and_gathered_two_blocks_at_a_time(model):
+    size = count(model, {"dtype": "float32"})
+    alone, shared = (training_memory(size, {"bf16": True}, {}, BATCH, devices).terms for devices in (1, 2))
+    for name in ("weights", "gradients", "optimiser"):
+        assert shared[name] == alone[name] / 2
+    assert shared["gathered"] == 2 * (size.embeddings + 2 * size.layer) + 2 * (size.embeddings + size.layer)
 
 
 def test_four_bits_shrink_the_linear_layers_alone(model):
     size = count(model, {"dtype": "float32"})
-    whole, small = (training_memory(size, {}, {"load_in_4bit": four}, 1).weights for four in (False, True))
+    whole, small = (training_memory(size, {}, {"load_in_4bit": four}, BATCH).terms["weights"] for four in (False, True))
     assert whole - small == pytest.approx(size.linear * (4 - 0.5625))
 
 

@@ -13,9 +13,11 @@ import yaml
 from command_line import check, commands_of, parse
 from conftest import make_model, make_rows, make_tokenizer
 from pages import ROOT
+from trl import ModelConfig
 
 from trl_tract import TRACTConfig
 from trl_tract.cli import main
+from trl_tract.commands.estimate import NF4_NESTED, count_config
 from trl_tract.commands.options import RunArguments
 from trl_tract.files.journal import write_jsonl
 
@@ -113,7 +115,7 @@ def test_the_memory_and_time_of_a_recipe_are_those_of_the_arithmetic_and_called_
         re.search(rf"^{name}, estimated and not measured: (.*)$", text, re.M) for name in ("Memory", "Time")
     )
     gib = [found.training, *([found.generation] if found.generation else [])]
-    assert re.findall(r"([\d.]+) GiB", memory[1]) == [f"{sum(terms.values()) / estimate.GIB:.1f}" for terms in gib]
+    assert re.findall(r"([\d.]+) GiB", memory[1]) == [f"{memory.total / estimate.GIB:.1f}" for memory in gib]
     hours = [found.stage_hours, *([found.generation_hours] if found.generation_hours else [])]
     assert re.findall(r"([\d.]+) hours", time[1]) == [f"{each:.1f}" for each in hours]
 
@@ -126,13 +128,13 @@ def test_the_cpu_recipe_says_what_was_measured():
 def test_a_recipe_fits_the_card_that_its_title_names(recipe, estimate):
     (card,) = re.findall(r"(\d+) GB", header(recipe).splitlines()[0])
     found = estimate.estimate(recipe)
-    for terms in (found.training, found.generation or {}):
+    for memory in (found.training, found.generation):
         # Cards of 12 GB have 12 GiB, of which the driver keeps some.
-        assert sum(terms.values()) / estimate.GIB < 0.92 * int(card)
+        assert memory is None or memory.total / estimate.GIB < 0.92 * int(card)
 
 
 def test_the_weights_of_a_shape_are_those_of_the_published_model(estimate):
-    # Parameters that the model cards give: 7.24, 8.03, 4.02 billion and 134.5 million. Norms are not counted here.
+    # Parameters that the model cards give: 7.24, 8.03, 4.02 billion and 134.5 million.
     known = {
         "mistralai/Mistral-7B-Instruct-v0.2": 7.24e9,
         "meta-llama/Llama-3.1-8B-Instruct": 8.03e9,
@@ -140,18 +142,19 @@ def test_the_weights_of_a_shape_are_those_of_the_published_model(estimate):
         "HuggingFaceTB/SmolLM2-135M-Instruct": 134.5e6,
     }
     for model, weights in known.items():
-        shape = estimate.SHAPES[model]
-        assert shape.layers * shape.layer + shape.embeddings == pytest.approx(weights, rel=2e-3)
+        size = count_config(estimate.CONFIGS[model], ModelConfig())
+        assert size.total == pytest.approx(weights, rel=2e-3)
+        assert size.layers * size.layer + size.embeddings == pytest.approx(size.total, rel=2e-3)
 
 
-def test_nf4_has_the_bytes_that_bitsandbytes_makes(estimate):
+def test_nf4_has_the_bytes_that_bitsandbytes_makes():
     # 64 weights in a block with an 8-bit scale; 256 scales in a block with a 32-bit one.
     from bitsandbytes.functional import quantize_4bit
 
     weights = torch.zeros(1024, 1024)
     packed, state = quantize_4bit(weights, quant_type="nf4", compress_statistics=True)
     made = packed.numel() * packed.element_size() + state.absmax.numel() + 4 * state.state2.absmax.numel()
-    assert made == pytest.approx(estimate.NF4_BYTES * weights.numel(), rel=1e-6)
+    assert made == pytest.approx(NF4_NESTED * weights.numel(), rel=1e-6)
 
 
 @pytest.mark.skipif("dry_run" not in RunArguments.__dataclass_fields__, reason="the commands have no --dry-run yet")

@@ -16,9 +16,11 @@ import torch
 from trl_tract.backends.loading import load_tokenizer
 from trl_tract.commands.check import RowsReport, examine, what_is_refused
 from trl_tract.commands.estimate import (
+    Batch,
     ModelSize,
     Speed,
     count,
+    generation_memory,
     generation_seconds,
     measure_speed,
     time_range,
@@ -48,7 +50,8 @@ class Plan:
         rows_per_update: Over all processes and accumulated batches.
         mean_tokens: Of an update, without padding.
         most_tokens: Of an update of the longest rows, padding included.
-        batch_tokens: Of the largest batch on one device.
+        batch_rows: Rows of a batch on one device.
+        longest: Tokens of the longest row.
     """
 
     updates: int
@@ -56,7 +59,8 @@ class Plan:
     rows_per_update: int
     mean_tokens: float
     most_tokens: int
-    batch_tokens: int
+    batch_rows: int
+    longest: int
 
     @classmethod
     def of(cls, lengths: Sequence[int], training: Mapping[str, Any], processes: int) -> "Plan":
@@ -92,7 +96,8 @@ class Plan:
             rows_per_update=together,
             mean_tokens=together * tokens / rows,
             most_tokens=together * longest,
-            batch_tokens=min(batch, rows) * longest,
+            batch_rows=min(batch, rows),
+            longest=longest,
         )
 
     def __str__(self) -> str:
@@ -238,6 +243,8 @@ def _generation(
             new_tokens=length,
             batch=batch,
         )
+        longest = max(report.prompt_tokens) + most
+        lines.append(f"memory, an estimate: {generation_memory(size, batch=batch, tokens=longest)}")
         lines.append(
             f"time, an estimate: {time_range(seconds / _processes())}, if rationales are as long as the annotated ones"
         )
@@ -261,9 +268,9 @@ def _rest(
     elif not report.trained:
         say("Refused: none of the rows has a completion (rationale, marker and score), so there is none to train on")
     if plan and size and speed:
-        memory = training_memory(size, dict(training), dict(model_args), plan.batch_tokens)
-        say(f"\nMemory of training on one device, an estimate: {memory}")
-        for line in _how(size, speed, plan):
+        batch = _largest_batch(plan, report, encoder)
+        say(f"\nMemory of training on one device, an estimate: {training_memory(size, training, model_args, batch)}")
+        for line in _how(size, speed, batch):
             say(f"    {line}")
     for number, row in report.examples[:5] if encoder else ():
         assert encoder is not None
@@ -274,12 +281,22 @@ def _rest(
     return report.trained > 0 and (not report.refused or training.get("invalid_rows") == "drop")
 
 
-def _how(size: ModelSize, speed: Speed, plan: Plan) -> Iterator[str]:
+def _largest_batch(plan: Plan, report: RowsReport, encoder: RowEncoder | AspectRowEncoder | None) -> Batch:
+    """The batch that decides how much memory training needs."""
+    grids = encoder.grids if encoder else ()
+    # A score needs a whole softmax at its own position, and one more at each inner node of its grid's trie.
+    nodes = [len(grid.trie.nodes) if grid.paths else 1 for grid in grids]
+    share = sum(report.completion_tokens) / max(sum(report.tokens), 1)
+    length = plan.longest + sum(nodes) - len(nodes)
+    return Batch(plan.batch_rows, length, round(plan.batch_rows * plan.longest * share), plan.batch_rows * sum(nodes))
+
+
+def _how(size: ModelSize, speed: Speed, batch: Batch) -> Iterator[str]:
     """How the estimates came about, so that nobody takes them for more."""
     yield (
         f"counted: {size.total / 1e6:,.1f} million parameters, {size.trainable / 1e6:,.1f} million of them trained; "
-        f"activations for {plan.batch_tokens:,} tokens, the largest batch; not counted: the device's own context, the "
-        "output head's buffers and gaps between allocations, together half a gigabyte or more"
+        f"activations for {batch.rows:,} rows of {batch.length:,} tokens, the largest batch; context and allocator are "
+        "rules of thumb, 0.6 GiB and a tenth of the activations"
     )
     yield (
         f"time: operations counted from parameters and tokens, over the speed of a matrix product in {speed.dtype} "

@@ -6,6 +6,8 @@ the speed of a matrix product that is measured here. Knows nothing of rows or fi
 
 import math
 import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +15,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import ModelConfig, get_peft_config
 
+GIB = 2**30
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_FOUR_BIT = 0.5 + 4 / 64  # nf4: half a byte, and a float32 scale for every 64
+NF4 = 0.5 + 4 / 64
+"""Bytes of a weight in nf4: half a byte, and a float32 scale for every 64."""
+NF4_NESTED = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""The same where the scales are quantised in turn: 8 bits each, and a float32 scale for every 256."""
+CONTEXT = 0.6 * GIB
+"""What a device holds before anything is trained: its context and libraries."""
 _SLOWEST = 0.3
 """Training at less than this share of a matrix product's speed is unusual, so it ends the range of times."""
 
@@ -31,6 +39,11 @@ class ModelSize:
         layers: Blocks.
         hidden: Width of the residual stream.
         inner: Width of the feed-forward part, times the experts of a token.
+        query: Width of the queries of all heads.
+        key: Width of their keys, which are as wide as the values.
+        vocabulary: Tokens that the head scores.
+        layer: Parameters of the largest block.
+        embeddings: Those of the embedding table and the head; of one matrix if they are tied.
         stored: Bytes of a weight that is not quantised.
     """
 
@@ -41,6 +54,11 @@ class ModelSize:
     layers: int
     hidden: int
     inner: int
+    query: int
+    key: int
+    vocabulary: int
+    layer: int
+    embeddings: int
     stored: int
 
 
@@ -55,7 +73,11 @@ def count(model: str, model_args: dict[str, Any]) -> ModelSize:
         OSError, ValueError: There is no such configuration, or no model of that kind.
     """
     args = ModelConfig(**{**model_args, "model_name_or_path": model})
-    config = AutoConfig.from_pretrained(model, revision=args.model_revision or "main")
+    return count_config(AutoConfig.from_pretrained(model, revision=args.model_revision or "main"), args)
+
+
+def count_config(config: Any, args: ModelConfig) -> ModelSize:
+    """Like `count`, of a model's configuration."""
     with torch.device("meta"):
         network: Any = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
@@ -63,15 +85,18 @@ def count(model: str, model_args: dict[str, Any]) -> ModelSize:
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
     share = chosen / experts if chosen and experts else 1.0
     table = network.get_input_embeddings().weight
-    active, linear = 0.0, 0
+    active, linear, layers = 0.0, 0, Counter[str]()
     for name, parameter in network.named_parameters():
         inside = parameter.dim() >= 2 and parameter is not table and ".layers." in f".{name}"
-        linear += parameter.numel() if inside else 0
+        if inside:
+            linear += parameter.numel()
+            layers[f".{name}".partition(".layers.")[2].partition(".")[0]] += parameter.numel()
         if inside or (parameter.dim() == 2 and "lm_head" in name):
             active += parameter.numel() * (share if ".experts" in name else 1.0)
     head = network.get_output_embeddings()
     if head is not None and head.weight is table:
         active += table.numel()
+    tables = {id(weight): weight.numel() for weight in (table, *([] if head is None else [head.weight]))}
     total = sum(parameter.numel() for parameter in network.parameters())
     trainable = total
     adapter = get_peft_config(args)
@@ -85,6 +110,8 @@ def count(model: str, model_args: dict[str, Any]) -> ModelSize:
     inner = int(
         getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", 4 * text.hidden_size)
     )
+    heads = int(text.num_attention_heads)
+    head_size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     return ModelSize(
         total=total,
         linear=linear,
@@ -93,54 +120,76 @@ def count(model: str, model_args: dict[str, Any]) -> ModelSize:
         layers=int(text.num_hidden_layers),
         hidden=int(text.hidden_size),
         inner=int(inner) * int(chosen or 1),
+        query=heads * head_size,
+        key=int(getattr(text, "num_key_value_heads", None) or heads) * head_size,
+        vocabulary=int(table.shape[0]),
+        layer=max(layers.values(), default=0),
+        embeddings=sum(tables.values()),
         stored=_BYTES.get(dtype, 4),
     )
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that training holds at its peak, part by part."""
+    """Bytes on one device at the peak of a step, term by term."""
 
-    weights: float
-    gradients: float
-    optimiser: float
-    activations: float
+    terms: Mapping[str, float]
 
     @property
     def total(self) -> float:
         """All of them."""
-        return self.weights + self.gradients + self.optimiser + self.activations
+        return sum(self.terms.values())
 
     def __str__(self) -> str:
-        parts = [
-            f"{name} {_size(getattr(self, name))}" for name in ("weights", "gradients", "optimiser", "activations")
-        ]
+        parts = [f"{name} {_size(size)}" for name, size in self.terms.items() if size >= 0.01 * self.total]
         return f"{_size(self.total)} ({', '.join(parts)})"
 
 
-def training_memory(size: ModelSize, training: dict[str, Any], model_args: dict[str, Any], batch_tokens: int) -> Memory:
-    """Memory of training on one device, without what other programs and the allocator's gaps take.
+@dataclass(frozen=True)
+class Batch:
+    """The largest batch of one device.
+
+    Attributes:
+        rows: How many.
+        length: Tokens of each, padding included.
+        labelled: Tokens with a label, of all rows together.
+        score_rows: Positions whose whole softmax is needed: the scores, and the inner nodes of their tries.
+    """
+
+    rows: int
+    length: int
+    labelled: int
+    score_rows: int
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows together."""
+        return self.rows * self.length
+
+
+def training_memory(
+    size: ModelSize, training: Mapping[str, Any], model_args: Mapping[str, Any], batch: Batch, devices: int = 1
+) -> Memory:
+    """Memory of training on one device.
 
     Args:
         size: Of the model.
         training: Fields of TRACTConfig: `optim`, `bf16`, `fp16`, `gradient_checkpointing`.
-        model_args: Fields of TRL's ModelConfig: `load_in_4bit`, `load_in_8bit`.
-        batch_tokens: Tokens of the largest batch, padding included.
+        model_args: Fields of TRL's ModelConfig: `load_in_4bit`, `use_bnb_nested_quant`, `load_in_8bit`.
+        batch: The largest.
+        devices: Over which FSDP2 or ZeRO-3 share out all weights.
 
-    The activations of a block, for each token: about 10 vectors of the residual stream's width and 4 of the
-    feed-forward part's. With gradient checkpointing only each block's input is kept, and one block at a time is
-    computed again.
+    What is counted of the activations stands in `docs/training_options.md`.
     """
-    quantised = 0.0
-    if model_args.get("load_in_4bit"):
-        quantised = _FOUR_BIT
-    elif model_args.get("load_in_8bit"):
-        quantised = 1.0
+    four_bit = bool(model_args.get("load_in_4bit"))
+    nf4 = NF4_NESTED if model_args.get("use_bnb_nested_quant") else NF4
+    quantised = nf4 if four_bit else 1.0 if model_args.get("load_in_8bit") else 0.0
     linear = size.linear if quantised else 0
-    weights = (size.total - linear) * size.stored + linear * quantised
-    # What is trained is the model itself, in the type it is stored in, or an adapter: PEFT keeps those in float32.
+    weights = ((size.total - linear) * size.stored + linear * quantised) / devices
+    # What is trained is the model, in the type that it is stored in, or in float32 where it is sharded; or an adapter,
+    # which PEFT keeps in float32 and TRL makes 16-bit on a 4-bit base.
     adapter = size.trainable < size.total
-    trained = 4 if adapter else size.stored
+    trained = (2 if four_bit else 4) if adapter else 4 if devices > 1 else size.stored
     if adapter:
         weights += size.trainable * trained
     optimiser = str(training.get("optim", "adamw_torch_fused"))
@@ -150,11 +199,48 @@ def training_memory(size: ModelSize, training: dict[str, Any], model_args: dict[
         state = 0.0
     else:
         state = 2.0 * trained
-    computed = 2 if training.get("bf16") or training.get("fp16") else size.stored
-    block = (10 * size.hidden + 4 * size.inner) * computed
-    kept = size.hidden * computed if training.get("gradient_checkpointing", True) else block
-    activations = batch_tokens * (size.layers * kept + block)
-    return Memory(weights, size.trainable * trained, size.trainable * state, activations)
+    # 16-bit weights of the root and two layers, 16-bit gradients of the root and one.
+    gathered = 2 * (size.embeddings + 2 * size.layer) + 2 * (size.embeddings + size.layer) if devices > 1 else 0
+    wide = 1 if training.get("bf16") or training.get("fp16") else size.stored / 2
+    # Outputs in 16 bits, the norms' inputs in float32, the gradients of the feed-forward part.
+    layer = batch.tokens * (18 * size.hidden + 8 * size.query + 10 * size.key + 14 * size.inner) * wide
+    checkpointed = training.get("gradient_checkpointing", True)
+    activations = {
+        "layer inputs": 2 * size.layers * batch.tokens * size.hidden * wide if checkpointed else 0.0,
+        "one layer" if checkpointed else "layers": layer * (1 if checkpointed else size.layers),
+        "dequantised": 4 * size.hidden * max(size.inner, size.query) if quantised else 0,
+        "mask": 3 * batch.rows * batch.length**2,
+        "fused head": min(size.vocabulary, 32768) * 2 * min(batch.labelled, 4096) + 6 * batch.labelled * size.hidden,
+        "score rows": 16 * batch.score_rows * size.vocabulary,
+    }
+    return Memory(
+        {
+            "weights": weights,
+            "gradients": size.trainable * trained / devices,
+            "optimiser": size.trainable * state / devices,
+            "gathered": gathered,
+            **activations,
+            "context": CONTEXT,
+            "allocator": 0.1 * sum(activations.values()),
+        }
+    )
+
+
+def generation_memory(size: ModelSize, *, batch: int, tokens: int) -> Memory:
+    """Memory while the transformers backend writes `batch` rationales, prompt and all of up to `tokens` tokens.
+
+    The base of an adapter is loaded in its own precision, also where it was trained in 4 bits.
+    """
+    cache = 2 * size.stored * size.layers * size.key * batch * tokens
+    return Memory(
+        {
+            "weights": size.stored * size.total,
+            "keys and values": cache,
+            "logits": 24 * batch * size.vocabulary,
+            "context": CONTEXT,
+            "allocator": 0.1 * cache,
+        }
+    )
 
 
 def training_operations(size: ModelSize, tokens: float, mean_length: float, training: dict[str, Any]) -> float:
@@ -251,4 +337,4 @@ def _duration(seconds: float) -> str:
 
 def _size(number: float) -> str:
     """Bytes as a person reads them."""
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
+    return f"{number / GIB:.1f} GiB" if number >= GIB else f"{number / 2**20:.0f} MiB"

@@ -25,6 +25,7 @@ from trl_tract.rows.encoding import (
 )
 from trl_tract.rows.rendering import RenderedRow, as_prompt_completion, render_aspects
 from trl_tract.rows.tokens import resolve_aspects, resolve_grid_from_ids, tokenise
+from trl_tract.scores import ScoreGrid
 
 
 class AspectEncoder(Encoder):
@@ -63,6 +64,11 @@ class AspectRowEncoder(AspectEncoder, TextEncoder):
     max_length: int | None
     completion_only: bool
     score_in_ce: bool
+
+    @property
+    def grids(self) -> tuple[ScoreGrid, ...]:
+        """Each aspect's."""
+        return tuple(aspect.grid for aspect in self.aspects)
 
     def render(self, row: Mapping[str, Any]) -> RenderedRow:
         """The row as text, with the score of each aspect found."""

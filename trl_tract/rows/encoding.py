@@ -84,6 +84,11 @@ class TextEncoder(Encoder):
 
     tokenizer: PreTrainedTokenizerBase
 
+    @property
+    def grids(self) -> tuple[ScoreGrid, ...]:
+        """The grid of each of a row's scores, its tokens resolved."""
+        raise NotImplementedError
+
     def render(self, row: Mapping[str, Any]) -> RenderedRow:
         """The row as the text that is tokenised, with its scores found.
 
@@ -139,6 +144,11 @@ class RowEncoder(OneGridEncoder, TextEncoder):
     score_in_ce: bool
     annotators: bool = False
     drop_rationale: bool = False
+
+    @property
+    def grids(self) -> tuple[ScoreGrid, ...]:
+        """The one grid."""
+        return (self.grid,)
 
     def render(self, row: Mapping[str, Any]) -> RenderedRow:
         """The row as text, without its rationale if that is left out."""
