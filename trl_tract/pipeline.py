@@ -180,16 +180,16 @@ def run_tract(
     spec = RunSpec(
         model,
         data,
-        eval_data,
-        eval_fraction,
-        OwnColumns.parse(columns, rubric),
-        dict(training or {}),
-        dict(model_args or {}),
-        dict(generation or {}),
-        num_generations,
-        on_failure,
-        keep_annotated,
-        dict(backend or {}),
+        eval_data=eval_data,
+        eval_fraction=eval_fraction,
+        own=OwnColumns.parse(columns, rubric),
+        training=dict(training or {}),
+        model_args=dict(model_args or {}),
+        generation=dict(generation or {}),
+        num_generations=num_generations,
+        on_failure=on_failure,
+        keep_annotated=keep_annotated,
+        backend=dict(backend or {}),
     )
     return carry_out(spec, Path(output_dir), isolate=isolate, say=say)
 

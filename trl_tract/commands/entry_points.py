@@ -97,16 +97,16 @@ def _run(arguments: Sequence[str]) -> int:
     spec = RunSpec(
         _required_model(model),
         run.data,
-        run.eval_data,
-        run.eval_fraction,
-        _own(own),
-        field_values(training),
-        asdict(model),
-        generation.sampling(),
-        generation.num_generations,
-        run.on_failure,
-        run.keep_annotated,
-        generation.engine(),
+        eval_data=run.eval_data,
+        eval_fraction=run.eval_fraction,
+        own=_own(own),
+        training=field_values(training),
+        model_args=asdict(model),
+        generation=generation.sampling(),
+        num_generations=generation.num_generations,
+        on_failure=run.on_failure,
+        keep_annotated=run.keep_annotated,
+        backend=generation.engine(),
     )
     if run.dry_run:
         from trl_tract.commands.dry_run import dry_run
