@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from conftest import make_model, make_tokenizer
@@ -13,7 +14,9 @@ from trl_tract.files.journal import read_jsonl, write_jsonl
 from trl_tract.grids.aspects import read_aspects
 from trl_tract.grids.scales import Scales
 from trl_tract.results import judged_grid, page_file
-from trl_tract.rows.schemas import load_items
+from trl_tract.rows.columns import OwnColumns
+from trl_tract.rows.onramp import as_jsonl
+from trl_tract.rows.schemas import judged_rows, load_items
 from trl_tract.scores import ScoreGrid
 from trl_tract.steps import judged_aspects, read_judgements
 
@@ -127,6 +130,46 @@ def test_a_rows_file_is_read_with_a_score_for_each_aspect(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "scores": {"tone": 1}}])
     with pytest.raises(ValueError, match="row 0: `scores` has no gold score for aspect 'facts'"):
         load_items(str(tmp_path / "rows.jsonl"), Scales(GRID, "", aspects))
+
+
+@pytest.fixture(scope="module")
+def seed(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("seed")
+    make_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def test_columns_of_ones_own_may_hold_aspects(tmp_path, seed):
+    scales, rows = Scales(GRID, "", read_aspects(ASPECTS)), make_rows(ASPECTS, 3)
+    renamed = [{"ask": row["prompt"], "reply": row["completion"], "scores": row["scores"]} for row in rows]
+    write_jsonl(tmp_path / "own.jsonl", renamed)
+    own = OwnColumns.parse(["prompt=ask", "completion=reply"], None)
+    with as_jsonl(str(tmp_path / "own.jsonl"), seed, scales, own) as file:
+        assert list(read_jsonl(Path(file))) == rows
+
+
+def test_a_rubric_is_for_rows_with_one_score(tmp_path, seed):
+    scales = Scales(GRID, "", read_aspects(ASPECTS))
+    write_jsonl(tmp_path / "own.jsonl", [{"ask": "a", "note": "b", "stars": 3}])
+    own = OwnColumns.parse(["prompt=ask", "rationale=note", "score=stars"], None)
+    with (
+        pytest.raises(ValueError, match="row 0: --rubric and the columns score and rationale are for rows with one"),
+        as_jsonl(str(tmp_path / "own.jsonl"), seed, scales, own),
+    ):
+        pass
+
+
+def test_rows_without_gold_scores_are_judged_on_their_aspects(tmp_path, seed):
+    scales = Scales(GRID, "", read_aspects(ASPECTS))
+    write_jsonl(tmp_path / "own.jsonl", [{"ask": "a"}, {"ask": "b"}])
+    own = OwnColumns.parse(["prompt=ask"], None)
+    with as_jsonl(str(tmp_path / "own.jsonl"), seed, scales, own, judged=True) as file:
+        assert [row["prompt"] for row in read_jsonl(Path(file))] == ["a", "b"]
+    # As a Parquet or CSV file has them: the columns of another row, empty here.
+    (item,) = judged_rows({"prompt": "a", "completion": None, "scores": None}, scales)
+    assert item.reference == {"prompt": "a"}
+    (item,) = judged_rows({"prompt": "a", "scores": {"tone": 2, "facts": 30}}, scales)
+    assert item.reference["scores"] == {"tone": 2, "facts": 30}
 
 
 def test_an_aspects_page_has_a_plain_file_name(tmp_path):
