@@ -146,6 +146,22 @@ def test_a_run_goes_on_at_the_first_unfinished_step(tmp_path):
     assert done == ["one", "two"]
 
 
+def test_two_processes_do_not_work_in_one_directory(tmp_path):
+    def work() -> None:
+        # What a second process would find while this step is being done.
+        same = Run(tmp_path, {"a": 1}, total=1, say=lambda line: None)
+        with pytest.raises(RuntimeError, match="another process is at work in"):
+            same.step("one", "One", lambda: done.append("twice"))
+        with pytest.raises(RuntimeError, match="another process is at work in"):
+            Run(tmp_path, {"a": 2}, total=1, say=lambda line: None)  # nothing is trained yet, so it would start anew
+        done.append("once")
+
+    done: list[str] = []
+    Run(tmp_path, {"a": 1}, total=1, say=lambda line: None).step("one", "One", work)
+    assert done == ["once"]
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"a": 1}
+
+
 def test_another_runs_directory_is_refused(finished, seed_model):
     directory, _, _ = finished
     with pytest.raises(FileExistsError, match=r"holds another run \(on_failure: 'keep_gold' there, 'drop' now\)"):

@@ -2,13 +2,15 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from transformers import AutoTokenizer
 
 from trl_tract.backends.loading import check_model
@@ -57,6 +59,7 @@ class Run:
 
     Raises:
         FileExistsError: The directory holds another run, of which something is finished.
+        RuntimeError: It holds another one, which is being done.
     """
 
     def __init__(
@@ -74,9 +77,10 @@ class Run:
             if not nothing_trained(directory):
                 raise
             # A mistake in the options, mended: nothing is lost, and another directory would only be a nuisance.
-            say("The settings changed before anything was trained: starting anew")
-            (directory / "steps.json").unlink(missing_ok=True)
-            write_json(directory / "settings.json", settings)
+            with _alone(directory):
+                say("The settings changed before anything was trained: starting anew")
+                (directory / "steps.json").unlink(missing_ok=True)
+                write_json(directory / "settings.json", settings)
         self.directory = directory
         self.isolate = torch.cuda.is_available() if isolate is None else isolate
         self.total = total
@@ -86,20 +90,46 @@ class Run:
         self._met = 0
 
     def step(self, name: str, title: str, work: Step | Callable[[], None]) -> None:
-        """Do `work` unless it is finished, and write down how long it took."""
+        """Do `work` unless it is finished, and write down how long it took.
+
+        Raises:
+            RuntimeError: Another process is at work in the directory.
+        """
         self._met += 1
         heading = f"[{self._met}/{self.total}] {title}"
         if name in self.seconds:
             self.say(f"{heading}: finished before, in {self.seconds[name]:.0f} s")
             return
-        self.say(heading)
-        started = time.monotonic()
-        if callable(work):
-            work()
-        else:
-            run_step(work, self.directory / f"{name}.json", isolate=self.isolate)
-        self.seconds[name] = time.monotonic() - started
-        write_json(self._file, self.seconds)
+        with _alone(self.directory):
+            self.say(heading)
+            started = time.monotonic()
+            if callable(work):
+                work()
+            else:
+                run_step(work, self.directory / f"{name}.json", isolate=self.isolate)
+            self.seconds[name] = time.monotonic() - started
+            write_json(self._file, self.seconds)
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Keep other processes out of a run's directory.
+
+    Raises:
+        RuntimeError: One is at work there.
+    """
+    lock = FileLock(directory / "run.lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RuntimeError(
+            f"another process is at work in {directory}. Wait until it ends, or stop it: two runs would write the same "
+            "files"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def nothing_trained(directory: Path) -> bool:
