@@ -31,6 +31,14 @@ def test_lines_are_few():
     assert len(log.getvalue().splitlines()) == 2
 
 
+def test_work_that_goes_on_says_so_in_a_log(capsys):
+    with progress(total=3, desc="judging", unit="row") as lines:
+        lines.update(3)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("judging: 0 of 3 rows (0%)")
+    assert last.startswith("judging: 3 of 3 rows (100%)")
+
+
 def test_a_hidden_one_writes_nothing(capsys):
     with progress(total=3, desc="judging", unit="row", hidden=True) as lines:
         lines.update(3)

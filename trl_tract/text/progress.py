@@ -65,7 +65,8 @@ class ProgressLines(tqdm):
 def progress(*, total: int, desc: str, unit: str, initial: int = 0, hidden: bool = False) -> Any:
     """A bar where someone watches it, lines elsewhere."""
     kind = automatic if is_watched() else ProgressLines
-    return kind(total=total, desc=desc, unit=unit, initial=initial, disable=True if hidden else None)
+    # Never None, with which tqdm is silent wherever it writes to a file.
+    return kind(total=total, desc=desc, unit=unit, initial=initial, disable=hidden)
 
 
 def hide_bars_of_libraries() -> None:
