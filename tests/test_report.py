@@ -299,3 +299,17 @@ def test_report_is_what_the_top_level_hands_out():
     import trl_tract
 
     assert isinstance(trl_tract.score_report([1, 2, 3], [1, 2, 3], n_bootstrap=0), ScoreReport)
+
+
+def test_a_judge_that_gives_every_item_the_same_score_is_told_of():
+    gold = [1.0, 2, 3, 4, 5]
+    told = "All scores are nearly the same"
+    report = score_report([4.0, 4.0, 4.0, 4.0, 4.01], gold, n_bootstrap=0)
+    assert report.spread == pytest.approx(np.std([4.0, 4.0, 4.0, 4.0, 4.01]) / np.std(gold))
+    assert told in str(report)
+    assert told in str(score_report([4.0] * 5, gold, n_bootstrap=0))
+    # A judge that keeps to the middle is no such judge.
+    assert told not in str(score_report([2.9, 2.95, 3, 3.05, 3.1], gold, n_bootstrap=0))
+    for alike in (score_report([3.0, 3.0], [2.0, 2.0], n_bootstrap=0), score_report([3.0], [2.0], n_bootstrap=0)):
+        assert told not in str(alike)
+        assert alike.to_dict()["spread"] is None

@@ -18,6 +18,9 @@ from trl_tract.resampling.pairs import METRICS, Floats, Ints, JudgedPairs, as_pa
 __all__ = ["Comparison", "Interval", "ScoreReport", "compare", "comparison_table", "score_report"]
 
 
+_ALIKE = 0.02
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Agreement:
     pearson: Interval
@@ -35,7 +38,7 @@ class _Agreement:
 
     def to_dict(self) -> dict[str, Any]:
         """All attributes by name, ready for JSON: undefined numbers are None."""
-        return {name: value.to_dict() if isinstance(value, Interval) else value for name, value in vars(self).items()}
+        return {name: _plain(value) for name, value in vars(self).items()}
 
     def _lines(self, heading: str) -> str:
         rows = [["metric", heading, "low", "high"]]
@@ -57,6 +60,8 @@ class ScoreReport(_Agreement):
         pearson, spearman, kendall: Correlations (Kendall: tau-b); undefined for a constant or fewer than three items.
         rmse, mae: Errors, rubric units.
         qwk, accuracy: Quadratic-weighted kappa, and share of equal scores, after rounding to the grid.
+        spread: Standard deviation of the predictions over that of the gold scores; NaN where either is undefined, or
+            all gold scores are the same. Near 0 the judge gives every item the same score.
         n: Items with a prediction: those behind every number here.
         failed: Items without one (NaN), counted and kept out of everything else.
         n_groups: Groups that were resampled; None: items were.
@@ -64,9 +69,17 @@ class ScoreReport(_Agreement):
         seed: Seed of the resampling.
     """
 
+    spread: float
+
     def __str__(self) -> str:
         counts = f"{self.n} of {self.n + self.failed} items scored, {self.failed} failed"
-        return f"{counts}\n{self._lines('value')}"
+        lines = f"{counts}\n{self._lines('value')}"
+        if self.spread < _ALIKE:
+            lines += (
+                f"\nAll scores are nearly the same: they spread {self.spread:.2%} as far as the gold scores. The "
+                "correlations are those of the last digits, and say nothing"
+            )
+        return lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +149,26 @@ def score_report(
     intervals = _intervals(pairs, KINDS, int(given.sum()), codes, n_bootstrap, seed)
     return ScoreReport(
         **intervals,
+        spread=_spread(predicted[given], gold[given]),
         n=int(given.sum()),
         failed=int((~given).sum()),
         n_groups=n_groups,
         n_bootstrap=n_bootstrap,
         seed=seed,
     )
+
+
+def _spread(predicted: Floats, gold: Floats) -> float:
+    if len(gold) < 2 or np.ptp(gold) == 0:
+        return float("nan")
+    return float(np.std(predicted) / np.std(gold))
+
+
+def _plain(value: Any) -> Any:
+    """An attribute as JSON has it."""
+    if isinstance(value, Interval):
+        return value.to_dict()
+    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def compare(
