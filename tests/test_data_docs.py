@@ -25,7 +25,7 @@ def folder(tmp_path, monkeypatch):
     make_tokenizer().save_pretrained(tmp_path / "seed")
     make_model().config.save_pretrained(tmp_path / "seed")
     (tmp_path / "rows.csv").write_text(blocks("text")[0])
-    rubric, config = blocks("yaml")
+    rubric, config, _ = blocks("yaml")
     (tmp_path / "rubric.yaml").write_text(rubric)
     (tmp_path / "run.yaml").write_text(config.replace(MODEL, "seed") + "eval_fraction: 0.5\n")
     write_jsonl(tmp_path / "rows.jsonl", make_rows(18))

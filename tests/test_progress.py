@@ -34,9 +34,9 @@ def test_lines_are_few():
 def test_work_that_goes_on_says_so_in_a_log(capsys):
     with progress(total=3, desc="judging", unit="row") as lines:
         lines.update(3)
-    first, last = capsys.readouterr().err.splitlines()
-    assert first.startswith("judging: 0 of 3 rows (0%)")
-    assert last.startswith("judging: 3 of 3 rows (100%)")
+    first, *_, last = (line for line in capsys.readouterr().err.splitlines() if line.startswith("judging: "))
+    assert "0 of 3 rows (0%)" in first
+    assert "3 of 3 rows (100%)" in last
 
 
 def test_a_hidden_one_writes_nothing(capsys):
