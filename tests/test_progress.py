@@ -31,7 +31,8 @@ def test_lines_are_few():
     assert len(log.getvalue().splitlines()) == 2
 
 
-def test_work_that_goes_on_says_so_in_a_log(capsys):
+def test_work_that_goes_on_says_so_in_a_log(capsys, monkeypatch):
+    monkeypatch.setattr("trl_tract.text.progress.is_watched", lambda: False)  # whoever imported ipykernel before
     with progress(total=3, desc="judging", unit="row") as lines:
         lines.update(3)
     first, *_, last = (line for line in capsys.readouterr().err.splitlines() if line.startswith("judging: "))
