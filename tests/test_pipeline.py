@@ -162,6 +162,16 @@ def test_two_processes_do_not_work_in_one_directory(tmp_path):
     assert json.loads((tmp_path / "settings.json").read_text()) == {"a": 1}
 
 
+def test_what_another_process_finished_meanwhile_is_not_done_again(tmp_path):
+    done: list[str] = []
+    first, second = (Run(tmp_path, {"a": 1}, total=2, say=lambda line: None) for _ in range(2))
+    first.step("one", "One", lambda: done.append("one"))
+    second.step("one", "One", lambda: done.append("again"))
+    second.step("two", "Two", lambda: done.append("two"))
+    assert done == ["one", "two"]
+    assert json.loads((tmp_path / "steps.json").read_text()).keys() == {"one", "two"}
+
+
 def test_another_runs_directory_is_refused(finished, seed_model):
     directory, _, _ = finished
     with pytest.raises(FileExistsError, match=r"holds another run \(on_failure: 'keep_gold' there, 'drop' now\)"):

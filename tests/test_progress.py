@@ -40,6 +40,13 @@ def test_work_that_goes_on_says_so_in_a_log(capsys, monkeypatch):
     assert "3 of 3 rows (100%)" in last
 
 
+def test_the_last_line_is_written_once():
+    log = io.StringIO()
+    with ProgressLines(total=2, desc="judging", unit="row", file=log, mininterval=0) as lines:
+        lines.update(2)
+    assert log.getvalue().count("2 of 2 rows") == 1
+
+
 def test_a_hidden_one_writes_nothing(capsys):
     with progress(total=3, desc="judging", unit="row", hidden=True) as lines:
         lines.update(3)

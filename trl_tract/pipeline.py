@@ -97,10 +97,11 @@ class Run:
         """
         self._met += 1
         heading = f"[{self._met}/{self.total}] {title}"
-        if name in self.seconds:
-            self.say(f"{heading}: finished before, in {self.seconds[name]:.0f} s")
-            return
         with _alone(self.directory):
+            self.seconds = finished_steps(self.directory)  # another process may have gone on meanwhile
+            if name in self.seconds:
+                self.say(f"{heading}: finished before, in {self.seconds[name]:.0f} s")
+                return
             self.say(heading)
             started = time.monotonic()
             if callable(work):

@@ -239,7 +239,8 @@ def _idle_passes(backbone: Any, input_ids: torch.Tensor, count: int) -> torch.Te
     """Zero, of which `count` passes over a token are a part, so that their backward passes are made as well."""
     zero: torch.Tensor | float = 0.0
     for _ in range(count):
-        zero = zero + 0 * backbone(input_ids=input_ids[:1, :1], use_cache=False).last_hidden_state.sum()
+        hidden = backbone(input_ids=input_ids[:1, :1], use_cache=False).last_hidden_state
+        zero = zero + (0 * hidden).sum()  # in this order: a sum in 16 bits may overflow, and 0 * inf is NaN
     return zero
 
 

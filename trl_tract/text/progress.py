@@ -31,7 +31,7 @@ class ProgressLines(tqdm):
             "{remaining} left"
         )
         kwargs.update(dynamic_ncols=False, ncols=None, position=0)
-        self._written, self._ending = 0.0, False
+        self._written, self._written_n, self._ending = 0.0, -1.0, False
         super().__init__(*args, **kwargs)
 
     @staticmethod
@@ -49,15 +49,16 @@ class ProgressLines(tqdm):
         now = time.monotonic()
         if not self._ending and self._written and now - self._written < self.mininterval:
             return False
-        self._written = now
+        self._written, self._written_n = now, self.n
         self.sp(str(self) if msg is None else msg)
         return True
 
     def close(self) -> None:
-        """Write the last line."""
+        """Write the last line, unless it stands there."""
         if not self.disable:
             self._ending = True
-            self.display()
+            if self._written_n != self.n:
+                self.display()
             self.disable: bool = True
             self._decr_instances(self)
 
