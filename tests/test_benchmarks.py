@@ -160,3 +160,6 @@ def test_grid_cost_compares_ways_to_the_same_loss(grid_cost):
         assert rows[size]["loss"]["trie"] == pytest.approx(rows[size]["loss"]["per_score"], rel=1e-5)
     assert rows[101]["train_over_single"].keys() == {"trie"}
     assert rows[101]["ask_over_single"].keys() == {"trie", "walk"}
+    for kind in ("train", "ask"):
+        peaks = [rows[size][f"{kind}_peak_bytes"] for size in (5, 101)]
+        assert 0 < peaks[0]["single"] == peaks[0]["trie"] < peaks[1]["trie"]

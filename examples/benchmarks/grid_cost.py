@@ -15,7 +15,8 @@ pass, and for the `walk` over the trie that works with every backend. Digits are
 
 The ways alternate in one process; a ratio is taken inside a round, and what is reported is the median of the rounds'
 ratios with their spread. On a CPU the process's own CPU seconds are counted, which other work on the machine moves less
-than the clock. A markdown table grows on stdout; the last line is JSON with device, versions, arguments and rows.
+than the clock. Memory is the most that torch's allocator had live at once beyond what was live before, in one step of
+each. A markdown table grows on stdout; the last line is JSON with device, versions, arguments and rows.
 """
 
 import argparse
@@ -35,7 +36,7 @@ import trl
 from contenders import WORDS, Cell, make_model
 from contenders import make_rows as make_word_rows
 from datasets import Dataset
-from step_cost import device_name, spread, synchronise
+from step_cost import device_name, peak_bytes, spread, synchronise
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -56,6 +57,7 @@ GRIDS: dict[int, list[float]] = {
 }
 SMOKE = {"shape": "tiny", "vocab": 512, "length": 48, "grids": [5, 11, 101], "rounds": 2, "per_score_up_to": 11}
 MARKER = "[RESULT]"
+MIB = 2**20
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -188,11 +190,12 @@ def measure(args: argparse.Namespace, size: int) -> dict[str, Any]:
             result[f"{kind}_over_single"] = {
                 name: spread([each[name] / each["single"] for each in times]) for name in ways if name != "single"
             }
+            result[f"{kind}_peak_bytes"] = {name: peak_bytes(ways[name], args.device) for name in ("single", "trie")}
     return result
 
 
 HEADER = ["scores", "more tokens", "training: trie / single", "per score / single"]
-HEADER += ["judging: one forward / single", "walk / single"]
+HEADER += ["judging: one forward / single", "walk / single", "training, MiB", "judging, MiB"]
 
 
 def table_row(row: dict[str, Any]) -> str:
@@ -201,7 +204,9 @@ def table_row(row: dict[str, Any]) -> str:
         return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else "-"
 
     cells = [f"{row['scores']:,}", str(row["extra_tokens"]), shown("train", "trie"), shown("train", "per_score")]
-    return "| " + " | ".join([*cells, shown("ask", "trie"), shown("ask", "walk")]) + " |"
+    cells += [shown("ask", "trie"), shown("ask", "walk")]
+    cells += [f"{row[f'{kind}_peak_bytes']['trie'] / MIB:.1f}" for kind in ("train", "ask")]
+    return "| " + " | ".join(cells) + " |"
 
 
 def draw(result: dict[str, Any], path: str) -> None:
@@ -210,7 +215,8 @@ def draw(result: dict[str, Any], path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure, (*axes, memory) = pyplot.subplots(1, 3, figsize=(15, 4))
+    axes[1].sharey(axes[0])
     names = {
         "train": {"trie": "one forward, branches", "per_score": "one forward a score"},
         "ask": {"trie": "one forward, branches", "walk": "walk, level by level"},
@@ -229,6 +235,13 @@ def draw(result: dict[str, Any], path: str) -> None:
         axis.set(title=title, xlabel="scores in the grid", xscale="log", yscale="log")
         axis.legend()
     axes[0].set_ylabel("time, in units of five single tokens")
+    sizes = [row["scores"] for row in result["rows"]]
+    for kind, label in {"train": "a training step", "ask": "a judge's question"}.items():
+        peaks = [row[f"{kind}_peak_bytes"]["trie"] / MIB for row in result["rows"]]
+        memory.plot(sizes, peaks, marker="o", label=f"{label}, one forward")
+    memory.set(title="Memory", xlabel="scores in the grid", ylabel="peak beyond what was live, MiB", xscale="log")
+    memory.set_ylim(0)
+    memory.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
