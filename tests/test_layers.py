@@ -14,15 +14,7 @@ ROOT = Path(trl_tract.__file__).parent
 # whose files stand on different levels is a floor of rooms; any other folder is one room.
 LEVELS = [
     {"metrics", "prompts", "scores", "commands.options", "distillation.failures", "distillation.summary"}
-    | {
-        "files.blocks",
-        "files.checkpoints",
-        "files.journal",
-        "grids.aspects",
-        "grids.scales",
-        "grids.trie",
-        "judging.judgement",
-    }
+    | {"files.blocks", "files.checkpoints", "files.journal", "grids.aspects", "grids.scales", "grids.trie"}
     | {"judging.judgement", "resampling.intervals", "resampling.pairs", "rows.sources", "text.display"}
     | {"text.markdown", "text.progress", "text.terminal", "training.neighbours"},
     {"backends", "calibration", "config", "data", "evaluate_metric", "losses", "recalibration"}
