@@ -227,6 +227,27 @@ def test_a_completion_without_a_single_score_is_refused(completion, kind, messag
 
 
 @pytest.mark.parametrize(
+    ("written", "hint"),
+    [
+        ("4.0", "1, 2, 3, 4, 5. The grid writes '4': write it so, or give `score_texts` as the rows write them"),
+        ("04. Done", "The grid writes '4'"),
+        ("4.5", "Write the nearest of them, and 4.5 as the gold score in a column: that one may lie between"),
+        ("6", None),
+        ("0.5", None),
+        ("4.5/10", None),
+        ("four", None),
+    ],
+)
+def test_a_number_within_the_grid_is_told_how_to_be_written(written, hint):
+    with pytest.raises(ScoreNotFoundError) as caught:
+        locate_score(f"fine. [RESULT] {written}", MARKER, ONE_TO_FIVE.texts)
+    if hint is None:
+        assert str(caught.value).endswith("the admissible scores are 1, 2, 3, 4, 5")
+    else:
+        assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize(
     "completion", ["fine. [RESULT] 4", "fine. [RESULT]4.", "[RESULT]\n\n4\n", "a\n[RESULT]: x [RESULT] 4"]
 )
 def test_usual_ways_of_writing_a_score_are_read(completion):

@@ -155,7 +155,9 @@ def span_at(completion: str, marker_start: int, marker: str, score_texts: Sequen
     if text is None:
         shown = tail if len(tail) <= 40 else tail[:40] + "…"
         raise ScoreNotFoundError(
-            "not on the grid", f"{shown!r} follows the marker; the admissible scores are {some_scores(score_texts)}"
+            "not on the grid",
+            f"{shown!r} follows the marker; the admissible scores are {some_scores(score_texts)}"
+            f"{_what_to_write(tail, score_texts)}",
         )
     start = marker_start + len(marker) + len(separator)
     rationale = completion[:marker_start]
@@ -176,6 +178,20 @@ def _leading_score(tail: str, score_texts: Sequence[str]) -> str | None:
         if tail.startswith(text) and not goes_on.match(tail, len(text)):
             return text
     return None
+
+
+def _what_to_write(tail: str, score_texts: Sequence[str]) -> str:
+    """What to do about a number that is no score of the grid but lies within it; empty about anything else."""
+    number = _NUMBER.match(tail)
+    if number is None or _SCORE_GOES_ON.match(tail, number.end()):
+        return ""
+    values = {float(text): text for text in score_texts if _NUMBER.fullmatch(text)}
+    value = float(number[0])
+    if value in values:
+        return f". The grid writes {values[value]!r}: write it so, or give `score_texts` as the rows write them"
+    if values and min(values) < value < max(values):
+        return f". Write the nearest of them, and {number[0]} as the gold score in a column: that one may lie between"
+    return ""
 
 
 def _holds_score(text: str, score_texts: Sequence[str]) -> bool:
