@@ -126,6 +126,64 @@ def test_a_rubric_of_other_scores_says_which_option_to_set(rubric):
         read_item(RECORD, Scales(ScoreGrid.from_values([1, 2, 3])), OwnColumns.parse(COLUMNS, rubric))
 
 
+SOME = """\
+criterion: Does the answer solve the question?
+scores: {SCORES}
+scale: any whole number from 0 to 100
+"""
+HUNDRED = ScoreGrid.from_values("0..100")
+
+
+@pytest.mark.parametrize(
+    "scores",
+    ["0: wrong, 50: half right, 100: right", "0-20: wrong, 21 to 79: half right, 80–100: right", "0-50: a, 50-100: b"],
+)
+def test_a_rubric_may_describe_some_scores_of_a_scale(tmp_path, scores):
+    (tmp_path / "r.yaml").write_text(SOME.replace("SCORES", scores))
+    own = OwnColumns.parse(COLUMNS, tmp_path / "r.yaml")
+    (row,) = read_item(RECORD | {"stars": "37"}, Scales(HUNDRED), own).training
+    assert row["completion"] == "That is right. [RESULT] 37"
+    assert "Then write [RESULT] and one score: any whole number from 0 to 100. Treat" in row["prompt"]
+    assert "Score rubric: [Does the answer solve the question?]\nScore 0" in row["prompt"]
+
+
+def test_a_scale_stands_in_an_own_template(tmp_path):
+    (tmp_path / "r.yaml").write_text(SOME.replace("SCORES", "0: a, 100: b") + "template: '{response} {scores}'\n")
+    assert Rubric.load(tmp_path / "r.yaml").prompt("", "2", None, "") == "2 any whole number from 0 to 100"
+
+
+@pytest.mark.parametrize(
+    ("scores", "wanted"),
+    [
+        (
+            "0: a, 101: b",
+            "describes '101': that is neither a score of the grid, which is 0, 1, 2, 3, 4, ..., 100, nor a",
+        ),
+        ("0-20: a, 21-120: b", "describes '21-120': that is neither"),
+        ("50: a, 0: b", "describes '0' behind a higher score: put the lowest first"),
+        ("0-20: a, 10-30: b", "describes '10-30' behind a higher score"),
+        ("20-0: a, 30: b", "describes '20-0' behind a higher score"),
+    ],
+)
+def test_a_scale_describes_scores_of_the_grid_in_its_order(tmp_path, scores, wanted):
+    (tmp_path / "r.yaml").write_text(SOME.replace("SCORES", scores))
+    with pytest.raises(ValueError, match=wanted):
+        read_item(RECORD, Scales(HUNDRED), OwnColumns.parse(COLUMNS, tmp_path / "r.yaml"))
+
+
+def test_a_rubric_of_some_scores_without_a_scale_is_told_of_it(tmp_path):
+    (tmp_path / "r.yaml").write_text(SOME.replace("SCORES", "0: a, 100: b").rsplit("scale", 1)[0])
+    with pytest.raises(ValueError, match=r"but the grid is 0, 1, .*`scale: any score from 0 to 100` in it"):
+        read_item(RECORD, Scales(HUNDRED), OwnColumns.parse(COLUMNS, tmp_path / "r.yaml"))
+
+
+def test_ranges_of_negative_numbers_and_words_are_read():
+    Rubric("c", {"-10--1": "a", "0": "b", "1-10": "c"}, scale="any").check(ScoreGrid.from_values("-10..10"))
+    Rubric("c", {"poor-fair": "a", "good": "b"}, scale="any").check(
+        ScoreGrid.from_values({"poor": 1, "fair": 2, "good": 3})
+    )
+
+
 def test_a_file_of_own_columns_is_read_to_its_end(tmp_path, rubric):
     lines = ["question,answer,feedback,stars", *(f"q{i // 2},a{i},Fine.,{1 + i % 5}" for i in range(50))]
     (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")

@@ -18,6 +18,7 @@ from trl import TrlParser
 
 from trl_tract import CoTRAILJudge, ScoreGrid, TRACTConfig, TransformersBackend
 from trl_tract.backends import ScriptedBackend
+from trl_tract.commands.parsing import parse
 from trl_tract.grids.trie import TokenTrie, walk_trie
 from trl_tract.prompts import ScoreNotFoundError, locate_score
 from trl_tract.rows.encoding import RowEncoder, TokenisedRowEncoder
@@ -373,6 +374,43 @@ def test_yaml_and_the_command_line_give_texts(tmp_path):
     flags = ["--output_dir", str(tmp_path), "--score_values", "1", "2.5", "--score_texts", "no", "very much"]
     (args,) = TrlParser(TRACTConfig).parse_args_and_config(flags)
     assert (args.score_values, args.score_texts) == ([1.0, 2.5], ["no", "very much"])
+
+
+@pytest.mark.parametrize(
+    ("written", "texts"),
+    [
+        ("0..100", [str(number) for number in range(101)]),
+        (["0..10"], [str(number) for number in range(11)]),
+        ([0, "2..4", 10], ["0", "2", "3", "4", "10"]),
+        ("-1..1..0.5", ["-1", "-0.5", "0", "0.5", "1"]),
+        ("0..1..0.1", ["0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "1"]),
+        (" 1.5..3.5 ", ["1.5", "2.5", "3.5"]),
+    ],
+)
+def test_a_range_has_both_its_ends(written, texts):
+    assert ScoreGrid.from_values(written).texts == tuple(texts)
+
+
+@pytest.mark.parametrize(
+    "written", ["0..10..0.3", "5..1", "0..10..0", "0..10..-1", "..5", "0...5", "0..1000000", "a..b"]
+)
+def test_what_is_no_range_is_refused(written):
+    with pytest.raises(ValueError, match=r"is no list of numbers.*0\.\.100"):
+        ScoreGrid.from_values(written)
+
+
+def test_a_range_of_one_score_is_no_grid():
+    with pytest.raises(ValueError, match=r"score_values=3\.\.3 holds 1 score"):
+        ScoreGrid.from_values("3..3")
+
+
+@pytest.mark.parametrize("in_yaml", ["0..10..0.5", "[0..10..0.5]", None])
+def test_yaml_and_the_command_line_give_ranges(tmp_path, in_yaml):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"output_dir: {tmp_path}\n" + (f"score_values: {in_yaml}\n" if in_yaml else ""))
+    flags = [] if in_yaml else ["--score_values", "0..10..0.5"]
+    (args,) = parse("train", [TRACTConfig], ["--config", str(config), *flags])
+    assert args.score_values == [number / 2 for number in range(21)]
 
 
 @pytest.mark.parametrize(

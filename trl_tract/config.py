@@ -33,7 +33,7 @@ class TRACTConfig(SFTConfig):
         default_factory=lambda: [1.0, 2.0, 3.0, 4.0, 5.0],
         metadata={
             "help": "The score grid, in rubric units, increasing. Any numbers: 1 to 5, half points, 0 to 100. A score "
-            "may be several tokens."
+            "may be several tokens. Ranges may be written short: 0..100, or 0..10..0.5 in half points."
         },
     )
     score_texts: list[str] | None = field(

@@ -77,7 +77,7 @@ class CoTSelfDistill:
         self,
         backend: Backend,
         *,
-        score_values: Sequence[float] | Mapping[str, float] = (1, 2, 3, 4, 5),
+        score_values: Sequence[float] | Mapping[str, float] | str = (1, 2, 3, 4, 5),
         score_marker: str = "[RESULT]",
         completion_format: CompletionFormat | None = None,
         aspects: Mapping[str, Mapping[str, Any]] | str | None = None,

@@ -7,8 +7,10 @@ import bisect
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,6 +22,9 @@ Decision = Literal["mean", "median", "mode", "sampled", "quantile"]
 DECISIONS: tuple[Decision, ...] = get_args(Decision)
 Pool = Literal["scores", "distributions"]
 POOLS: tuple[Pool, ...] = get_args(Pool)
+
+_RANGE = re.compile(r"(-?\d+(?:\.\d+)?)\.\.(-?\d+(?:\.\d+)?)(?:\.\.(\d+(?:\.\d+)?))?")
+_MOST_SCORES = 10_001  # of a range; more are a slip of the hand
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,13 @@ class ScoreGrid:
 
     @classmethod
     def from_values(
-        cls, values: Sequence[float] | Mapping[str, float], texts: Sequence[str] | None = None
+        cls, values: Sequence[float] | Mapping[str, float] | str, texts: Sequence[str] | None = None
     ) -> "ScoreGrid":
         """Check the values of a grid and how they are written.
 
         Args:
-            values: Scores in rubric units, increasing; or texts with their values, in any order.
+            values: Scores in rubric units, increasing; or texts with their values, in any order; or a range with both
+                its ends, `"0..100"`, in steps of 1 or another one, `"0..10..0.5"`.
             texts: How the values are written, in their order; as numbers by default.
 
         Raises:
@@ -58,6 +64,8 @@ class ScoreGrid:
             ('1', '1.5', '2')
             >>> ScoreGrid.from_values({"good": 4, "poor": 1}).texts
             ('poor', 'good')
+            >>> ScoreGrid.from_values("0..1..0.25").values
+            (0.0, 0.25, 0.5, 0.75, 1.0)
         """
         if isinstance(values, Mapping):
             if texts is not None:
@@ -65,20 +73,19 @@ class ScoreGrid:
             pairs = sorted(values.items(), key=lambda pair: pair[1])
             texts, values = [text for text, _ in pairs], [value for _, value in pairs]
         try:
-            if isinstance(values, str):
-                raise TypeError
-            numbers = tuple(float(value) for value in values)
+            numbers = tuple(_numbers(values))
         except (TypeError, ValueError):
             raise ValueError(
-                f"score_values={values!r} is no list of numbers: give them in rubric units, as in [1, 2, 3]; how they "
-                "are written, if in words, is score_texts"
+                f"score_values={values!r} is no list of numbers: give them in rubric units, as in [1, 2, 3], or as a "
+                "range, as in 0..100 or 0..10..0.5; how they are written, if in words, is score_texts"
             ) from None
+        given = values if isinstance(values, str) else list(values)
         if len(numbers) < 2:
-            raise ValueError(f"score_values={list(values)} holds {len(numbers)} score(s); a grid needs two or more")
+            raise ValueError(f"score_values={given} holds {len(numbers)} score(s); a grid needs two or more")
         if not all(math.isfinite(number) for number in numbers):
-            raise ValueError(f"score_values={list(values)} holds a value that is not finite")
+            raise ValueError(f"score_values={given} holds a value that is not finite")
         if any(left >= right for left, right in itertools.pairwise(numbers)):
-            raise ValueError(f"score_values={list(values)} must increase from each value to the next")
+            raise ValueError(f"score_values={given} must increase from each value to the next")
         if texts is None:
             return cls(values=numbers, texts=tuple(score_text(number) for number in numbers))
         written = tuple(str(text) for text in texts)
@@ -192,6 +199,26 @@ class ScoreGrid:
     def in_range(self, value: float) -> bool:
         """Whether a gold score lies between the two ends of the grid; it need not be on it."""
         return self.values[0] <= value <= self.values[-1]
+
+
+def _numbers(values: Sequence[Any] | str) -> Iterator[float]:
+    """The numbers among `values`, ranges written out.
+
+    Raises:
+        ValueError: Something is neither a number nor a range that its steps divide.
+    """
+    for value in [values] if isinstance(values, str) else values:
+        found = _RANGE.fullmatch(value.strip()) if isinstance(value, str) else None
+        if found is None:
+            if value is values:
+                raise ValueError
+            yield float(value)
+            continue
+        # Decimal: 0, 0.1, 0.2, 0.3 and not 0.30000000000000004, which nobody writes.
+        first, last, step = (Decimal(number or 1) for number in found.groups())
+        if not step or (last - first) % step or not 0 <= (last - first) / step < _MOST_SCORES:
+            raise ValueError
+        yield from (float(first + step * count) for count in range(int((last - first) / step) + 1))
 
 
 def tokens_covering(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:

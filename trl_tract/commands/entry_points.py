@@ -276,13 +276,15 @@ def _report_aspect(args: ReportArguments, folders: Sequence[str], aspect: str | 
     """Report on one aspect's scores, or on the only ones where there are no aspects (None)."""
     from trl_tract.report import compare, score_report
     from trl_tract.results import item_groups, judged_grid, judged_items, page_file, with_aspect
+    from trl_tract.scores import ScoreGrid
     from trl_tract.steps import check_same_items, count_errors, mean_grid_mass, read_judgements
 
     judged = [read_judgements(Path(folder), aspect) for folder in folders]
     if len(folders) == 2:
         check_same_items(judged[0], judged[1], folders)
     groups = item_groups(judged[0]["records"])
-    grid = args.score_values or judged_grid(Path(folders[0]), aspect)
+    given = args.score_values
+    grid = ScoreGrid.from_values(given).values if given else judged_grid(Path(folders[0]), aspect)
     options: dict[str, Any] = {"groups": groups, "n_bootstrap": args.n_bootstrap, "grid": grid}
     reports = [score_report(each["score"], each["reference"], **options) for each in judged]
     for folder, each, report in zip(folders, judged, reports, strict=True):

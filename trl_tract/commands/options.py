@@ -258,7 +258,8 @@ class CheckArguments:
     )
     max_length: int = field(default=3000, metadata={"help": "Tokens a row may have, as in training."})
     score_values: list[float] = field(
-        default_factory=lambda: [1.0, 2.0, 3.0, 4.0, 5.0], metadata={"help": "The score grid, as in training."}
+        default_factory=lambda: [1.0, 2.0, 3.0, 4.0, 5.0],
+        metadata={"help": "The score grid, as in training: 0 1 2, or 0..100."},
     )
     score_texts: list[str] | None = field(default=None, metadata={"help": "How the scores are written, if in words."})
     score_marker: str = field(default="[RESULT]", metadata={"help": "Text that stands before the score."})

@@ -32,7 +32,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def _kind_of_value(action: argparse.Action) -> str:
         if action.type is string_to_bool:
             return "{true,false}"
-        return {int: "N", float: "X"}.get(action.type, "TEXT")  # type: ignore[call-overload,no-any-return]
+        return {int: "N", float: "X", score: "X"}.get(action.type, "TEXT")
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help
@@ -40,6 +40,11 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         if text is None or action.default in unsaid or action.required or "%(default)" in text:
             return text
         return f"{text.rstrip()} (default: %(default)s)"
+
+
+def score(text: str) -> float | str:
+    """A score of a grid; a range of them (`0..100`) stays text, which `ScoreGrid.from_values` writes out."""
+    return text if ".." in text else float(text)
 
 
 def make_parser(command: str, dataclass_types: Sequence[type], description: str = "") -> TrlParser:
@@ -65,6 +70,9 @@ def make_parser(command: str, dataclass_types: Sequence[type], description: str 
     parser.add_argument(
         "--verbose", action="store_true", default=argparse.SUPPRESS, help="With an error, also where it arose."
     )
+    for action in parser._actions:
+        if action.dest == "score_values":
+            action.type = score
     headings = {field.name: _heading(kind, field.name) for kind in kinds for field in dataclasses.fields(kind)}
     # A stable sort: as in `kinds`, but TRL's last. argparse prints groups in the order in which they are made.
     order = sorted(dict.fromkeys(headings.values()), key=lambda heading: heading.startswith("TRL"))

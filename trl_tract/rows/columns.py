@@ -15,6 +15,7 @@ from trl_tract.prompts import (
     gold_score,
     rubric_prompt,
     score_text,
+    some_scores,
 )
 from trl_tract.scores import ScoreGrid
 
@@ -42,17 +43,20 @@ class Rubric:
 
     Attributes:
         criterion: What the rubric asks.
-        descriptions: Score text -> what earns it, in the order of the grid.
+        descriptions: Score text -> what earns it, in the order of the grid. With a `scale` some of the scores do, and
+            ranges of them, such as `0-20`.
         template: The prompt with `{response}` and the other places of it to fill; None: `prompts.rubric_prompt`.
+        scale: What scores there are, in words; None: those that are described.
     """
 
     criterion: str
     descriptions: Mapping[str, str]
     template: str | None = None
+    scale: str | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> "Rubric":
-        """Read a YAML file with `criterion`, `scores` (score: description) and, if wanted, `template`.
+        """Read a YAML file with `criterion`, `scores` (score: description) and, if wanted, `scale` and `template`.
 
         Raises:
             FileNotFoundError: No such file.
@@ -69,15 +73,19 @@ class Rubric:
         wanted = "a rubric is YAML with `criterion: text` and `scores:`, under it `1: text`, `2: text` and so on"
         if not isinstance(content, dict) or not {"criterion", "scores"} <= content.keys():
             raise ValueError(f"--rubric {path}: {wanted}")
-        unknown = sorted(map(str, content.keys() - {"criterion", "scores", "template"}))
+        unknown = sorted(map(str, content.keys() - {"criterion", "scores", "scale", "template"}))
         if unknown:
-            raise ValueError(f"--rubric {path}: {', '.join(unknown)} is not understood; {wanted}; or `template: text`")
+            raise ValueError(
+                f"--rubric {path}: {', '.join(unknown)} is not understood; {wanted}; `scale: text` and "
+                "`template: text` may stand beside them"
+            )
         if not isinstance(content["scores"], dict) or len(content["scores"]) < 2:
             raise ValueError(f"--rubric {path}: `scores` has to describe two scores or more; {wanted}")
         rubric = cls(
             str(content["criterion"]),
             {_written(score): str(text) for score, text in content["scores"].items()},
             content.get("template"),
+            None if content.get("scale") is None else str(content["scale"]).strip(),
         )
         rubric._check_template(path)
         return rubric
@@ -98,16 +106,38 @@ class Rubric:
         Raises:
             ValueError: It does.
         """
-        if tuple(self.descriptions) != grid.texts:
-            described, known = list(self.descriptions), list(grid.texts)
+        described, known = list(self.descriptions), list(grid.texts)
+        if self.scale is not None:
+            self._check_some(grid)
+        elif described != known:
             if sorted(described) == sorted(known):
                 raise ValueError(f"the rubric describes the scores in the order {described}: write them as {known}")
             numeric = all(re.fullmatch(r"[-+]?\d+(\.\d+)?", text) for text in described)
             options = f"--score_values {' '.join(described)}" if numeric else "--score_values and --score_texts"
+            scale = ""
+            if set(described) < set(known):
+                scale = f"; or, if it describes some of them, `scale: any score from {known[0]} to {known[-1]}` in it"
             raise ValueError(
-                f"the rubric describes the scores {', '.join(described)}, but the grid is {', '.join(known)}: give "
-                f"{options}, or another rubric. A trained judge keeps the grid that it was trained on"
+                f"the rubric describes the scores {', '.join(described)}, but the grid is {some_scores(known)}: give "
+                f"{options}, or another rubric{scale}. A trained judge keeps the grid that it was trained on"
             )
+
+    def _check_some(self, grid: ScoreGrid) -> None:
+        """Of a rubric with a scale: what is described has to be on the grid, in its order."""
+        before = -1
+        for text in self.descriptions:
+            ends = [text] if text in grid.texts else re.split(r"(?<=\w)(?:\s*[-–]\s*|\s+to\s+)", text, maxsplit=1)
+            for end in ends:
+                if end not in grid.texts:
+                    raise ValueError(
+                        f"the rubric describes {text!r}: that is neither a score of the grid, which is "
+                        f"{some_scores(grid.texts)}, nor a range of them, such as 0-20. A trained judge keeps the grid "
+                        "that it was trained on"
+                    )
+                place = grid.texts.index(end)
+                if place < before:
+                    raise ValueError(f"the rubric describes {text!r} behind a higher score: put the lowest first")
+                before = place
 
     def prompt(self, instruction: str, response: str, reference: str | None, marker: str) -> str:
         """The judge's prompt of one response.
@@ -119,7 +149,13 @@ class Rubric:
         """
         if self.template is None:
             return rubric_prompt(
-                instruction, response, self.criterion, self.descriptions, reference=reference, marker=marker
+                instruction,
+                response,
+                self.criterion,
+                self.descriptions,
+                reference=reference,
+                scale=self.scale,
+                marker=marker,
             )
         filled = {
             "instruction": instruction,
@@ -127,7 +163,7 @@ class Rubric:
             "reference": reference or "",
             "criterion": self.criterion,
             "descriptions": "\n".join(f"Score {score}: {text}" for score, text in self.descriptions.items()),
-            "scores": ", ".join(self.descriptions),
+            "scores": ", ".join(self.descriptions) if self.scale is None else self.scale,
             "marker": marker,
         }
         # One pass: what is filled in is text, also where it holds braces.
