@@ -278,9 +278,10 @@ def test_judges_of_different_items_are_not_compared(scores, columns, message, tm
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_report_rounds_to_the_grid_that_it_is_given(tmp_path, capsys):
+@pytest.mark.parametrize("grid", [["1", "2.1", "4.1"], ["1", "2.1..4.1..2"]])
+def test_a_report_rounds_to_the_grid_that_it_is_given(grid, tmp_path, capsys):
     folder = write_judgements(tmp_path / "a", [1, 2, 3, 4, 1, 2, 3, 3.4])
-    assert main(["report", folder, "--n_bootstrap", "0", "--score_values", "1", "2.1", "4.1"]) == 0
+    assert main(["report", folder, "--n_bootstrap", "0", "--score_values", *grid]) == 0
     # The last score, 3.4, and its gold score of 4 are both nearest 4.1: all eight agree. Of the integers it is a 3.
     assert "accuracy 1.000" in " ".join(capsys.readouterr().out.split())
 
