@@ -23,8 +23,8 @@ GRID = ScoreGrid.from_values([1, 2, 3, 4, 5])
 TOKENIZER = make_tokenizer()
 
 
-def encoder_of(row, **settings):
-    grid, _ = resolve_grid(TOKENIZER, row, "[RESULT]", GRID)
+def encoder_of(row, values="1..5", **settings):
+    grid, _ = resolve_grid(TOKENIZER, row, "[RESULT]", ScoreGrid.from_values(values))
     settings = {"max_length": None, "completion_only": True, "score_in_ce": False, **settings}
     return RowEncoder(tokenizer=TOKENIZER, grid=grid, marker="[RESULT]", **settings)
 
@@ -69,6 +69,30 @@ def test_the_view_shows_the_columns_that_are_trained_on(settings, tmp_path):
     assert [np.nan if token.gold is None else token.gold for token in view] == pytest.approx(
         trained["score_labels"], nan_ok=True
     )
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted"),
+    [("75", ["7", "5"]), ("100", ["1", "0", "0"]), ("7", ["7", "<|end|>"])],  # what follows 7 tells it from 75
+)
+def test_all_tokens_of_a_score_are_in_its_squared_error(written, wanted):
+    row = make_rows(1)[0] | {"completion": f" Fine. [RESULT] {written}", "score": 63.5}
+    tokens = view_row(encoder_of(row, values="0..100"), row)
+    assert [token.text for token in tokens if "squared error" in token.terms] == wanted
+    assert [token.gold for token in tokens if token.gold is not None] == [63.5]
+
+
+def test_several_scores_behind_one_marker_are_looked_at_but_not_generated_for(tmp_path, model, capsys):
+    rows = [{name: row[name] for name in ("prompt", "completion", "scores")} for row in make_aspect_rows(6)]
+    code, printed = checked(tmp_path, model, rows, capsys)
+    assert (code, "6 of 6 rows would be trained on" in printed) == (0, True)
+    assert f"{sum(len(row['scores']) for row in rows)} gold scores" in printed
+    data = ["--data", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
+    assert main(["train", "--model_name_or_path", model, *data, "--dry-run"]) == 0
+    for command in (["run", "--model_name_or_path", model, "--dry-run"], ["run", "--model_name_or_path", model]):
+        assert main([*command, *data]) == 1
+        said = capsys.readouterr()
+        assert "generation stops at the first score: name the scores in `aspects`" in said.out + said.err
 
 
 def test_every_score_of_several_is_a_score():

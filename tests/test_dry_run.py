@@ -10,9 +10,12 @@ from test_aspects import ASPECTS
 from test_aspects import make_rows as aspect_rows
 
 from trl_tract.cli import main
-from trl_tract.commands.dry_run import Plan
+from trl_tract.commands.check import examine
+from trl_tract.commands.dry_run import Plan, _largest_batch
 from trl_tract.commands.estimate import Batch, count, training_memory, training_operations
 from trl_tract.files.journal import write_json, write_jsonl
+from trl_tract.grids.scales import Scales
+from trl_tract.rows.schemas import try_items
 
 BATCH = Batch(rows=2, length=50, labelled=30, score_rows=2)
 
@@ -199,3 +202,21 @@ def test_a_dry_run_of_several_aspects(tmp_path, model, capsys):
     (golds,) = re.findall(r"^row 0, gold score ([\d., ]+):", printed, re.MULTILINE)
     assert len(golds.split(", ")) == 2
     assert len(re.findall(r"^score +\d+ +squared error", printed, re.MULTILINE)) >= 10
+
+
+@pytest.mark.parametrize("command", ["run", "train"])
+def test_a_dry_run_says_what_training_would_warn_of(command, tmp_path, model, capsys):
+    printed = dry(tmp_path, model, make_rows(12), capsys, "--score_values", "0..100", command=command)[1]
+    assert "Training would warn: score_values span 100 rubric units" in printed
+    assert "raft_weight=0.0016 gives it the same weight" in printed
+    options = ["--score_values", "0..100", "--raft_weight", "0.0016"]
+    assert "would warn" not in dry(tmp_path, model, make_rows(12), capsys, *options, command=command)[1]
+
+
+@pytest.mark.parametrize("scores", [1, 3])
+def test_memory_counts_every_score_of_a_row(scores, tmp_path):
+    rows = [{"prompt": "Judge.", "completion": " Fine. [RESULT] 2" * scores, "scores": [2] * scores}] * 12
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    items = try_items(str(tmp_path / "rows.jsonl"), Scales.of({}), only_trained=True)
+    report, encoder = examine(enumerate(items), "rows", make_tokenizer(), {})
+    assert _largest_batch(Plan.of(report.tokens, {}, 1), report, encoder).score_rows == 8 * scores

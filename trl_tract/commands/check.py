@@ -208,7 +208,7 @@ def check(
         FileNotFoundError, ValueError: The source as a whole cannot be read.
     """
     tokenizer, scales, max_length = load_tokenizer(model), Scales.of(training), training.get("max_length", 3000)
-    found = enumerate(try_items(source, scales, own))
+    found = enumerate(try_items(source, scales, own, only_trained=True))
     report, encoder = examine(found, Path(source).name, tokenizer, training, examples=rows)
     say(_counts(report))
     if encoder is not None and report.trained:

@@ -28,6 +28,7 @@ from trl_tract.commands.estimate import (
     training_operations,
 )
 from trl_tract.commands.token_view import labelled, legend, painted, view_row
+from trl_tract.config import TRACTConfig
 from trl_tract.files.journal import changed_settings
 from trl_tract.grids.scales import Scales
 from trl_tract.pipeline import STEPS, finished_steps, nothing_trained
@@ -36,6 +37,7 @@ from trl_tract.rows.columns import OwnColumns
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.schemas import Item, load_items, split_items, try_items
 from trl_tract.run_spec import RunSpec
+from trl_tract.training.early_warnings import EarlyWarnings
 
 Say = Callable[[str], None]
 
@@ -142,6 +144,7 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
             lines += _generation(size, speed, report, rows, each, spec.generation, batch, len(scales.aspects))
         say("\n    ".join(line for line in lines if line))
     say(f"\n{report.trained:,} rows to train on, {len(held_out):,} held-out items")
+    _warn(training, output_dir, say)
     return _rest(report, encoder, plan, size, speed, training, spec.model_args, colour, say)
 
 
@@ -176,7 +179,7 @@ def dry_train(
     say: Say = print,
 ) -> bool:
     """Print what `trl-tract train` would do with the same arguments; whether it would take all rows."""
-    found = enumerate(try_items(data, Scales.of(training), own))
+    found = enumerate(try_items(data, Scales.of(training), own, only_trained=True))
     report, encoder = examine(found, Path(data).name, load_tokenizer(model), training)
     say(f"Dry run: nothing is trained or written. trl-tract train would train one stage in {output_dir}:")
     speed, size = _measured(model, model_args, training, say)
@@ -184,6 +187,7 @@ def dry_train(
     say(f"{report.trained:,} rows to train on")
     if plan:
         say(f"{plan}\n{_training_time(size, speed, plan, report, training)}")
+    _warn(training, output_dir, say)
     return _rest(report, encoder, plan, size, speed, training, model_args, colour, say)
 
 
@@ -217,6 +221,12 @@ def _training_time(
     tokens = plan.updates * plan.mean_tokens / _processes()
     seconds = training_operations(size, tokens, float(np.mean(report.tokens)), dict(training)) / speed.operations
     return f"time, an estimate: {time_range(seconds)}"
+
+
+def _warn(training: Mapping[str, Any], output_dir: str | Path, say: Say) -> None:
+    """What training would warn of at its start, while it costs nothing to change it."""
+    for warning in EarlyWarnings(TRACTConfig(**{**training, "output_dir": str(output_dir)})).at_start():
+        say(f"\nTraining would warn: {warning}")
 
 
 def _generation(
@@ -283,7 +293,8 @@ def _rest(
 
 def _largest_batch(plan: Plan, report: RowsReport, encoder: RowEncoder | AspectRowEncoder | None) -> Batch:
     """The batch that decides how much memory training needs."""
-    grids = encoder.grids if encoder else ()
+    rows = [row for _, row in report.examples] if encoder else []
+    grids = max((encoder.grids_of(encoder.render(row)) for row in rows), key=len, default=()) if encoder else ()
     # A score needs a whole softmax at its own position, and one more at each inner node of its grid's trie.
     nodes = [len(grid.trie.nodes) if grid.paths else 1 for grid in grids]
     share = sum(report.completion_tokens) / max(sum(report.tokens), 1)

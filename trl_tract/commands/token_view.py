@@ -37,7 +37,8 @@ class Token:
         text: The characters it covers; of a token that covers none, such as a beginning of sequence, its name.
         part: What it belongs to.
         cross_entropy: Whether it is in the cross-entropy.
-        gold: The gold score whose squared error is taken at this token, rubric units, or None.
+        squared_error: Whether its probability is a part of a score's, whose expected value is compared.
+        gold: The gold score, rubric units, at the first token of a score; else None.
         kept: False beyond `max_length`.
     """
 
@@ -46,6 +47,7 @@ class Token:
     text: str
     part: Part
     cross_entropy: bool
+    squared_error: bool
     gold: float | None
     kept: bool = True
 
@@ -54,7 +56,7 @@ class Token:
         """The terms of the loss that it takes part in."""
         if not self.kept:
             return "cut off"
-        names = (["cross-entropy"] if self.cross_entropy else []) + (["squared error"] if self.gold is not None else [])
+        names = (["cross-entropy"] if self.cross_entropy else []) + (["squared error"] if self.squared_error else [])
         return " + ".join(names) or "none"
 
 
@@ -71,6 +73,12 @@ def view_row(encoder: RowEncoder | AspectRowEncoder, row: Mapping[str, Any]) -> 
         raise ValueError(columns["refusal"])
     limit = math.inf if encoder.max_length is None else encoder.max_length
     prompt_length = len(tokenizer(rendered.prompt_text, add_special_tokens=rendered.add_special_tokens)["input_ids"])
+    scored: set[int] = set()
+    starts = [i for i, gold in enumerate(columns["score_labels"]) if not math.isnan(gold)]
+    for start, score, grid in zip(starts, rendered.scores, encoder.grids_of(rendered), strict=True):
+        # Of several tokens all count, and where a score begins another one, what tells it apart does too.
+        count = len(grid.paths[grid.texts.index(score.text)].token_ids) if grid.paths else 1
+        scored.update(range(start, start + count))
     tokens = []
     for i, (number, (start, end)) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
         gold = columns["score_labels"][i]
@@ -81,6 +89,7 @@ def view_row(encoder: RowEncoder | AspectRowEncoder, row: Mapping[str, Any]) -> 
                 text=rendered.text[start:end] or tokenizer.convert_ids_to_tokens(number),
                 part="prompt" if i < prompt_length else _part(rendered, start, end),
                 cross_entropy=columns["labels"][i] != -100,
+                squared_error=i in scored,
                 gold=None if math.isnan(gold) else gold,
                 kept=i < limit,
             )

@@ -65,8 +65,7 @@ class AspectRowEncoder(AspectEncoder, TextEncoder):
     completion_only: bool
     score_in_ce: bool
 
-    @property
-    def grids(self) -> tuple[ScoreGrid, ...]:
+    def grids_of(self, rendered: RenderedRow) -> tuple[ScoreGrid, ...]:
         """Each aspect's."""
         return tuple(aspect.grid for aspect in self.aspects)
 

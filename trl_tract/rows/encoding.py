@@ -84,8 +84,7 @@ class TextEncoder(Encoder):
 
     tokenizer: PreTrainedTokenizerBase
 
-    @property
-    def grids(self) -> tuple[ScoreGrid, ...]:
+    def grids_of(self, rendered: RenderedRow) -> tuple[ScoreGrid, ...]:
         """The grid of each of a row's scores, its tokens resolved."""
         raise NotImplementedError
 
@@ -145,10 +144,9 @@ class RowEncoder(OneGridEncoder, TextEncoder):
     annotators: bool = False
     drop_rationale: bool = False
 
-    @property
-    def grids(self) -> tuple[ScoreGrid, ...]:
-        """The one grid."""
-        return (self.grid,)
+    def grids_of(self, rendered: RenderedRow) -> tuple[ScoreGrid, ...]:
+        """The one grid, for each of a row's scores."""
+        return (self.grid,) * len(rendered.scores)
 
     def render(self, row: Mapping[str, Any]) -> RenderedRow:
         """The row as text, without its rationale if that is left out."""

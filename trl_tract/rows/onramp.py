@@ -46,7 +46,7 @@ def as_jsonl(source: str, model: str, scales: Scales, own: OwnColumns | None, *,
 
 
 def _trained(source: str, scales: Scales, own: OwnColumns | None, chat: bool) -> list[Row]:
-    rows = written_rows(load_items(source, scales, own), lambda item: item.training, chat=chat)
+    rows = written_rows(load_items(source, scales, own, only_trained=True), lambda item: item.training, chat=chat)
     if not rows:
         raise ValueError(f"{source}: none of the rows has a completion (or rationale), so there is none to train on")
     return rows

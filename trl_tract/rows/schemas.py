@@ -51,20 +51,21 @@ class Item:
     converted: bool = False
 
 
-def load_items(source: str, scales: Scales, own: OwnColumns | None = None) -> list[Item]:
+def load_items(source: str, scales: Scales, own: OwnColumns | None = None, *, only_trained: bool = False) -> list[Item]:
     """Read judge items from a file or a hub dataset: see `sources.read_records`.
 
     Args:
         source: The file or hub id.
         scales: How its rows write their scores.
         own: The user's rubric and column names; None: a schema that is known.
+        only_trained: Whether nothing will be generated for them: then they may have several scores behind one marker.
 
     Raises:
         FileNotFoundError: No such file.
         ValueError: A row cannot be understood; it is named, with the columns that were found.
     """
     items: list[Item] = []
-    for number, found in enumerate(try_items(source, scales, own)):
+    for number, found in enumerate(try_items(source, scales, own, only_trained=only_trained)):
         if isinstance(found, ValueError):
             raise ValueError(f"{source}, row {number}: {found}") from found
         items.append(found)
@@ -73,11 +74,13 @@ def load_items(source: str, scales: Scales, own: OwnColumns | None = None) -> li
     return items
 
 
-def try_items(source: str, scales: Scales, own: OwnColumns | None = None) -> Iterator[Item | ValueError]:
+def try_items(
+    source: str, scales: Scales, own: OwnColumns | None = None, *, only_trained: bool = False
+) -> Iterator[Item | ValueError]:
     """Each record's item, or why there is none: for whoever wants to hear of every bad row."""
     for record in read_records(source):
         try:
-            yield read_item(record, scales, own)
+            yield read_item(record, scales, own, only_trained=only_trained)
         except (KeyError, TypeError) as error:
             yield ValueError(f"column {error} is missing" if isinstance(error, KeyError) else str(error))
         except ValueError as error:
@@ -88,8 +91,10 @@ def read_item(
     record: Mapping[str, Any],
     scales: Scales,
     own: OwnColumns | None = None,
+    *,
+    only_trained: bool = False,
 ) -> Item:
-    """Turn a record of any schema that is understood into an item."""
+    """Turn a record of any schema that is understood into an item; see `load_items`."""
     if own is not None:
         record = own.convert(record, scales)
     columns = set(record)
@@ -113,6 +118,8 @@ def read_item(
     if columns & {"messages", "conversations"} or "prompt" in columns:
         row = as_prompt_completion(record)
         completion = row.get("completion")
+        if row.get("scores") is not None:
+            return _read_several(row, only_trained)
         if completion is None and "score" not in row:
             raise ValueError("the row has a prompt, but neither a completion nor a score")
         if "score" in row:
@@ -146,6 +153,18 @@ def judged_rows(record: Mapping[str, Any], scales: Scales, own: OwnColumns | Non
 def _was_written(own: OwnColumns | None) -> bool:
     """Whether the prompts are ours, and may become chat messages: a user's own prompts stay as they are."""
     return own is not None and own.rubric is not None
+
+
+def _read_several(row: Row, only_trained: bool) -> Item:
+    """An item with several scores behind one marker; what they are is the encoder's to find."""
+    if not only_trained:
+        raise ValueError(
+            "the row has `scores`. Completions with several scores behind one marker can be trained on (trl-tract "
+            "train), but generation stops at the first score: name the scores in `aspects`, each with its own marker"
+        )
+    group = str(row.get("group") or json.dumps(row["prompt"]))
+    reference = {**{name: row[name] for name in row if name != "completion"}, "group": group}
+    return Item(group, () if row.get("completion") is None else (row,), reference)
 
 
 def _read_aspect_item(record: Mapping[str, Any], aspects: Sequence[Aspect]) -> Item:
