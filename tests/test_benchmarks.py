@@ -49,6 +49,7 @@ def test_smoke_ends_with_a_table_and_json(smoke):
         assert (row["tokens"], row["labelled_tokens"], row["scores"], row["rounds"]) == (96, 22, 2, 3)
         assert row["score_rows_bytes"] == 2 * row["vocab"] * 4
         assert set(row["peak_bytes"]) == set(row["seconds"]) == {"sft", "tract", "full"}
+        assert 0 < row["operators"]["sft"] < row["operators"]["tract"]
         assert row["tract_over_sft"]["min"] <= row["tract_over_sft"]["median"] <= row["tract_over_sft"]["max"]
         # The contender from full logits computes the same loss: else its cost would say nothing.
         assert row["loss"]["full"] == pytest.approx(row["loss"]["tract"], rel=1e-5)

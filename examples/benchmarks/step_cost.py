@@ -74,6 +74,13 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int:
     return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
+def operator_calls(step: Callable[[], Any]) -> int:
+    """The calls of torch's operators during `step`, those that operators make of each other included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    return sum(event.name().startswith("aten::") for event in profile.profiler.kineto_results.events())
+
+
 def peak_rss_bytes(step: Callable[[], Any]) -> int | None:
     """Do `step`; the process's largest resident set during it, or None where Linux does not tell."""
     try:
@@ -118,6 +125,7 @@ def measure(cell: Cell, rounds: int, cell_seconds: float) -> dict[str, Any]:
         row |= {"loss": losses} | ({"peak_rss_bytes": rss} if cell.device == "cpu" else {})
         peaks = {name: contenders.resident_bytes + peak_bytes(step, cell.device) for name, step in steps.items()}
         row["peak_bytes"] = peaks
+        row["operators"] = {name: operator_calls(step) for name, step in steps.items()}
         row["score_rows_bytes"] = score_rows_bytes = contenders.scores * cell.vocab * FLOAT32
         row["extra_in_score_rows"] = round((peaks["tract"] - peaks["sft"]) / score_rows_bytes, 3)
         row["within_memory_bound"] = peaks["tract"] <= 1.02 * peaks["sft"] + score_rows_bytes
