@@ -115,6 +115,11 @@ CASES = {
 }
 
 
+def test_an_aspects_grid_may_be_a_range():
+    given = {"tone": {"marker": "[TONE]"}, "facts": {"marker": "[FACTS]", "values": "0..1..0.5"}}
+    assert [aspect.grid.texts for aspect in read_aspects(given)] == [("1", "2", "3", "4", "5"), ("0", "0.5", "1")]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_equal_the_formula(tmp_path, case):
     aspects, settings = CASES[case]
