@@ -22,8 +22,9 @@ from trl import TrlParser
 
 from trl_tract.cli import main
 
+# In one write: the commands of a pipe are recorded at the same time.
 _RECORDER = """#!/bin/bash
-{ printf '%s\\0' "$(basename "$0")" "$@"; printf '\\n\\0'; } >> "$RECORD"
+printf '%s\\0' "$(basename "$0")" "$@" $'\\n' >> "$RECORD"
 """
 _VENV = re.compile(r"(?<![\w/])(\.venv[\w-]*/bin)/")
 
