@@ -85,7 +85,7 @@ class Rubric:
             str(content["criterion"]),
             {_written(score): str(text) for score, text in content["scores"].items()},
             content.get("template"),
-            None if content.get("scale") is None else str(content["scale"]).strip(),
+            str(content.get("scale") or "").strip() or None,
         )
         rubric._check_template(path)
         return rubric
@@ -131,8 +131,8 @@ class Rubric:
                 if end not in grid.texts:
                     raise ValueError(
                         f"the rubric describes {text!r}: that is neither a score of the grid, which is "
-                        f"{some_scores(grid.texts)}, nor a range of them, such as 0-20. A trained judge keeps the grid "
-                        "that it was trained on"
+                        f"{some_scores(grid.texts)}, nor a range of them, such as 0-20. Give --score_values, such as "
+                        "0..100, or another rubric. A trained judge keeps the grid that it was trained on"
                     )
                 place = grid.texts.index(end)
                 if place < before:
