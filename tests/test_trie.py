@@ -392,8 +392,20 @@ def test_a_range_has_both_its_ends(written, texts):
 
 
 @pytest.mark.parametrize(
-    "written", ["0..10..0.3", "5..1", "0..10..0", "0..10..-1", "..5", "0...5", "0..1000000", "a..b"]
+    ("written", "wanted"),
+    [
+        ("0..10..0.3", r"score_values=0\.\.10\.\.0\.3: steps of 0.3 do not lead from 0 to 10"),
+        ("5..1", "steps of 1 do not lead from 5 to 1"),
+        ("0..10..0", "steps of 0 do not lead from 0 to 10"),
+        ("0..1000000", "do not lead from 0 to 1000000 in 10,001 scores or fewer"),
+    ],
 )
+def test_steps_that_miss_the_end_of_a_range_are_named(written, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        ScoreGrid.from_values(written)
+
+
+@pytest.mark.parametrize("written", ["0..10..-1", "..5", "0...5", "a..b", "5"])
 def test_what_is_no_range_is_refused(written):
     with pytest.raises(ValueError, match=r"is no list of numbers.*0\.\.100"):
         ScoreGrid.from_values(written)

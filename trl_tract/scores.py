@@ -74,6 +74,8 @@ class ScoreGrid:
             texts, values = [text for text, _ in pairs], [value for _, value in pairs]
         try:
             numbers = tuple(_numbers(values))
+        except _NoRangeError:
+            raise
         except (TypeError, ValueError):
             raise ValueError(
                 f"score_values={values!r} is no list of numbers: give them in rubric units, as in [1, 2, 3], or as a "
@@ -201,11 +203,15 @@ class ScoreGrid:
         return self.values[0] <= value <= self.values[-1]
 
 
+class _NoRangeError(ValueError):
+    """Steps that do not lead from the first score of a range to the last, or too many of them."""
+
+
 def _numbers(values: Sequence[Any] | str) -> Iterator[float]:
     """The numbers among `values`, ranges written out.
 
     Raises:
-        ValueError: Something is neither a number nor a range that its steps divide.
+        ValueError: Something is neither a number nor a range.
     """
     for value in [values] if isinstance(values, str) else values:
         found = _RANGE.fullmatch(value.strip()) if isinstance(value, str) else None
@@ -217,7 +223,10 @@ def _numbers(values: Sequence[Any] | str) -> Iterator[float]:
         # Decimal: 0, 0.1, 0.2, 0.3 and not 0.30000000000000004, which nobody writes.
         first, last, step = (Decimal(number or 1) for number in found.groups())
         if not step or (last - first) % step or not 0 <= (last - first) / step < _MOST_SCORES:
-            raise ValueError
+            raise _NoRangeError(
+                f"score_values={value}: steps of {step} do not lead from {first} to {last} in {_MOST_SCORES:,} scores "
+                "or fewer. A range is first..last or first..last..step"
+            )
         yield from (float(first + step * count) for count in range(int((last - first) / step) + 1))
 
 
