@@ -37,6 +37,7 @@ from trl_tract.rows.columns import OwnColumns
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.schemas import Item, load_items, split_items, try_items
 from trl_tract.run_spec import RunSpec
+from trl_tract.scores import ScoreGrid
 from trl_tract.training.early_warnings import EarlyWarnings
 
 Say = Callable[[str], None]
@@ -293,8 +294,9 @@ def _rest(
 
 def _largest_batch(plan: Plan, report: RowsReport, encoder: RowEncoder | AspectRowEncoder | None) -> Batch:
     """The batch that decides how much memory training needs."""
-    rows = [row for _, row in report.examples] if encoder else []
-    grids = max((encoder.grids_of(encoder.render(row)) for row in rows), key=len, default=()) if encoder else ()
+    grids: tuple[ScoreGrid, ...] = ()
+    if encoder:
+        grids = max((encoder.grids_of(encoder.render(row)) for _, row in report.examples), key=len, default=())
     # A score needs a whole softmax at its own position, and one more at each inner node of its grid's trie.
     nodes = [len(grid.trie.nodes) if grid.paths else 1 for grid in grids]
     share = sum(report.completion_tokens) / max(sum(report.tokens), 1)
