@@ -12,8 +12,8 @@ from test_aspects import ASPECTS, TWO, make_rows
 
 from trl_tract import CoTRAILJudge, CoTSelfDistill, TransformersBackend, make_reward_func
 from trl_tract.backends import ScriptedBackend
-from trl_tract.grids.aspects import read_aspects
 from trl_tract.rows.tokens import aspect_prefix_ids, resolve_aspects
+from trl_tract.scale.scale import read_aspects
 
 TOKENIZER = make_tokenizer()
 # 0.1 * 1 + 0.2 * 3 + 0.6 * 4 + 0.05 * 5 = 3.35: the nearest score is 3, the likeliest 4.
@@ -138,7 +138,7 @@ def test_a_trained_judge_scores_as_its_trainer_does(tmp_path):
     assert [aspect.name for aspect in judge.aspects] == ["tone", "facts"]
     assert judge.aspects == trainer.aspects
 
-    from trl_tract.judging.scoring import grid_probabilities
+    from trl_tract.judge.scoring import grid_probabilities
 
     for row, expected in zip(rows, wanted, strict=True):
         tone, facts = row["completion"].split("\n")

@@ -11,14 +11,14 @@ from test_aspects import ASPECTS, make_rows
 from trl_tract import run_tract
 from trl_tract.cli import main
 from trl_tract.files.journal import read_jsonl, write_jsonl
-from trl_tract.grids.aspects import read_aspects
-from trl_tract.grids.scales import Scales
-from trl_tract.results import judged_grid, page_file
-from trl_tract.rows.columns import OwnColumns
-from trl_tract.rows.onramp import as_jsonl
-from trl_tract.rows.schemas import judged_rows, load_items
-from trl_tract.scores import ScoreGrid
-from trl_tract.steps import judged_aspects, read_judgements
+from trl_tract.runs.results import judged_grid, page_file
+from trl_tract.runs.steps import judged_aspects, read_judgements
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scale import read_aspects
+from trl_tract.scale.scales import Scales
+from trl_tract.sources.columns import OwnColumns
+from trl_tract.sources.onramp import as_jsonl
+from trl_tract.sources.schemas import judged_rows, load_items
 
 TRAINING = {
     "max_steps": 1,

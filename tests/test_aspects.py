@@ -17,10 +17,10 @@ from test_branches import assert_same_gradients, batch_of, gradients, loss_of
 from test_trie import written_rows
 
 from trl_tract import ScoreGrid, TRACTConfig
-from trl_tract.grids.aspects import locate_aspects, read_aspects
-from trl_tract.grids.branches import Branches
-from trl_tract.prompts import ScoreNotFoundError
+from trl_tract.backends.branches import Branches
 from trl_tract.saved.judge_config import JudgeConfig
+from trl_tract.scale.scale import locate_aspects, read_aspects
+from trl_tract.scale.text import ScoreNotFoundError
 
 TOKENIZER = make_tokenizer()
 ONE_TO_FIVE = {"marker": "[TONE]"}
@@ -221,7 +221,7 @@ def test_the_same_rows_give_the_same_update(tmp_path, monkeypatch, six_padded, n
     if name == "a stream":
         rows = rows.to_iterable_dataset()
     if name == "further forward passes":
-        monkeypatch.setattr("trl_tract.trainer.why_not_one_forward", lambda model: "it was told not to")
+        monkeypatch.setattr("trl_tract.training.trainer.why_not_one_forward", lambda model: "it was told not to")
     assert_same_gradients(step_gradients(rows, tmp_path, **SAME[name]), six_padded, rtol=1e-5)
 
 
@@ -314,7 +314,7 @@ def test_a_row_without_a_usable_score_is_named_or_dropped_and_counted(tmp_path, 
     assert message in str(error.value)
     warned: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trl_tract.trainer.logger.warning", lambda text, *rest: warned.append(text))
+        patch.setattr("trl_tract.training.trainer.logger.warning", lambda text, *rest: warned.append(text))
         trainer = make_trainer(tmp_path, rows, tokenizer=TOKENIZER, aspects=TWO, invalid_rows="drop")
     assert len(trainer.train_dataset) == 2
     assert any("1 of 3 train rows refused" in text for text in warned)

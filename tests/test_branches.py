@@ -15,8 +15,8 @@ from test_trie import GRIDS, written_rows
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, MambaConfig, MistralConfig, Qwen3Config
 
 from trl_tract import ScoreGrid
-from trl_tract.grids.branches import Branches, further_forwards, why_not_one_forward
-from trl_tract.grids.trie import TokenTrie
+from trl_tract.backends.branches import Branches, further_forwards, why_not_one_forward
+from trl_tract.scale.trie import TokenTrie
 
 MARKER = "[RESULT]"
 
@@ -33,7 +33,7 @@ def vocabularies(mistral_tokenizer) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def one_forward(monkeypatch):
     """The trainer is not let out: it would find by itself that branches went wrong, and take the slow way."""
-    monkeypatch.setattr("trl_tract.trainer.why_not_one_forward", lambda model: None)
+    monkeypatch.setattr("trl_tract.training.trainer.why_not_one_forward", lambda model: None)
 
 
 def make_rows(grid: ScoreGrid, n: int = 5, *, seed: int = 0, aspects: bool = False) -> list[dict[str, Any]]:
@@ -299,7 +299,7 @@ def test_further_forward_passes_give_the_same_loss_and_gradients(tmp_path, vocab
     grid = GRIDS["half points to 10"]
     results = []
     for refusal in (None, "it was told not to"):
-        monkeypatch.setattr("trl_tract.trainer.why_not_one_forward", lambda model, refusal=refusal: refusal)
+        monkeypatch.setattr("trl_tract.training.trainer.why_not_one_forward", lambda model, refusal=refusal: refusal)
         trainer = make_trainer(
             tmp_path, make_rows(grid), tokenizer=vocabularies["splitting"], **settings_of(grid), **settings
         )
@@ -418,8 +418,8 @@ def test_the_experts_balance_is_that_of_the_rows(tmp_path, vocabularies):
 @pytest.mark.parametrize("refusal", [None, "it was told not to"])
 def test_the_way_is_said_once(tmp_path, vocabularies, monkeypatch, refusal):
     said: list[str] = []
-    monkeypatch.setattr("trl_tract.trainer.why_not_one_forward", lambda model: refusal)
-    monkeypatch.setattr("trl_tract.trainer.logger.warning", lambda message, *rest: said.append(message))
+    monkeypatch.setattr("trl_tract.training.trainer.why_not_one_forward", lambda model: refusal)
+    monkeypatch.setattr("trl_tract.training.trainer.logger.warning", lambda message, *rest: said.append(message))
     grid = GRIDS["0 to 100"]
     make_trainer(tmp_path, make_rows(grid), tokenizer=vocabularies["splitting"], **settings_of(grid))
     about = [message for message in said if "several tokens" in message]

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from trl_tract.calibration import (
+from trl_tract.evaluation.calibration import (
     as_distributions,
     expected_calibration_error,
     held_out,
@@ -14,7 +14,7 @@ from trl_tract.calibration import (
     reliability,
     spread_against_error,
 )
-from trl_tract.recalibration import FILE_NAME, Conformal, Recalibration
+from trl_tract.evaluation.recalibration import FILE_NAME, Conformal, Recalibration
 
 GRID = [1, 2, 3, 4, 5]
 

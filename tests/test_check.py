@@ -13,11 +13,11 @@ from trl_tract.cli import main
 from trl_tract.commands.check import examine, lengths_table, score_histogram
 from trl_tract.commands.token_view import around_score, labelled, legend, painted, view_row
 from trl_tract.files.journal import write_jsonl
-from trl_tract.grids.scales import Scales
 from trl_tract.rows.encoding import RowEncoder
-from trl_tract.rows.schemas import try_items
 from trl_tract.rows.tokens import resolve_grid
-from trl_tract.scores import ScoreGrid
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scales import Scales
+from trl_tract.sources.schemas import try_items
 
 GRID = ScoreGrid.from_values([1, 2, 3, 4, 5])
 TOKENIZER = make_tokenizer()

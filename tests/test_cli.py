@@ -13,8 +13,8 @@ from conftest import WORDS, make_model, make_rows, make_tokenizer
 
 from trl_tract.cli import main
 from trl_tract.commands import entry_points as commands
+from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.files.journal import read_jsonl, write_json, write_jsonl
-from trl_tract.recalibration import Recalibration
 
 RUBRIC = "criterion: is it polite\nscores: {1: wrong, 2: no, 3: short, 4: clear, 5: yes}\n"
 COLUMNS = ["--columns", "instruction=question", "response=answer", "rationale=feedback", "score=stars"]

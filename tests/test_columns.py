@@ -2,10 +2,10 @@
 
 import pytest
 
-from trl_tract.grids.scales import Scales
-from trl_tract.rows.columns import OwnColumns, Rubric
-from trl_tract.rows.schemas import load_items, read_item
-from trl_tract.scores import ScoreGrid
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scales import Scales
+from trl_tract.sources.columns import OwnColumns, Rubric
+from trl_tract.sources.schemas import load_items, read_item
 
 GRID = ScoreGrid.from_values([1, 2, 3, 4, 5])
 RUBRIC = """\

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from trl_tract import CoTSelfDistill
 from trl_tract.backends import ScriptedBackend
-from trl_tract.distill import read_summary
+from trl_tract.distill.distill import read_summary
 from trl_tract.files.blocks import Shard
 from trl_tract.files.journal import read_jsonl, write_jsonl
 

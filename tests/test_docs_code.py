@@ -29,7 +29,7 @@ from trl_tract.cli import main
 from trl_tract.files.journal import write_jsonl
 from trl_tract.rows.tokens import resolve_grid
 from trl_tract.saved.judge_config import JudgeConfig
-from trl_tract.scores import ScoreGrid
+from trl_tract.scale.grid import ScoreGrid
 
 # Pages whose blocks a test of their own runs, with the files that they need.
 ELSEWHERE = {"docs/data.md": "tests/test_data_docs.py", "docs/score_scales.md": "tests/test_aspect_judge.py"}

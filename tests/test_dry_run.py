@@ -14,8 +14,8 @@ from trl_tract.commands.check import examine
 from trl_tract.commands.dry_run import Plan, _largest_batch
 from trl_tract.commands.estimate import Batch, count, training_memory, training_operations
 from trl_tract.files.journal import write_json, write_jsonl
-from trl_tract.grids.scales import Scales
-from trl_tract.rows.schemas import try_items
+from trl_tract.scale.scales import Scales
+from trl_tract.sources.schemas import try_items
 
 BATCH = Batch(rows=2, length=50, labelled=30, score_rows=2)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_tract.distillation.failures import loops, rationale_failure, stated_score
+from trl_tract.distill.failures import loops, rationale_failure, stated_score
 
 STATED = stated_score(["1", "2", "3", "4", "5"])
 ORDINARY = [

@@ -15,11 +15,11 @@ from peft import LoraConfig, get_peft_model
 from trl import SFTConfig
 
 from trl_tract import CoTRAILJudge, CoTSelfDistill, TRACTConfig, TransformersBackend
-from trl_tract.prompts import CompletionFormat
-from trl_tract.recalibration import Recalibration
+from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.saved.dataset_card import rows_card
 from trl_tract.saved.hub import JUDGE_FILES
 from trl_tract.saved.judge_config import JudgeConfig
+from trl_tract.scale.text import CompletionFormat
 
 # huggingface_hub 2.4 hands a file to its HTTP client's old argument where it uploads LFS objects.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")

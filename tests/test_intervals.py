@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trl_tract import metrics
-from trl_tract.report import compare, score_report
-from trl_tract.resampling import intervals
-from trl_tract.resampling.intervals import Interval, bootstrap, interval
-from trl_tract.resampling.pairs import METRICS, JudgedPairs
+from trl_tract.evaluation import intervals, metrics
+from trl_tract.evaluation.intervals import Interval, bootstrap, interval
+from trl_tract.evaluation.pairs import METRICS, JudgedPairs
+from trl_tract.evaluation.report import compare, score_report
 
 DRAWS = 1000
 GRID = [1, 2, 3, 4, 5]

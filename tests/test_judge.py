@@ -9,12 +9,13 @@ from conftest import make_model, make_rows, make_tokenizer
 
 from trl_tract import CoTRAILJudge, TransformersBackend
 from trl_tract.backends import ScriptedBackend
-from trl_tract.prompts import CompletionFormat
-from trl_tract.recalibration import Recalibration
+from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.rows.rendering import with_completion
 from trl_tract.rows.tokens import resolve_grid
 from trl_tract.saved.judge_config import JudgeConfig
-from trl_tract.scores import ScoreGrid, decide, temper
+from trl_tract.scale.decisions import decide, temper
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.text import CompletionFormat
 
 TOKENIZER = make_tokenizer()
 PROBS = [0.1, 0.0, 0.2, 0.6, 0.05]

@@ -10,32 +10,22 @@ import pytest
 import trl_tract
 
 ROOT = Path(trl_tract.__file__).parent
-# Rooms, lowest level first. A room may import from its own level, without a circle, and from those below. A folder
-# whose files stand on different levels is a floor of rooms; any other folder is one room.
+# Folders are levels, lowest first: a file imports from its own folder and from levels below, never from a neighbour.
 LEVELS = [
-    {"metrics", "prompts", "scores", "commands.options", "distillation.failures", "distillation.summary"}
-    | {"files.blocks", "files.checkpoints", "files.journal", "grids.aspects", "grids.scales", "grids.trie"}
-    | {"judging.judgement", "resampling.intervals", "resampling.pairs", "rows.sources", "text.display"}
-    | {"text.markdown", "text.progress", "text.terminal", "training.neighbours"},
-    {"backends", "calibration", "config", "data", "evaluate_metric", "losses", "recalibration"}
-    | {"distillation.golds"}
-    | {"commands.token_view", "grids.branches", "rows.aspect_columns", "rows.columns", "rows.encoding"}
-    | {"rows.preferences", "rows.rendering", "rows.schemas", "rows.tokens", "saved.judge_config"}
-    | {"saved.training_rows"}
-    | {"training.early_warnings", "training.log_lines", "training.score_metrics"},
-    {"distill", "judge", "page", "plots", "report", "rewards", "trainer"}
-    | {"commands.check", "commands.estimate", "commands.parsing", "judging.aspect_judge", "judging.scoring"}
-    | {"rows.onramp", "saved.dataset_card", "saved.hub", "saved.model_card", "training.score_head"},
-    {"pipeline", "results", "run_spec", "steps"},
-    {"cli", "demo", "commands.completion", "commands.dry_run", "commands.entry_points"},
+    {"scale", "evaluation", "text"},
+    {"files", "rows", "backends", "page"},
+    {"sources", "saved"},
+    {"judge", "distill", "training"},
+    {"runs"},
+    {"demo", "integrations"},
+    {"commands", "cli"},
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-FLOORS = {room.split(".")[0] for room in LEVEL_OF if "." in room}
+NEIGHBOURS = {("cli", "commands")}  # the command's entry point is one file beside its folder
 
 
-def files_of(room: str) -> list[Path]:
-    path = ROOT.joinpath(*room.split("."))
-    return [path.with_suffix(".py")] if path.with_suffix(".py").exists() else sorted(path.rglob("*.py"))
+def room_of(file: Path) -> str:
+    return file.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
 def rooms_imported_by(file: Path) -> set[str]:
@@ -49,67 +39,66 @@ def rooms_imported_by(file: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: imports are written in full"
+            assert node.level == 0, f"{file}: write imports in full"
             names += [f"{node.module}.{alias.name}" for alias in node.names]
     parts = [name.split(".") for name in names]
-    inside = [part[1:] for part in parts if part[0] == "trl_tract" and len(part) > 1]
-    rooms = {".".join(part[:2]) if part[0] in FLOORS else part[0] for part in inside}
-    return rooms - {"__version__"} - set(trl_tract.__all__)
+    inside = {part[1] for part in parts if part[0] == "trl_tract" and len(part) > 1}
+    return inside - {"__version__"} - set(trl_tract.__all__)
 
 
-IMPORTS = {room: set().union(*map(rooms_imported_by, files_of(room))) - {room} for room in LEVEL_OF}
+FILES = [
+    file for file in sorted(ROOT.rglob("*.py")) if file.parent != ROOT or file.stem not in ("__init__", "__main__")
+]
 
 
-def test_every_room_has_a_level():
-    folders = [ROOT, *(ROOT / floor for floor in FLOORS)]
-    found = {
-        path
-        for folder in folders
-        for path in folder.iterdir()
-        if path.suffix == ".py" or (path / "__init__.py").exists()
+def test_every_file_stands_in_a_room_that_has_a_level():
+    strangers = {room_of(file) for file in FILES} - set(LEVEL_OF)
+    assert not strangers, (
+        f"{sorted(strangers)} has no level. Put the file into one of the folders {sorted(LEVEL_OF)}: the lowest level "
+        "whose folder says in its __init__.py that it holds such things"
+    )
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_file_imports_from_its_own_folder_and_from_lower_levels(file):
+    room = room_of(file)
+    wrong = {
+        other
+        for other in rooms_imported_by(file) - {room}
+        if LEVEL_OF[other] >= LEVEL_OF[room] and (room, other) not in NEIGHBOURS
     }
-    rooms = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in found if path.stem != "__init__"}
-    assert rooms - FLOORS == set(LEVEL_OF)
+    assert not wrong, (
+        f"{file.relative_to(ROOT)} imports {sorted(wrong)}, which do not stand below {room!r}. Move what both need to "
+        f"a lower level: {LEVELS}"
+    )
 
 
-def test_a_floor_says_what_its_rooms_are_for_and_nothing_else():
-    for floor in FLOORS:
-        (said,) = ast.parse((ROOT / floor / "__init__.py").read_text(encoding="utf-8")).body
-        assert isinstance(said, ast.Expr)
-
-
-@pytest.mark.parametrize("room", sorted(LEVEL_OF))
-def test_a_room_imports_from_its_own_level_and_below(room):
-    upward = {other for other in IMPORTS[room] if LEVEL_OF[other] > LEVEL_OF[room]}
-    assert not upward
-
-
-def test_rooms_do_not_import_in_circles():
-    placed: set[str] = set()
-    while ready := {room for room in IMPORTS if room not in placed and IMPORTS[room] <= placed}:
-        placed |= ready
-    assert placed == set(LEVEL_OF)
+def test_a_folder_says_what_it_holds():
+    for folder in {file.parent for file in FILES} - {ROOT}:
+        first = ast.parse((folder / "__init__.py").read_text(encoding="utf-8")).body[0]
+        assert isinstance(first, ast.Expr), f"{folder}/__init__.py begins with a docstring that says what is in it"
 
 
 @pytest.mark.parametrize(
     ("room", "unknown"),
     [
-        ("prompts", {"torch", "transformers", "trl"}),
-        ("metrics", {"torch", "transformers", "trl"}),
-        ("scores", {"transformers", "trl"}),
-        ("losses", {"transformers", "trl"}),
+        ("sources/prompts", {"torch", "transformers", "trl"}),
+        ("evaluation", {"trl"}),
+        ("scale", {"transformers", "trl"}),
+        ("training/losses", {"transformers", "trl"}),
         ("judge", {"trl", "datasets"}),
         ("page", {"torch", "transformers", "trl"}),
-        ("report", {"torch", "transformers", "trl"}),
-        ("calibration", {"torch", "transformers", "trl"}),
-        ("recalibration", {"torch", "trl"}),
-        ("resampling.intervals", {"torch", "transformers", "trl"}),
-        ("rewards", {"torch", "transformers", "trl"}),
+        ("evaluation/metrics", {"torch", "transformers", "trl"}),
+        ("evaluation/report", {"torch", "transformers", "trl"}),
+        ("evaluation/calibration", {"torch", "transformers", "trl"}),
+        ("evaluation/recalibration", {"torch", "trl"}),
+        ("evaluation/intervals", {"torch", "transformers", "trl"}),
     ],
 )
 def test_a_room_knows_nothing_of_what_its_docstring_says(room, unknown):
     imported: set[str] = set()
-    for file in files_of(room):
+    path = ROOT / room
+    for file in path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.split(".")[0] for alias in node.names}

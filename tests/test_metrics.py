@@ -11,9 +11,9 @@ import pytest
 from scipy import stats
 from sklearn.metrics import accuracy_score, cohen_kappa_score
 
-from trl_tract import metrics
-from trl_tract.metrics import accuracy, calibration_error, kendall, mae, pearson, qwk, rmse, spearman
-from trl_tract.resampling.pairs import METRICS, JudgedPairs, round_to_grid
+from trl_tract.evaluation import metrics
+from trl_tract.evaluation.metrics import accuracy, calibration_error, kendall, mae, pearson, qwk, rmse, spearman
+from trl_tract.evaluation.pairs import METRICS, JudgedPairs, round_to_grid
 
 CORRELATIONS = [
     (pearson, lambda x, y: stats.pearsonr(x, y).statistic),
@@ -286,8 +286,8 @@ def test_evaluate_loads_the_metric_from_its_file_without_a_network(tmp_path):
         "import socket\n"
         "def refuse(*args, **kwargs): raise AssertionError('the network was asked')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
-        "import evaluate, trl_tract.evaluate_metric\n"
-        f"metric = evaluate.load(trl_tract.evaluate_metric.__file__, cache_dir={str(tmp_path)!r})\n"
+        "import evaluate, trl_tract.evaluation.evaluate_metric\n"
+        f"metric = evaluate.load(trl_tract.evaluation.evaluate_metric.__file__, cache_dir={str(tmp_path)!r})\n"
         "metric.add_batch(predictions=[1, 2], references=[1, 2])\n"
         "metric.add_batch(predictions=[float('nan'), 4], references=[5, 3])\n"
         "found = metric.compute(grid=[1, 2, 3, 4, 5])\n"
@@ -301,7 +301,7 @@ def test_evaluate_loads_the_metric_from_its_file_without_a_network(tmp_path):
 def test_evaluate_finds_one_metric_in_the_file(score_metric):
     from evaluate import loading
 
-    assert isinstance(score_metric, loading.import_main_class("trl_tract.evaluate_metric"))
+    assert isinstance(score_metric, loading.import_main_class("trl_tract.evaluation.evaluate_metric"))
 
 
 def test_a_missing_evaluate_names_the_command_that_installs_it(monkeypatch):
@@ -312,6 +312,9 @@ def test_a_missing_evaluate_names_the_command_that_installs_it(monkeypatch):
 
 def test_importing_metrics_imports_nothing_heavy():
     heavy = ["torch", "transformers", "datasets", "evaluate", "scipy", "sklearn", "matplotlib"]
-    program = f"import sys, trl_tract.metrics, trl_tract.report; print([m for m in {heavy} if m in sys.modules])"
+    program = (
+        "import sys, trl_tract.evaluation.metrics, trl_tract.evaluation.report\n"
+        f"print([m for m in {heavy} if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from trl_tract.cli import main
+from trl_tract.evaluation.report import compare, score_report
 from trl_tract.files.journal import digest, write_json, write_jsonl
 from trl_tract.page import PROMPT_CHARACTERS, RATIONALE_CHARACTERS, JudgedItems, OtherJudge, page_html, write_page
 from trl_tract.page.bins import density, gold_bins, prediction_bins
 from trl_tract.page.charts import MAX_POINTS, JudgedScores, score_charts
 from trl_tract.page.drawing import DARK, LIGHT, legible
 from trl_tract.page.learning import learning_charts
-from trl_tract.report import compare, score_report
-from trl_tract.results import judged_items
+from trl_tract.runs.results import judged_items
 from trl_tract.text.display import excerpt, visible
 
 pytest.importorskip("matplotlib")

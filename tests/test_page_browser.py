@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from browser import chromium, look, require_chromium
 
+from trl_tract.evaluation.report import compare, score_report
 from trl_tract.page import JudgedItems, OtherJudge, write_page
-from trl_tract.report import compare, score_report
 
 pytestmark = [
     pytest.mark.slow,

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from trl_tract import CoTRAILJudge, run_tract
 from trl_tract.cli import COMMANDS, main
 from trl_tract.files.journal import read_jsonl, write_jsonl
-from trl_tract.pipeline import JUDGED, Run
-from trl_tract.results import write_run_page
+from trl_tract.runs.pipeline import JUDGED, Run
+from trl_tract.runs.results import write_run_page
 
 TRAINING = {
     "max_steps": 2,
@@ -197,7 +197,9 @@ def test_a_step_in_a_process_of_its_own_gives_the_same_judgements(finished, tmp_
     out = finished[0] / "out"
     spec = {**json.loads((out / "judge-tract.json").read_text()), "output_dir": str(tmp_path / "again")}
     (tmp_path / "spec.json").write_text(json.dumps(spec))
-    subprocess.run([sys.executable, "-W", "ignore", "-m", "trl_tract.steps", str(tmp_path / "spec.json")], check=True)
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "trl_tract.runs.steps", str(tmp_path / "spec.json")], check=True
+    )
     assert list(read_jsonl(tmp_path / "again" / "judgements.jsonl")) == list(
         read_jsonl(out / "judged-tract" / "judgements.jsonl")
     )
@@ -311,7 +313,7 @@ def test_the_steps_of_the_command_line_make_a_judge(seed_model, tmp_path, capsys
 
 
 def test_judgements_say_on_which_grid_they_were_made(finished):
-    from trl_tract.results import judged_grid
+    from trl_tract.runs.results import judged_grid
 
     assert judged_grid(finished[0] / "out" / "judged-tract") == (1.0, 2.0, 3.0, 4.0, 5.0)
 

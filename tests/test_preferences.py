@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from trl_tract.grids.scales import Scales
-from trl_tract.rows.columns import OwnColumns, Rubric
-from trl_tract.rows.preferences import pair_report, pair_rows
-from trl_tract.rows.schemas import judged_rows, read_item
-from trl_tract.scores import ScoreGrid
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scales import Scales
+from trl_tract.sources.columns import OwnColumns, Rubric
+from trl_tract.sources.preferences import pair_report, pair_rows
+from trl_tract.sources.schemas import judged_rows, read_item
 
 GRID = ScoreGrid.from_values([1, 2])
 RUBRIC = Rubric("Polite?", {"1": "no", "2": "yes"}, "{instruction} | {response}")

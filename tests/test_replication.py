@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import make_model
 
-from trl_tract.metrics import pearson
+from trl_tract.evaluation.metrics import pearson
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks" / "replication"
 

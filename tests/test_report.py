@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from trl_tract import metrics
-from trl_tract.plots import plot_predictions
-from trl_tract.report import ScoreReport, compare, comparison_table, score_report
-from trl_tract.resampling.pairs import METRICS
+from trl_tract.evaluation import metrics
+from trl_tract.evaluation.pairs import METRICS
+from trl_tract.evaluation.report import ScoreReport, compare, comparison_table, score_report
+from trl_tract.page.plots import plot_predictions
 
 
 def judged(seed, n=80):

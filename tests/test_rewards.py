@@ -20,11 +20,11 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trl_tract import CoTRAILJudge, TransformersBackend, make_reward_func, rubric_prompt
 from trl_tract.backends import ScriptedBackend
-from trl_tract.prompts import CompletionFormat
 from trl_tract.rows.rendering import with_completion
 from trl_tract.rows.tokens import resolve_grid
 from trl_tract.saved.judge_config import JudgeConfig
-from trl_tract.scores import ScoreGrid
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.text import CompletionFormat
 
 TOKENIZER = make_tokenizer()
 # 0.1 * 1 + 0.2 * 3 + 0.6 * 4 + 0.05 * 5 = 3.35, with 0.95 on the grid.

@@ -5,10 +5,10 @@ import json
 import pytest
 from conftest import make_rows
 
-from trl_tract.grids.scales import Scales
-from trl_tract.prompts import from_feedback_collection
-from trl_tract.rows.schemas import Item, load_items, read_item, split_items
-from trl_tract.scores import ScoreGrid
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scales import Scales
+from trl_tract.sources.prompts import from_feedback_collection
+from trl_tract.sources.schemas import Item, load_items, read_item, split_items
 
 GRID = ScoreGrid.from_values([1, 2, 3, 4, 5])
 PROMETHEUS = {

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from trl import SFTConfig, SFTTrainer
 
 from trl_tract import ScoreGrid
-from trl_tract.prompts import CompletionFormat, ScoreNotFoundError, locate_score
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.rendering import as_prompt_completion
 from trl_tract.rows.tokens import resolve_grid, resolve_grid_from_ids, score_prefix_ids
+from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, locate_score
 
 MARKER = "[RESULT]"
 ONE_TO_FIVE = ScoreGrid.from_values([1, 2, 3, 4, 5])

@@ -69,7 +69,7 @@ def trainer_on(output_dir: Path, name: str, model: Any = None, **settings: Any) 
     with pytest.MonkeyPatch.context() as patch:
         if name == "further forward passes":
             # As where the attention takes no mask: a pass for each branch, and the ranks have unequal numbers of them.
-            patch.setattr("trl_tract.trainer.why_not_one_forward", lambda model: "it was told not to")
+            patch.setattr("trl_tract.training.trainer.why_not_one_forward", lambda model: "it was told not to")
         return make_trainer(output_dir, rows, model=model or start(name), tokenizer=TOKENIZER, **settings)
 
 

@@ -4,7 +4,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from trl_tract.rows.sources import read_records
+from trl_tract.sources.files import read_records
 
 
 def written(tmp_path, name, text, encoding="utf-8"):

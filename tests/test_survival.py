@@ -20,10 +20,10 @@ from conftest import make_model, make_rows, make_tokenizer
 
 from trl_tract import CoTRAILJudge, CoTSelfDistill, TransformersBackend
 from trl_tract.files.journal import read_jsonl, write_jsonl
-from trl_tract.prompts import CompletionFormat
+from trl_tract.runs.steps import JudgeStep
 from trl_tract.saved.judge_config import JudgeConfig
-from trl_tract.scores import ScoreGrid
-from trl_tract.steps import JudgeStep
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.text import CompletionFormat
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["test_survival"])

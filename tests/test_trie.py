@@ -19,12 +19,12 @@ from trl import TrlParser
 from trl_tract import CoTRAILJudge, ScoreGrid, TRACTConfig, TransformersBackend
 from trl_tract.backends import ScriptedBackend
 from trl_tract.commands.parsing import parse
-from trl_tract.grids.trie import TokenTrie, walk_trie
-from trl_tract.prompts import ScoreNotFoundError, locate_score
 from trl_tract.rows.encoding import RowEncoder, TokenisedRowEncoder
 from trl_tract.rows.tokens import resolve_grid, resolve_grid_from_ids, score_prefix_ids
 from trl_tract.saved.judge_config import JudgeConfig
-from trl_tract.scores import decide
+from trl_tract.scale.decisions import decide
+from trl_tract.scale.text import ScoreNotFoundError, locate_score
+from trl_tract.scale.trie import TokenTrie, walk_trie
 from trl_tract.training.early_warnings import EarlyWarnings
 
 MARKER = "[RESULT]"

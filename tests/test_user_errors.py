@@ -384,7 +384,7 @@ def test_reasons_are_counted_one_by_one(tmp_path):
 @pytest.fixture
 def warned(caplog, monkeypatch):
     """Messages of the package's logger, which transformers keeps from the root logger."""
-    monkeypatch.setattr(logging.getLogger("trl_tract.trainer"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("trl_tract.training.trainer"), "propagate", True)
     caplog.set_level(logging.WARNING)
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("trl_tract")]
 

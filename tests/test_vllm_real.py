@@ -308,7 +308,7 @@ class TestServer(AsTransformers):
         prompts = [f"{EXAMPLES}Reply: {reply} ({number})\nFeedback:" for number in range(12) for reply in REPLIES]
         write_jsonl(data, [{"prompt": prompt, "completion": " Old. [RESULT] 3"} for prompt in prompts])
         processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload(["trl_tract.distill", "trl_tract.backends.server"])
+        processes.set_forkserver_preload(["trl_tract.distill.distill", "trl_tract.backends.server"])
         arguments = (f"http://127.0.0.1:{server.port}", model, str(data), str(out))
         instants, killed, seen = random.Random(0), 0, []
         while killed < 20:

@@ -13,7 +13,7 @@ from trl_tract import (
     rubric_prompt,
     score_report,
 )
-from trl_tract.report import ScoreReport
+from trl_tract.evaluation.report import ScoreReport
 
 
 def train(model: str, rows: object) -> str:

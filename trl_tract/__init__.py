@@ -5,36 +5,37 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trl_tract.backends import ServerBackend, TransformersBackend, VLLMBackend
-    from trl_tract.config import TRACTConfig
-    from trl_tract.distill import CoTSelfDistill
-    from trl_tract.judge import CoTRAILJudge, Judgement
-    from trl_tract.pipeline import run_tract
-    from trl_tract.prompts import from_feedback_collection, from_prometheus_eval, rubric_prompt
-    from trl_tract.report import score_report
-    from trl_tract.rewards import make_reward_func
-    from trl_tract.scores import ScoreGrid, expected_score
-    from trl_tract.trainer import TRACTTrainer
+    from trl_tract.distill.distill import CoTSelfDistill
+    from trl_tract.evaluation.report import score_report
+    from trl_tract.judge.judge import CoTRAILJudge, Judgement
+    from trl_tract.judge.rewards import make_reward_func
+    from trl_tract.runs.pipeline import run_tract
+    from trl_tract.scale.decisions import expected_score
+    from trl_tract.scale.grid import ScoreGrid
+    from trl_tract.sources.prompts import from_feedback_collection, from_prometheus_eval, rubric_prompt
+    from trl_tract.training.config import TRACTConfig
+    from trl_tract.training.trainer import TRACTTrainer
 
 __version__ = "0.1.0"
 
 # Imported at first use: `trl-tract --help` and a user's own imports should not wait for TRL.
-_ROOMS = {
-    "CoTRAILJudge": "judge",
-    "CoTSelfDistill": "distill",
-    "Judgement": "judge",
-    "ScoreGrid": "scores",
+_FILES = {
+    "CoTRAILJudge": "judge.judge",
+    "CoTSelfDistill": "distill.distill",
+    "Judgement": "judge.judge",
+    "ScoreGrid": "scale.grid",
     "ServerBackend": "backends",
-    "TRACTConfig": "config",
-    "TRACTTrainer": "trainer",
+    "TRACTConfig": "training.config",
+    "TRACTTrainer": "training.trainer",
     "TransformersBackend": "backends",
     "VLLMBackend": "backends",
-    "expected_score": "scores",
-    "from_feedback_collection": "prompts",
-    "from_prometheus_eval": "prompts",
-    "make_reward_func": "rewards",
-    "rubric_prompt": "prompts",
-    "run_tract": "pipeline",
-    "score_report": "report",
+    "expected_score": "scale.decisions",
+    "from_feedback_collection": "sources.prompts",
+    "from_prometheus_eval": "sources.prompts",
+    "make_reward_func": "judge.rewards",
+    "rubric_prompt": "sources.prompts",
+    "run_tract": "runs.pipeline",
+    "score_report": "evaluation.report",
 }
 
 __all__ = [
@@ -58,9 +59,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _FILES:
         raise AttributeError(f"module 'trl_tract' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"trl_tract.{_ROOMS[name]}"), name)
+    return getattr(importlib.import_module(f"trl_tract.{_FILES[name]}"), name)
 
 
 def __dir__() -> list[str]:

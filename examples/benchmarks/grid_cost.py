@@ -42,8 +42,9 @@ from transformers import PreTrainedTokenizerFast
 
 import trl_tract
 from trl_tract import CoTRAILJudge, TRACTConfig, TRACTTrainer, TransformersBackend
-from trl_tract.grids.trie import walk_trie
-from trl_tract.scores import ScoreGrid, expected_score
+from trl_tract.scale.decisions import expected_score
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.trie import walk_trie
 
 GRIDS: dict[int, list[float]] = {
     5: [0, 1, 2, 3, 4],

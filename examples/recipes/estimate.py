@@ -16,15 +16,7 @@ import yaml
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 from trl import ModelConfig
 
-from trl_tract.commands.estimate import (
-    GIB,
-    Batch,
-    Memory,
-    ModelSize,
-    count_config,
-    generation_memory,
-    training_memory,
-)
+from trl_tract.commands.estimate import GIB, Batch, Memory, ModelSize, count_config, generation_memory, training_memory
 
 RATIONALE = 400  # tokens with a label a row
 ROWS, ROW_TOKENS = 10_000, 1_000  # of the time estimates

@@ -21,13 +21,13 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from trl_tract.backends.base import Generation, Sampling, SamplingOptions
+from trl_tract.backends.branches import Branches, why_not_one_forward
 from trl_tract.backends.forward import common_prefixes, innermost, last_logits, left_padded, shared_cache
 from trl_tract.backends.loading import load, load_tokenizer
 from trl_tract.backends.stop_text import MayEnd, StopText
 from trl_tract.backends.tokens import checked_ids, ended
-from trl_tract.grids.branches import Branches, why_not_one_forward
-from trl_tract.grids.trie import TokenTrie
-from trl_tract.losses import trie_logprobs
+from trl_tract.scale.logprobs import trie_logprobs
+from trl_tract.scale.trie import TokenTrie
 
 logger = logging.getLogger(__name__)
 

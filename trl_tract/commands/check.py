@@ -14,14 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_tract.backends.loading import load_tokenizer
 from trl_tract.commands.token_view import around_score, view_row
-from trl_tract.data import find_grid, refusal_summary
-from trl_tract.grids.scales import Scales
-from trl_tract.prompts import Row, ScoreNotFoundError
 from trl_tract.rows.aspect_columns import AspectRowEncoder, find_aspects
-from trl_tract.rows.columns import OwnColumns
+from trl_tract.rows.dataset import find_grid, refusal_summary
 from trl_tract.rows.encoding import RowEncoder
-from trl_tract.rows.schemas import Item, as_chat, try_items
-from trl_tract.scores import ScoreGrid
+from trl_tract.rows.row import Row
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scales import Scales
+from trl_tract.scale.text import ScoreNotFoundError
+from trl_tract.sources.columns import OwnColumns
+from trl_tract.sources.schemas import Item, as_chat, try_items
 from trl_tract.text.display import visible
 from trl_tract.text.terminal import aligned, bars
 

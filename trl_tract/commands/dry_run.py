@@ -28,16 +28,16 @@ from trl_tract.commands.estimate import (
     training_operations,
 )
 from trl_tract.commands.token_view import labelled, legend, painted, view_row
-from trl_tract.config import TRACTConfig
 from trl_tract.files.journal import changed_settings
-from trl_tract.grids.scales import Scales
-from trl_tract.pipeline import STEPS, finished_steps, nothing_trained
 from trl_tract.rows.aspect_columns import AspectRowEncoder
-from trl_tract.rows.columns import OwnColumns
 from trl_tract.rows.encoding import RowEncoder
-from trl_tract.rows.schemas import Item, load_items, split_items, try_items
-from trl_tract.run_spec import RunSpec
-from trl_tract.scores import ScoreGrid
+from trl_tract.runs.pipeline import STEPS, finished_steps, nothing_trained
+from trl_tract.runs.spec import RunSpec
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scales import Scales
+from trl_tract.sources.columns import OwnColumns
+from trl_tract.sources.schemas import Item, load_items, split_items, try_items
+from trl_tract.training.config import TRACTConfig
 from trl_tract.training.early_warnings import EarlyWarnings
 
 Say = Callable[[str], None]

@@ -62,7 +62,7 @@ def _option_groups(command: str) -> list[type]:
     if command in ("run", "train"):
         from trl import ModelConfig
 
-        from trl_tract.config import TRACTConfig
+        from trl_tract.training.config import TRACTConfig
 
         if command == "run":
             return [RunArguments, ColumnArguments, GenerationArguments, TRACTConfig, ModelConfig]
@@ -89,9 +89,9 @@ def _parse(command: str, arguments: Sequence[str], *, positional: str | None = N
 
 
 def _run(arguments: Sequence[str]) -> int:
-    from trl_tract.config import field_values
-    from trl_tract.pipeline import carry_out
-    from trl_tract.run_spec import RunSpec
+    from trl_tract.runs.pipeline import carry_out
+    from trl_tract.runs.spec import RunSpec
+    from trl_tract.training.config import field_values
 
     run, own, generation, training, model = _parse("run", arguments)
     spec = RunSpec(
@@ -123,10 +123,10 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    from trl_tract.config import field_values
-    from trl_tract.grids.scales import Scales
-    from trl_tract.rows.onramp import as_jsonl
-    from trl_tract.steps import TrainStep
+    from trl_tract.runs.steps import TrainStep
+    from trl_tract.scale.scales import Scales
+    from trl_tract.sources.onramp import as_jsonl
+    from trl_tract.training.config import field_values
 
     rows, columns, training, model = _parse("train", arguments)
     name, own, fields = _required_model(model), _own(columns), field_values(training)
@@ -154,10 +154,10 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _distill(arguments: Sequence[str]) -> int:
-    from trl_tract.distillation.summary import read_summary
-    from trl_tract.rows.onramp import as_jsonl
+    from trl_tract.distill.summary import read_summary
+    from trl_tract.runs.steps import DistillStep
     from trl_tract.saved.judge_config import JudgeConfig
-    from trl_tract.steps import DistillStep
+    from trl_tract.sources.onramp import as_jsonl
 
     rows, columns, generation, worker = _parse("distill", arguments)
     settings = {
@@ -179,11 +179,11 @@ def _distill(arguments: Sequence[str]) -> int:
 
 def _judge(arguments: Sequence[str]) -> int:
     from trl_tract.files.journal import write_jsonl
-    from trl_tract.rows.onramp import as_jsonl
-    from trl_tract.rows.preferences import holds_pairs, pair_report
-    from trl_tract.rows.sources import read_records
+    from trl_tract.runs.steps import JudgeStep, read_judgements
     from trl_tract.saved.judge_config import JudgeConfig
-    from trl_tract.steps import JudgeStep, read_judgements
+    from trl_tract.sources.files import read_records
+    from trl_tract.sources.onramp import as_jsonl
+    from trl_tract.sources.preferences import holds_pairs, pair_report
 
     rows, columns, generation, worker = _parse("judge", arguments)
     settings = {
@@ -230,7 +230,7 @@ def _check(arguments: Sequence[str]) -> int:
 
 
 def _recalibrate(arguments: Sequence[str]) -> int:
-    from trl_tract.results import recalibrate
+    from trl_tract.runs.results import recalibrate
 
     (args,) = _parse("recalibrate", arguments, positional="--judgements")
     fitted, file = recalibrate(Path(args.judgements), args.model)
@@ -246,8 +246,8 @@ def _recalibrate(arguments: Sequence[str]) -> int:
 
 
 def _report(arguments: Sequence[str]) -> int:
-    from trl_tract.rows.preferences import holds_pairs, pair_report
-    from trl_tract.steps import judged_aspects, read_judgements
+    from trl_tract.runs.steps import judged_aspects, read_judgements
+    from trl_tract.sources.preferences import holds_pairs, pair_report
 
     (args,) = _parse("report", arguments, positional="--judgements")
     # A YAML file may name a single directory without making it a list.
@@ -274,10 +274,10 @@ def _report(arguments: Sequence[str]) -> int:
 
 def _report_aspect(args: ReportArguments, folders: Sequence[str], aspect: str | None) -> None:
     """Report on one aspect's scores, or on the only ones where there are no aspects (None)."""
-    from trl_tract.report import compare, score_report
-    from trl_tract.results import item_groups, judged_grid, judged_items, page_file, with_aspect
-    from trl_tract.scores import ScoreGrid
-    from trl_tract.steps import check_same_items, count_errors, mean_grid_mass, read_judgements
+    from trl_tract.evaluation.report import compare, score_report
+    from trl_tract.runs.results import item_groups, judged_grid, judged_items, page_file, with_aspect
+    from trl_tract.runs.steps import check_same_items, count_errors, mean_grid_mass, read_judgements
+    from trl_tract.scale.grid import ScoreGrid
 
     judged = [read_judgements(Path(folder), aspect) for folder in folders]
     if len(folders) == 2:
@@ -329,7 +329,7 @@ def _completion(arguments: Sequence[str]) -> int:
 
 
 def _own(columns: ColumnArguments) -> Any:
-    from trl_tract.rows.columns import OwnColumns
+    from trl_tract.sources.columns import OwnColumns
 
     return OwnColumns.parse(columns.columns, columns.rubric)
 

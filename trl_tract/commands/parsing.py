@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
-from trl_tract.config import TRACTConfig
+from trl_tract.training.config import TRACTConfig
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -11,12 +11,12 @@ from transformers import AutoConfig
 
 from trl_tract.demo.seed_model import fastest_dtype, save_seed_model
 from trl_tract.demo.task import ONE_TO_FIVE, SCALES, Scale, make_rows
+from trl_tract.evaluation.report import ScoreReport, comparison_table, score_report
 from trl_tract.files.journal import write_jsonl
-from trl_tract.pipeline import Run
-from trl_tract.plots import plot_predictions
-from trl_tract.report import ScoreReport, comparison_table, score_report
-from trl_tract.results import write_run_page
-from trl_tract.steps import DistillStep, JudgeStep, TrainStep, mean_grid_mass, read_judgements
+from trl_tract.page.plots import plot_predictions
+from trl_tract.runs.pipeline import Run
+from trl_tract.runs.results import write_run_page
+from trl_tract.runs.steps import DistillStep, JudgeStep, TrainStep, mean_grid_mass, read_judgements
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from trl_tract import __version__
+from trl_tract.evaluation.pairs import METRICS
+from trl_tract.evaluation.report import Comparison, Interval, ScoreReport
 from trl_tract.page.charts import JudgedScores, score_charts
 from trl_tract.page.drawing import DARK, LIGHT, Chart
 from trl_tract.page.learning import learning_charts
-from trl_tract.report import Comparison, Interval, ScoreReport
-from trl_tract.resampling.pairs import METRICS
 from trl_tract.text.display import common_prefix, excerpt, prompt_text, short
 
 RATIONALE_CHARACTERS = 1500

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trl_tract.resampling.pairs import Floats, Ints
+from trl_tract.evaluation.pairs import Floats, Ints
 
 _LEVELS = 20  # a side with more distinct values than this is continuous
 _INTERVALS = 10

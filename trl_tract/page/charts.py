@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trl_tract.metrics import calibration_error
+from trl_tract.evaluation.metrics import calibration_error
+from trl_tract.evaluation.pairs import Floats, round_to_grid
 from trl_tract.page.bins import Bins, density, gold_bins, prediction_bins
 from trl_tract.page.drawing import Chart, Theme, legible, require_matplotlib
-from trl_tract.resampling.pairs import Floats, round_to_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,1 +1,1 @@
-"""Where rows come from, and how a row becomes text, token ids and the place of its score."""
+"""One row: its text, its token ids, its gold scores, the model's columns."""

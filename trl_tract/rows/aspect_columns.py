@@ -10,8 +10,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from trl_tract.grids.aspects import Aspect, aspect_scores
-from trl_tract.prompts import ScoreNotFoundError, annotator_scores
 from trl_tract.rows.encoding import (
     ASPECT_COLUMN,
     MODEL_COLUMNS,
@@ -23,15 +21,18 @@ from trl_tract.rows.encoding import (
     first_found,
     score_indices,
 )
+from trl_tract.rows.golds import annotator_scores, aspect_scores
 from trl_tract.rows.rendering import RenderedRow, as_prompt_completion, render_aspects
 from trl_tract.rows.tokens import resolve_aspects, resolve_grid_from_ids, tokenise
-from trl_tract.scores import ScoreGrid
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scale import Scale
+from trl_tract.scale.text import ScoreNotFoundError
 
 
 class AspectEncoder(Encoder):
     """What both encoders share."""
 
-    aspects: tuple[Aspect, ...]
+    aspects: tuple[Scale, ...]
 
     @property
     def columns(self) -> list[str]:
@@ -60,7 +61,7 @@ class AspectRowEncoder(AspectEncoder, TextEncoder):
     """
 
     tokenizer: PreTrainedTokenizerBase
-    aspects: tuple[Aspect, ...]
+    aspects: tuple[Scale, ...]
     max_length: int | None
     completion_only: bool
     score_in_ce: bool
@@ -90,7 +91,7 @@ class AspectRowEncoder(AspectEncoder, TextEncoder):
         return self._accept(columns, tokens.score_stops[-1] - 1)
 
 
-def _golds(row: Mapping[str, Any], rendered: RenderedRow, aspects: Sequence[Aspect]) -> list[list[float]]:
+def _golds(row: Mapping[str, Any], rendered: RenderedRow, aspects: Sequence[Scale]) -> list[list[float]]:
     """The annotators' scores of each aspect: those of `scores`, or the ones that the completion has."""
     if row.get("score") is not None:
         raise ScoreNotFoundError(
@@ -112,7 +113,7 @@ def _golds(row: Mapping[str, Any], rendered: RenderedRow, aspects: Sequence[Aspe
 class TokenisedAspectEncoder(AspectEncoder):
     """Checks a row that came as `input_ids`, `labels`, `score_labels` and `score_aspects`, and cuts it."""
 
-    aspects: tuple[Aspect, ...]
+    aspects: tuple[Scale, ...]
     max_length: int | None
 
     def _encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,7 +125,7 @@ class TokenisedAspectEncoder(AspectEncoder):
         return self._accept({name: list(row[name]) for name in self.columns}, indices[-1])
 
 
-def _aspect_indices(row: Mapping[str, Any], aspects: Sequence[Aspect]) -> list[int]:
+def _aspect_indices(row: Mapping[str, Any], aspects: Sequence[Scale]) -> list[int]:
     """Where a tokenised row has the score of each aspect."""
     indices = score_indices(row)
     marked = [row[ASPECT_COLUMN][index] for index in indices]
@@ -138,18 +139,18 @@ def _aspect_indices(row: Mapping[str, Any], aspects: Sequence[Aspect]) -> list[i
 
 
 def find_aspects(
-    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Mapping[str, Any]], aspects: tuple[Aspect, ...]
-) -> tuple[Aspect, ...]:
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Mapping[str, Any]], aspects: tuple[Scale, ...]
+) -> tuple[Scale, ...]:
     """The aspects with their tokens and the rows' way of writing them, from the first row that has all of them.
 
     Raises:
         ValueError: None of the first 1,000 rows has them.
     """
 
-    def found_in(row: Mapping[str, Any]) -> tuple[Aspect, ...]:
+    def found_in(row: Mapping[str, Any]) -> tuple[Scale, ...]:
         if "input_ids" not in row:
             return resolve_aspects(tokenizer, as_prompt_completion(row), aspects)
-        resolved: list[Aspect] = []
+        resolved: list[Scale] = []
         for aspect, index in zip(aspects, _aspect_indices(row, aspects), strict=True):
             grid, written = resolve_grid_from_ids(tokenizer, row["input_ids"], index, aspect.marker, aspect.grid)
             # What stands before a rationale cannot be told from tokens; the default of the configuration is a space.

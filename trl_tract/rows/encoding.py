@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from trl_tract.prompts import ScoreNotFoundError, annotator_scores, some_scores
+from trl_tract.rows.golds import annotator_scores, annotator_shares
 from trl_tract.rows.rendering import RenderedRow, as_prompt_completion, render_row, without_rationale
 from trl_tract.rows.tokens import tokenise
-from trl_tract.scores import ScoreGrid, annotator_shares
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.text import ScoreNotFoundError, some_scores
 
 MODEL_COLUMNS = ["input_ids", "labels", "score_labels"]
 ASPECT_COLUMN = "score_aspects"

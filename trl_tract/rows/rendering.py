@@ -11,17 +11,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length, is_conversational, maybe_convert_to_chatml
 
-from trl_tract.grids.aspects import Aspect, locate_aspects
-from trl_tract.prompts import (
-    CompletionFormat,
-    Prompt,
-    Row,
-    ScoreNotFoundError,
-    ScoreSpan,
-    locate_score,
-    locate_scores,
-)
-from trl_tract.scores import ScoreGrid
+from trl_tract.rows.row import Prompt, Row
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scale import Scale, locate_aspects
+from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, ScoreSpan, locate_score, locate_scores
 
 
 @dataclass(frozen=True)
@@ -113,9 +106,7 @@ def render_row(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], marke
     return _render(tokenizer, row, find)
 
 
-def render_aspects(
-    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], aspects: Sequence[Aspect]
-) -> RenderedRow:
+def render_aspects(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], aspects: Sequence[Scale]) -> RenderedRow:
     """Like `render_row`, for a completion that has a score for each aspect.
 
     Raises:

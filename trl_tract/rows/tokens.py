@@ -11,15 +11,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
-from trl_tract.grids.aspects import Aspect
-from trl_tract.grids.trie import ScorePath
-from trl_tract.prompts import (
-    CompletionFormat,
-    Prompt,
-    ScoreNotFoundError,
-    some_scores,
-    span_at,
-)
 from trl_tract.rows.rendering import (
     RenderedRow,
     RenderedScore,
@@ -28,7 +19,11 @@ from trl_tract.rows.rendering import (
     render_row,
     with_completion,
 )
-from trl_tract.scores import ScoreGrid, tokens_covering
+from trl_tract.rows.row import Prompt
+from trl_tract.scale.grid import ScoreGrid, tokens_covering
+from trl_tract.scale.scale import Scale
+from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, some_scores, span_at
+from trl_tract.scale.trie import ScorePath
 
 
 @dataclass(frozen=True)
@@ -132,8 +127,8 @@ def resolve_grid(
 
 
 def resolve_aspects(
-    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], aspects: Sequence[Aspect]
-) -> tuple[Aspect, ...]:
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], aspects: Sequence[Scale]
+) -> tuple[Scale, ...]:
     """Find each aspect's tokens where `row` writes its score, and the way it writes it."""
     _check_fast(tokenizer)
     rendered = render_aspects(tokenizer, row, aspects)
@@ -231,7 +226,7 @@ def score_prefix_ids(
 def aspect_prefix_ids(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
-    aspects: Sequence[Aspect],
+    aspects: Sequence[Scale],
     done: Sequence[tuple[str, str]],
     rationale: str | None = None,
 ) -> list[int]:

@@ -14,8 +14,8 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
 from trl_tract.backends import Backend
+from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.files.journal import write_json
-from trl_tract.recalibration import Recalibration
 from trl_tract.saved.dataset_card import rows_card
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.saved.model_card import model_card, with_hub_id

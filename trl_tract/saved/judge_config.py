@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_tract.grids.aspects import Aspect
-from trl_tract.grids.scales import Scales
-from trl_tract.grids.trie import ScorePath
-from trl_tract.prompts import CompletionFormat
-from trl_tract.scores import ScoreGrid
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scale import Scale
+from trl_tract.scale.scales import Scales
+from trl_tract.scale.text import CompletionFormat
+from trl_tract.scale.trie import ScorePath
 
 FILE_NAME = "tract_config.json"
 
@@ -33,7 +33,7 @@ class JudgeConfig:
     normalize_grid: bool = False
     num_scores: int = 1
     writes_rationale: bool = True
-    aspects: tuple[Aspect, ...] = ()
+    aspects: tuple[Scale, ...] = ()
 
     @property
     def scales(self) -> Scales:
@@ -90,7 +90,7 @@ class JudgeConfig:
                 int(saved.get("num_scores", 1)),
                 bool(saved.get("writes_rationale", True)),
                 tuple(
-                    Aspect(name, *_read_grid(each), each["raft_weight"])
+                    Scale(name, *_read_grid(each), each["raft_weight"])
                     for name, each in saved.get("aspects", {}).items()
                 ),
             )

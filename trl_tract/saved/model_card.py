@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from trl import SFTConfig
 
 from trl_tract import __version__
-from trl_tract.config import TRACTConfig
-from trl_tract.prompts import some_scores
-from trl_tract.report import ScoreReport
-from trl_tract.resampling.pairs import METRICS
+from trl_tract.evaluation.pairs import METRICS
+from trl_tract.evaluation.report import ScoreReport
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.saved.training_rows import TrainingRows
+from trl_tract.scale.text import some_scores
 from trl_tract.text.display import excerpt
 from trl_tract.text.markdown import code_span, fenced, plain_line, python_literal
 
@@ -134,7 +134,7 @@ _METRIC_TYPES = {"pearson": "pearsonr", "spearman": "spearmanr"}  # what the Hub
 _SOURCES = {"self": "self-written, by the stage-one model", "annotated": "annotated"}
 
 
-def write_model_card(args: TRACTConfig, judge_config: JudgeConfig | None, **known: Any) -> None:
+def write_model_card(args: SFTConfig, judge_config: JudgeConfig | None, **known: Any) -> None:
     """Write `README.md` into the output directory of `args`; `known` are arguments of `model_card`."""
     directory = Path(args.output_dir or ".")
     known["model_name"] = known.get("model_name") or directory.name or "model"
@@ -143,7 +143,7 @@ def write_model_card(args: TRACTConfig, judge_config: JudgeConfig | None, **know
 
 
 def model_card(
-    args: TRACTConfig | None,
+    args: SFTConfig | None,
     judge_config: JudgeConfig | None,
     *,
     base_model: str | None,

@@ -7,8 +7,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from trl_tract.prompts import Row
 from trl_tract.rows.rendering import RenderedRow, as_prompt_completion
+from trl_tract.rows.row import Row
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""The trainer's parts: the score head, what is logged, what is warned of."""
+"""The trainer, its configuration and losses, the score head, what is logged and what looks wrong early."""

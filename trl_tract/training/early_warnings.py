@@ -6,8 +6,8 @@ Looks at logged means alone; knows nothing of models or the trainer.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trl_tract.config import TRACTConfig
-from trl_tract.grids.aspects import read_aspects
+from trl_tract.scale.scale import read_aspects
+from trl_tract.training.config import TRACTConfig
 
 PAPER_LEARNING_RATE = 1e-5
 # 1 to 5, on which raft_weight=1 was chosen; the paper's own ablation gets worse from a weight of 5.

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from trl_tract.grids.branches import Branches, further_forwards
-from trl_tract.grids.trie import TokenTrie
-from trl_tract.losses import aspect_logprobs, grid_logprobs, trie_logprobs
-from trl_tract.scores import ScoreGrid
+from trl_tract.backends.branches import Branches, further_forwards
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.logprobs import aspect_logprobs, grid_logprobs, trie_logprobs
+from trl_tract.scale.trie import TokenTrie
 
 
 def add_score_head(

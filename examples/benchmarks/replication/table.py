@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from rows import TABLE
 
+from trl_tract.evaluation.intervals import KINDS, Interval, Kind, bootstrap, interval
+from trl_tract.evaluation.pairs import METRICS, Floats, JudgedPairs
 from trl_tract.files.journal import digest, write_json
-from trl_tract.resampling.intervals import KINDS, Interval, Kind, bootstrap, interval
-from trl_tract.resampling.pairs import METRICS, Floats, JudgedPairs
-from trl_tract.results import item_groups
-from trl_tract.scores import decide
-from trl_tract.steps import check_same_items, mean_grid_mass, read_judgements
+from trl_tract.runs.results import item_groups
+from trl_tract.runs.steps import check_same_items, mean_grid_mass, read_judgements
+from trl_tract.scale.decisions import decide
 
 REFERENCE = "tract"
 N_BOOTSTRAP = 2000

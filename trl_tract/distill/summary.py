@@ -1,0 +1,56 @@
+"""What became of the rationales of a self-distillation: counted, printed, saved. Knows nothing of models or rows."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trl_tract.distill.failures import FAILURES
+
+
+@dataclass
+class DistillSummary:
+    """What became of the rationales of a self-distillation; printed, it is a table. `summary.json` holds the same.
+
+    Attributes:
+        rows: Training rows.
+        rationales: Asked for: rows times `num_generations`.
+        self_written: Rationales of the model's own among the stage-two rows.
+        annotated: Annotated rationales among them.
+        dropped: Rationales that failed and left no row.
+        resampled: Rationales that took more than one attempt.
+        failed: How often the last attempt failed, by reason.
+        attempts_failed: How often any attempt failed, by reason.
+    """
+
+    rows: int
+    rationales: int
+    self_written: int = 0
+    annotated: int = 0
+    dropped: int = 0
+    resampled: int = 0
+    failed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FAILURES, 0))
+    attempts_failed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FAILURES, 0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All attributes by name."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        counts = {
+            "rows": self.rows,
+            "rationales asked for": self.rationales,
+            "self-written": self.self_written,
+            "annotated": self.annotated,
+            "dropped": self.dropped,
+            "sampled more than once": self.resampled,
+        }
+        lines = [f"{name:24}{count:>10,}" for name, count in counts.items()]
+        lines.append(f"{'failed':24}{'at last':>10}{'attempts':>10}")
+        lines += [f"  {name:22}{self.failed[name]:>10,}{self.attempts_failed[name]:>10,}" for name in FAILURES]
+        return "\n".join(lines)
+
+
+def read_summary(directory: Path) -> DistillSummary:
+    """The summary of a finished self-distillation."""
+    return DistillSummary(**json.loads((directory / "summary.json").read_text(encoding="utf-8")))

@@ -1,1 +1,0 @@
-"""What can be wrong with a self-written rationale, and what became of all of them."""

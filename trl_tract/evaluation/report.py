@@ -1,0 +1,346 @@
+"""Agreement with gold scores as people publish it: numbers with intervals, two judges compared, and tables of them.
+
+The 95 % intervals are those of `intervals.py`. Knows nothing of models, generation or files: it takes scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trl_tract.evaluation.intervals import KINDS, Interval, Kind, bootstrap, interval
+from trl_tract.evaluation.pairs import METRICS, Floats, Ints, JudgedPairs, as_pairs
+
+__all__ = ["Comparison", "Interval", "ScoreReport", "compare", "comparison_table", "score_report"]
+
+
+_ALIKE = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Agreement:
+    pearson: Interval
+    spearman: Interval
+    kendall: Interval
+    rmse: Interval
+    mae: Interval
+    qwk: Interval
+    accuracy: Interval
+    n: int
+    failed: int
+    n_groups: int | None
+    n_bootstrap: int
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """All attributes by name, ready for JSON: undefined numbers are None."""
+        return {name: _plain(value) for name, value in vars(self).items()}
+
+    def _lines(self, heading: str) -> str:
+        rows = [["metric", heading, "low", "high"]]
+        for name in METRICS:
+            interval = getattr(self, name)
+            ends = ("-" if np.isnan(end) else f"{end:.3f}" for end in (interval.low, interval.high))
+            rows.append([name, _number(interval.value), *ends])
+        if self.n_bootstrap == 0:
+            return f"{_aligned(rows)}\nno intervals: n_bootstrap is 0"
+        units = f"{self.n} items" if self.n_groups is None else f"{self.n_groups} groups"
+        return f"{_aligned(rows)}\n95 % intervals: {self.n_bootstrap} bootstrap resamples of {units}, seed {self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreReport(_Agreement):
+    """One judge against the gold scores. Printed, it is a table.
+
+    Attributes:
+        pearson, spearman, kendall: Correlations (Kendall: tau-b); undefined for a constant or fewer than three items.
+        rmse, mae: Errors, rubric units.
+        qwk, accuracy: Quadratic-weighted kappa, and share of equal scores, after rounding to the grid.
+        spread: Standard deviation of the predictions over that of the gold scores; NaN where either is undefined, or
+            all gold scores are the same. Near 0 the judge gives every item the same score.
+        n: Items with a prediction: those behind every number here.
+        failed: Items without one (NaN), counted and kept out of everything else.
+        n_groups: Groups that were resampled; None: items were.
+        n_bootstrap: Resamples behind each interval, all of them for every metric.
+        seed: Seed of the resampling.
+    """
+
+    spread: float
+
+    def __str__(self) -> str:
+        counts = f"{self.n} of {self.n + self.failed} items scored, {self.failed} failed"
+        lines = f"{counts}\n{self._lines('value')}"
+        if self.spread < _ALIKE:
+            lines += (
+                f"\nAll scores are nearly the same: they spread {self.spread:.2%} as far as the gold scores. The "
+                "correlations are those of the last digits, and say nothing"
+            )
+        return lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(_Agreement):
+    """Judge a minus judge b on the same items. Printed, it is a table.
+
+    An interval that leaves out 0 tells the two apart. For `rmse` and `mae` a negative difference favours a.
+
+    Attributes:
+        pearson, spearman, kendall, rmse, mae, qwk, accuracy: Differences, in the units of `ScoreReport`.
+        n: Items that both judges scored: those behind every difference.
+        failed: Items that a, b or both failed to score, kept out.
+        failed_a, failed_b: How many of all items each judge failed to score.
+        n_groups, n_bootstrap, seed: As in `ScoreReport`.
+    """
+
+    failed_a: int
+    failed_b: int
+
+    def __str__(self) -> str:
+        counts = f"{self.n} of {self.n + self.failed} items scored by both; a failed {self.failed_a}, b {self.failed_b}"
+        return f"{counts}\n{self._lines('a - b')}"
+
+
+def score_report(
+    predictions: npt.ArrayLike,
+    references: npt.ArrayLike,
+    *,
+    groups: Iterable[Hashable] | None = None,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+    grid: Iterable[float] | None = None,
+) -> ScoreReport:
+    """How well a judge agrees with gold scores: seven metrics, each with a 95 % bootstrap interval.
+
+    Every metric, Kendall's tau-b included, is exact in every resample: nothing is subsampled. 100,000 items take some
+    ten seconds with gold scores on a few levels, half a minute where both sides are continuous. How the intervals are
+    made is said at `intervals.interval`, and how often they hold the truth in `docs/evaluation.md`.
+
+    Args:
+        predictions: The judge's scores, rubric units, `(n,)`; NaN where it failed.
+        references: Gold scores, rubric units, `(n,)`.
+        groups: What each item belongs to (the question, the author), `(n,)`. Items of a group are not independent:
+            whole groups are then resampled, which is what makes the intervals wide enough.
+        n_bootstrap: Resamples; 0 gives values without intervals.
+        seed: The same seed gives the same intervals.
+        grid: Admissible scores, for `qwk` and `accuracy`; None: the integers.
+
+    Returns:
+        The report; a metric that is undefined is NaN in it, and its interval with it. The interval alone is NaN where
+        it cannot be placed: one item or group, a metric that more than 5 % of the resamples leave undefined, or that
+        does not vary in them, as with a judge that never errs.
+
+    Raises:
+        ValueError: Unequal lengths, a gold score that is not finite, an infinite prediction, a missing group, or a
+            negative `n_bootstrap`.
+
+    Example:
+        >>> report = score_report([1, 2, 4, 4, float("nan")], [1, 2, 3, 5, 4], n_bootstrap=200)
+        >>> report.n, report.failed, round(report.pearson.value, 3)
+        (4, 1, 0.878)
+    """
+    predicted, gold = as_pairs(predictions, references)
+    given = _given(predicted, "predictions")
+    codes, n_groups = _group_codes(groups, given)
+    pairs = JudgedPairs(predicted[given], gold[given], grid) if given.any() else None
+    intervals = _intervals(pairs, KINDS, int(given.sum()), codes, n_bootstrap, seed)
+    return ScoreReport(
+        **intervals,
+        spread=_spread(predicted[given], gold[given]),
+        n=int(given.sum()),
+        failed=int((~given).sum()),
+        n_groups=n_groups,
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+    )
+
+
+def _spread(predicted: Floats, gold: Floats) -> float:
+    if len(gold) < 2 or np.ptp(gold) == 0:
+        return float("nan")
+    return float(np.std(predicted) / np.std(gold))
+
+
+def _plain(value: Any) -> Any:
+    """An attribute as JSON has it."""
+    if isinstance(value, Interval):
+        return value.to_dict()
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def compare(
+    a: npt.ArrayLike,
+    b: npt.ArrayLike,
+    references: npt.ArrayLike,
+    *,
+    groups: Iterable[Hashable] | None = None,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+    grid: Iterable[float] | None = None,
+) -> Comparison:
+    """Judge a minus judge b on the same items: seven differences, each with a 95 % bootstrap interval.
+
+    Paired: each resample is drawn once and both judges are measured on it, so what is hard for both cancels. Two
+    overlapping intervals of two reports do not say that the judges are equal; this does the comparison.
+
+    Args:
+        a: One judge's scores, rubric units, `(n,)`; NaN where it failed.
+        b: The other's, for the same items in the same order.
+        references: Gold scores, rubric units, `(n,)`.
+        groups: As in `score_report`.
+        n_bootstrap: As in `score_report`.
+        seed: As in `score_report`.
+        grid: As in `score_report`.
+
+    Returns:
+        The differences, over the items that both judges scored.
+
+    Raises:
+        ValueError: As in `score_report`.
+
+    Example:
+        >>> difference = compare([1, 2, 3, 5], [2, 2, 4, 4], [1, 2, 3, 5], n_bootstrap=200)
+        >>> difference.mae.value
+        -0.75
+    """
+    (scores_a, gold), (scores_b, _) = as_pairs(a, references, "a"), as_pairs(b, references, "b")
+    given_a, given_b = _given(scores_a, "a"), _given(scores_b, "b")
+    given = given_a & given_b
+    codes, n_groups = _group_codes(groups, given)
+    values = None if grid is None else list(grid)
+    difference: Callable[[Floats], dict[str, Floats]] | None = None
+    if given.any():
+        of_a, of_b = (JudgedPairs(scores[given], gold[given], values) for scores in (scores_a, scores_b))
+
+        def difference(counts: Floats) -> dict[str, Floats]:
+            from_a, from_b = of_a(counts), of_b(counts)
+            return {name: from_a[name] - from_b[name] for name in METRICS}
+
+    return Comparison(
+        **_intervals(difference, dict.fromkeys(METRICS, "difference"), int(given.sum()), codes, n_bootstrap, seed),
+        n=int(given.sum()),
+        failed=int((~given).sum()),
+        failed_a=int((~given_a).sum()),
+        failed_b=int((~given_b).sum()),
+        n_groups=n_groups,
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+    )
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Judges side by side: a table that lines up in a terminal and is GitHub Markdown.
+
+    Args:
+        rows: One mapping per judge: `judge` (its name), `report` (a `ScoreReport` or its `to_dict()`) and, where known,
+            `grid_mass` (mean probability on the grid) and `seconds` (run time). What is not known is shown as "-".
+
+    Raises:
+        ValueError: There are no rows, or one lacks `judge` or `report` or has a key that is not understood.
+
+    Example:
+        >>> report = score_report([1, 2, 4, 4], [1, 2, 3, 5], n_bootstrap=0)
+        >>> print(comparison_table([{"judge": "seed model", "report": report, "seconds": 12}]))
+        | judge      |      Pearson [95 %] | Spearman |  RMSE | grid mass | failed | seconds |
+        | :--------- | ------------------: | -------: | ----: | --------: | -----: | ------: |
+        | seed model | 0.878 [no interval] |    0.949 | 0.707 |         - |      0 |    12.0 |
+    """
+    if not rows:
+        raise ValueError("There are no judges to compare: rows is empty. Pass at least one.")
+    table = [["judge", "Pearson [95 %]", "Spearman", "RMSE", "grid mass", "failed", "seconds"]]
+    for index, row in enumerate(rows):
+        required, known = {"judge", "report"}, {"judge", "report", "grid_mass", "seconds"}
+        if not required <= row.keys() <= known:
+            raise ValueError(
+                f"rows[{index}] has the keys {sorted(row)}. It needs 'judge' and 'report'; 'grid_mass' and 'seconds' "
+                "may be there, and nothing else."
+            )
+        report = row["report"]
+        numbers = report.to_dict() if isinstance(report, ScoreReport) else report
+        pearson = Interval(**{name: _nan_if_none(number) for name, number in numbers["pearson"].items()})
+        table.append(
+            [
+                " ".join(str(row["judge"]).split()).replace("|", "\\|"),  # neither may end a cell
+                str(pearson),
+                _number(_nan_if_none(numbers["spearman"]["value"])),
+                _number(_nan_if_none(numbers["rmse"]["value"])),
+                "-" if row.get("grid_mass") is None else _number(row["grid_mass"]),
+                str(numbers["failed"]),
+                "-" if row.get("seconds") is None else f"{row['seconds']:.1f}",
+            ]
+        )
+    return _markdown(table)
+
+
+def _given(predicted: Floats, name: str) -> npt.NDArray[np.bool_]:
+    infinite = np.flatnonzero(np.isinf(predicted))
+    if infinite.size:
+        raise ValueError(
+            f"{infinite.size} of {len(predicted)} {name} are infinite (first: {name}[{infinite[0]}] is "
+            f"{predicted[infinite[0]]}). Pass NaN for a judgement that failed."
+        )
+    given: npt.NDArray[np.bool_] = ~np.isnan(predicted)
+    return given
+
+
+def _group_codes(groups: Iterable[Hashable] | None, given: npt.NDArray[np.bool_]) -> tuple[Ints | None, int | None]:
+    """0, 1, ... for each group among the given items, in order of appearance, and how many there are."""
+    if groups is None:
+        return None, None
+    listed = list(groups)
+    if len(listed) != len(given):
+        raise ValueError(f"groups has {len(listed)} items and references has {len(given)}. Pass one group per item.")
+    missing = [index for index, group in enumerate(listed) if group is None or group != group]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(listed)} groups are missing (first: groups[{missing[0]}] is "
+            f"{listed[missing[0]]}). Name every item's group; an item on its own is a group of one."
+        )
+    codes: dict[Hashable, int] = {}
+    numbered = [codes.setdefault(group, len(codes)) for group, kept in zip(listed, given, strict=True) if kept]
+    return np.array(numbered, dtype=np.int64), len(codes)
+
+
+def _intervals(
+    statistics: Callable[[Floats], dict[str, Floats]] | None,
+    kinds: Mapping[str, Kind],
+    n: int,
+    codes: Ints | None,
+    n_bootstrap: int,
+    seed: int,
+) -> dict[str, Interval]:
+    """Each metric of all `n` items, with its interval."""
+    if n_bootstrap < 0:
+        raise ValueError(f"n_bootstrap is {n_bootstrap}. Pass 1000 for intervals, or 0 for none.")
+    if statistics is None:
+        return dict.fromkeys(METRICS, Interval(np.nan, np.nan, np.nan))
+    values = statistics(np.ones((1, n)))
+    n_units = n if codes is None else int(codes.max()) + 1
+    resampled = bootstrap(statistics, n, codes, n_bootstrap if n_units > 1 else 0, seed)
+    return {name: interval(float(values[name][0]), resampled[name], n_units, kinds[name]) for name in METRICS}
+
+
+def _nan_if_none(number: float | None) -> float:
+    return np.nan if number is None else number
+
+
+def _number(number: float) -> str:
+    return "undefined" if np.isnan(number) else f"{number:.3f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]], separator: str = "  ") -> str:
+    """Names to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        separator.join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(f"| {line} |" for line in _aligned([rows[0], rule, *rows[1:]], " | ").splitlines())

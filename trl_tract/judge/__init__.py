@@ -1,0 +1,1 @@
+"""Rationale, then expected score; and a judge as a reward."""

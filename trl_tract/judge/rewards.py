@@ -1,0 +1,221 @@
+"""A judge as a reward function for TRL's GRPOTrainer and RLOOTrainer.
+
+Knows what those trainers hand to a reward function, lists alone; knows nothing of their classes or of models.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from trl_tract.judge.judge import CoTRAILJudge, Judgement
+from trl_tract.rows.row import Prompt, Row
+from trl_tract.sources.prompts import rubric_prompt
+
+logger = logging.getLogger(__name__)
+
+JudgePrompt = Callable[[Row], Prompt | None]
+RewardFunc = Callable[..., list[float | None]]
+
+
+def make_reward_func(
+    judge: CoTRAILJudge,
+    *,
+    prompt: JudgePrompt | None = None,
+    scale: Literal["unit"] | None = None,
+    failed: float | None = None,
+) -> RewardFunc:
+    """Let a judge score the completions of a policy: `GRPOTrainer(policy, reward_funcs=make_reward_func(judge), ...)`.
+
+    A completion that the judge cannot score gets None, which TRL reads as "this reward does not apply": it is left out
+    of the group's mean and moves nothing. TRL's log then shows `rewards/tract_judge/mean` and `std`, and
+
+    - `rewards/tract_judge/failed`: share of the completions judged that got no score, 0 to 1;
+    - `rewards/tract_judge/grid_mass`: mean probability on the score grid. A policy can learn to raise or lower it; set
+      the judge's `normalize_grid` to take it out of the score.
+
+    With `log_completions=True` the completions' table has the judge's rationale, or why there is no score. The names
+    follow the function's `__name__`; set that to tell two judges in one trainer apart.
+
+    Args:
+        judge: The judge. Its random seed is varied with the trainer's step, so that a resumed run goes on alike.
+        prompt: Writes the judge's prompt, text or messages, of a row: `prompt` and `completion` as TRL gives them
+            (text, or messages if the dataset is conversational; the completion is untrusted) and the dataset's other
+            columns. None from it means that this reward does not apply to the row. By default `rubric_prompt` is
+            filled from the columns `criterion`, `descriptions` (score text -> what earns it) and, if there is one,
+            `reference`; a row where both of the first are None is not judged. Write the prompt as in the judge's
+            training rows: a judge trained on messages needs messages.
+        scale: None for rubric units. `"unit"` maps the ends of the score range to 0 and 1 without clipping: an
+            expected score that lost mass off the grid can lie below 0.
+        failed: Reward of a completion that the judge cannot score, in the units of what is returned. None leaves it
+            without one.
+
+    Returns:
+        A reward function: lists of prompts, completions and columns in, a float or None for each completion out.
+
+    Raises:
+        ValueError: An unknown `scale`, or a `failed` that is not finite. From the reward function: columns that the
+            default prompt needs are missing, or descriptions that are not of the judge's scores.
+    """
+    if not callable(getattr(judge, "judge", None)):
+        raise TypeError(f"judge is {judge!r}, not a judge: load one first, CoTRAILJudge.from_pretrained(path)")
+    if scale not in (None, "unit"):
+        raise ValueError(f"scale={scale!r} is unknown: give None for rubric units, or 'unit' for 0 to 1")
+    if judge.aspects:
+        raise ValueError(
+            f"this judge scores {len(judge.aspects)} aspects, and a reward is one number: give a judge of one score"
+        )
+    if failed is not None and not math.isfinite(failed):
+        raise ValueError(f"failed={failed} would spoil the whole group's rewards: give a finite number, or None")
+    return _JudgeReward(judge, prompt, scale, failed)
+
+
+class _JudgeReward:
+    """What `make_reward_func` returns; not a closure, so that it can be pickled if its judge can."""
+
+    def __init__(
+        self, judge: CoTRAILJudge, prompt: JudgePrompt | None, scale: Literal["unit"] | None, failed: float | None
+    ) -> None:
+        self.__name__ = "tract_judge"  # What TRL calls this reward in its logs.
+        self.judge = judge
+        self.prompt = prompt
+        self.scale = scale
+        self.failed = failed
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        *,
+        trainer_state: Any = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        asked: dict[int, Prompt] = {}
+        for i, (before, completion) in enumerate(zip(prompts, completions, strict=True)):
+            # What TRL adds beside the columns is not a list of the batch's length.
+            rest = {key: of[i] for key, of in columns.items() if isinstance(of, list) and len(of) == len(prompts)}
+            row = {**rest, "prompt": before, "completion": completion}
+            written = self._rubric_prompt(row) if self.prompt is None else self.prompt(row)
+            if written is not None:
+                asked[i] = written
+        # The judge's seed depends on the number of the first item. Without the step, the same random numbers would
+        # choose the words of a batch's first rationale in every step.
+        first = 0 if trainer_state is None else int(trainer_state.global_step) * len(prompts)
+        rows = [{"prompt": written} for written in asked.values()]
+        judgements = dict(zip(asked, self.judge.judge(rows, first=first), strict=True))
+        rewards = [self._reward(judgements[i]) if i in judgements else None for i in range(len(prompts))]
+        self._report(judgements, len(prompts), log_extra, log_metric)
+        return rewards
+
+    def _reward(self, judgement: Judgement) -> float | None:
+        if not _has_score(judgement):
+            return self.failed
+        if self.scale is None:
+            return judgement.score
+        low, high = self.judge.grid.values[0], self.judge.grid.values[-1]
+        return (judgement.score - low) / (high - low)
+
+    def _report(
+        self,
+        judgements: Mapping[int, Judgement],
+        count: int,
+        log_extra: Callable[[str, list[Any]], None] | None,
+        log_metric: Callable[[str, float], None] | None,
+    ) -> None:
+        name = self.__name__
+        scored = [judgement for judgement in judgements.values() if _has_score(judgement)]
+        lost = {
+            i: judgement.error or f"its score is {judgement.score}"
+            for i, judgement in judgements.items()
+            if not _has_score(judgement)
+        }
+        if lost:
+            i, reason = next(iter(lost.items()))
+            logger.warning(
+                "%s: no score for %d of %d completions, whose reward is %s (first: completion %d of the batch, %s)",
+                name,
+                len(lost),
+                len(judgements),
+                self.failed,
+                i,
+                reason,
+            )
+        if log_metric is not None and judgements:
+            # A share, since TRL averages what it is given over processes and over the steps between two logs.
+            log_metric(f"rewards/{name}/failed", len(lost) / len(judgements))
+            if scored:
+                log_metric(f"rewards/{name}/grid_mass", sum(each.grid_mass for each in scored) / len(scored))
+        if log_extra is not None:
+            said = [judgements.get(i, Judgement()) for i in range(count)]
+            log_extra(f"{name}/rationale", ["\n\n".join(judgement.rationales) for judgement in said])
+            log_extra(f"{name}/error", [lost.get(i, "") for i in range(count)])
+
+    def _rubric_prompt(self, row: Row) -> str | None:
+        absent = [column for column in ("criterion", "descriptions") if column not in row]
+        if absent:
+            raise ValueError(
+                f"the judge's prompt needs the dataset column(s) {' and '.join(absent)}; found: "
+                f"{', '.join(sorted(row))}. Add `criterion` (what the rubric asks), `descriptions` (score text -> what "
+                "earns it) and, optionally, `reference`, and leave remove_unused_columns at False; or write the "
+                "prompt yourself with make_reward_func(judge, prompt=...)"
+            )
+        if row["criterion"] is None and row["descriptions"] is None:
+            return None
+        # `datasets` gives every row the keys of all rows, and None where a row lacks one.
+        texts = {str(score): text for score, text in (row["descriptions"] or {}).items() if text is not None}
+        grid = self.judge.grid.texts
+        if row["criterion"] is None or set(texts) != set(grid):
+            raise ValueError(
+                f"criterion={row['criterion']!r} with descriptions of the scores {', '.join(texts) or 'none'}: the "
+                f"judge needs a criterion, and one description for each of its scores {', '.join(grid)}"
+            )
+        return rubric_prompt(
+            _prompt_text(row["prompt"]),
+            self._defused(_completion_text(row["completion"])),
+            row["criterion"],
+            {score: texts[score] for score in grid},
+            reference=row.get("reference"),
+            marker=self.judge.format.marker,
+        )
+
+    def _defused(self, text: str) -> str:
+        """The text with the judge's special tokens broken up by a space.
+
+        Tokenizers find them in any text. A policy could otherwise end the user's turn by spelling `<|im_end|>`, and go
+        on as the judge.
+        """
+        for token in self.judge.backend.tokenizer.added_tokens_decoder.values():
+            if token.special and len(token.content) > 1:
+                text = text.replace(token.content, f"{token.content[0]} {token.content[1:]}")
+        return text
+
+
+def _has_score(judgement: Judgement) -> bool:
+    return judgement.error is None and math.isfinite(judgement.score)
+
+
+def _prompt_text(prompt: Prompt) -> str:
+    """What the policy was asked: its text, its only message, or a conversation with the roles written out."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return _content(prompt[0])
+    return "\n\n".join(f"{message['role']}: {_content(message)}" for message in prompt)
+
+
+def _completion_text(completion: Prompt) -> str:
+    """What the policy wrote; of a completion with tool calls, its last answer. Empty if there is none."""
+    if isinstance(completion, str):
+        return completion
+    answers = [_content(message) for message in completion if message.get("role") == "assistant"]
+    return answers[-1] if answers else ""
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    """The text of a message; of one in blocks, its text blocks."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "\n".join(block["text"] for block in content if block.get("type") == "text")
+    return content or ""

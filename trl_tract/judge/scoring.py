@@ -1,0 +1,197 @@
+"""The parts of judging: sampling rationales, asking for a grid's probabilities, making scores of them.
+
+Knows backends and grids; knows nothing of prompts, of how a row is written, or of how many scores a completion has.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trl_tract.backends import Backend, Generation
+from trl_tract.evaluation.recalibration import Recalibration
+from trl_tract.files.journal import digest
+from trl_tract.judge.judgement import Judgement
+from trl_tract.scale.decisions import DECISIONS, POOLS, Decision, Pool, check_quantile, decide, temper
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.trie import GridProbabilities, walk_trie
+
+Key = TypeVar("Key")
+NO_ROOM = "prompt and rationale leave no room in the model's context window"
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Samples rationales, and again those that did not reach the marker.
+
+    Attributes:
+        backend: The judge model.
+        options: `temperature`, `top_p`, `repetition_penalty`, `max_new_tokens`.
+        max_attempts: How often a rationale is sampled.
+        append_marker: Whether a rationale without the marker is as good.
+    """
+
+    backend: Backend
+    options: Mapping[str, Any]
+    max_attempts: int
+    append_marker: bool
+
+    def sample(
+        self,
+        prompts: Mapping[Key, Sequence[int]],
+        *,
+        stop: str,
+        n: int,
+        seed: Callable[[int], Sequence[Any]],
+        rejects: Callable[[str], bool] | None = None,
+        on_progress: Any = None,
+    ) -> dict[Key, list[Generation]]:
+        """Rationales of each prompt.
+
+        Args:
+            prompts: Token ids.
+            stop: The marker.
+            n: Rationales for each.
+            seed: What the random numbers of an attempt (1, 2, ...) depend on.
+            rejects: Whether a rationale that did reach the marker has to be sampled again.
+            on_progress: See `Backend.generate`; told of the first attempt.
+        """
+        results: dict[Key, list[Generation]] = {}
+        open_slots = [(key, sample) for key in prompts for sample in range(n)]
+        for attempt in range(1, self.max_attempts + 1):
+            settings: dict[str, Any] = {**self.options, "stop": stop}
+            settings["seed"] = int(digest(list(seed(attempt)))[:8], 16)
+            if attempt == 1:
+                first = self.backend.generate(list(prompts.values()), n=n, on_progress=on_progress, **settings)
+                results = {key: list(generations) for key, generations in zip(prompts, first, strict=True)}
+            else:
+                again = self.backend.generate([prompts[key] for key, _ in open_slots], n=1, **settings)
+                for (key, sample), generations in zip(open_slots, again, strict=True):
+                    results[key][sample] = generations[0]
+            open_slots = [(key, sample) for key, sample in open_slots if self._is_open(results[key][sample], rejects)]
+            if not open_slots or self.append_marker:
+                break
+        return results
+
+    @staticmethod
+    def _is_open(generation: Generation, rejects: Callable[[str], bool] | None) -> bool:
+        if generation.finish_reason == "stop":
+            return rejects is not None and rejects(generation.text)
+        return generation.finish_reason in ("eos", "length")
+
+    def usable(self, generation: Generation) -> bool:
+        """Whether a score can follow."""
+        return generation.finish_reason == "stop" or (
+            self.append_marker and generation.finish_reason != "prompt_too_long"
+        )
+
+    def reason(self, last: Generation, marker: str) -> str:
+        """Why no score can follow a generation that is not usable."""
+        if last.finish_reason == "prompt_too_long":
+            return "the prompt leaves no room in the model's context window"
+        ending = (
+            f"max_new_tokens={self.options['max_new_tokens']} ran out"
+            if last.finish_reason == "length"
+            else "the model ended its turn"
+        )
+        return f"no rationale reached {marker!r} in {self.max_attempts} attempts: {ending}"
+
+
+def grid_probabilities(backend: Backend, grid: ScoreGrid, prefixes: Sequence[Sequence[int]]) -> GridProbabilities:
+    """Probabilities of a grid's scores behind token prefixes, and what was left out of them.
+
+    One batched pass, or, where a backend asks for scores of several tokens token by token, one a level of their trie.
+    """
+    if not prefixes:
+        return GridProbabilities.exact(np.zeros((0, len(grid))))
+    if grid.paths:
+        # A backend may know how to ask for whole scores at once; every one can be asked token by token.
+        ask_at_once = getattr(backend, "trie_logprobs", None)
+        logprobs = None if ask_at_once is None else ask_at_once(prefixes, grid.trie)
+        if logprobs is not None:
+            return GridProbabilities.exact(np.exp(logprobs))
+        return walk_trie(grid.trie, prefixes, backend.next_token_logprobs, grid.values)
+    return GridProbabilities.exact(np.exp(backend.next_token_logprobs(prefixes, grid.token_ids)))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How probabilities become scores; the fields are arguments of `CoTRAILJudge`.
+
+    Raises:
+        ValueError: An unknown decision or pool, or a temperature or quantile out of range.
+    """
+
+    decision: Decision
+    quantile: float
+    normalize_grid: bool
+    score_temperature: float
+    pool: Pool
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Refuse what is unusable before anything is generated."""
+        if self.decision not in DECISIONS:
+            raise ValueError(f"decision={self.decision!r} is unknown: choose one of {', '.join(DECISIONS)}")
+        if self.pool not in POOLS:
+            raise ValueError(f"pool={self.pool!r} is unknown: choose one of {', '.join(POOLS)}")
+        check_quantile(self.quantile)
+        temper(torch.ones(1), self.score_temperature)
+
+    def fill(
+        self,
+        judgement: Judgement,
+        grid: ScoreGrid,
+        found: GridProbabilities,
+        rationales: list[str],
+        seed: Sequence[Any],
+        recalibration: Recalibration | None = None,
+    ) -> None:
+        """Write into a judgement what the probabilities behind its rationales say.
+
+        Args:
+            judgement: Of one item, or of one of its aspects.
+            grid: Of the scores.
+            found: Of this item's rationales alone.
+            rationales: They.
+            seed: What a sampled score depends on, beside the judge's seed.
+            recalibration: Applied to the final score.
+        """
+        probs = found.probs
+        tensor, values = torch.from_numpy(probs), torch.tensor(grid.values, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(int(digest([self.seed, "score", *seed])[:8], 16))
+        tensor = temper(tensor, self.score_temperature)
+        rule: dict[str, Any] = {
+            "normalize": self.normalize_grid,
+            "quantile": self.quantile,
+            "generator": generator,
+        }
+        judgement.scores = decide(tensor, values, self.decision, **rule).tolist()
+        judgement.score = float(np.mean(judgement.scores))
+        if self.pool == "distributions":
+            judgement.score = float(decide(tensor.mean(dim=0, keepdim=True), values, self.decision, **rule))
+        if recalibration is not None:
+            judgement.score = float(recalibration(judgement.score))
+        judgement.rationales = rationales
+        judgement.probs = probs
+        judgement.error = None
+        judgement.grid_mass = float(probs.sum(axis=1).mean())
+        on_grid = probs / probs.sum(axis=1, keepdims=True)
+        mean = on_grid @ np.array(grid.values)
+        variance = on_grid @ np.square(grid.values) - np.square(mean)
+        judgement.std = float(np.sqrt(np.clip(variance, 0, None)).mean())
+        judgement.pruned_mass = float(found.pruned_mass.mean())
+        judgement.error_bound = float(self._error_bounds(grid, found).mean())
+
+    def _error_bounds(self, grid: ScoreGrid, found: GridProbabilities) -> NDArray[np.float64]:
+        """How far what was not followed can have moved each expected score, rubric units."""
+        if not self.normalize_grid:
+            return found.error_bound
+        # A mean over the mass m that was found moves by at most the range once mass p joins it: p / (m + p) of it.
+        low, high = grid.values[0], grid.values[-1]
+        mass = np.maximum(found.probs.sum(axis=1) + found.pruned_mass, np.finfo(float).tiny)
+        bounds: NDArray[np.float64] = found.pruned_mass / mass * (high - low)
+        return bounds

@@ -1,1 +1,0 @@
-"""The judge's parts, and what it returns."""

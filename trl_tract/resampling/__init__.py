@@ -1,1 +1,0 @@
-"""Intervals from resampled items, and the items in the form that resampling needs."""

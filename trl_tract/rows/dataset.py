@@ -1,0 +1,205 @@
+"""A dataset of rows -> the model's columns; the collator; what was refused, and why. Knows nothing of models."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import get_dataset_column_names
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import pad
+
+from trl_tract.rows.encoding import ASPECT_COLUMN, Encoder, first_found, score_indices
+from trl_tract.rows.rendering import as_prompt_completion
+from trl_tract.rows.tokens import resolve_grid, resolve_grid_from_ids
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, some_scores
+
+
+def find_grid(
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Mapping[str, Any]], marker: str, grid: ScoreGrid
+) -> tuple[ScoreGrid, CompletionFormat, int]:
+    """The grid's tokens, the rows' way of writing a score and the scores a row has, from the first row with a score.
+
+    Raises:
+        ValueError: None of the first 1,000 rows has a score that can be found.
+    """
+
+    def found_in(row: Mapping[str, Any]) -> tuple[ScoreGrid, CompletionFormat, int]:
+        if "input_ids" in row:
+            indices = score_indices(row)
+            if not indices:
+                raise ScoreNotFoundError("no score", "score_labels holds no score")
+            return *resolve_grid_from_ids(tokenizer, row["input_ids"], indices[0], marker, grid), len(indices)
+        row = as_prompt_completion(row)
+        return *resolve_grid(tokenizer, row, marker, grid), len(row.get("scores") or [0])
+
+    return first_found(
+        rows,
+        found_in,
+        f"Write every completion as '<rationale> {marker} <score>', with a score of {some_scores(grid.texts)}; another "
+        "marker or grid is set by score_marker and score_values",
+    )
+
+
+def check_columns(columns: Sequence[str], needed: Sequence[str], dataset_name: str) -> None:
+    """Refuse datasets that cannot hold a judge's rows, and say what would; tokenised ones have the columns `needed`."""
+    understood = (
+        "rows with `prompt` and `completion` (and `score`, if it is not the one in the completion), or `messages`"
+    )
+    found = ", ".join(sorted(columns))
+    if "input_ids" in columns:
+        missing = [column for column in needed if column not in columns]
+        if missing:
+            raise ValueError(
+                f"the {dataset_name} dataset is tokenised (columns: {found}) but lacks {', '.join(missing)}. "
+                "score_labels is a float per token: the gold score at the score's token, NaN elsewhere; an annotators_ "
+                f"column likewise holds the share of annotators who gave that score. Or pass {understood}"
+            )
+    elif "messages" not in columns and "conversations" not in columns and not {"prompt", "completion"} <= set(columns):
+        raise ValueError(
+            f"the {dataset_name} dataset has the columns {found}; TRACT needs to know where the prompt ends and the "
+            f"completion begins: pass {understood}"
+        )
+
+
+def prepare_rows(
+    dataset: Dataset | IterableDataset,
+    encoder: Encoder,
+    *,
+    invalid_rows: str,
+    num_proc: int | None,
+    dataset_name: str,
+    warn: Callable[[str], None],
+) -> Dataset | IterableDataset:
+    """Encode every row; refuse or drop, and name, those that cannot be.
+
+    Args:
+        dataset: Prompt-completion or `messages` rows.
+        encoder: With its grid resolved.
+        invalid_rows: `raise`, or `drop` to go on without them.
+        num_proc: Processes that encode.
+        dataset_name: For messages.
+        warn: Told what was dropped.
+
+    Raises:
+        ValueError: A row was refused and `invalid_rows` is `raise`, or no row is left.
+    """
+    columns = get_dataset_column_names(dataset)
+    if isinstance(dataset, IterableDataset):
+        return _prepare_stream(dataset, encoder, columns, invalid_rows, dataset_name, warn)
+    encoded = dataset.map(
+        encoder,
+        remove_columns=columns,
+        features=encoder.features,
+        num_proc=num_proc,
+        desc=f"Tokenizing {dataset_name} dataset",
+    )
+    kinds = encoded["refusal_kind"]
+    refused = [i for i, kind in enumerate(kinds) if kind]
+    if refused:
+        summary = refusal_summary(
+            [(i, kinds[i], encoded[i]["refusal"], encoded[i]["num_tokens"]) for i in refused],
+            len(encoded),
+            dataset_name,
+            encoder.max_length,
+        )
+        if invalid_rows == "raise":
+            raise ValueError(f"{summary} Or set invalid_rows='drop' to go on without them.")
+        kept = [i for i, kind in enumerate(kinds) if not kind]
+        if not kept:
+            raise ValueError(f"No row is left. {summary}")
+        warn(f"Going on without them: {summary}")
+        encoded = encoded.select(kept)
+    return encoded.select_columns(encoder.columns)
+
+
+def _prepare_stream(
+    dataset: IterableDataset,
+    encoder: Encoder,
+    columns: list[str],
+    invalid_rows: str,
+    dataset_name: str,
+    warn: Callable[[str], None],
+) -> IterableDataset:
+    """Encode a stream: its rows cannot be looked at beforehand, so each bad one is met when its turn comes."""
+    dropped = 0
+
+    def keep(row: Mapping[str, Any], index: int) -> bool:
+        nonlocal dropped
+        if not row["refusal_kind"]:
+            return True
+        detail = [(index, row["refusal_kind"], row["refusal"], row["num_tokens"])]
+        summary = refusal_summary(detail, None, dataset_name, encoder.max_length)
+        if invalid_rows == "raise":
+            raise ValueError(f"{summary} Or set invalid_rows='drop' to go on without such rows.")
+        dropped += 1
+        if dropped & (dropped - 1) == 0:  # at 1, 2, 4, 8, ...: counted without flooding the log
+            warn(f"Dropped {dropped} row(s) of the stream so far, the last one: {summary}")
+        return False
+
+    return dataset.map(encoder, remove_columns=columns).filter(keep, with_indices=True).select_columns(encoder.columns)
+
+
+def refusal_summary(
+    refused: Sequence[tuple[int, str, str, int]], total: int | None, dataset_name: str, max_length: int | None
+) -> str:
+    """One sentence for each reason: how many rows, which is the first, and what to do.
+
+    Args:
+        refused: `(row number, kind, message, number of tokens)` of each refused row.
+        total: Rows in the dataset; None for a stream.
+        dataset_name: Such as `train`.
+        max_length: Tokens a row may have.
+    """
+    sentences = []
+    for kind in dict.fromkeys(kind for _, kind, _, _ in refused):
+        rows = [row for row in refused if row[1] == kind]
+        number, _, message, num_tokens = rows[0]
+        count = f"{len(rows)} of {total} {dataset_name} rows" if total is not None else f"{dataset_name} row {number}"
+        if kind != "cut off":
+            where = f"{kind}; first: row {number}" if total is not None else kind
+            sentences.append(f"{count} refused ({where}): {message}. Mend what is wrong there.")
+        elif total is None:
+            sentences.append(
+                f"{count} loses its score at max_length={max_length}: it has {num_tokens:,} tokens. Set max_length to "
+                f"{num_tokens} or more."
+            )
+        else:
+            longest = max(row[3] for row in rows)
+            sentences.append(
+                f"{count} lose their score at max_length={max_length} (first: row {number}, {num_tokens:,} tokens; "
+                f"longest: {longest:,}). Set max_length to {longest} or more."
+            )
+    return " ".join(sentences)
+
+
+@dataclass
+class ScoreCollator(DataCollatorForLanguageModeling):
+    """TRL's collator, with the score columns padded or flattened like the labels, NaN off the scores.
+
+    Adds `score_labels`, float32 `(B, L)`; if it is told of annotator columns, `annotator_labels`, float32 `(B, L, K)`;
+    and, if the rows have them, `score_aspects`, int64 `(B, L)`: the number of each score's aspect, -1 elsewhere.
+    """
+
+    annotator_columns: Sequence[str] = ()
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate rows of `input_ids`, `labels`, `score_labels` and the annotator columns."""
+        batch: dict[str, Any] = super().torch_call(examples)
+        batch["score_labels"] = self._floats(examples, "score_labels")
+        if self.annotator_columns:
+            columns = [self._floats(examples, name) for name in self.annotator_columns]
+            batch["annotator_labels"] = torch.stack(columns, dim=-1)
+        if ASPECT_COLUMN in examples[0]:
+            batch[ASPECT_COLUMN] = self._floats(examples, ASPECT_COLUMN).nan_to_num(-1).long()
+        return batch
+
+    def _floats(self, examples: list[dict[str, Any]], column: str) -> torch.Tensor:
+        rows = [torch.tensor(example[column], dtype=torch.float32) for example in examples]
+        if self.padding_free:
+            rows = [torch.cat(rows)]
+        return pad(rows, padding_value=math.nan, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""Whole runs: their steps, what is finished, and the folders they leave."""

@@ -1,0 +1,236 @@
+"""Score grids: the admissible scores, how they are written, and their tokens.
+
+Knows tokenizers, because a score's tokens depend on where it stands; knows nothing of models or training.
+"""
+
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from typing import Any
+
+from trl_tract.scale.text import score_text, some_scores
+from trl_tract.scale.trie import ScorePath, TokenTrie
+
+_RANGE = re.compile(r"(-?\d+(?:\.\d+)?)\.\.(-?\d+(?:\.\d+)?)(?:\.\.(\d+(?:\.\d+)?))?")
+
+
+_MOST_SCORES = 10_001  # of a range; more are a slip of the hand
+
+
+@dataclass(frozen=True)
+class ScoreGrid:
+    """The admissible scores: their values, how they are written, and their tokens.
+
+    Attributes:
+        values: Scores in rubric units, strictly increasing, `K` of them.
+        texts: How each is written in a completion.
+        token_ids: The token of each at the place where scores stand; empty until `resolve`, and where a score is
+            several tokens.
+        paths: The tokens of each where a score is several of them; empty for a grid of single tokens.
+    """
+
+    values: tuple[float, ...]
+    texts: tuple[str, ...]
+    token_ids: tuple[int, ...] = ()
+    paths: tuple[ScorePath, ...] = ()
+
+    @classmethod
+    def from_values(
+        cls, values: Sequence[float] | Mapping[str, float] | str, texts: Sequence[str] | None = None
+    ) -> "ScoreGrid":
+        """Check the values of a grid and how they are written.
+
+        Args:
+            values: Scores in rubric units, increasing; or texts with their values, in any order; or a range with both
+                its ends, `"0..100"`, in steps of 1 or another one, `"0..10..0.5"`.
+            texts: How the values are written, in their order; as numbers by default.
+
+        Raises:
+            ValueError: Fewer than two values, one that is not finite, values that do not increase, or texts that do not
+                fit them.
+
+        Example:
+            >>> ScoreGrid.from_values([1, 1.5, 2]).texts
+            ('1', '1.5', '2')
+            >>> ScoreGrid.from_values({"good": 4, "poor": 1}).texts
+            ('poor', 'good')
+            >>> ScoreGrid.from_values("0..1..0.25").values
+            (0.0, 0.25, 0.5, 0.75, 1.0)
+        """
+        if isinstance(values, Mapping):
+            if texts is not None:
+                raise ValueError("the texts are given twice: as the keys of score_values and as score_texts")
+            pairs = sorted(values.items(), key=lambda pair: pair[1])
+            texts, values = [text for text, _ in pairs], [value for _, value in pairs]
+        try:
+            numbers = tuple(_numbers(values))
+        except _NoRangeError:
+            raise
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"score_values={values!r} is no list of numbers: give them in rubric units, as in [1, 2, 3], or as a "
+                "range, as in 0..100 or 0..10..0.5; how they are written, if in words, is score_texts"
+            ) from None
+        given = values if isinstance(values, str) else list(values)
+        if len(numbers) < 2:
+            raise ValueError(f"score_values={given} holds {len(numbers)} score(s); a grid needs two or more")
+        if not all(math.isfinite(number) for number in numbers):
+            raise ValueError(f"score_values={given} holds a value that is not finite")
+        if any(left >= right for left, right in itertools.pairwise(numbers)):
+            raise ValueError(f"score_values={given} must increase from each value to the next")
+        if texts is None:
+            return cls(values=numbers, texts=tuple(score_text(number) for number in numbers))
+        written = tuple(str(text) for text in texts)
+        if len(written) != len(numbers):
+            raise ValueError(
+                f"score_texts has {len(written)} entries, but score_values has {len(numbers)}: give one for each"
+            )
+        if len(set(written)) < len(written) or any(not text or text != text.strip() for text in written):
+            raise ValueError(f"score_texts={list(written)} must differ, and neither be empty nor begin or end in space")
+        return cls(values=numbers, texts=written)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @functools.cached_property
+    def trie(self) -> TokenTrie:
+        """The `paths` merged where they begin alike."""
+        return TokenTrie.from_paths([path.token_ids for path in self.paths])
+
+    def resolve(self, tokenizer: Any, before: str, after: str = "", *, add_special_tokens: bool = False) -> "ScoreGrid":
+        """Find each score's tokens between the text `before` and the text `after` it.
+
+        A digit's token depends on what precedes it: `[RESULT] 5` ends in `5` for some vocabularies and in ` 5` for
+        others. So every score is put in the same place of a real row, tokenised, and looked up by its characters.
+
+        Args:
+            tokenizer: A fast tokenizer (character offsets are needed).
+            before: Rendered text of a training row up to its score.
+            after: What follows the score there. Where one score is the beginning of another, it tells them apart.
+            add_special_tokens: As for the training rows: False for text from a chat template.
+
+        Raises:
+            ValueError: Two scores share their tokens, nothing tells where one ends, or what stands before the score is
+                tokenised in a way that depends on the score.
+        """
+        encoded = tokenizer(
+            [before + text + after for text in self.texts],
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=True,
+        )
+        rows: list[list[int]] = encoded["input_ids"]
+        coverings = []
+        for text, offsets in zip(self.texts, encoded["offset_mapping"], strict=True):
+            coverings.append(tokens_covering(offsets, len(before), len(before) + len(text)))
+            if not coverings[-1]:
+                raise ValueError(f"score {text!r} is no token for this tokenizer: write it in another way")
+        start = min(covering[0] for covering in coverings)
+        while any(row[:start] != rows[0][:start] for row in rows):
+            start -= 1
+        if any(covering[0] > start for covering in coverings):
+            # What parts the scores begins before them. A space may go with them, but the marker is not theirs.
+            odd = next((i for i, row in enumerate(rows) if row[: start + 1] != rows[0][: start + 1]), 0)
+            first = min(offsets[start][0] for offsets in encoded["offset_mapping"])
+            if first < len(before.rstrip()):
+                raise ValueError(
+                    f"the tokens before the score change with the score ({self.texts[0]!r} and {self.texts[odd]!r} "
+                    "differ), so one position cannot score the whole grid. Put a space or a newline between marker "
+                    "and score"
+                )
+        stops = [covering[-1] + 1 for covering in coverings]
+        spans = [row[start:stop] for row, stop in zip(rows, stops, strict=True)]
+        if len({tuple(span) for span in spans}) < len(spans):
+            raise ValueError(f"scores {some_scores(self.texts)} share a token for this tokenizer: {spans}")
+        if all(len(span) == 1 for span in spans):
+            return replace(self, token_ids=tuple(span[0] for span in spans), paths=())
+        ends = self._ends(rows, start, stops)
+        paths = tuple(
+            ScorePath(tuple(row[start : stop + end]), lead=covering[0] - start, end=end)
+            for row, stop, end, covering in zip(rows, stops, ends, coverings, strict=True)
+        )
+        return replace(self, token_ids=(), paths=paths)
+
+    def _ends(self, rows: list[list[int]], start: int, stops: list[int]) -> list[int]:
+        """How many of the tokens behind each score its path needs, so that it is not the beginning of another path."""
+        ends = [0] * len(rows)
+        while True:
+            paths = [tuple(row[start : stop + end]) for row, stop, end in zip(rows, stops, ends, strict=True)]
+            beginnings = {path[:length] for path in paths for length in range(len(path))}
+            open_ended = [i for i, path in enumerate(paths) if path in beginnings]
+            if not open_ended:
+                return ends
+            for i in open_ended:
+                ends[i] += 1
+                if stops[i] + ends[i] > len(rows[i]):
+                    raise ValueError(
+                        f"score {self.texts[i]!r} is the beginning of another score, and nothing follows it that would "
+                        "tell them apart. Give the tokenizer an end-of-sequence token, or write all scores with as "
+                        "many characters (01, 10)"
+                    )
+
+    def value_of(self, text: str) -> float:
+        """The value of a score by how it is written, rubric units."""
+        return self.values[self.texts.index(text)]
+
+    def in_numbers(self, score: Any) -> Any:
+        """A gold score, or a list of them, with the grid's texts replaced by their values; others as they are."""
+        if isinstance(score, list | tuple):
+            return [self.in_numbers(each) for each in score]
+        return self.value_of(score) if isinstance(score, str) and score in self.texts else score
+
+    def same_tokens(self, other: "ScoreGrid") -> bool:
+        """Whether another resolved grid has the tokens of this one, whatever follows the scores."""
+        if self.paths or other.paths:
+            return [path.written for path in self.paths] == [path.written for path in other.paths]
+        return self.token_ids == other.token_ids
+
+    def nearest_text(self, value: float) -> str:
+        """The text of the grid value nearest to `value`; the lower one of two that are equally near."""
+        return self.texts[min(range(len(self)), key=lambda i: (abs(self.values[i] - value), i))]
+
+    def in_range(self, value: float) -> bool:
+        """Whether a gold score lies between the two ends of the grid; it need not be on it."""
+        return self.values[0] <= value <= self.values[-1]
+
+
+class _NoRangeError(ValueError):
+    """Steps that do not lead from the first score of a range to the last, or too many of them."""
+
+
+def _numbers(values: Sequence[Any] | str) -> Iterator[float]:
+    """The numbers among `values`, ranges written out.
+
+    Raises:
+        ValueError: Something is neither a number nor a range.
+    """
+    for value in [values] if isinstance(values, str) else values:
+        found = _RANGE.fullmatch(value.strip()) if isinstance(value, str) else None
+        if found is None:
+            if value is values:
+                raise ValueError
+            yield float(value)
+            continue
+        # Decimal: 0, 0.1, 0.2, 0.3 and not 0.30000000000000004, which nobody writes.
+        first, last, step = (Decimal(number or 1) for number in found.groups())
+        if not step or (last - first) % step or not 0 <= (last - first) / step < _MOST_SCORES:
+            raise _NoRangeError(
+                f"score_values={value}: steps of {step} do not lead from {first} to {last} in {_MOST_SCORES:,} scores "
+                "or fewer. A range is first..last or first..last..step"
+            )
+        yield from (float(first + step * count) for count in range(int((last - first) / step) + 1))
+
+
+def tokens_covering(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
+    """Indices of the tokens that hold any of the characters from `start` to `end`.
+
+    Special tokens that a tokenizer adds have empty offsets and cover nothing.
+
+    Example:
+        >>> tokens_covering([(0, 0), (0, 3), (3, 5)], 3, 4)
+        [2]
+    """
+    return [i for i, (first, last) in enumerate(offsets) if first < end and last > start and first < last]

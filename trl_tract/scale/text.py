@@ -1,0 +1,229 @@
+"""Marker, score and rationale as text. Characters only: knows no tokens, grids or models."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
+
+
+# What may not stand right behind a score: "[RESULT] 4.5", "[RESULT] 3 / 10" and "[RESULT] 3 out of 10" are other
+# scores than 4 and 3.
+_SCORE_GOES_ON = re.compile(r"\w|[.,:-]\d|\s*/\s*\d|\s*%|\s+(?:out\s+)?of\s+\d")
+
+
+# Behind a word or a letter: "A+", "poor-ish" and "A's" are other scores than A and poor.
+_WORD_GOES_ON = re.compile(r"[\w+'’-]")
+
+
+class ScoreNotFoundError(ValueError):
+    """A completion has no score, or no single one. `kind` groups rows that share the reason."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class ScoreSpan:
+    """Where a completion's score stands, in characters of the completion.
+
+    Attributes:
+        start: First character of the score.
+        end: One past its last character.
+        text: The score as it is written.
+        marker_start: First character of the marker that announces it.
+        lead: Whitespace between the rationale and the marker.
+        separator: Whitespace between the marker and the score.
+    """
+
+    start: int
+    end: int
+    text: str
+    marker_start: int
+    lead: str
+    separator: str
+
+
+@dataclass(frozen=True)
+class CompletionFormat:
+    """How a rationale and a score are written as one completion: start, rationale, lead, marker, separator, score.
+
+    The judge has to be asked with the very characters that it was trained on, so the format of the training rows is
+    saved with the model. `start` is the whitespace that plain-text completions often begin with.
+
+    Example:
+        >>> CompletionFormat("[RESULT]").join("The reply is polite.", "4")
+        'The reply is polite. [RESULT] 4'
+    """
+
+    marker: str
+    lead: str = " "
+    separator: str = " "
+    start: str = ""
+
+    def join(self, rationale: str, score_text: str) -> str:
+        """Write `rationale` and `score_text` as one completion; an empty rationale leaves the lead out.
+
+        A rationale that a model wrote may begin with whitespace of its own, which is kept; otherwise `start` is put
+        before it.
+        """
+        rationale = rationale.rstrip()
+        start = "" if rationale[:1].isspace() else self.start
+        return f"{start}{rationale}{self.lead if rationale else ''}{self.marker}{self.separator}{score_text}"
+
+    def to_dict(self) -> dict[str, str]:
+        """The fields, as saved in `tract_config.json`."""
+        return asdict(self)
+
+
+def locate_score(completion: str, marker: str, score_texts: Sequence[str]) -> ScoreSpan:
+    """Find the score of a completion: the score text that follows the last marker.
+
+    Only the completion is searched. The prompt quotes the marker in its instructions, and the text to be judged may
+    hold a forged `[RESULT] 5`.
+
+    Args:
+        completion: Rationale, marker and score.
+        marker: Text that stands before the score, such as `[RESULT]`.
+        score_texts: The admissible scores as they are written.
+
+    Raises:
+        ScoreNotFoundError: No marker, nothing or no admissible score behind it, or more than one score.
+
+    Example:
+        >>> locate_score("3 of 5 points are met. [RESULT] 4", "[RESULT]", ["1", "2", "3", "4", "5"]).text
+        '4'
+    """
+    if not completion.strip():
+        raise ScoreNotFoundError("empty", "the completion is empty")
+    marker_start = completion.rfind(marker)
+    if marker_start < 0:
+        raise ScoreNotFoundError("no marker", f"the completion does not hold the marker {marker!r}")
+    span = span_at(completion, marker_start, marker, score_texts)
+    if _holds_score(completion[span.end :], score_texts):
+        raise ScoreNotFoundError(
+            "two scores", f"score {span.text!r} is followed by another one: {completion[span.start :][:60]!r}"
+        )
+    earlier = _earlier_score(completion[:marker_start], marker, score_texts)
+    if earlier is not None:
+        raise ScoreNotFoundError(
+            "two scores",
+            f"the completion holds {marker!r} with a score twice: {earlier!r} and {span.text!r}. If both are meant, "
+            "give one gold score for each in a column `scores`",
+        )
+    return span
+
+
+def locate_scores(completion: str, marker: str, score_texts: Sequence[str], count: int) -> tuple[ScoreSpan, ...]:
+    """Find the scores of a completion that has several, one behind each marker, in their order.
+
+    Args:
+        completion: For each aspect of the rubric a rationale, the marker and a score.
+        marker: Text that stands before every score.
+        score_texts: The admissible scores as they are written.
+        count: Scores there have to be.
+
+    Raises:
+        ScoreNotFoundError: A marker without an admissible score, or another number of markers than `count`.
+
+    Example:
+        >>> [span.text for span in locate_scores("Clear. [RESULT] 4 Rude. [RESULT] 1", "[RESULT]", ["1", "4"], 2)]
+        ['4', '1']
+    """
+    starts = [found.start() for found in re.finditer(re.escape(marker), completion)]
+    if len(starts) != count:
+        raise ScoreNotFoundError(
+            "number of scores",
+            f"the completion holds the marker {marker!r} {len(starts)} time(s), but `scores` has {count} gold score(s)",
+        )
+    return tuple(span_at(completion, start, marker, score_texts) for start in starts)
+
+
+def span_at(completion: str, marker_start: int, marker: str, score_texts: Sequence[str]) -> ScoreSpan:
+    """The score behind the marker that begins at `marker_start`."""
+    after = completion[marker_start + len(marker) :]
+    separator = after[: len(after) - len(after.lstrip())]
+    tail = after.lstrip()
+    if not tail:
+        raise ScoreNotFoundError("no score", f"nothing follows the marker {marker!r}")
+    text = _leading_score(tail, score_texts)
+    if text is None:
+        shown = tail if len(tail) <= 40 else tail[:40] + "…"
+        raise ScoreNotFoundError(
+            "not on the grid",
+            f"{shown!r} follows the marker; the admissible scores are {some_scores(score_texts)}"
+            f"{_what_to_write(tail, score_texts)}",
+        )
+    start = marker_start + len(marker) + len(separator)
+    rationale = completion[:marker_start]
+    return ScoreSpan(
+        start=start,
+        end=start + len(text),
+        text=text,
+        marker_start=marker_start,
+        lead=rationale[len(rationale.rstrip()) :],
+        separator=separator,
+    )
+
+
+def _leading_score(tail: str, score_texts: Sequence[str]) -> str | None:
+    """The admissible score that `tail` begins with, or None; the longest where one is a prefix of another."""
+    for text in sorted(score_texts, key=len, reverse=True):
+        goes_on = _SCORE_GOES_ON if _NUMBER.fullmatch(text) else _WORD_GOES_ON
+        if tail.startswith(text) and not goes_on.match(tail, len(text)):
+            return text
+    return None
+
+
+def _what_to_write(tail: str, score_texts: Sequence[str]) -> str:
+    """What to do about a number that is no score of the grid but lies within it; empty about anything else."""
+    number = _NUMBER.match(tail)
+    if number is None or _SCORE_GOES_ON.match(tail, number.end()):
+        return ""
+    values = {float(text): text for text in score_texts if _NUMBER.fullmatch(text)}
+    value = float(number[0])
+    if value in values:
+        return f". The grid writes {values[value]!r}: write it so, or give `score_texts` as the rows write them"
+    if values and min(values) < value < max(values):
+        return f". Write the nearest of them, and {number[0]} as the gold score in a column: that one may lie between"
+    return ""
+
+
+def _holds_score(text: str, score_texts: Sequence[str]) -> bool:
+    """Whether an admissible score stands anywhere in `text`, by itself."""
+    numbers = set(_NUMBER.findall(text))
+    return any(
+        score in numbers if _NUMBER.fullmatch(score) else re.search(rf"(?<!\w){re.escape(score)}(?!\w)", text)
+        for score in score_texts
+    )
+
+
+def _earlier_score(text: str, marker: str, score_texts: Sequence[str]) -> str | None:
+    """A score that follows an earlier marker: two of them leave open which one is meant."""
+    for piece in text.split(marker)[1:]:
+        found = _leading_score(piece.lstrip(), score_texts)
+        if found is not None:
+            return found
+    return None
+
+
+def some_scores(score_texts: Sequence[str]) -> str:
+    """The scores for a message; the middle of a long grid is left out.
+
+    Example:
+        >>> some_scores(["1", "2", "3"]), some_scores([str(number) for number in range(101)])
+        ('1, 2, 3', '0, 1, 2, 3, 4, ..., 100')
+    """
+    shown = list(score_texts) if len(score_texts) <= 12 else [*score_texts[:5], "...", score_texts[-1]]
+    return ", ".join(shown)
+
+
+def score_text(value: float) -> str:
+    """How a score is written: `5.0` as `5`, `2.5` as `2.5`.
+
+    Example:
+        >>> score_text(5.0), score_text(2.5)
+        ('5', '2.5')
+    """
+    return str(int(value)) if float(value).is_integer() else repr(float(value))

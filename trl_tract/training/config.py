@@ -1,0 +1,204 @@
+"""TRACTConfig: the fields that TRACT adds to SFTConfig, and what it refuses. Knows nothing else."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scale import read_aspects
+
+
+@dataclass
+class TRACTConfig(SFTConfig):
+    """Configuration of `TRACTTrainer`: everything in SFTConfig, and the fields below.
+
+    `max_length` defaults to 3000, the paper's cutoff, where SFTConfig has 1024: judge prompts are long, and a row that
+    is cut loses its score.
+
+    Source of the defaults: Chiang et al. 2025 and its code, https://aclanthology.org/2025.acl-long.147
+    """
+
+    max_length: int | None = field(
+        default=3000,
+        metadata={
+            "help": "Tokens a row may have, prompt included. A row that would lose its score is refused, never cut "
+            "silently: see `invalid_rows`. None: no limit. The paper's cutoff is 3000."
+        },
+    )
+    score_values: list[float] = field(
+        default_factory=lambda: [1.0, 2.0, 3.0, 4.0, 5.0],
+        metadata={
+            "help": "The score grid, in rubric units, increasing. Any numbers: 1 to 5, half points, 0 to 100. A score "
+            "may be several tokens. Ranges may be written short: 0..100, or 0..10..0.5 in half points."
+        },
+    )
+    score_texts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "How the scores are written in the completions, in the order of `score_values`: letters or words. "
+            "None: as numbers."
+        },
+    )
+    score_marker: str = field(
+        default="[RESULT]",
+        metadata={"help": "Text that stands before the score in every completion. The last one in it counts."},
+    )
+    aspects: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Where a completion has a score for each of several aspects: their names, each with its `marker`, "
+            "its `values` (1 to 5 by default), `texts` and `raft_weight`, in the order in which they are written. The "
+            "rows' `scores` then maps names to gold scores, and score_values, score_texts and score_marker are not "
+            "looked at. On the command line as JSON. None: one score."
+        },
+    )
+    raft_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the squared error on the expected score against the rationale's cross-entropy (lambda "
+            "of CoT-RAFT). Unitless; the error is in squared rubric units, so halving the score range quarters it. "
+            "0 trains on the rationale alone."
+        },
+    )
+    rationale_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the cross-entropy of the completion, a mean over tokens in nats. 0 is RAFT without a "
+            "rationale: such a model can be asked for a score but no longer writes text."
+        },
+    )
+    score_in_ce: bool = field(
+        default=False,
+        metadata={
+            "help": "Also take the cross-entropy on the score token, as the paper's formula does; the authors' code "
+            "does not. With `raft_weight=0` this is the ordinary cross-entropy judge."
+        },
+    )
+    drop_rationale: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave the rationale out of every completion, so that the score is read straight after the prompt: "
+            "the paper's baselines without a rationale. The judge then writes none either."
+        },
+    )
+    normalize_grid: bool = field(
+        default=False,
+        metadata={
+            "help": "Divide the expected score by the probability mass on the grid. The paper and its code do not: "
+            "mass off the grid then pulls the score to 0, which teaches the model to stay on the grid."
+        },
+    )
+    annotator_loss: str = field(
+        default="none",
+        metadata={
+            "help": "What else the score distribution is trained towards where `score` is a list with one score for "
+            "each annotator: `none`, their mean alone; `distribution` adds the cross-entropy to their histogram on the "
+            "grid, with `annotator_weight`.",
+            "choices": ["none", "distribution"],
+        },
+    )
+    annotator_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of `annotator_loss`, a mean over scores in nats. With 0 it is logged, not trained."},
+    )
+    invalid_rows: str = field(
+        default="raise",
+        metadata={
+            "help": "What happens to rows whose score is missing, off the range, cut off by `max_length`, or "
+            "ambiguous: `raise` stops and names them; `drop` trains without them and says how many there were.",
+            "choices": ["raise", "drop"],
+        },
+    )
+
+    hub_private_repo: bool | None = field(
+        default=True,
+        metadata={
+            "help": "With `push_to_hub`: whether a repository that is made for the model is private. None: what the "
+            "account has as its default, which may be public. A repository that exists stays as it is."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check the fields of TRACT, then SFTConfig's own."""
+        if not torch.accelerator.is_available():
+            # TRL turns bf16 on, and transformers then asks for this flag, which nothing else can stand for here.
+            self.use_cpu = True
+        super().__post_init__()
+        # Raises for a grid that is none; YAML and the command line may give integers.
+        grid = ScoreGrid.from_values(self.score_values, self.score_texts)
+        if isinstance(self.score_values, Mapping):
+            self.score_texts = list(grid.texts)
+        self.score_values = list(grid.values)
+        if self.aspects is not None:
+            aspects = read_aspects(self.aspects)
+            self.aspects = {aspect.name: aspect.to_dict() for aspect in aspects}
+            if self.annotator_loss != "none" or self.drop_rationale:
+                wrong = "drop_rationale=True" if self.drop_rationale else f"annotator_loss={self.annotator_loss!r}"
+                raise ValueError(f"{wrong} is for completions with one score: leave it out, or leave aspects out")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length={self.max_length} must be 1 or more, or None for no limit")
+        if not self.score_marker.strip():
+            raise ValueError("score_marker is empty: give the text that stands before the score, such as [RESULT]")
+        for name in ("raft_weight", "rationale_weight", "annotator_weight"):
+            weight = getattr(self, name)
+            if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+                raise ValueError(f"{name}={weight!r} must be a number that is 0 or greater")
+        if self.raft_weight == self.rationale_weight == self.annotator_weight == 0:
+            raise ValueError("raft_weight and rationale_weight are both 0, which leaves nothing to train on")
+        if self.annotator_loss not in ("none", "distribution"):
+            raise ValueError(f"annotator_loss={self.annotator_loss!r} is unknown: choose 'none' or 'distribution'")
+        if self.annotator_loss == "none" and self.annotator_weight:
+            raise ValueError(
+                f"annotator_weight={self.annotator_weight:g} weighs nothing: set annotator_loss='distribution' as well"
+            )
+        if self.invalid_rows not in ("raise", "drop"):
+            raise ValueError(f"invalid_rows={self.invalid_rows!r} is unknown: choose 'raise' or 'drop'")
+        if self.assistant_only_loss:
+            raise ValueError(
+                "assistant_only_loss=True: TRACT always trains on the completion (the last assistant turn) alone. "
+                "Leave it out"
+            )
+        if self.truncation_mode != "keep_start":
+            raise ValueError(
+                f"truncation_mode={self.truncation_mode!r} would cut the rubric off. Rows that do not fit are refused: "
+                "leave it out, and set max_length or invalid_rows"
+            )
+        if self.activation_offloading and not torch.accelerator.is_available():
+            raise ValueError(
+                "activation_offloading=True moves activations from an accelerator to main memory, and there is no "
+                "accelerator here. Leave it out"
+            )
+        if self.packing and self.packing_strategy != "bfd":
+            raise ValueError(
+                f"packing_strategy={self.packing_strategy!r} may cut a row in two, and a score would lose its "
+                "rationale. Use packing_strategy='bfd'"
+            )
+
+    @classmethod
+    def from_args(cls, args: TrainingArguments | None, model_name: str) -> "TRACTConfig":
+        """Take over what the user passed to the trainer as `args`.
+
+        Args:
+            args: A TRACTConfig (returned as it is), a plain SFTConfig or TrainingArguments (field by field; where they
+                leave open whether a new repository on the hub is private, it is), or None.
+            model_name: Names the output directory when there are no `args`: `<model_name>-TRACT`.
+        """
+        if args is None:
+            return cls(f"{model_name}-TRACT")
+        if isinstance(args, cls):
+            return args
+        fields = field_values(args)
+        if fields.get("hub_private_repo") is None:
+            fields["hub_private_repo"] = True
+        return cls(**fields)
+
+
+def field_values(args: TrainingArguments) -> dict[str, Any]:
+    """The fields of training arguments, JSON-serialisable, from which an equal configuration can be made."""
+    fields: dict[str, Any] = args.to_dict()
+    # to_dict hides what it takes for a secret: every field whose name ends in "_token".
+    return {name: getattr(args, name) if name.endswith("_token") else value for name, value in fields.items()}

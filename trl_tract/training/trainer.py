@@ -1,0 +1,429 @@
+"""TRACTTrainer: what SFTTrainer does differently for TRACT, and nothing else. Knows nothing of generation."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
+from transformers.utils import logging
+from trl import SFTTrainer
+from trl.data_utils import get_dataset_column_names, pack_dataset
+
+from trl_tract.backends.branches import several_tokens, why_not_one_forward
+from trl_tract.backends.loading import check_model
+from trl_tract.files.checkpoints import last_complete_checkpoint
+from trl_tract.rows.aspect_columns import AspectRowEncoder, TokenisedAspectEncoder, find_aspects
+from trl_tract.rows.dataset import ScoreCollator, check_columns, find_grid, prepare_rows
+from trl_tract.rows.encoding import (
+    ASPECT_COLUMN,
+    MODEL_COLUMNS,
+    Encoder,
+    RowEncoder,
+    TokenisedRowEncoder,
+    annotator_columns,
+)
+from trl_tract.rows.rendering import RenderedRow, render_aspects, render_row
+from trl_tract.rows.row import Row
+from trl_tract.saved.judge_config import JudgeConfig
+from trl_tract.saved.model_card import write_model_card
+from trl_tract.saved.training_rows import TrainingRows
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scale import read_aspects
+from trl_tract.scale.trie import TokenTrie
+from trl_tract.training.config import TRACTConfig
+from trl_tract.training.early_warnings import EarlyWarnings
+from trl_tract.training.losses import score_terms
+from trl_tract.training.neighbours import changed_class
+from trl_tract.training.score_head import add_score_head
+from trl_tract.training.score_metrics import ScoreMetrics
+
+logger = logging.get_logger(__name__)
+
+
+class TRACTTrainer(SFTTrainer):
+    """SFTTrainer with the CoT-RAFT loss: cross-entropy of the rationale plus squared error of the expected score.
+
+        loss = rationale_weight * sum(nll) / tokens + raft_weight * sum((expected - gold)^2) / scores
+
+    Both counts run over the whole accumulated batch on all ranks, so batch size, accumulation and world size do not
+    change the update. The cross-entropy is TRL's own; one forward pass serves both terms. A mixture of experts
+    keeps its load-balancing term whole, whatever the weights.
+
+    Args:
+        model: Model id, directory, or loaded model, as for SFTTrainer.
+        args: TRACTConfig; a plain SFTConfig or TrainingArguments is taken over field by field.
+        data_collator: Has to pass `score_labels` on; leave it out for the default.
+        train_dataset: Rows of `prompt`, `completion` and, if it is not the one in the completion, `score` (a list has
+            one score for each annotator); or `messages`, the last assistant turn being the completion. A completion
+            with several scores has a list of gold `scores` instead; with `TRACTConfig.aspects`, a mapping of them. Or
+            tokenised: `input_ids`, `labels`, `score_labels` and, with aspects, `score_aspects`.
+        eval_dataset: Likewise, or a dict of datasets.
+        processing_class: Tokenizer; it must be a fast one.
+        **kwargs: Every other argument of SFTTrainer.
+
+    Raises:
+        ValueError: Rows without a score that can be trained on (see `TRACTConfig.invalid_rows`), scores
+            whose tokens cannot be told apart, or an argument that TRACT cannot honour.
+
+    Source: Chiang, Lee, Lukasik, ACL 2025, https://aclanthology.org/2025.acl-long.147
+    """
+
+    _tag_names = ["trl", "tract"]  # noqa: RUF012  # TRL's own convention
+    _name = "TRACT"
+    _paper = {  # noqa: RUF012
+        "title": "TRACT: Regression-Aware Fine-tuning Meets Chain-of-Thought Reasoning for LLM-as-a-Judge",
+        "id": "2503.04381",
+    }
+
+    data_collator: Any
+    _signature_columns: Any
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: TrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func: TRACTTrainer computes the CoT-RAFT loss itself. Leave it out")
+        if kwargs.get("formatting_func") is not None:
+            raise ValueError(
+                "formatting_func makes one text of a row, but TRACT needs prompt and completion apart. Leave it out, "
+                "and make rows with `prompt` and `completion` beforehand: dataset.map(...)"
+            )
+        adapters = [kwargs.get("peft_config"), getattr(model, "active_peft_config", None)]
+        if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters):
+            raise ValueError(
+                "prompt tuning puts virtual tokens before a row, so its score is no longer where it was found. Use LoRA"
+            )
+        if isinstance(model, str):
+            check_model(model)
+        changed = changed_class(SFTTrainer)
+        if changed is not None:
+            logger.warning(changed)
+        model_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+        args = TRACTConfig.from_args(args, model_name.rstrip("/").split("/")[-1])
+        if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            raise ValueError(
+                "skip_prepare_dataset in dataset_kwargs skips the step that finds the scores. Leave it out"
+            )
+        if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
+            raise ValueError("the train dataset is empty")
+        self._given_rows = train_dataset
+        self.aspects = () if args.aspects is None else read_aspects(args.aspects)
+        self.score_grid = ScoreGrid.from_values(args.score_values, args.score_texts)
+        self.judge_config: JudgeConfig | None = None
+        annotators = annotator_columns(self.score_grid) if args.annotator_loss != "none" else []
+        self._columns = [*MODEL_COLUMNS, *annotators, *([ASPECT_COLUMN] if self.aspects else [])]
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        if self._is_vision_dataset:
+            raise ValueError("the rows hold images: TRACTTrainer trains on text alone")
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise ValueError("context and sequence parallelism cut a rationale from its score: set both sizes to 1")
+        if data_collator is None:
+            # SFTTrainer refuses a custom collator with padding-free batches, so its own is replaced afterwards.
+            self.data_collator = ScoreCollator(**vars(self.data_collator), annotator_columns=annotators)
+        self._add_score_head()
+        self._num_scores: torch.Tensor | None = None
+        names = [aspect.name for aspect in self.aspects]
+        self._score_metrics = {mode: ScoreMetrics(self.accelerator, names) for mode in ("train", "eval")}
+        self._early_warnings = EarlyWarnings(self.args)
+
+    def _add_score_head(self) -> None:
+        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        grids = [aspect.grid for aspect in self.aspects]
+        tries = [grid.trie for grid in grids or [self.score_grid] if grid.paths]
+        refusal = why_not_one_forward(base) if tries else None
+        trie = tries[0] if tries and not grids else None
+        add_score_head(base, self.score_grid.token_ids, trie, one_forward=refusal is None, grids=grids)
+        if tries:
+            self._warn([several_tokens(TokenTrie.union(tries), refusal)])
+        # Of each aspect a row, filled up with scores that cannot be.
+        rows = [torch.tensor(grid.values) for grid in grids or [self.score_grid]]
+        values = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.accelerator.device)
+        self._values = values if grids else values[0]
+        weights = [self.args.raft_weight if each.raft_weight is None else each.raft_weight for each in self.aspects]
+        self._raft_weights = torch.tensor(weights, device=self.accelerator.device)
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: Any,
+        args: TRACTConfig,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            raise ValueError(f"the {dataset_name} dataset is empty")
+        columns = get_dataset_column_names(dataset)
+        check_columns(columns, self._columns, dataset_name)
+        if self.judge_config is None:
+            self.judge_config = self._find_scores(dataset, args)
+        if "seq_lengths" in columns:
+            return dataset  # prepared and packed before
+        encoder = self._encoder(columns, args)
+        with PartialState().main_process_first():
+            dataset = prepare_rows(
+                dataset,
+                encoder,
+                invalid_rows=args.invalid_rows,
+                num_proc=args.dataset_num_proc,
+                dataset_name=dataset_name,
+                warn=logger.warning,
+            )
+        if args.shuffle_dataset:
+            dataset = dataset.shuffle(seed=args.seed)
+        if packing:
+            # SFTTrainer's own packing keeps `input_ids` and `labels` alone.
+            dataset = pack_dataset(dataset.select_columns(self._columns), args.max_length, args.packing_strategy)
+            if args.shuffle_dataset:
+                dataset = dataset.shuffle(seed=args.seed)
+        return dataset
+
+    def _find_scores(self, rows: Dataset | IterableDataset, args: TRACTConfig) -> JudgeConfig:
+        """Look up the tokens of the scores, and how the rows write them."""
+        if self.aspects:
+            self.aspects = find_aspects(self._tokenizer, rows, self.aspects)
+            first = self.aspects[0]
+            count = len(self.aspects)
+            return JudgeConfig(first.grid, first.format, args.normalize_grid, count, aspects=self.aspects)
+        self.score_grid, written, count = find_grid(self._tokenizer, rows, args.score_marker, self.score_grid)
+        return JudgeConfig(
+            self.score_grid, written, args.normalize_grid, count, writes_rationale=not args.drop_rationale
+        )
+
+    def _encoder(self, columns: list[str], args: TRACTConfig) -> Encoder:
+        completion_only = self.completion_only_loss or "prompt" not in columns
+        annotators = args.annotator_loss != "none"
+        if "input_ids" in columns:
+            if self.aspects:
+                return TokenisedAspectEncoder(self.aspects, args.max_length)
+            return TokenisedRowEncoder(self.score_grid, args.max_length, annotators)
+        if self.aspects:
+            return AspectRowEncoder(self._tokenizer, self.aspects, args.max_length, completion_only, args.score_in_ce)
+        return RowEncoder(
+            tokenizer=self._tokenizer,
+            grid=self.score_grid,
+            marker=args.score_marker,
+            max_length=args.max_length,
+            completion_only=completion_only,
+            score_in_ce=args.score_in_ce,
+            annotators=annotators,
+            drop_rationale=args.drop_rationale,
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self._columns]))
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """Count the scores of the accumulated batch where Trainer counts its tokens."""
+        samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        num_scores = sum((_score_mask(batch).sum() for batch in samples), torch.zeros((), dtype=torch.int64))
+        num_scores = num_scores.to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            num_scores = self.accelerator.gather(num_scores).sum() // self.get_tp_size()
+        self._num_scores = num_scores
+        return samples, num_items_in_batch
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """CoT-RAFT: TRL's own cross-entropy, and the squared error of the expected score, from one forward pass."""
+        inputs = dict(inputs)
+        score_positions = _score_mask(inputs)  # (B, L - 1), aligned with the shifted labels
+        gold = inputs.pop("score_labels")[:, 1:][score_positions]  # (S,)
+        annotators = inputs.pop("annotator_labels", None)  # (B, L, K)
+        values, raft_weight, aspects = self._values, self.args.raft_weight, None
+        inputs["score_positions"] = score_positions
+        if self.aspects:
+            inputs[ASPECT_COLUMN] = inputs[ASPECT_COLUMN][:, 1:]  # (B, L - 1)
+            aspects = inputs[ASPECT_COLUMN][score_positions]  # (S,)
+            values, raft_weight = self._values[aspects], self._raft_weights[aspects]
+        forwards: list[Any] = []
+
+        def recorded(**kwargs: Any) -> Any:
+            forwards.append(model(**kwargs))
+            return forwards[-1]
+
+        result = super().compute_loss(recorded, inputs, return_outputs, num_items_in_batch)
+        rationale_loss, outputs = result if return_outputs else (result, None)
+
+        logprobs = forwards[0].score_logprobs  # (S, K); later forwards, if any, only feed metrics
+        terms = score_terms(
+            logprobs,
+            gold,
+            values,
+            raft_weight=raft_weight,
+            normalize=self.args.normalize_grid,
+            annotators=None if annotators is None else annotators[:, 1:][score_positions],
+            annotator_weight=self.args.annotator_weight,
+        )
+        score_loss = self._mean_over_scores(terms.weighted, counted=num_items_in_batch is not None)
+
+        mode = "train" if self.model.training else "eval"
+        fused = next(outputs for outputs in forwards if "log_probs" in outputs)
+        seen = self._score_metrics[mode]
+        seen.add(fused, terms.expected, gold, terms.squared_error, logprobs, terms.annotator_loss, aspects)
+        if mode == "eval":
+            seen.add_pairs(terms.expected, gold, score_positions, aspects)
+        loss = self.args.rationale_weight * rationale_loss + score_loss
+        if self.aux_loss_enabled:
+            # The experts' load balance is no part of the rationale. TRL adds it to the cross-entropy, but not with
+            # label smoothing: top up what rationale_weight took away, or all of it.
+            smoothed = self.label_smoother is not None and self.args.loss_type == "nll"
+            present = 0.0 if smoothed else self.args.rationale_weight
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + (1 - present) * self.router_aux_loss_coef * forwards[0].aux_loss / steps
+        return (loss, outputs) if return_outputs else loss
+
+    def _mean_over_scores(self, per_score: torch.Tensor, *, counted: bool) -> torch.Tensor:
+        """This micro-batch's part of the mean over all scores of the update; in evaluation its own mean."""
+        if not counted:
+            return per_score.sum() / max(len(per_score), 1)
+        part = per_score.sum() / self._num_scores.clamp(min=1)  # type: ignore[union-attr]
+        if self.args.average_tokens_across_devices:
+            # The count covers every rank, and DDP averages the gradients over ranks: like SFTTrainer's own term.
+            part = part * (self.accelerator.num_processes // self.get_tp_size())
+        return part
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log TRACT's means beside TRL's own; those of an evaluation come with its other metrics."""
+        if self.model.training:
+            means = self._score_metrics["train"].means()
+            self._warn(self._early_warnings.after_log(means, self.state.global_step))
+            logs.update(self._shown(means))
+        super().log(logs, start_time)
+
+    def _shown(self, means: dict[str, float]) -> dict[str, float]:
+        hidden = ("spread/", "loss/annotators") if self.args.annotator_loss == "none" else ("spread/",)
+        return {name: value for name, value in means.items() if not name.startswith(hidden)}
+
+    def _warn(self, warnings: list[str]) -> None:
+        if self.is_world_process_zero():
+            for warning in warnings:
+                logger.warning(warning)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end."""
+        self._warn(self._early_warnings.at_start())
+        if resume_from_checkpoint is True:
+            checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                raise ValueError(f"no complete checkpoint in {self.args.output_dir}: train without resuming")
+            resume_from_checkpoint = str(checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Add the means and, over the whole evaluation set, the correlations and the predictions."""
+        seen = self._score_metrics["eval"]
+        seen.clear()
+        if self.compute_metrics is None:
+            kwargs["prediction_loss_only"] = True  # or logits would be gathered, which nobody asked for
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        values = {**self._shown(seen.means()), **seen.correlations()}
+        output.metrics.update({f"{prefix}_{name}": value for name, value in values.items()})
+        if seen.pairs and self.compute_metrics is None:
+            expected, gold = seen.predictions()
+            output = output._replace(predictions=expected, label_ids=gold)
+        return output
+
+    def predict(
+        self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Expected scores of new rows, given their rationales.
+
+        Args:
+            test_dataset: Rows as for training, not packed.
+            ignore_keys: As for Trainer.
+            metric_key_prefix: Put before the names of the metrics.
+
+        Returns:
+            `predictions`: expected scores in rubric units, in the rows' order, `(n,)`; `label_ids`: gold scores,
+            `(n,)`; with aspects `(n, A)` both, in their order. `metrics`: as from `evaluate`.
+
+        Raises:
+            ValueError: A row whose score cannot be found, whatever `invalid_rows` is: a prediction less would shift
+                the others.
+        """
+        args = copy.copy(self.args)
+        args.invalid_rows, args.shuffle_dataset = "raise", False
+        rows = self._prepare_dataset(test_dataset, self.processing_class, args, False, None, "test")
+        strategy = self.args.train_sampling_strategy
+        try:
+            self.args.train_sampling_strategy = "sequential"  # the host also groups evaluation rows by length
+            return super().predict(rows, ignore_keys, metric_key_prefix)
+        finally:
+            self.args.train_sampling_strategy = strategy
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, and beside it `tract_config.json`, from which a judge reads grid and marker."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save and self.judge_config is not None:
+            self.judge_config.save(output_dir or self.args.output_dir)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The host pushes the output directory before anything but weights and tokenizer has been saved there.
+        if self.args.should_save and self.judge_config is not None:
+            self.judge_config.save(self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write a model card that says what the judge scores and how to use it."""
+        if self.is_world_process_zero():
+            tags = [tags] if isinstance(tags, str) else list(tags or [])
+            write_model_card(
+                self.args,
+                self.judge_config,
+                base_model=getattr(self.model.config, "_name_or_path", None),
+                model_name=model_name,
+                hub_id=self.hub_model_id,
+                dataset_name=dataset_name,
+                tags=[*self._tag_names, *tags],
+                metrics=next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {}),
+                rows=TrainingRows.of(self._given_rows, self._rendered),
+                adapter=next(iter(self.model.peft_config.values())) if is_peft_model(self.model) else None,
+            )
+
+    def _rendered(self, row: Row) -> RenderedRow:
+        if self.aspects:
+            return render_aspects(self._tokenizer, row, self.aspects)
+        return render_row(self._tokenizer, row, self.args.score_marker, self.score_grid)
+
+
+def _score_mask(batch: dict[str, Any]) -> torch.Tensor:
+    """Where the batch's scores stand, bool `(B, L - 1)`, aligned with labels that are shifted by one."""
+    if "score_labels" not in batch:
+        raise ValueError(
+            "the batch has no score_labels, so there is nothing to regress on. A custom data collator has to pad that "
+            "column with NaN to the shape of input_ids; leave data_collator out for one that does"
+        )
+    return ~batch["score_labels"][:, 1:].isnan()  # type: ignore[no-any-return]
