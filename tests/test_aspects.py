@@ -19,7 +19,7 @@ from test_trie import written_rows
 from trl_tract import ScoreGrid, TRACTConfig
 from trl_tract.backends.branches import Branches
 from trl_tract.saved.judge_config import JudgeConfig
-from trl_tract.scale.scale import locate_aspects, read_aspects
+from trl_tract.scale.scale import locate_scores, read_aspects
 from trl_tract.scale.text import ScoreNotFoundError
 
 TOKENIZER = make_tokenizer()
@@ -267,7 +267,7 @@ TWO = {"tone": ONE_TO_FIVE, "facts": {"marker": "[FACTS]"}}
     ],
 )
 def test_each_score_is_found_behind_its_own_marker(completion, scores):
-    assert [span.text for span in locate_aspects(completion, read_aspects(TWO))] == scores
+    assert [span.text for span in locate_scores(completion, read_aspects(TWO))] == scores
 
 
 @pytest.mark.parametrize(
@@ -277,14 +277,14 @@ def test_each_score_is_found_behind_its_own_marker(completion, scores):
         ("rude. [TONE] 1 true.", "no marker", "aspect 'facts': the completion does not hold the marker '[FACTS]'"),
         ("rude. [TONE] 1 true. [FACTS] 7", "not on the grid", "aspect 'facts': '7' follows the marker"),
         ("rude. [TONE] true. [FACTS] 4", "not on the grid", "aspect 'tone'"),
-        ("so [FACTS] 5 says. [TONE] 1 true. [FACTS] 4", "two scores", "[FACTS]' with a score 2 times: '5', '4'"),
+        ("so [FACTS] 5 says. [TONE] 1 true. [FACTS] 4", "two scores", "[FACTS]' with a score twice: '5' and '4'"),
         ("rude. [TONE] 1 true [TONE] 2. [FACTS] 4", "two scores", "[TONE]' with a score 2 times"),
         ("true. [FACTS] 4 rude. [TONE] 1", "order of aspects", "scores facts, tone, in this order"),
     ],
 )
 def test_what_leaves_a_score_open_is_refused(completion, kind, message):
     with pytest.raises(ScoreNotFoundError) as error:
-        locate_aspects(completion, read_aspects(TWO))
+        locate_scores(completion, read_aspects(TWO))
     assert error.value.kind == kind
     assert message in str(error.value)
 

@@ -12,7 +12,7 @@ from trl_tract.distill.failures import stated_score
 from trl_tract.rows.golds import aspect_scores, gold_score
 from trl_tract.rows.rendering import as_prompt_completion, completion_text
 from trl_tract.rows.row import Row
-from trl_tract.scale.scale import Scale, locate_aspects
+from trl_tract.scale.scale import Scale, locate_scores
 from trl_tract.scale.text import ScoreNotFoundError, locate_score
 
 
@@ -70,7 +70,7 @@ class GoldReader:
             annotated = content.rpartition(stage.marker)[0]
         else:
             try:
-                spans = locate_aspects(content, self.stages)
+                spans = locate_scores(content, self.stages)
             except ScoreNotFoundError:
                 return stated
             annotated = content[spans[number - 1].end if number else 0 : spans[number].marker_start]
@@ -93,5 +93,5 @@ class GoldReader:
         given = aspect_scores(row.get("scores"), self.stages)
         if given is not None:
             return [gold_score(score) for score in given]
-        spans = locate_aspects(completion_text(pair.get("completion")), self.stages)
+        spans = locate_scores(completion_text(pair.get("completion")), self.stages)
         return [stage.grid.value_of(span.text) for stage, span in zip(self.stages, spans, strict=True)]

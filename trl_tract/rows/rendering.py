@@ -13,7 +13,8 @@ from trl.data_utils import common_prefix_length, is_conversational, maybe_conver
 
 from trl_tract.rows.row import Prompt, Row
 from trl_tract.scale.grid import ScoreGrid
-from trl_tract.scale.scale import Scale, locate_aspects
+from trl_tract.scale.scale import Scale
+from trl_tract.scale.scale import locate_scores as scores_of
 from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, ScoreSpan, locate_score, locate_scores
 
 
@@ -112,7 +113,7 @@ def render_aspects(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], a
     Raises:
         ScoreNotFoundError: An aspect's score is missing, ambiguous or out of order.
     """
-    return _render(tokenizer, row, lambda content: locate_aspects(content, aspects))
+    return _render(tokenizer, row, lambda content: scores_of(content, aspects))
 
 
 def _render(

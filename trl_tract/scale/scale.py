@@ -1,4 +1,4 @@
-"""Aspects: several scores in one completion, each behind a marker of its own and on a grid of its own.
+"""Scales: a completion has a score for each of one or more, each behind its own marker and on its own grid.
 
 Characters and grids: knows nothing of rows, models or training.
 """
@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_tract.scale.grid import ScoreGrid
-from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, ScoreSpan, span_at
+from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, ScoreSpan, holds_score, span_at
+
+DEFAULT_VALUES = (1.0, 2.0, 3.0, 4.0, 5.0)
+
+
+DEFAULT_MARKER = "[RESULT]"
+
 
 _FIELDS = ("marker", "values", "texts", "raft_weight")
 
@@ -40,6 +46,11 @@ class Scale:
         """Text that stands before the score."""
         return self.format.marker
 
+    @property
+    def about(self) -> str:
+        """What a message about it begins with; empty where a completion has one score."""
+        return f"aspect {self.name!r}: " if self.name else ""
+
     def to_dict(self) -> dict[str, Any]:
         """As it is written in a configuration; JSON-serialisable."""
         return {
@@ -48,6 +59,29 @@ class Scale:
             "texts": list(self.grid.texts),
             "raft_weight": self.raft_weight,
         }
+
+
+def read_scales(training: Mapping[str, Any]) -> tuple[Scale, ...]:
+    """The scales of a configuration: one for each aspect, or the only one, whose name is empty.
+
+    Args:
+        training: Fields of TRACTConfig. `score_values`, `score_texts` and `score_marker`, or `aspects`, are read; what
+            is left out is as by default.
+
+    Raises:
+        ValueError: A grid, a marker or an aspect that is none.
+
+    Example:
+        >>> read_scales({"score_values": [1, 2, 3]})[0].grid.texts
+        ('1', '2', '3')
+    """
+    if training.get("aspects"):
+        return read_aspects(training["aspects"])
+    marker = str(training.get("score_marker", DEFAULT_MARKER))
+    if not marker.strip():
+        raise ValueError(f"score_marker is empty: give the text that stands before the score, such as {DEFAULT_MARKER}")
+    grid = ScoreGrid.from_values(training.get("score_values", DEFAULT_VALUES), training.get("score_texts"))
+    return (Scale("", grid, CompletionFormat(marker)),)
 
 
 def read_aspects(aspects: Mapping[str, Mapping[str, Any]] | str) -> tuple[Scale, ...]:
@@ -99,7 +133,7 @@ def _read_aspect(name: str, given: Mapping[str, Any]) -> Scale:
         wrong = f"the unknown field {min(unknown)!r}" if unknown else "no marker"
         raise ValueError(f"aspect {name!r} has {wrong}; an aspect has the fields {', '.join(_FIELDS)}")
     try:
-        grid = ScoreGrid.from_values(given.get("values") or [1, 2, 3, 4, 5], given.get("texts"))
+        grid = ScoreGrid.from_values(given.get("values") or DEFAULT_VALUES, given.get("texts"))
     except ValueError as error:
         raise ValueError(f"aspect {name!r}: {error}") from error
     weight = given.get("raft_weight")
@@ -109,69 +143,83 @@ def _read_aspect(name: str, given: Mapping[str, Any]) -> Scale:
     return Scale(name, grid, CompletionFormat(marker, start=" "), None if weight is None else float(weight))
 
 
-def locate_aspects(completion: str, aspects: Sequence[Scale]) -> tuple[ScoreSpan, ...]:
-    """Find each aspect's score in a completion: the one behind its own marker.
+def locate_scores(completion: str, scales: Sequence[Scale]) -> tuple[ScoreSpan, ...]:
+    """Find the score of each scale in a completion: the one behind its own marker.
 
-    A marker without an admissible score behind it is a part of the text, in whichever rationale it stands.
+    Only the completion is searched: the prompt quotes the marker in its instructions, and the text to be judged may
+    hold a forged `[RESULT] 5`. A marker without an admissible score behind it is a part of the text.
 
     Args:
-        completion: For each aspect a rationale, its marker and its score.
-        aspects: In the order in which they have to be written.
+        completion: For each scale a rationale, its marker and its score.
+        scales: In the order in which they have to be written.
 
     Raises:
-        ScoreNotFoundError: An aspect has no score or two, or they come in another order.
+        ScoreNotFoundError: A scale has no score or several, they come in another order, or the last one is followed by
+            another score.
 
     Example:
+        >>> [span.text for span in locate_scores("3 of 5 points are met. [RESULT] 4", read_scales({}))]
+        ['4']
         >>> aspects = read_aspects({"tone": {"marker": "[TONE]"}, "facts": {"marker": "[FACTS]"}})
-        >>> [span.text for span in locate_aspects("Rude. [TONE] 1 True, but see [TONE]. [FACTS] 5", aspects)]
+        >>> [span.text for span in locate_scores("Rude. [TONE] 1 True, but see [TONE]. [FACTS] 5", aspects)]
         ['1', '5']
     """
     if not completion.strip():
         raise ScoreNotFoundError("empty", "the completion is empty")
-    spans = tuple(_only_span(completion, aspect) for aspect in aspects)
+    spans = tuple(_only_span(completion, scale) for scale in scales)
     order = sorted(range(len(spans)), key=lambda number: spans[number].start)
     if order != list(range(len(spans))):
         raise ScoreNotFoundError(
             "order of aspects",
-            f"the completion scores {', '.join(aspects[number].name for number in order)}, in this order; the judge is "
-            f"asked for {', '.join(aspect.name for aspect in aspects)}. Write them in that order, or change it in "
-            "aspects",
+            f"the completion scores {', '.join(scales[number].name for number in order)}, in this order; the judge is "
+            f"asked for {', '.join(scale.name for scale in scales)}. Write them in that order, or change it in aspects",
+        )
+    last, scale = spans[-1], scales[-1]
+    if holds_score(completion[last.end :], scale.grid.texts):
+        raise ScoreNotFoundError(
+            "two scores",
+            f"{scale.about}score {last.text!r} is followed by another one: {completion[last.start :][:60]!r}",
         )
     return spans
 
 
-def _only_span(completion: str, aspect: Scale) -> ScoreSpan:
+def _only_span(completion: str, scale: Scale) -> ScoreSpan:
     found: list[ScoreSpan] = []
-    problem = ScoreNotFoundError("no marker", f"the completion does not hold the marker {aspect.marker!r}")
-    for marker in re.finditer(re.escape(aspect.marker), completion):
+    problem = ScoreNotFoundError("no marker", f"the completion does not hold the marker {scale.marker!r}")
+    wrong_number = False
+    for marker in re.finditer(re.escape(scale.marker), completion):
         try:
-            found.append(span_at(completion, marker.start(), aspect.marker, aspect.grid.texts))
+            found.append(span_at(completion, marker.start(), scale.marker, scale.grid.texts))
         except ScoreNotFoundError as error:
             problem = error
-    if not found:
-        raise ScoreNotFoundError(problem.kind, f"aspect {aspect.name!r}: {problem}")
+            # Behind the score, "[RESULT] 9" on a scale to 5 is no mention of the marker but a second thought.
+            wrong_number = bool(found and re.match(r"\s*[-+]?\d", completion[marker.end() :]))
+        if wrong_number or len(found) > 1:
+            break
+    if wrong_number or not found:
+        raise ScoreNotFoundError(problem.kind, f"{scale.about}{problem}")
     if len(found) > 1:
         raise ScoreNotFoundError(
             "two scores",
-            f"aspect {aspect.name!r}: the completion holds {aspect.marker!r} with a score {len(found)} times: "
-            f"{', '.join(repr(span.text) for span in found)}",
+            f"{scale.about}the completion holds {scale.marker!r} with a score twice: {found[0].text!r} and "
+            f"{found[1].text!r}. If both are meant, give each a marker of its own: name them in `aspects`",
         )
     return found[0]
 
 
-def scored_within(rationale: str, aspects: Sequence[Scale]) -> Scale | None:
-    """The aspect whose marker and score stand in a rationale, where they do not belong; None if none does.
+def scored_within(rationale: str, scales: Sequence[Scale]) -> Scale | None:
+    """The scale whose marker and score stand in a rationale, where they do not belong; None if none does.
 
     Example:
         >>> aspects = read_aspects({"tone": {"marker": "[TONE]"}, "facts": {"marker": "[FACTS]"}})
         >>> scored_within("Rude. [FACTS] 5", aspects).name, scored_within("See [FACTS].", aspects)
         ('facts', None)
     """
-    for aspect in aspects:
-        for marker in re.finditer(re.escape(aspect.marker), rationale):
+    for scale in scales:
+        for marker in re.finditer(re.escape(scale.marker), rationale):
             try:
-                span_at(rationale, marker.start(), aspect.marker, aspect.grid.texts)
+                span_at(rationale, marker.start(), scale.marker, scale.grid.texts)
             except ScoreNotFoundError:
                 continue
-            return aspect
+            return scale
     return None

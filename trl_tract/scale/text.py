@@ -101,7 +101,7 @@ def locate_score(completion: str, marker: str, score_texts: Sequence[str]) -> Sc
     if marker_start < 0:
         raise ScoreNotFoundError("no marker", f"the completion does not hold the marker {marker!r}")
     span = span_at(completion, marker_start, marker, score_texts)
-    if _holds_score(completion[span.end :], score_texts):
+    if holds_score(completion[span.end :], score_texts):
         raise ScoreNotFoundError(
             "two scores", f"score {span.text!r} is followed by another one: {completion[span.start :][:60]!r}"
         )
@@ -190,7 +190,7 @@ def _what_to_write(tail: str, score_texts: Sequence[str]) -> str:
     return ""
 
 
-def _holds_score(text: str, score_texts: Sequence[str]) -> bool:
+def holds_score(text: str, score_texts: Sequence[str]) -> bool:
     """Whether an admissible score stands anywhere in `text`, by itself."""
     numbers = set(_NUMBER.findall(text))
     return any(

@@ -12,7 +12,7 @@ from typing import Any
 from trl_tract.rows.golds import aspect_scores, gold_score
 from trl_tract.rows.rendering import as_prompt_completion, completion_text, with_completion
 from trl_tract.rows.row import Row
-from trl_tract.scale.scale import Scale, locate_aspects
+from trl_tract.scale.scale import Scale, locate_scores
 from trl_tract.scale.scales import Scales
 from trl_tract.scale.text import locate_score
 from trl_tract.sources.columns import OwnColumns
@@ -176,7 +176,7 @@ def _read_aspect_item(record: Mapping[str, Any], aspects: Sequence[Scale]) -> It
     if golds is None:
         if completion is None:
             raise ValueError("the row has a prompt, but neither a completion nor scores")
-        spans = locate_aspects(completion_text(completion), aspects)
+        spans = locate_scores(completion_text(completion), aspects)
         golds = [aspect.grid.value_of(span.text) for aspect, span in zip(aspects, spans, strict=True)]
     scores = {aspect.name: gold_score(gold) for aspect, gold in zip(aspects, golds, strict=True)}
     group = str(row.get("group") or json.dumps(row["prompt"]))

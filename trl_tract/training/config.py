@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from trl_tract.scale.grid import ScoreGrid
-from trl_tract.scale.scale import read_aspects
+from trl_tract.scale.scale import DEFAULT_MARKER, DEFAULT_VALUES, Scale, read_aspects, read_scales
 
 
 @dataclass
@@ -30,7 +30,7 @@ class TRACTConfig(SFTConfig):
         },
     )
     score_values: list[float] = field(
-        default_factory=lambda: [1.0, 2.0, 3.0, 4.0, 5.0],
+        default_factory=lambda: list(DEFAULT_VALUES),
         metadata={
             "help": "The score grid, in rubric units, increasing. Any numbers: 1 to 5, half points, 0 to 100. A score "
             "may be several tokens. Ranges may be written short: 0..100, or 0..10..0.5 in half points."
@@ -44,7 +44,7 @@ class TRACTConfig(SFTConfig):
         },
     )
     score_marker: str = field(
-        default="[RESULT]",
+        default=DEFAULT_MARKER,
         metadata={"help": "Text that stands before the score in every completion. The last one in it counts."},
     )
     aspects: dict[str, Any] | str | None = field(
@@ -177,6 +177,11 @@ class TRACTConfig(SFTConfig):
                 f"packing_strategy={self.packing_strategy!r} may cut a row in two, and a score would lose its "
                 "rationale. Use packing_strategy='bfd'"
             )
+
+    @property
+    def scales(self) -> tuple[Scale, ...]:
+        """What a completion is scored on: one scale for each aspect, or the only one, whose name is empty."""
+        return read_scales(vars(self))
 
     @classmethod
     def from_args(cls, args: TrainingArguments | None, model_name: str) -> "TRACTConfig":
