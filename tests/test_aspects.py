@@ -397,7 +397,7 @@ def test_the_saved_configuration_is_read_back(tmp_path):
     trainer.save_model(str(tmp_path))
     config = JudgeConfig.load(tmp_path)
     assert config == trainer.judge_config
-    tone, facts = config.aspects
+    tone, facts = config.scales
     assert (tone.marker, len(tone.grid.token_ids), facts.name, len(facts.grid.paths)) == ("[TONE]", 5, "facts", 101)
     # Behind the first score a newline stands in all rows, and it is what tells 1 from 10 there.
     assert (tone.format.start, facts.format.start, facts.raft_weight) == (" ", "\n", 0.0016)

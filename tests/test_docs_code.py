@@ -30,6 +30,7 @@ from trl_tract.files.journal import write_jsonl
 from trl_tract.rows.tokens import resolve_grid
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scale import Scale
 
 # Pages whose blocks a test of their own runs, with the files that they need.
 ELSEWHERE = {"docs/data.md": "tests/test_data_docs.py", "docs/score_scales.md": "tests/test_aspect_judge.py"}
@@ -96,7 +97,7 @@ def models(tmp_path_factory) -> Path:
     for name in ("seed", "judge"):
         make_model(std=0.1).save_pretrained(directory / name)
         tokenizer.save_pretrained(directory / name)
-    JudgeConfig(grid, form).save(directory / "judge")
+    JudgeConfig((Scale("", grid, form),)).save(directory / "judge")
     return directory
 
 

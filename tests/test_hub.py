@@ -19,6 +19,7 @@ from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.saved.dataset_card import rows_card
 from trl_tract.saved.hub import JUDGE_FILES
 from trl_tract.saved.judge_config import JudgeConfig
+from trl_tract.scale.scale import Scale
 from trl_tract.scale.text import CompletionFormat
 
 # huggingface_hub 2.4 hands a file to its HTTP client's old argument where it uploads LFS objects.
@@ -139,7 +140,7 @@ def adapter_judge(directory, base):
     adapted.save_pretrained(directory)
     grid = CoTRAILJudge(TransformersBackend(str(base)))
     grid._check_grid("x")
-    JudgeConfig(grid.grid, CompletionFormat("[RESULT]")).save(directory)
+    JudgeConfig((Scale("", grid.grid, CompletionFormat("[RESULT]")),)).save(directory)
     return CoTRAILJudge.from_pretrained(directory)
 
 

@@ -15,6 +15,7 @@ from trl_tract.rows.tokens import resolve_grid
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.decisions import decide, temper
 from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scale import Scale
 from trl_tract.scale.text import CompletionFormat
 
 TOKENIZER = make_tokenizer()
@@ -127,7 +128,7 @@ def test_another_tokenizer_than_in_training_is_refused(tmp_path):
         "[RESULT]",
         ScoreGrid.from_values([1, 2, 3, 4, 5]),
     )
-    JudgeConfig(grid, form).save(tmp_path)
+    JudgeConfig((Scale("", grid, form),)).save(tmp_path)
     backend = ScriptedBackend(lambda prompt, seed: " fine [RESULT]", TOKENIZER, probs=PROBS)
     with pytest.raises(ValueError, match="not the tokenizer that the judge was trained with"):
         CoTRAILJudge.from_pretrained(tmp_path, backend).judge(["a"])
@@ -241,7 +242,7 @@ def saved_judge(tmp_path):
     grid, form = resolve_grid(
         TOKENIZER, {"prompt": "a", "completion": " b [RESULT] 3"}, "[RESULT]", ScoreGrid.from_values([1, 2, 3, 4, 5])
     )
-    JudgeConfig(grid, form).save(tmp_path)
+    JudgeConfig((Scale("", grid, form),)).save(tmp_path)
     return tmp_path, ScriptedBackend(lambda prompt, seed: " fine [RESULT]", TOKENIZER, probs=PROBS)
 
 

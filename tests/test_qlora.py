@@ -166,7 +166,7 @@ def test_the_saved_adapter_judges_on_its_base_in_full_precision(run, saved):
 def test_the_saved_adapter_judges_on_a_base_loaded_in_4_bits_as_the_trainer_evaluates(run, saved, seed_model):
     base = AutoModelForCausalLM.from_pretrained(seed_model, quantization_config=nf4(run["dtype"]))
     backend = TransformersBackend(PeftModel.from_pretrained(base, str(saved)), TOKENIZER)
-    grid = run["trainer"].judge_config.grid
+    grid = run["trainer"].judge_config.scales[0].grid
     row = ROWS[0]
     ids = TOKENIZER(row["prompt"] + row["completion"]).input_ids[:-1]
     log_probs = torch.as_tensor(backend.next_token_logprobs([ids], grid.token_ids))[0]

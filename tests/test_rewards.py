@@ -24,6 +24,7 @@ from trl_tract.rows.rendering import with_completion
 from trl_tract.rows.tokens import resolve_grid
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scale import Scale
 from trl_tract.scale.text import CompletionFormat
 
 TOKENIZER = make_tokenizer()
@@ -405,7 +406,7 @@ def save_stand_ins(directory: Path) -> None:
         TOKENIZER.save_pretrained(directory / name)
     row = with_completion("a", " b [RESULT] 3")
     grid, _ = resolve_grid(TOKENIZER, row, "[RESULT]", ScoreGrid.from_values([1, 2, 3, 4, 5]))
-    JudgeConfig(grid, CompletionFormat("[RESULT]"), writes_rationale=False).save(directory / "judge")
+    JudgeConfig((Scale("", grid, CompletionFormat("[RESULT]")),), writes_rationale=False).save(directory / "judge")
 
 
 def test_the_examples_in_the_documentation_run(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from trl_tract.files.journal import read_jsonl, write_jsonl
 from trl_tract.runs.steps import JudgeStep
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scale import Scale
 from trl_tract.scale.text import CompletionFormat
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -38,7 +39,7 @@ def save_model(directory: Path) -> str:
     make_model().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     grid = ScoreGrid.from_values([1, 2, 3, 4, 5]).resolve(tokenizer, " the e ", "")
-    JudgeConfig(grid, FORM).save(directory)
+    JudgeConfig((Scale("", grid, FORM),)).save(directory)
     return str(directory)
 
 

@@ -319,7 +319,7 @@ def test_tract_config_is_saved_beside_the_weights(tmp_path, lora):
     weights = "adapter_model.safetensors" if lora else "model.safetensors"
     assert (tmp_path / "saved" / weights).is_file()
     config = JudgeConfig.load(tmp_path / "saved")
-    assert config.grid.token_ids == GRID_IDS
+    assert config.scales[0].grid.token_ids == GRID_IDS
     assert config.normalize_grid
     # The rows' completions begin with a space: " the reply ... [RESULT] 4".
     assert config.format.to_dict() == {"marker": "[RESULT]", "lead": " ", "separator": " ", "start": " "}

@@ -23,6 +23,7 @@ from trl_tract.rows.encoding import RowEncoder, TokenisedRowEncoder
 from trl_tract.rows.tokens import resolve_grid, resolve_grid_from_ids, score_prefix_ids
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.decisions import decide
+from trl_tract.scale.scale import Scale
 from trl_tract.scale.text import ScoreNotFoundError, locate_score
 from trl_tract.scale.trie import TokenTrie, walk_trie
 from trl_tract.training.early_warnings import EarlyWarnings
@@ -444,7 +445,7 @@ def test_a_judge_is_loaded_with_the_paths_it_was_trained_with(tmp_path, vocabula
     tokenizer = vocabularies["splitting"]
     row = row_with("10") | {"completion": f"{RATIONALE} {MARKER} 10\n"}
     grid, form = resolve_grid(tokenizer, row, MARKER, GRIDS["1 to 10"])
-    JudgeConfig(grid, form).save(tmp_path)
+    JudgeConfig((Scale("", grid, form),)).save(tmp_path)
     judge = CoTRAILJudge.from_pretrained(tmp_path, TransformersBackend(make_model(), tokenizer))
     assert judge.grid == grid
     judge.score_rationales([PROMPT], [RATIONALE])
@@ -453,7 +454,7 @@ def test_a_judge_is_loaded_with_the_paths_it_was_trained_with(tmp_path, vocabula
 
 def test_another_tokenizer_than_in_training_is_refused(tmp_path, vocabularies):
     grid, form = resolve_grid(vocabularies["splitting"], row_with("10"), MARKER, GRIDS["0 to 100"])
-    JudgeConfig(grid, form).save(tmp_path)
+    JudgeConfig((Scale("", grid, form),)).save(tmp_path)
     other = TransformersBackend(make_model(), make_merging_tokenizer([("1", "0")]))
     with pytest.raises(ValueError, match="not the tokenizer that the judge was trained with"):
         CoTRAILJudge.from_pretrained(tmp_path, other).score_rationales([PROMPT], [RATIONALE])

@@ -157,6 +157,7 @@ def _distill(arguments: Sequence[str]) -> int:
     from trl_tract.distill.summary import read_summary
     from trl_tract.runs.steps import DistillStep
     from trl_tract.saved.judge_config import JudgeConfig
+    from trl_tract.scale.scales import Scales
     from trl_tract.sources.onramp import as_jsonl
 
     rows, columns, generation, worker = _parse("distill", arguments)
@@ -168,7 +169,7 @@ def _distill(arguments: Sequence[str]) -> int:
         "keep_annotated": rows.keep_annotated,
         "block_size": worker.block_size,
     }
-    scales = JudgeConfig.load(rows.model).scales
+    scales = Scales.written(JudgeConfig.load(rows.model).scales)
     with as_jsonl(rows.data, rows.model, scales, _own(columns)) as data:
         step = DistillStep(rows.model, data, rows.output_dir, settings, worker.engine(generation), worker.shard)
         written = step.run()
@@ -181,6 +182,7 @@ def _judge(arguments: Sequence[str]) -> int:
     from trl_tract.files.journal import write_jsonl
     from trl_tract.runs.steps import JudgeStep, read_judgements
     from trl_tract.saved.judge_config import JudgeConfig
+    from trl_tract.scale.scales import Scales
     from trl_tract.sources.files import read_records
     from trl_tract.sources.onramp import as_jsonl
     from trl_tract.sources.preferences import holds_pairs, pair_report
@@ -191,7 +193,7 @@ def _judge(arguments: Sequence[str]) -> int:
         "num_generations": generation.num_generations,
         **rows.rules(),
     }
-    scales = JudgeConfig.load(rows.model).scales
+    scales = Scales.written(JudgeConfig.load(rows.model).scales)
     with as_jsonl(rows.data, rows.model, scales, _own(columns), judged=True) as data:
         step = JudgeStep(
             rows.model,

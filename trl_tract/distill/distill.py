@@ -132,17 +132,17 @@ class CoTSelfDistill:
             **settings: Other arguments of the class.
         """
         config = JudgeConfig.load(path, revision)
-        config.check_single_score(path)
         if not config.writes_rationale:
             raise ValueError(f"{path} was trained with drop_rationale=True, so it has no rationales to write")
+        first, aspects = config.scales[0], config.scales if len(config.scales) > 1 else ()
         distiller = cls(
             backend or TransformersBackend(str(path), revision=revision),
-            score_values=dict(zip(config.grid.texts, config.grid.values, strict=True)),
+            score_values=dict(zip(first.grid.texts, first.grid.values, strict=True)),
             completion_format=config.format,
-            aspects={aspect.name: aspect.to_dict() for aspect in config.aspects} or None,
+            aspects={aspect.name: aspect.to_dict() for aspect in aspects} or None,
             **settings,
         )
-        distiller.aspects, distiller._tokens_found = config.aspects, True
+        distiller.aspects, distiller._tokens_found = aspects, True
         return distiller
 
     def distill(self, dataset: Dataset, output_dir: str | Path) -> Dataset:

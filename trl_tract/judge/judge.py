@@ -19,7 +19,7 @@ from trl_tract.rows.tokens import prompt_ids, resolve_aspects, resolve_grid, sco
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.decisions import Decision, Pool
 from trl_tract.scale.grid import ScoreGrid
-from trl_tract.scale.scale import read_aspects
+from trl_tract.scale.scale import Scale, read_aspects
 from trl_tract.scale.text import CompletionFormat
 from trl_tract.scale.trie import GridProbabilities
 
@@ -138,7 +138,6 @@ class CoTRAILJudge:
             FileNotFoundError: No `tract_config.json` there; or, with `recalibrate`, no `tract_calibration.json`.
         """
         config = JudgeConfig.load(path, revision)
-        config.check_single_score(path)
         if recalibrate:
             settings["recalibration"] = Recalibration.load(path, revision)
         if isinstance(backend, str):
@@ -147,18 +146,19 @@ class CoTRAILJudge:
                     f"backend={backend!r} is unknown: give 'transformers', or a backend, such as VLLMBackend(path)"
                 )
             backend = TransformersBackend(str(path), revision=revision)
+        first, aspects = config.scales[0], config.scales if len(config.scales) > 1 else ()
         judge = cls(
             backend,
-            score_values=dict(zip(config.grid.texts, config.grid.values, strict=True)),
+            score_values=dict(zip(first.grid.texts, first.grid.values, strict=True)),
             completion_format=config.format,
-            aspects={aspect.name: aspect.to_dict() for aspect in config.aspects} or None,
+            aspects={aspect.name: aspect.to_dict() for aspect in aspects} or None,
             **{
                 "normalize_grid": config.normalize_grid,
                 "writes_rationale": config.writes_rationale,
                 **settings,
             },
         )
-        judge.grid, judge.aspects = config.grid, config.aspects
+        judge.grid, judge.aspects = first.grid, aspects
         return judge
 
     def judge(
@@ -241,14 +241,8 @@ class CoTRAILJudge:
         first = self.aspects[0].grid if self.aspects else self.grid
         if not (first.token_ids or first.paths):  # nothing was judged yet
             self._check_grid([{"role": "user", "content": ""}] if self.backend.tokenizer.chat_template else "")
-        config = JudgeConfig(
-            self.aspects[0].grid if self.aspects else self.grid,
-            self.aspects[0].format if self.aspects else self.format,
-            self.normalize_grid,
-            num_scores=len(self.aspects) or 1,
-            writes_rationale=self.writes_rationale,
-            aspects=self.aspects,
-        )
+        scales = self.aspects or (Scale("", self.grid, self.format),)
+        config = JudgeConfig(scales, self.normalize_grid, self.writes_rationale)
         return push_judge(self.backend, config, repo_id, recalibration=self.recalibration, **options)
 
     @property

@@ -177,7 +177,7 @@ def recalibrate(directory: Path, model: str | None = None) -> tuple[Recalibratio
         raise FileNotFoundError(
             f"the judge {judge} is no directory on this disk, so nothing can be saved with it: name one with --model"
         )
-    grid = judged_grid(directory) or JudgeConfig.load(judge).grid.values
+    grid = judged_grid(directory) or JudgeConfig.load(judge).scales[0].grid.values
     groups = item_groups(judgements["records"])
     fitted = Recalibration.fit(judgements["score"], judgements["reference"], grid, groups=groups)
     return fitted, fitted.save(judge)
@@ -204,7 +204,7 @@ def _grid(settings: Mapping[str, Any], aspect: str | None = None) -> tuple[float
     if model is None or not Path(model).is_dir():
         return None
     try:
-        return JudgeConfig.load(model).grid.values
+        return JudgeConfig.load(model).scales[0].grid.values
     except FileNotFoundError:
         return None
 

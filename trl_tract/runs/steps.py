@@ -140,11 +140,11 @@ class JudgeStep:
         settings = dict(self.settings)
         if not self.untrained:
             # What is missing is said before the directory is claimed for this model.
-            config = JudgeConfig.load(self.model)
-            if config.aspects:
-                settings.setdefault("aspects", {aspect.name: aspect.to_dict() for aspect in config.aspects})
+            scales = JudgeConfig.load(self.model).scales
+            if len(scales) > 1:
+                settings.setdefault("aspects", {scale.name: scale.to_dict() for scale in scales})
             else:
-                settings.setdefault("score_values", list(config.grid.values))
+                settings.setdefault("score_values", list(scales[0].grid.values))
         rows = JsonlRows(Path(self.data))
         name = self.backend.get("name", "transformers")
         directory, final = Path(self.output_dir), Path(self.output_dir) / "judgements.jsonl"

@@ -8,7 +8,6 @@ from typing import Any
 
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale
-from trl_tract.scale.scales import Scales
 from trl_tract.scale.text import CompletionFormat
 from trl_tract.scale.trie import ScorePath
 
@@ -17,56 +16,39 @@ FILE_NAME = "tract_config.json"
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """How a judge was trained to write a completion and its score.
+    """How a judge was trained to write a completion and its scores.
 
     Attributes:
-        grid: The score grid, its tokens resolved; of several aspects the first one's.
-        format: Marker and the whitespace around it; likewise.
+        scales: The scales of a completion in their order, tokens resolved; the name of a single one is empty.
         normalize_grid: Whether the expected score is divided by the mass on the grid.
-        num_scores: Scores in a completion.
-        writes_rationale: False for a judge that was trained to give its score straight away.
-        aspects: Where a completion has a score for each of several aspects: they, in their order.
+        writes_rationale: False for a judge that was trained to give its scores straight away.
     """
 
-    grid: ScoreGrid
-    format: CompletionFormat
+    scales: tuple[Scale, ...]
     normalize_grid: bool = False
-    num_scores: int = 1
     writes_rationale: bool = True
-    aspects: tuple[Scale, ...] = ()
 
     @property
-    def scales(self) -> Scales:
-        """How the judge writes its scores."""
-        return Scales(self.grid, self.format.marker, self.aspects)
+    def format(self) -> CompletionFormat:
+        """Marker and whitespace of the first scale."""
+        return self.scales[0].format
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of `tract_config.json`."""
+        """The content of `tract_config.json`.
+
+        The first scale stands at the top, where an older reader looks for the only one.
+        """
         saved: dict[str, Any] = {
-            **_saved_grid(self.grid, self.format),
+            **_saved_scale(self.scales[0]),
             "normalize_grid": self.normalize_grid,
-            "num_scores": self.num_scores,
+            "num_scores": len(self.scales),
             "writes_rationale": self.writes_rationale,
         }
-        if self.aspects:
+        if len(self.scales) > 1:
             saved["aspects"] = {
-                aspect.name: {**_saved_grid(aspect.grid, aspect.format), "raft_weight": aspect.raft_weight}
-                for aspect in self.aspects
+                scale.name: {**_saved_scale(scale), "raft_weight": scale.raft_weight} for scale in self.scales
             }
         return saved
-
-    def check_single_score(self, path: str | Path) -> None:
-        """Refuse a model that writes several scores a completion: what generates reads one.
-
-        Raises:
-            ValueError: It does.
-        """
-        if self.num_scores != 1 and not self.aspects:
-            raise ValueError(
-                f"{path} was trained on rows with `scores`: it writes {self.num_scores} scores a completion, and "
-                "generation stops at the first. Name them in `aspects`, each with its own marker, or train on rows of "
-                "one `score`"
-            )
 
     def save(self, directory: str | Path) -> None:
         """Write `tract_config.json` into `directory`."""
@@ -84,31 +66,30 @@ class JudgeConfig:
         file = find_config(path, revision)
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
-            return cls(
-                *_read_grid(saved),
-                bool(saved["normalize_grid"]),
-                int(saved.get("num_scores", 1)),
-                bool(saved.get("writes_rationale", True)),
-                tuple(
-                    Scale(name, *_read_grid(each), each["raft_weight"])
-                    for name, each in saved.get("aspects", {}).items()
-                ),
-            )
-        except (ValueError, KeyError, TypeError) as error:
+            scales = tuple(_read_scale(name, each) for name, each in saved.get("aspects", {"": saved}).items())
+            count = int(saved.get("num_scores", 1))
+            config = cls(scales, bool(saved["normalize_grid"]), bool(saved.get("writes_rationale", True)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} cannot be read as {FILE_NAME}: {error!r}. Save the model again") from error
+        if count != len(scales):
+            raise ValueError(
+                f"{file}: the model writes {count} scores behind one marker, and nothing tells them apart. Train it "
+                "again on completions with a marker for each score, named in `aspects`"
+            )
+        return config
 
 
-def _saved_grid(grid: ScoreGrid, written: CompletionFormat) -> dict[str, Any]:
+def _saved_scale(scale: Scale) -> dict[str, Any]:
     return {
-        "score_values": list(grid.values),
-        "score_texts": list(grid.texts),
-        "score_token_ids": list(grid.token_ids),
-        "score_paths": [asdict(path) for path in grid.paths],
-        "completion_format": written.to_dict(),
+        "score_values": list(scale.grid.values),
+        "score_texts": list(scale.grid.texts),
+        "score_token_ids": list(scale.grid.token_ids),
+        "score_paths": [asdict(path) for path in scale.grid.paths],
+        "completion_format": scale.format.to_dict(),
     }
 
 
-def _read_grid(saved: Mapping[str, Any]) -> tuple[ScoreGrid, CompletionFormat]:
+def _read_scale(name: str, saved: Mapping[str, Any]) -> Scale:
     grid = ScoreGrid(
         values=tuple(float(value) for value in saved["score_values"]),
         texts=tuple(str(text) for text in saved["score_texts"]),
@@ -118,7 +99,7 @@ def _read_grid(saved: Mapping[str, Any]) -> tuple[ScoreGrid, CompletionFormat]:
             for path in saved.get("score_paths", [])
         ),
     )
-    return grid, CompletionFormat(**saved["completion_format"])
+    return Scale(name, grid, CompletionFormat(**saved["completion_format"]), saved.get("raft_weight"))
 
 
 def find_config(path: str | Path, revision: str | None = None) -> Path:

@@ -178,7 +178,7 @@ def model_card(
         tags=["generated_from_trainer", "llm-as-a-judge", *tags],
     )
     prompt = rows.prompt if len(rows.rendered or "") <= PROMPT_CHARACTERS else None
-    aspects = judge_config.aspects if judge_config else ()
+    aspects = judge_config.scales if judge_config and len(judge_config.scales) > 1 else ()
     code = _QUICK_START.format(path=python_literal(hub_id), prompt=python_literal(prompt))
     if aspects:
         scores = "{name: its.score for name, its in judgement.aspects.items()}"
@@ -318,8 +318,8 @@ def add_training_run(readme: Path, stage_one: Path, *, data: str, summary: Mappi
 
 
 def _grids(judge_config: JudgeConfig) -> str:
-    by_aspect = [f"{plain_line(each.name)}: {some_scores(each.grid.texts)}" for each in judge_config.aspects]
-    return "; ".join(by_aspect) or some_scores(judge_config.grid.texts)
+    named = ((f"{plain_line(scale.name)}: " if scale.name else "", scale.grid.texts) for scale in judge_config.scales)
+    return "; ".join(name + some_scores(texts) for name, texts in named)
 
 
 def _setting_lines(settings: Any, names: Sequence[str]) -> list[str]:

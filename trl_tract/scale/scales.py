@@ -32,3 +32,8 @@ class Scales:
             str(training.get("score_marker", "[RESULT]")),
             read_aspects(training["aspects"]) if training.get("aspects") else (),
         )
+
+    @classmethod
+    def written(cls, scales: tuple[Scale, ...]) -> "Scales":
+        """The same of a judge's scales."""
+        return cls(scales[0].grid, scales[0].marker, scales if scales[0].name else ())

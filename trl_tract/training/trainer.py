@@ -33,7 +33,7 @@ from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.saved.model_card import write_model_card
 from trl_tract.saved.training_rows import TrainingRows
 from trl_tract.scale.grid import ScoreGrid
-from trl_tract.scale.scale import read_aspects
+from trl_tract.scale.scale import Scale, read_aspects
 from trl_tract.scale.trie import TokenTrie
 from trl_tract.training.config import TRACTConfig
 from trl_tract.training.early_warnings import EarlyWarnings
@@ -203,13 +203,10 @@ class TRACTTrainer(SFTTrainer):
         """Look up the tokens of the scores, and how the rows write them."""
         if self.aspects:
             self.aspects = find_aspects(self._tokenizer, rows, self.aspects)
-            first = self.aspects[0]
-            count = len(self.aspects)
-            return JudgeConfig(first.grid, first.format, args.normalize_grid, count, aspects=self.aspects)
-        self.score_grid, written, count = find_grid(self._tokenizer, rows, args.score_marker, self.score_grid)
-        return JudgeConfig(
-            self.score_grid, written, args.normalize_grid, count, writes_rationale=not args.drop_rationale
-        )
+            return JudgeConfig(self.aspects, args.normalize_grid)
+        self.score_grid, written, _ = find_grid(self._tokenizer, rows, args.score_marker, self.score_grid)
+        scale = Scale("", self.score_grid, written)
+        return JudgeConfig((scale,), args.normalize_grid, writes_rationale=not args.drop_rationale)
 
     def _encoder(self, columns: list[str], args: TRACTConfig) -> Encoder:
         completion_only = self.completion_only_loss or "prompt" not in columns
