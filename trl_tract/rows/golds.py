@@ -1,16 +1,171 @@
-"""The gold scores of a row: a number, several annotators, several aspects. Knows nothing of tokens or models."""
+"""The gold scores of a row: THE reader of score columns. Knows nothing of tokens or models."""
 
 import bisect
+import json
 import math
+import numbers
+import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
-from trl_tract.scale.scale import (
-    Scale,
-)
-from trl_tract.scale.text import (
-    ScoreNotFoundError,
-)
+from trl_tract.rows.rendering import as_prompt_completion, completion_text
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scale import Scale, locate_scores
+from trl_tract.scale.text import ScoreNotFoundError, some_scores
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell holds nothing: None, NaN, empty text, or the text `nan` that tables write for it.
+
+    Example:
+        >>> is_missing(float("nan")), is_missing(" "), is_missing("NaN"), is_missing(0), is_missing([])
+        (True, True, True, False, False)
+    """
+    if isinstance(value, str):
+        return value.strip().lower() in ("", "nan")
+    if value is None or hasattr(value, "__len__"):
+        return value is None
+    try:
+        return bool(value != value)  # NaN of any kind, NaT included
+    except TypeError:  # pandas.NA is neither equal to itself nor different
+        return True
+
+
+def read_golds(row: Mapping[str, Any], scales: Sequence[Scale]) -> list[list[float]] | None:
+    """The gold scores of a row: for each scale those of its annotators, rubric units.
+
+    They are those of the column `score`, or of the mapping `scores` where there are several scales: a number, text of a
+    number, a text of the grid, a list of them or the text of a JSON list, one for each annotator. Where the column
+    holds nothing, they are the scores that the completion has.
+
+    Args:
+        row: `messages`, or `prompt` and `completion`, of which this reads the scores alone.
+        scales: One whose name is empty, or several with names.
+
+    Returns:
+        None where the row has neither gold scores nor a completion.
+
+    Raises:
+        ScoreNotFoundError: A score is missing, no score, off the range, or ambiguous.
+
+    Example:
+        >>> from trl_tract.scale.scale import read_scales
+        >>> read_golds({"score": "[4, 3]"}, read_scales({})), read_golds({"completion": "[RESULT] 4"}, read_scales({}))
+        ([[4.0, 3.0]], [[4.0]])
+    """
+    given = _given(row, scales)
+    if given is None:
+        completion = as_prompt_completion(row).get("completion")
+        if is_missing(completion):
+            return None
+        given = [span.text for span in locate_scores(completion_text(completion), scales)]
+    golds = []
+    for scale, value in zip(scales, given, strict=True):
+        try:
+            golds.append(_annotators(value, scale.grid))
+        except ScoreNotFoundError as error:
+            raise ScoreNotFoundError(error.kind, f"{scale.about}{error}") from error
+    return golds
+
+
+def mean_golds(row: Mapping[str, Any], scales: Sequence[Scale]) -> list[float] | None:
+    """Like `read_golds`, the mean over the annotators of each scale."""
+    golds = read_golds(row, scales)
+    return None if golds is None else [sum(scores) / len(scores) for scores in golds]
+
+
+def _given(row: Mapping[str, Any], scales: Sequence[Scale]) -> list[Any] | None:
+    """What the row's column has for each scale, as it stands there; None where it holds nothing."""
+    score, scores = row.get("score"), row.get("scores")
+    names = [scale.name for scale in scales]
+    if isinstance(scores, str) and scores.lstrip().startswith("{"):
+        scores = _json(scores, "a mapping")
+    if isinstance(scores, Mapping) and all(map(is_missing, scores.values())):
+        scores = None  # a table gives every row the keys of all rows
+    if not names[0]:
+        if not is_missing(scores):
+            raise ScoreNotFoundError(
+                "several scores",
+                f"the row has `scores` ({scores!r}), but one score is asked for: give the scores of several annotators "
+                "as a list in `score`, or name several scores in `aspects`, each with its own marker",
+            )
+        return None if is_missing(score) else [score]
+    if not is_missing(score):
+        raise ScoreNotFoundError(
+            "score and aspects", "the row has a `score`; with aspects it needs `scores`, a mapping with one for each"
+        )
+    if is_missing(scores):
+        return None
+    if not isinstance(scores, Mapping):
+        raise ScoreNotFoundError(
+            "not a mapping", f"`scores` is {scores!r}, not a mapping of the aspects {', '.join(names)} to gold scores"
+        )
+    missing = [name for name in names if is_missing(scores.get(name))]
+    if missing:
+        raise ScoreNotFoundError("aspect missing", f"`scores` has no gold score for aspect {missing[0]!r}")
+    unknown = sorted(str(name) for name, value in scores.items() if not is_missing(value) and name not in names)
+    if unknown:
+        raise ScoreNotFoundError(
+            "unknown aspect", f"`scores` names {unknown[0]!r}, which is none of the aspects {', '.join(names)}"
+        )
+    return [scores[name] for name in names]
+
+
+def _annotators(value: Any, grid: ScoreGrid) -> list[float]:
+    """The scores of a cell, one for each annotator who gave one."""
+    if isinstance(value, str) and value.lstrip().startswith("[") and value.strip() not in grid.texts:
+        value = _json(value, "a list of scores")
+    value = value.tolist() if hasattr(value, "tolist") else value  # of numpy
+    values = value if isinstance(value, list | tuple) else [value]
+    scores = [_score(each, grid) for each in values if not is_missing(each)]
+    if not scores:
+        raise ScoreNotFoundError("no score", "the list of scores is empty")
+    return scores
+
+
+def _score(value: Any, grid: ScoreGrid) -> float:
+    """One gold score: a text of the grid, a number, or text of a number; within the grid's range."""
+    if isinstance(value, str):
+        text = value.strip()
+        if text in grid.texts:
+            return grid.value_of(text)
+        if not _NUMBER.fullmatch(text):
+            numeric = re.fullmatch(r"[-+]?\d+,\d+", text)
+            write = f"Write {text.replace(',', '.')}" if numeric else f"Scores are {some_scores(grid.texts)}"
+            raise ScoreNotFoundError("not a number", f"the score is {_shown(value)}, not a number. {write}")
+        value = text
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real | Decimal):
+        raise ScoreNotFoundError("not a number", f"the score is {_shown(value)}, not a number")
+    try:
+        number = float(value)
+    except (OverflowError, ValueError):  # an integer of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise ScoreNotFoundError("not a number", f"the score is {_shown(value)}, not a finite number")
+    if not grid.in_range(number):
+        raise ScoreNotFoundError(
+            "off the range", f"the score {number:g} is not between {grid.texts[0]} and {grid.texts[-1]}"
+        )
+    return number
+
+
+def _json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ScoreNotFoundError("not a number", f"the score is {_shown(text)}, not {what} as JSON") from None
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, its middle left out where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "an integer of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:40]}…{text[-10:]}"
 
 
 def annotator_scores(value: Any) -> list[float]:

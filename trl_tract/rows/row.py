@@ -4,5 +4,8 @@ from typing import Any
 
 Row = dict[str, Any]
 
+ROW_NUMBER = "__row__"
+"""Column with the number that a row has in the file it came from; without it a row is named by its place."""
+
 
 Prompt = str | list[dict[str, str]]

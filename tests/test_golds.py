@@ -1,0 +1,113 @@
+"""The reader of gold scores: what a cell may hold, what is missing, and what is refused."""
+
+import datetime
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trl_tract.rows.golds import mean_golds, read_golds
+from trl_tract.scale.scale import read_aspects, read_scales
+from trl_tract.scale.text import ScoreNotFoundError
+
+ONE = read_scales({})
+WORDS = read_scales({"score_values": {"poor": 1, "good": 4}})
+ASPECTS = read_aspects({"tone": {"marker": "[TONE]"}, "facts": {"marker": "[FACTS]"}})
+WRITTEN = {"completion": "Good. [RESULT] 5"}
+
+
+@pytest.mark.parametrize(
+    ("cell", "scores"),
+    [
+        (4, [4.0]),
+        (3.4, [3.4]),
+        ("4", [4.0]),
+        (" 4.5 ", [4.5]),
+        (Decimal("3.5"), [3.5]),
+        (np.float32(2.5), [2.5]),
+        (np.array([3, 4]), [3.0, 4.0]),
+        ([4, 3, 3], [4.0, 3.0, 3.0]),
+        ("[4, 3, 3]", [4.0, 3.0, 3.0]),
+        (["4", None, 5.0], [4.0, 5.0]),
+        ([4, float("nan")], [4.0]),
+    ],
+)
+def test_a_cell_holds_a_number_or_one_for_each_annotator(cell, scores):
+    assert read_golds({"score": cell, **WRITTEN}, ONE) == [scores]
+
+
+@pytest.mark.parametrize("cell", [None, "", " ", "nan", "NaN", float("nan"), np.datetime64("NaT")])
+def test_a_missing_score_is_read_off_the_completion(cell):
+    assert read_golds({"score": cell, **WRITTEN}, ONE) == [[5.0]]
+
+
+@pytest.mark.parametrize("row", [{}, {"prompt": "p"}, {"score": float("nan"), "completion": None}])
+def test_a_row_without_score_and_completion_has_no_golds(row):
+    assert read_golds(row, ONE) is None
+
+
+@pytest.mark.parametrize(
+    ("cell", "kind"),
+    [
+        (True, "not a number"),
+        ([True, 5], "not a number"),
+        (np.bool_(True), "not a number"),
+        ("4,5", "not a number"),
+        ("n/a", "not a number"),
+        ("1_0", "not a number"),
+        (b"4", "not a number"),
+        (datetime.date(2024, 1, 4), "not a number"),
+        ({"a": 4}, "not a number"),
+        (10**400, "not a number"),
+        pytest.param(10**5000, "not a number", id="5000-digits"),
+        ("4" * 400, "not a number"),
+        (float("inf"), "not a number"),
+        ("[4,", "not a number"),
+        ([[3, 4], 4], "not a number"),
+        ([], "no score"),
+        ([None], "no score"),
+        (0, "off the range"),
+        ([4, 6], "off the range"),
+    ],
+)
+def test_a_cell_that_holds_no_score_is_refused(cell: Any, kind: str):
+    with pytest.raises(ScoreNotFoundError) as refused:
+        read_golds({"score": cell, **WRITTEN}, ONE)
+    assert refused.value.kind == kind
+
+
+def test_words_of_the_grid_are_scores_wherever_they_stand():
+    rows = [{"score": "good"}, {"score": ["poor", "good"]}, {"score": '["poor", 4]'}, {"completion": "[RESULT] poor"}]
+    assert [read_golds(row, WORDS) for row in rows] == [[[4.0]], [[1.0, 4.0]], [[1.0, 4.0]], [[1.0]]]
+
+
+def test_each_aspect_has_its_annotators():
+    rows = [
+        {"scores": {"tone": [1, 2], "facts": "5"}},
+        {"scores": '{"tone": [1, 2], "facts": 5}'},
+        {"scores": {"tone": None, "facts": float("nan")}, "completion": "Rude. [TONE] 1 True. [FACTS] 5"},
+    ]
+    assert [read_golds(row, ASPECTS) for row in rows] == [[[1.0, 2.0], [5.0]], [[1.0, 2.0], [5.0]], [[1.0], [5.0]]]
+    assert mean_golds(rows[0], ASPECTS) == [1.5, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("row", "scales", "kind"),
+    [
+        ({"scores": [4, 5]}, ONE, "several scores"),
+        ({"scores": {"tone": 4, "facts": 5}}, ONE, "several scores"),
+        ({"score": 4}, ASPECTS, "score and aspects"),
+        ({"scores": [4, 5]}, ASPECTS, "not a mapping"),
+        ({"scores": {"tone": 4, "facts": None}}, ASPECTS, "aspect missing"),
+        ({"scores": {"tone": 4, "facts": 5, "style": 1}}, ASPECTS, "unknown aspect"),
+        ({"scores": {"tone": 4, "facts": True}}, ASPECTS, "not a number"),
+        ({"scores": {"tone": 4, "facts": 9}}, ASPECTS, "off the range"),
+        ({"completion": "Rude. [TONE] 1"}, ASPECTS, "no marker"),
+        ({"completion": "no score"}, ONE, "no marker"),
+    ],
+)
+def test_scores_that_do_not_fit_the_scales_are_refused(row, scales, kind):
+    with pytest.raises(ScoreNotFoundError) as refused:
+        read_golds(row, scales)
+    assert refused.value.kind == kind
