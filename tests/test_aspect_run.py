@@ -11,8 +11,7 @@ from test_aspects import ASPECTS, make_rows
 from trl_tract import run_tract
 from trl_tract.cli import main
 from trl_tract.files.journal import read_jsonl, write_jsonl
-from trl_tract.runs.results import judged_grid, page_file
-from trl_tract.runs.steps import judged_aspects, read_judgements
+from trl_tract.runs.judged import Judged
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import read_aspects
 from trl_tract.scale.scales import Scales
@@ -56,8 +55,9 @@ def test_a_run_reports_each_aspect_on_its_own_grid(finished):
     names = ["stage one, tone", "stage one, facts", "TRACT, tone", "TRACT, facts"]
     assert list(result.reports) == names
     assert list(json.loads((out / "report.json").read_text())["judges"]) == names
-    assert judged_aspects(out / "judged-tract") == ["tone", "facts"]
-    assert judged_grid(out / "judged-tract", "facts") == tuple(range(101))
+    judged = Judged(out / "judged-tract")
+    assert list(judged.scales) == ["tone", "facts"]
+    assert judged.scales["facts"].grid == tuple(range(101))
     assert (out / "report-tone.html").is_file()
     assert (out / "report-facts.html").is_file()
 
@@ -66,10 +66,10 @@ def test_judgements_hold_each_aspects_gold_score(finished):
     out, _ = finished
     wanted = [row["scores"] for row in read_jsonl(out / "eval.jsonl")]
     for aspect in ("tone", "facts"):
-        read = read_judgements(out / "judged-tract", aspect)
-        assert read["reference"].tolist() == [scores[aspect] for scores in wanted]
+        read = Judged(out / "judged-tract").scales[aspect]
+        assert read.reference.tolist() == [scores[aspect] for scores in wanted]
         # The random model never writes its marker.
-        assert all("no rationale reached '[TONE]'" in record["error"] for record in read["records"])
+        assert all("no rationale reached '[TONE]'" in record["error"] for record in read.records)
 
 
 def test_the_card_has_both_grids_markers_and_evaluations(finished):
@@ -170,8 +170,3 @@ def test_rows_without_gold_scores_are_judged_on_their_aspects(tmp_path, seed):
     assert item.reference == {"prompt": "a"}
     (item,) = judged_rows({"prompt": "a", "scores": {"tone": 2, "facts": 30}}, scales)
     assert item.reference["scores"] == {"tone": 2, "facts": 30}
-
-
-def test_an_aspects_page_has_a_plain_file_name(tmp_path):
-    assert page_file(tmp_path / "report.html", "is it <true>?").name == "report-is-it-true-.html"
-    assert page_file(tmp_path / "report.html", None) == tmp_path / "report.html"

@@ -18,6 +18,7 @@ from trl_tract.page.bins import density, gold_bins, prediction_bins
 from trl_tract.page.charts import MAX_POINTS, JudgedScores, score_charts
 from trl_tract.page.drawing import DARK, LIGHT, legible
 from trl_tract.page.learning import learning_charts
+from trl_tract.runs.judged import Judged
 from trl_tract.runs.results import judged_items
 from trl_tract.text.display import excerpt, visible
 
@@ -345,9 +346,9 @@ def test_a_report_in_a_run_finds_prompts_curves_and_settings(run, capsys):
 def test_prompts_are_shown_only_if_they_are_those_that_were_judged(run):
     write_jsonl(run / "eval.jsonl", [{"prompt": "another", "score": 1.0}] * 5)
     report = items(RECORDS).report
-    assert judged_items(run / "judged-tract", report).prompts is None
+    assert judged_items(Judged(run / "judged-tract").scales[""], report).prompts is None
     with pytest.raises(ValueError, match=r"eval\.jsonl does not hold the rows that were judged"):
-        judged_items(run / "judged-tract", report, data=run / "eval.jsonl")
+        judged_items(Judged(run / "judged-tract").scales[""], report, data=run / "eval.jsonl")
 
 
 def test_the_grid_is_read_from_the_judge(run):
@@ -359,12 +360,12 @@ def test_the_grid_is_read_from_the_judge(run):
         "normalize_grid": False,
     }
     (run / "tract" / "tract_config.json").write_text(json.dumps(config))
-    assert judged_items(run / "judged-tract", items(RECORDS).report).grid == (0, 5, 10)
+    assert judged_items(Judged(run / "judged-tract").scales[""], items(RECORDS).report).grid == (0, 5, 10)
 
 
 def test_a_folder_of_judgements_alone_has_a_page(run):
     (run / "judged-tract" / "settings.json").unlink()
-    judged = judged_items(run / "judged-tract", items(RECORDS).report)
+    judged = judged_items(Judged(run / "judged-tract").scales[""], items(RECORDS).report)
     assert (judged.grid, judged.prompts, judged.settings) == (None, None, {})
     assert page_html(judged)
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from trl_tract import CoTRAILJudge, run_tract
 from trl_tract.cli import COMMANDS, main
 from trl_tract.files.journal import read_jsonl, write_jsonl
+from trl_tract.runs.judged import Judged
 from trl_tract.runs.pipeline import JUDGED, Run
 from trl_tract.runs.results import write_run_page
 
@@ -96,7 +97,8 @@ def test_a_run_without_matplotlib_ends_with_everything_but_the_page(finished, mo
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     said = []
-    write_run_page(out, JUDGED, result.reports, said.append)
+    judges = {name: Judged(out / folder).scales[""] for name, folder in JUDGED.items()}
+    write_run_page(out, judges, result.reports, said.append)
     assert said == ['    no report page: The report page needs matplotlib: pip install "trl-tract[report]"']
 
 
@@ -313,9 +315,7 @@ def test_the_steps_of_the_command_line_make_a_judge(seed_model, tmp_path, capsys
 
 
 def test_judgements_say_on_which_grid_they_were_made(finished):
-    from trl_tract.runs.results import judged_grid
-
-    assert judged_grid(finished[0] / "out" / "judged-tract") == (1.0, 2.0, 3.0, 4.0, 5.0)
+    assert Judged(finished[0] / "out" / "judged-tract").scales[""].grid == (1.0, 2.0, 3.0, 4.0, 5.0)
 
 
 def test_a_report_rounds_to_the_judges_own_grid(tmp_path, capsys):

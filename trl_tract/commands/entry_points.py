@@ -12,7 +12,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl_tract.commands.options import (
     CheckArguments,
@@ -28,6 +28,9 @@ from trl_tract.commands.options import (
     WorkerArguments,
 )
 from trl_tract.text.terminal import can_write, uses_colour
+
+if TYPE_CHECKING:
+    from trl_tract.runs.judged import JudgedScale
 
 USAGE = """\
 usage: trl-tract COMMAND [options]      trl-tract COMMAND --help shows the options of a command
@@ -180,12 +183,13 @@ def _distill(arguments: Sequence[str]) -> int:
 
 def _judge(arguments: Sequence[str]) -> int:
     from trl_tract.files.journal import write_jsonl
-    from trl_tract.runs.steps import JudgeStep, read_judgements
+    from trl_tract.runs.judged import Judged
+    from trl_tract.runs.steps import JudgeStep
     from trl_tract.saved.judge_config import JudgeConfig
     from trl_tract.scale.scales import Scales
     from trl_tract.sources.files import read_records
     from trl_tract.sources.onramp import as_jsonl
-    from trl_tract.sources.preferences import holds_pairs, pair_report
+    from trl_tract.sources.preferences import pair_report
 
     rows, columns, generation, worker = _parse("judge", arguments)
     settings = {
@@ -209,9 +213,9 @@ def _judge(arguments: Sequence[str]) -> int:
             # The report page shows the prompts, and the temporary file is about to go.
             write_jsonl(written.with_name("rows.jsonl"), read_records(data))
     if written is not None and _is_first_process():
-        records = read_judgements(Path(rows.output_dir))["records"]
-        if holds_pairs(records):
-            print(pair_report(records))
+        judged = Judged(rows.output_dir)
+        if judged.holds_pairs:
+            print(pair_report(judged.sides))
         print(f"The judgements are in {written}")
     return 0
 
@@ -248,63 +252,60 @@ def _recalibrate(arguments: Sequence[str]) -> int:
 
 
 def _report(arguments: Sequence[str]) -> int:
-    from trl_tract.runs.steps import judged_aspects, read_judgements
-    from trl_tract.sources.preferences import holds_pairs, pair_report
+    from trl_tract.runs.judged import Judged
+    from trl_tract.sources.preferences import pair_report
 
     (args,) = _parse("report", arguments, positional="--judgements")
     # A YAML file may name a single directory without making it a list.
     folders = [args.judgements] if isinstance(args.judgements, str) else args.judgements
     if len(folders) > 2:
         raise ValueError(f"{len(folders)} directories were given: one is reported on, two are compared")
-    judged = [read_judgements(Path(folder)) for folder in folders]
-    if any(holds_pairs(each["records"]) for each in judged):
-        for folder, each in zip(folders, judged, strict=True):
-            print(f"{folder}\n{pair_report(each['records'], n_bootstrap=args.n_bootstrap)}\n")
+    judged = [(folder, Judged(folder)) for folder in folders]
+    if any(each.holds_pairs for _, each in judged):
+        for folder, each in judged:
+            print(f"{folder}\n{pair_report(each.sides, n_bootstrap=args.n_bootstrap)}\n")
         if args.html:
             raise ValueError("--html: the page is about scores with gold scores, and pairs have none. Leave it out")
         return 0
-    aspects = [judged_aspects(Path(folder)) for folder in folders]
-    if aspects[0] != aspects[-1]:
-        names = [", ".join(aspect or "one score" for aspect in of) for of in aspects]
+    first, last = judged[0][1], judged[-1][1]
+    if first.scales.keys() != last.scales.keys():
+        names = [", ".join(name or "one score" for name in each.scales) for each in (first, last)]
         raise ValueError(
-            f"{folders[0]} has judgements of {names[0]}, {folders[1]} of {names[1]}: they cannot be compared"
+            f"{folders[0]} has judgements of {names[0]}, {folders[-1]} of {names[1]}: they cannot be compared"
         )
-    for aspect in aspects[0]:
-        _report_aspect(args, folders, aspect)
+    for name in first.scales:
+        _report_scale(args, [(folder, each.scales[name]) for folder, each in judged])
     return 0
 
 
-def _report_aspect(args: ReportArguments, folders: Sequence[str], aspect: str | None) -> None:
-    """Report on one aspect's scores, or on the only ones where there are no aspects (None)."""
-    from trl_tract.evaluation.report import compare, score_report
-    from trl_tract.runs.results import item_groups, judged_grid, judged_items, page_file, with_aspect
-    from trl_tract.runs.steps import check_same_items, count_errors, mean_grid_mass, read_judgements
+def _report_scale(args: ReportArguments, judged: Sequence[tuple[str, "JudgedScale"]]) -> None:
+    """Report on the scores on one scale, of one judge or of two."""
+    from trl_tract.runs.judged import check_same_items
+    from trl_tract.runs.results import judged_items, page_file
     from trl_tract.scale.grid import ScoreGrid
 
-    judged = [read_judgements(Path(folder), aspect) for folder in folders]
-    if len(folders) == 2:
-        check_same_items(judged[0], judged[1], folders)
-    groups = item_groups(judged[0]["records"])
-    given = args.score_values
-    grid = ScoreGrid.from_values(given).values if given else judged_grid(Path(folders[0]), aspect)
-    options: dict[str, Any] = {"groups": groups, "n_bootstrap": args.n_bootstrap, "grid": grid}
-    reports = [score_report(each["score"], each["reference"], **options) for each in judged]
-    for folder, each, report in zip(folders, judged, reports, strict=True):
-        mass = mean_grid_mass(each)
-        print(f"{with_aspect(folder, aspect)} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})")
+    (folder, main), *others = judged
+    for other, scale in others:
+        check_same_items(main, scale, (folder, other))
+    grid = ScoreGrid.from_values(args.score_values).values if args.score_values else main.grid
+    reports = [scale.report(n_bootstrap=args.n_bootstrap, grid=grid) for _, scale in judged]
+    for (name, scale), report in zip(judged, reports, strict=True):
+        mass = scale.mean_grid_mass
+        print(f"{scale.called(name)} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})")
         print(report)
-        _print_errors(count_errors(each["records"]))
+        if without := len(scale.folder) - len(scale.items):
+            print(f"{without} items without a gold score are left out")
+        _print_errors(scale.errors)
         print()
-    if len(folders) == 2:
-        a, b = judged
-        print(f"a: {with_aspect(folders[0], aspect)}, b: {with_aspect(folders[1], aspect)}")
-        print(compare(a["score"], b["score"], a["reference"], **options))
+    for other, scale in others:
+        print(f"a: {main.called(folder)}, b: {scale.called(other)}")
+        print(main.minus(scale, n_bootstrap=args.n_bootstrap, grid=grid))
     if args.html:
         from trl_tract.page import write_page
 
-        others = {folder: (Path(folder), report) for folder, report in zip(folders[1:], reports[1:], strict=True)}
-        items = judged_items(Path(folders[0]), reports[0], data=args.data, others=others, aspect=aspect)
-        page, *pictures = write_page(items, page_file(Path(args.html), aspect))
+        compared = {other: (scale, report) for (other, scale), report in zip(others, reports[1:], strict=True)}
+        items = judged_items(main, reports[0], data=args.data, others=compared)
+        page, *pictures = write_page(items, page_file(Path(args.html), main.name))
         print(f"The page is {page}; its {len(pictures)} pictures are in {page.stem}-plots beside it")
 
 

@@ -1,6 +1,7 @@
 """The demo: seed model, cross-entropy judge, stage one and TRACT on the same held-out items, in one table."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -11,12 +12,14 @@ from transformers import AutoConfig
 
 from trl_tract.demo.seed_model import fastest_dtype, save_seed_model
 from trl_tract.demo.task import ONE_TO_FIVE, SCALES, Scale, make_rows
+from trl_tract.evaluation.pairs import Floats
 from trl_tract.evaluation.report import ScoreReport, comparison_table, score_report
 from trl_tract.files.journal import write_jsonl
 from trl_tract.page.plots import plot_predictions
+from trl_tract.runs.judged import Judged
 from trl_tract.runs.pipeline import Run
 from trl_tract.runs.results import write_run_page
-from trl_tract.runs.steps import DistillStep, JudgeStep, TrainStep, mean_grid_mass, read_judgements
+from trl_tract.runs.steps import DistillStep, JudgeStep, TrainStep
 
 
 @dataclass(frozen=True)
@@ -169,14 +172,14 @@ def _rows(split: str, count: int, scale: Scale) -> list[dict[str, Any]]:
 
 
 def _report(directory: Path, run: Run, scale: Scale) -> dict[str, ScoreReport]:
-    judged = {name: read_judgements(directory / folder) for name, folder in JUDGES.items()}
-    on_own_scale = {name: score_report(each["score"], each["reference"]) for name, each in judged.items()}
-    reports = on_own_scale
-    if scale != ONE_TO_FIVE:
-        for each in judged.values():
-            for column in ("score", "reference"):
-                each[column] = (each[column] - scale.lowest) / scale.step + 1
-        reports = {name: score_report(each["score"], each["reference"]) for name, each in judged.items()}
+    judged = {name: Judged(directory / folder).scales[""] for name, folder in JUDGES.items()}
+    on_own_scale = {name: each.report() for name, each in judged.items()}
+
+    def from_one(scores: Floats) -> Floats:
+        return scores if scale == ONE_TO_FIVE else (scores - scale.lowest) / scale.step + 1
+
+    pairs = {name: (from_one(each.score), from_one(each.reference)) for name, each in judged.items()}
+    reports = {name: score_report(*pair) for name, pair in pairs.items()}
     trained = {
         "seed model": ["judge-seed"],
         "cross-entropy, sampled score": ["ce", "judge-ce"],
@@ -187,7 +190,7 @@ def _report(directory: Path, run: Run, scale: Scale) -> dict[str, ScoreReport]:
         {
             "judge": name,
             "report": report,
-            "grid_mass": mean_grid_mass(judged[name]),
+            "grid_mass": judged[name].mean_grid_mass,
             "seconds": sum(run.seconds[step] for step in trained[name]),
         }
         for name, report in reports.items()
@@ -195,18 +198,18 @@ def _report(directory: Path, run: Run, scale: Scale) -> dict[str, ScoreReport]:
     table = comparison_table(rows)
     (directory / "table.md").write_text(table + "\n", encoding="utf-8")
     plot = directory / "predicted-against-gold.png"
-    plot_predictions({name: (each["score"], each["reference"]) for name, each in judged.items()}, plot)
+    plot_predictions(pairs, plot)
     print(f"\n{table}\n")
     if scale != ONE_TO_FIVE:
         print(f"RMSE on 1 to 5, so that it compares; on the judge's own scale it is {scale.step} times that.\n")
-    _worked_examples(directory, judged["TRACT"]["records"])
+    _worked_examples(directory, judged["TRACT"].records)
     print("Report page:")
-    write_run_page(directory, JUDGES, on_own_scale, print)
+    write_run_page(directory, judged, on_own_scale, print)
     print(f"Plot: {plot}\nJudge: {directory / 'tract'}    load it with CoTRAILJudge.from_pretrained(...)")
     return reports
 
 
-def _worked_examples(directory: Path, records: list[dict[str, Any]]) -> None:
+def _worked_examples(directory: Path, records: Sequence[dict[str, Any]]) -> None:
     """Print an ordinary and a hostile item: the text, the judge's rationale, its score and the gold score."""
     rows = [json.loads(line) for line in (directory / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
     for hostile in (False, True):

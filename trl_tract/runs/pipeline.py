@@ -14,21 +14,12 @@ from filelock import FileLock, Timeout
 from transformers import AutoTokenizer
 
 from trl_tract.backends.loading import check_model
-from trl_tract.evaluation.report import ScoreReport, score_report
+from trl_tract.evaluation.report import ScoreReport
 from trl_tract.files.journal import guard, write_json, write_jsonl
-from trl_tract.runs.results import finish_card, item_groups, judged_grid, with_aspect, write_run_page
+from trl_tract.runs.judged import Judged
+from trl_tract.runs.results import finish_card, write_run_page
 from trl_tract.runs.spec import RunSpec
-from trl_tract.runs.steps import (
-    DistillStep,
-    JudgeStep,
-    Step,
-    TrainStep,
-    count_errors,
-    judged_aspects,
-    mean_grid_mass,
-    read_judgements,
-    run_step,
-)
+from trl_tract.runs.steps import DistillStep, JudgeStep, Step, TrainStep, run_step
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.schemas import Item, load_items, split_items, written_rows
 
@@ -277,23 +268,16 @@ def carry_out(
     run.step("stage2", STEPS["stage2"], train(stage_two_rows, "tract"))
     run.step("judge-stage1", STEPS["judge-stage1"], judge("stage1"))
     run.step("judge-tract", STEPS["judge-tract"], judge("tract"))
-    result = summarise(directory, JUDGED, run.seconds)
+    judges = {name: Judged(directory / folder) for name, folder in JUDGED.items()}
+    result = summarise(directory, judges, run.seconds)
 
     def report() -> None:
         write_report(directory, result)
-        names: list[str | None] = [each.name for each in scales.aspects]
-        for aspect in names or [None]:
-            write_run_page(directory, JUDGED, result.reports, say, aspect)
-            judge_name = with_aspect(list(JUDGED)[-1], aspect)
-            finish_card(
-                directory,
-                result.reports[judge_name],
-                data=spec.data,
-                held_out=spec.eval_data or spec.data,
-                grid_mass=result.grid_mass[judge_name],
-                errors=result.errors[judge_name],
-                aspect=aspect,
-            )
+        for scale in judges["TRACT"].scales:
+            judged = {name: judge.scales[scale] for name, judge in judges.items()}
+            write_run_page(directory, judged, result.reports, say)
+            own = result.reports[judged["TRACT"].called("TRACT")]
+            finish_card(directory, judged["TRACT"], own, data=spec.data, held_out=spec.eval_data or spec.data)
 
     run.step("report", STEPS["report"], report)
     return result
@@ -312,20 +296,16 @@ def write_items(training: list[Item], held_out: list[Item], train_file: Path, ev
     write_jsonl(eval_file, written_rows(held_out, lambda item: (item.reference,), chat=chat))
 
 
-def summarise(directory: Path, judged: Mapping[str, str], seconds: dict[str, float]) -> RunResult:
-    """Agreement of each judge with the gold scores, by aspect; `judged` maps its name to its folder of judgements."""
-    reports: dict[str, ScoreReport] = {}
-    mass: dict[str, float | None] = {}
-    errors: dict[str, dict[str, int]] = {}
-    for judge, folder in judged.items():
-        for aspect in judged_aspects(directory / folder):
-            name, judgements = with_aspect(judge, aspect), read_judgements(directory / folder, aspect)
-            groups = item_groups(judgements["records"])
-            grid = judged_grid(directory / folder, aspect)
-            reports[name] = score_report(judgements["score"], judgements["reference"], groups=groups, grid=grid)
-            mass[name] = mean_grid_mass(judgements)
-            errors[name] = count_errors(judgements["records"])
-    return RunResult(directory / "tract", reports, mass, errors, seconds)
+def summarise(directory: Path, judges: Mapping[str, Judged], seconds: dict[str, float]) -> RunResult:
+    """Agreement of each judge with the gold scores, by aspect."""
+    scales = {scale.called(name): scale for name, judge in judges.items() for scale in judge.scales.values()}
+    return RunResult(
+        directory / "tract",
+        {name: scale.report() for name, scale in scales.items()},
+        {name: scale.mean_grid_mass for name, scale in scales.items()},
+        {name: scale.errors for name, scale in scales.items()},
+        seconds,
+    )
 
 
 def write_report(directory: Path, result: RunResult) -> None:

@@ -6,13 +6,11 @@ GPU memory is not given back inside a process, so on a GPU every step gets one.
 import json
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 from datasets import Dataset
 from transformers import set_seed
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -220,72 +218,6 @@ def _with_references(judged: Record, row: Mapping[str, Any], aspects: Sequence[S
         gold = aspect.grid.in_numbers(golds.get(aspect.name))
         own["reference"] = None if gold is None else gold_score(gold)
     return judged
-
-
-def judged_aspects(directory: Path) -> list[str | None]:
-    """The aspects that a JudgeStep judged, by name; a None alone where there was one score."""
-    for record in read_jsonl(directory / "judgements.jsonl"):
-        return list(record.get("aspects") or [None])
-    return [None]
-
-
-def read_judgements(directory: Path, aspect: str | None = None) -> dict[str, Any]:
-    """The judgements of a JudgeStep as arrays: `score`, `reference` and `grid_mass` `(n,)`, and the `records`.
-
-    Args:
-        directory: Output directory of the step.
-        aspect: The one whose judgements are read, where several were judged.
-    """
-    records = list(read_jsonl(directory / "judgements.jsonl"))
-    if aspect is not None:
-        records = [
-            {
-                **{name: record[name] for name in ("id", "group", "backend") if name in record},
-                **record["aspects"][aspect],
-            }
-            for record in records
-        ]
-    columns = {
-        name: np.array([np.nan if record[name] is None else record[name] for record in records], dtype=np.float64)
-        for name in ("score", "reference", "grid_mass")
-    }
-    return {**columns, "records": records}
-
-
-def check_same_items(a: Mapping[str, Any], b: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuse to compare judgements of different items.
-
-    Args:
-        a: What `read_judgements` gave for one judge.
-        b: And for the other.
-        names: What the two are called, for the error.
-
-    Raises:
-        ValueError: One judged more items, or an item differs in gold score, group or id.
-    """
-    if len(a["records"]) != len(b["records"]):
-        raise ValueError(
-            f"{names[0]} has {len(a['records'])} judgements and {names[1]} has {len(b['records'])}. Two judges can be "
-            "compared on the same items only: judge the same --data with both, each to its end"
-        )
-    for i, (one, other) in enumerate(zip(a["records"], b["records"], strict=True)):
-        for column in ("reference", "group", "id"):
-            if one.get(column) != other.get(column):
-                raise ValueError(
-                    f"judgement {i} has {column} {one.get(column)!r} in {names[0]} and {other.get(column)!r} in "
-                    f"{names[1]}. Two judges can be compared on the same items only: judge the same --data with both"
-                )
-
-
-def mean_grid_mass(judgements: dict[str, Any]) -> float | None:
-    """Mean probability on the grid over the items that have a score; None if none has."""
-    scored = judgements["grid_mass"][np.isfinite(judgements["grid_mass"])]
-    return float(scored.mean()) if len(scored) else None
-
-
-def count_errors(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Why judgements have no score, and how many of them for that reason, commonest first."""
-    return dict(Counter(record["error"] for record in records if record["error"]).most_common())
 
 
 def _dataset(path: str) -> Dataset:

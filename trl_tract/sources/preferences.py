@@ -118,11 +118,6 @@ class PairReport:
         }
 
 
-def holds_pairs(records: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether judgements are of pairs."""
-    return bool(records) and all("side" in record for record in records)
-
-
 def pair_report(records: Sequence[Mapping[str, Any]], *, n_bootstrap: int = 1000, seed: int = 0) -> PairReport:
     """How often the chosen response is scored above the rejected one, with 95 % intervals.
 

@@ -6,6 +6,7 @@ Knows where judgements lie, nothing of models or training.
 import json
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,8 +19,7 @@ from rows import TABLE
 from trl_tract.evaluation.intervals import KINDS, Interval, Kind, bootstrap, interval
 from trl_tract.evaluation.pairs import METRICS, Floats, JudgedPairs
 from trl_tract.files.journal import digest, write_json
-from trl_tract.runs.results import item_groups
-from trl_tract.runs.steps import check_same_items, mean_grid_mass, read_judgements
+from trl_tract.runs.judged import Judged, JudgedScale, check_same_items
 from trl_tract.scale.decisions import decide
 
 REFERENCE = "tract"
@@ -86,11 +86,11 @@ def write_table(config: Any, directory: Path) -> dict[str, Any]:
 def tabulate(config: Any, directory: Path, test: str, seeds: list[int]) -> tuple[list[dict[str, Any]], int, int]:
     """The lines of one test's table, the number of its items and that of their questions."""
 
-    def judgements(key: str, seed: int) -> dict[str, Any]:
-        return read_judgements(directory / f"seed-{seed}" / f"judged-{TABLE[key].model}-{test}")
+    def judgements(key: str, seed: int) -> JudgedScale:
+        return Judged(directory / f"seed-{seed}" / f"judged-{TABLE[key].model}-{test}").scales[""]
 
     first = judgements(config.rows[0], seeds[0])
-    gold, groups = first["reference"], item_groups(first["records"])
+    gold, groups = first.reference, first.groups
     codes = np.unique(groups, return_inverse=True)[1]
     found: dict[str, tuple[SeedScores, list[float | None], int]] = {}
     for key in config.rows:
@@ -98,10 +98,8 @@ def tabulate(config: Any, directory: Path, test: str, seeds: list[int]) -> tuple
         for seed, each in judged.items():
             check_same_items(first, each, (f"{config.rows[0]}, seed {seeds[0]}", f"{key}, seed {seed}"))
         decision = TABLE[key].decision
-        scores = np.array(
-            [decided(each["records"], config.grid.values, decision, seed) for seed, each in judged.items()]
-        )
-        masses = [mean_grid_mass(each) for each in judged.values()]
+        scores = np.array([decided(each.records, config.grid.values, decision, seed) for seed, each in judged.items()])
+        masses = [each.mean_grid_mass for each in judged.values()]
         found[key] = SeedScores(scores, gold), masses, int(np.isnan(scores).sum())
     n_units = int(codes.max()) + 1
     lines = []
@@ -127,7 +125,7 @@ def tabulate(config: Any, directory: Path, test: str, seeds: list[int]) -> tuple
     return lines, len(gold), n_units
 
 
-def decided(records: list[dict[str, Any]], values: tuple[float, ...], decision: str, seed: int) -> Floats:
+def decided(records: Sequence[dict[str, Any]], values: tuple[float, ...], decision: str, seed: int) -> Floats:
     """Each item's score from the probabilities that its judgement keeps, `(n,)`; NaN where there are none."""
     scores = np.full(len(records), np.nan)
     grid = torch.tensor(values, dtype=torch.float64)
