@@ -6,10 +6,9 @@ Knows nothing of what progresses.
 import os
 import sys
 import time
-from typing import Any
+from typing import Any, TextIO
 
-from tqdm.auto import tqdm as automatic
-from tqdm.std import tqdm
+from tqdm.auto import tqdm
 
 SECONDS = 30.0
 """Seconds between two lines of a log file."""
@@ -20,52 +19,78 @@ def is_watched() -> bool:
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
-class ProgressLines(tqdm):
-    """tqdm that writes whole lines, at most one in `mininterval` seconds, and one at the end."""
+class ProgressLines:
+    """A bar's stand-in that writes whole lines, at most one in `mininterval` seconds, and one at the end.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("mininterval", SECONDS)
-        unit = kwargs.get("unit", "it")
-        kwargs["bar_format"] = (
-            f"{{desc}}: {{n_fmt}} of {{total_fmt}} {unit}s ({{percentage:.0f}}%), {{rate_fmt}}, {{elapsed}} so far, "
-            "{remaining} left"
-        )
-        kwargs.update(dynamic_ncols=False, ncols=None, position=0)
-        self._written, self._written_n, self._ending = 0.0, -1.0, False
-        super().__init__(*args, **kwargs)
+    Args:
+        total: How much there is to do.
+        desc: What is being done.
+        unit: What is counted, in the singular.
+        initial: How much was done before.
+        file: Where the lines go; None: standard error.
+        mininterval: Seconds between two lines.
+        disable: Write nothing.
+    """
 
-    @staticmethod
-    def status_printer(file: Any) -> Any:
-        """Write a line where tqdm would overwrite one."""
+    def __init__(
+        self,
+        *,
+        total: int,
+        desc: str,
+        unit: str,
+        initial: int = 0,
+        file: TextIO | None = None,
+        mininterval: float = SECONDS,
+        disable: bool = False,
+    ) -> None:
+        self.n, self.total, self.desc, self.unit = initial, total, desc, unit
+        self._initial, self._file, self._mininterval, self._disable = initial, file or sys.stderr, mininterval, disable
+        self._started = time.monotonic()
+        self._written_at, self._written_n = -SECONDS, -1
+        self._write()
 
-        def write(text: str) -> None:
-            file.write(f"{text.strip()}\n")
-            file.flush()
+    def __enter__(self) -> "ProgressLines":
+        return self
 
-        return write
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    def update(self, n: int = 1) -> None:
+        """Count `n` more."""
+        self.n += n
+        self.refresh()
+
+    def refresh(self) -> None:
         """Write a line, unless the last one is not long past."""
-        now = time.monotonic()
-        if not self._ending and self._written and now - self._written < self.mininterval:
-            return False
-        self._written, self._written_n = now, self.n
-        self.sp(str(self) if msg is None else msg)
-        return True
+        if time.monotonic() - self._written_at >= self._mininterval:
+            self._write()
 
     def close(self) -> None:
         """Write the last line, unless it stands there."""
-        if not self.disable:
-            self._ending = True
-            if self._written_n != self.n:
-                self.display()
-            self.disable: bool = True
-            self._decr_instances(self)
+        if self._written_n != self.n:
+            self._write()
+
+    def _write(self) -> None:
+        if self._disable:
+            return
+        self._written_at, self._written_n = time.monotonic(), self.n
+        elapsed, done = self._written_at - self._started, self.n - self._initial
+        line = tqdm.format_meter(
+            self.n,
+            self.total,
+            elapsed,
+            prefix=self.desc,
+            unit=self.unit,
+            rate=done / elapsed if done and elapsed else None,
+            bar_format=f"{{desc}}: {{n_fmt}} of {{total_fmt}} {self.unit}s ({{percentage:.0f}}%), {{rate_fmt}}, "
+            "{elapsed} so far, {remaining} left",
+        )
+        print(line, file=self._file, flush=True)
 
 
 def progress(*, total: int, desc: str, unit: str, initial: int = 0, hidden: bool = False) -> Any:
     """A bar where someone watches it, lines elsewhere."""
-    kind = automatic if is_watched() else ProgressLines
+    kind: Any = tqdm if is_watched() else ProgressLines
     # Never None, with which tqdm is silent wherever it writes to a file.
     return kind(total=total, desc=desc, unit=unit, initial=initial, disable=hidden)
 
