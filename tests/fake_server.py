@@ -130,14 +130,21 @@ class FakeServer:
         return {"choices": choices, "usage": {"prompt_tokens": len(prompt)}}
 
     def write(self, index: int, prompt: list[int], request: dict[str, Any]) -> dict[str, Any]:
-        """As vLLM does it: the ids go on to the token that completes the stop text, the text ends before it."""
+        """As vLLM does it: the ids go on to the token that completes the stop text, the text ends before it.
+
+        A prompt that holds the beginning of the text already is answered with the rest.
+        """
         text = self.texts.get(prompt[0], f"good {prompt[0]} {index}")
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        for stop in request.get("stop", ()):
-            if stop in text:
-                end = next(end for end in range(len(ids) + 1) if stop in self.tokenizer.decode(ids[:end]))
-                return self.choice(index, prompt, ids[:end], "stop", text=text[: text.index(stop)], stop_reason=stop)
-        ids = [*ids, self.tokenizer.eos_token_id]
+        if ids[: len(prompt) - 1] == prompt[1:]:
+            ids = ids[len(prompt) - 1 :]
+        for end in range(1, min(len(ids), request["max_tokens"]) + 1):
+            text = self.tokenizer.decode(ids[:end], skip_special_tokens=request.get("skip_special_tokens", True))
+            for stop in request.get("stop", ()):
+                if stop in text:
+                    told = {"text": text[: text.index(stop)], "stop_reason": stop}
+                    return self.choice(index, prompt, ids[:end], "stop", **told)
+        text, ids = self.tokenizer.decode(ids), [*ids, self.tokenizer.eos_token_id]
         if len(ids) > request["max_tokens"]:
             return self.choice(index, prompt, ids[: request["max_tokens"]], "length")
         return self.choice(index, prompt, ids, "stop", text=text)

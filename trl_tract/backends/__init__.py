@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from trl_tract.backends.base import Backend, FinishReason, Generation, Sampling, SamplingOptions
+from trl_tract.backends.base import Backend, FinishReason, Generation, Sampling, SamplingOptions, Stop
 from trl_tract.backends.factory import BACKENDS, make_backend
 from trl_tract.backends.scripted import ScriptedBackend
 from trl_tract.backends.transformers import TransformersBackend
@@ -24,6 +24,7 @@ __all__ = [
     "SamplingOptions",
     "ScriptedBackend",
     "ServerBackend",
+    "Stop",
     "TransformersBackend",
     "VLLMBackend",
     "make_backend",

@@ -4,13 +4,17 @@ Prompts go in as token ids, never as text: the ids a judge is asked with are the
 whatever a tokenizer would make of the same text a second time.
 """
 
+import functools
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, TypedDict, Unpack, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, Self, TypedDict, Unpack, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
+
+from trl_tract.scale.trie import TokenTrie
 
 FinishReason = Literal["stop", "eos", "length", "prompt_too_long"]
 
@@ -20,16 +24,70 @@ class Generation:
     """One sampled continuation.
 
     Attributes:
-        text: The continuation up to, and without, the stop string; special tokens are left out.
+        text: The continuation up to, and without, the stop text; special tokens that are no part of it are left out.
         finish_reason: `stop` (the stop string was written), `eos` (the model ended its turn first), `length`
             (`max_new_tokens` ran out) or `prompt_too_long` (nothing was generated: the prompt leaves no room in the
             context window).
-        num_tokens: Tokens sampled, the stop string's included.
+        num_tokens: Tokens sampled, the stop text's and what had to follow it included.
+        token_ids: They, behind which the text can be gone on with; empty where a backend does not tell.
     """
 
     text: str
     finish_reason: FinishReason
     num_tokens: int
+    token_ids: tuple[int, ...] = field(default=(), compare=False, repr=False)
+
+
+class Stop(str):
+    """A stop text that may be mentioned before it is meant: where it does not count, a continuation goes on past it.
+
+    A string still: whoever knows no more of it stops at its first occurrence.
+
+    Args:
+        text: The stop text.
+        followed_by: Texts, one of which has to follow it, behind white space or at once. None: anything may.
+        counts: Told the text before an occurrence: whether that one counts. By default all do.
+
+    Example:
+        >>> stop = Stop("[RESULT]", ["1", "2"])
+        >>> text = "I end with [RESULT] and a score. Good. [RESULT] 2"
+        >>> text[: stop.place_in(text)]
+        'I end with [RESULT] and a score. Good. '
+    """
+
+    followed_by: tuple[str, ...]
+    counts: Callable[[str], bool] | None
+
+    def __new__(cls, text: str, followed_by: Sequence[str] = (), counts: Callable[[str], bool] | None = None) -> Self:
+        """See the class."""
+        stop = super().__new__(cls, text)
+        stop.followed_by, stop.counts = tuple(followed_by), counts
+        return stop
+
+    def place_in(self, text: str, *, whole: bool = False) -> int | None:
+        """Where the first occurrence that counts begins; None without one.
+
+        Args:
+            text: What was written.
+            whole: Nothing will be added, so an occurrence that the text broke off behind counts too.
+        """
+        for found in re.finditer(re.escape(self), text):
+            after = text[found.end() :].strip()
+            follows = not self.followed_by or any(
+                after.startswith(one) or (whole and one.startswith(after)) for one in self.followed_by
+            )
+            if follows and (self.counts is None or self.counts(text[: found.start()])):
+                return found.start()
+        return None
+
+    @functools.cached_property
+    def strings(self) -> list[str]:
+        """For an engine that knows strings alone: it may end a text early at one of them, and hardly ever late."""
+        if not self.followed_by:
+            return [str(self)]
+        texts = set(self.followed_by)
+        shortest = [one for one in self.followed_by if not any(one[:end] in texts for end in range(1, len(one)))]
+        return [f"{self}{gap}{one}" for gap in ("", " ", "\n") for one in shortest]
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -118,7 +176,7 @@ class Backend(Protocol):
         Args:
             prompts: Token ids, one sequence a prompt.
             n: Continuations per prompt; 1 with temperature 0.
-            stop: Text that ends a continuation; it is not part of the result.
+            stop: Text that ends a continuation; it is not part of the result. A `Stop` says where it counts.
             seed: The same seed, prompts and settings give the same text on the same machine, where the engine's
                 batches do not depend on what else it does.
             on_progress: Called with the number of prompts that have just been finished.
@@ -135,3 +193,14 @@ class Backend(Protocol):
         the ids do not fit the context window. A backend that knows only the top k, or renormalises, raises instead.
         """
         ...
+
+    def trie_logprobs(self, token_id_lists: Sequence[Sequence[int]], trie: TokenTrie) -> NDArray[np.float64] | None:
+        """Log-probabilities of whole scores of several tokens, `(len(token_id_lists), K)`, in nats.
+
+        None, as by default, where an engine cannot: the same is then asked for with `next_token_logprobs`.
+        """
+        return None
+
+    def cancel(self) -> None:
+        """End the calls under way in other threads, such as after Ctrl-C. Nothing by default."""
+        return

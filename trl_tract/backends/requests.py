@@ -4,7 +4,7 @@ Knows prompts, limits, order and progress; the engine is the subclass's.
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from trl_tract.backends.base import Generation, Sampling, SamplingOptions
+from trl_tract.backends.base import Backend, Generation, Sampling, SamplingOptions
 from trl_tract.backends.request_loop import RequestLoop
-from trl_tract.backends.tokens import checked_ids, ended
+from trl_tract.backends.stop_text import Ending
+from trl_tract.backends.tokens import checked_ids
 
 MAX_LOGPROB_IDS = 128  # vLLM's bound on `logprob_token_ids` of one request.
 _BLOCK = 64  # Prompts that a caller is expected to hand over at a time.
@@ -32,7 +33,7 @@ class Written:
         token_ids: Every token sampled, with the end-of-sequence token or the stop text's tokens.
         text: Up to the stop text.
         finish_reason: `stop` or `length`.
-        stop_reason: The stop text, another end-of-sequence token than the first, or None.
+        stop_reason: The stop string, another end-of-sequence token than the first, or None.
     """
 
     token_ids: list[int]
@@ -41,7 +42,7 @@ class Written:
     stop_reason: str | int | None
 
 
-class RequestBackend(ABC):
+class RequestBackend(Backend):
     """A backend whose engine serves many requests at once, from any number of threads.
 
     Attributes:
@@ -75,9 +76,12 @@ class RequestBackend(ABC):
 
     @abstractmethod
     async def _sample(
-        self, prompt: list[int], n: int, stop: str | None, settings: Sampling, seed: int | None
+        self, prompt: list[int], n: int, stop: Sequence[str], settings: Sampling, seed: int | None, special: bool
     ) -> list[Written] | None:
-        """Sample `n` continuations; None where the engine finds the prompt too long after all."""
+        """Sample `n` continuations; None where the engine finds the prompt too long after all.
+
+        Each may end at any of the strings `stop`, of which special tokens are a part if `special`.
+        """
 
     @abstractmethod
     async def _score(self, prompt: list[int], token_ids: list[int]) -> Mapping[int, float] | None:
@@ -98,7 +102,8 @@ class RequestBackend(ABC):
         Args:
             prompts: Token ids, one sequence a prompt.
             n: Continuations per prompt.
-            stop: Text that ends a continuation; it is not part of the result.
+            stop: Text that ends a continuation; it is not part of the result. A `Stop` says where it counts: one that
+                was only mentioned costs a request more.
             seed: Used only with `request_seeds`. Otherwise the engine's own seed decides, and the text also depends
                 on what else the engine does at the time.
             on_progress: Called, in the caller's thread, with the number of prompts that have just been finished.
@@ -112,9 +117,10 @@ class RequestBackend(ABC):
         settings = Sampling(**sampling)
         settings.check(n, stop)
         rows = checked_ids(prompts, "prompts", self._vocabulary)
+        ending = Ending(self.tokenizer, stop)
         results: list[list[Generation]] = [[Generation("", "prompt_too_long", 0)] * n for _ in rows]
         numbers: list[int] = []
-        requests: list[Callable[[], Awaitable[list[Written] | None]]] = []
+        requests: list[Callable[[], Awaitable[list[Generation] | None]]] = []
         for number, row in enumerate(rows):
             room = self.context_length - len(row)
             if room < 2:
@@ -122,13 +128,13 @@ class RequestBackend(ABC):
             limited = replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
             own_seed = _request_seed(seed, number) if self._request_seeds else None
             numbers.append(number)
-            requests.append(partial(self._sample, row, n, stop, limited, own_seed))
+            requests.append(partial(self._write, row, n, ending, limited, own_seed))
         if on_progress is not None and len(numbers) < len(rows):
             on_progress(len(rows) - len(numbers))
 
-        def arrived(request: int, written: list[Written] | None) -> None:
+        def arrived(request: int, written: list[Generation] | None) -> None:
             if written is not None:
-                results[numbers[request]] = [self._finish(one, stop) for one in written]
+                results[numbers[request]] = written
             if on_progress is not None:
                 on_progress(1)
 
@@ -184,14 +190,42 @@ class RequestBackend(ABC):
     ) -> None:
         self.close()
 
-    def _finish(self, written: Written, stop: str | None) -> Generation:
-        at_stop_text = stop is not None and written.stop_reason == stop
-        at_eos = written.finish_reason == "stop" and not at_stop_text
-        generation = ended(self.tokenizer, written.token_ids, at_eos=at_eos, stop=stop)
-        if at_stop_text and generation.finish_reason != "stop":
-            # The ids spell the stop text only behind the prompt's last token: the engine saw it, take its cut.
-            return Generation(written.text, "stop", len(written.token_ids))
-        return generation
+    async def _write(
+        self, prompt: list[int], n: int, ending: Ending, settings: Sampling, seed: int | None
+    ) -> list[Generation] | None:
+        strings = [] if ending.stop is None else ending.stop.strings
+        special = ending.shows_special
+        written = await self._sample(prompt, n, strings, settings, seed, special)
+        if written is None:
+            return None
+        generations = []
+        for one in written:
+            ids = one.token_ids
+            # An engine stops at every mention of the stop text: go on past those that do not count.
+            while _at(strings, one) and self._is_mention(ids, ending) and len(ids) < settings.max_new_tokens:
+                left = replace(settings, max_new_tokens=settings.max_new_tokens - len(ids))
+                more = await self._sample([*prompt, *ids], 1, strings, left, seed, special)
+                if more is None:
+                    break
+                (one,) = more
+                ids = [*ids, *one.token_ids]
+            at_stop = _at(strings, one)
+            generation = ending.finish(ids, at_eos=one.finish_reason == "stop" and not at_stop)
+            if at_stop and generation.finish_reason != "stop" and not self._is_mention(ids, ending):
+                # The ids spell the stop text only behind the prompt's last token: the engine saw it, take its cut.
+                generation = Generation(one.text, "stop", len(ids), tuple(ids))
+            generations.append(generation)
+        return generations
+
+    @staticmethod
+    def _is_mention(ids: Sequence[int], ending: Ending) -> bool:
+        """Whether the stop text stands in a continuation, but nowhere where it counts."""
+        text = ending.decode(ids)
+        return ending.stop is not None and ending.stop in text and ending.stop.place_in(text) is None
+
+
+def _at(strings: Sequence[str], written: Written) -> bool:
+    return written.finish_reason == "stop" and written.stop_reason in strings
 
 
 def _request_seed(seed: int, number: int) -> int:

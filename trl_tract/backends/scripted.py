@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from trl_tract.backends.base import Generation, Sampling, SamplingOptions
+from trl_tract.backends.base import Backend, Generation, Sampling, SamplingOptions
+from trl_tract.backends.stop_text import Ending
 
 Script = Callable[[str, int], str] | Mapping[str, str] | Sequence[str]
 Probabilities = Callable[[list[int]], Sequence[float]] | Sequence[float]
 
 
-class ScriptedBackend:
+class ScriptedBackend(Backend):
     """Continuations and score probabilities from a script, deterministic and without a model.
 
     A continuation is treated as a model's would be: it is cut before `stop`, or after `max_new_tokens` tokens, and
@@ -112,6 +113,7 @@ class ScriptedBackend:
             raise self.generate_errors[call]
         settings.check(n, stop)
         results = []
+        ending = Ending(self.tokenizer, stop)
         for index, prompt in enumerate(prompts):
             if not len(prompt):
                 raise ValueError(f"prompts[{index}] is empty: there is nothing to continue")
@@ -120,8 +122,8 @@ class ScriptedBackend:
             else:
                 room = math.inf if self.context_length is None else self.context_length - len(prompt)
                 limit = int(min(settings.max_new_tokens, room))
-                written = self._decode(prompt, skip_special_tokens=False)
-                results.append([self._say(self._look_up(written, seed + sample), stop, limit) for sample in range(n)])
+                asked = self.tokenizer.decode(list(prompt), clean_up_tokenization_spaces=False)
+                results.append([self._say(self._look_up(asked, seed + sample), ending, limit) for sample in range(n)])
             if on_progress is not None:
                 on_progress(1)
         return results
@@ -165,21 +167,16 @@ class ScriptedBackend:
         self._texts_used += 1
         return self.script[self._texts_used - 1]
 
-    def _say(self, text: str, stop: str | None, limit: int) -> Generation:
+    def _say(self, text: str, ending: Ending, limit: int) -> Generation:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        written = ids[:limit]
         if len(ids) > limit:
-            text = self._decode(ids[:limit])
-        if stop is not None and stop in text:
-            ends = range(1, len(ids) + 1)
-            sampled = ends[bisect.bisect_left(ends, True, key=lambda end: stop in self._decode(ids[:end]))]
-            return Generation(text[: text.index(stop)], "stop", sampled)
-        if len(ids) < limit:
-            return Generation(text, "eos", len(ids) + 1)
-        return Generation(text, "length", limit)
-
-    def _decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return str(
-            self.tokenizer.decode(
-                list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-            )
-        )
+            text = ending.decode(written)
+        at_eos = len(ids) < limit
+        stop = ending.stop
+        place = None if stop is None else stop.place_in(text, whole=True)
+        if stop is None or place is None:
+            return Generation(text, "eos" if at_eos else "length", len(written) + at_eos, tuple(written))
+        ends = range(1, len(written) + 1)
+        count = bisect.bisect_left(ends, True, key=lambda end: stop.place_in(ending.decode(ids[:end])) is not None) + 1
+        return Generation(text[:place], "stop", min(count, len(written) + at_eos), tuple(written[:count]))

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -130,7 +130,7 @@ class ServerBackend(RequestBackend):
         self._closing()
 
     async def _sample(
-        self, prompt: list[int], n: int, stop: str | None, settings: Sampling, seed: int | None
+        self, prompt: list[int], n: int, stop: Sequence[str], settings: Sampling, seed: int | None, special: bool
     ) -> list[Written] | None:
         body = {
             **self._neutral(prompt),
@@ -140,8 +140,10 @@ class ServerBackend(RequestBackend):
             "top_p": settings.top_p,
             "repetition_penalty": settings.repetition_penalty,
         }
-        if stop is not None:
-            body["stop"] = [stop]
+        if stop:
+            body["stop"] = list(stop)
+        if special:
+            body["skip_special_tokens"] = False
         if seed is not None:
             body["seed"] = seed
         read = partial(_read_written, prompt, n, settings.max_new_tokens)

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from trl_tract.backends.base import Generation, Sampling, SamplingOptions
+from trl_tract.backends.base import Backend, Generation, Sampling, SamplingOptions
 from trl_tract.backends.branches import Branches, why_not_one_forward
 from trl_tract.backends.forward import common_prefixes, innermost, last_logits, left_padded, shared_cache
 from trl_tract.backends.loading import load, load_tokenizer
-from trl_tract.backends.stop_text import MayEnd, StopText
-from trl_tract.backends.tokens import checked_ids, ended
+from trl_tract.backends.stop_text import Ending, StopText
+from trl_tract.backends.tokens import checked_ids
 from trl_tract.scale.logprobs import trie_logprobs
 from trl_tract.scale.trie import TokenTrie
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
 
 
-class TransformersBackend:
+class TransformersBackend(Backend):
     """A causal language model run by `transformers`.
 
     A model that was handed in loaded is borrowed: its train or eval mode, its `generation_config` and the random
@@ -124,7 +124,7 @@ class TransformersBackend:
         Args:
             prompts: Token ids, one sequence a prompt.
             n: Continuations per prompt.
-            stop: Text that ends a continuation; it is not part of the result.
+            stop: Text that ends a continuation; it is not part of the result. A `Stop` says where it counts.
             seed: Text is the same for the same seed, prompts, settings, batch size and machine.
             on_progress: Called with the number of prompts that have just been finished.
             **sampling: Fields of `Sampling`. A continuation never has more tokens than the context window has left;
@@ -158,7 +158,7 @@ class TransformersBackend:
             }
         if settings.repetition_penalty != 1.0:
             decoding["repetition_penalty"] = settings.repetition_penalty
-        ends_stop = None if stop is None else MayEnd(stop, self.tokenizer)
+        ending = Ending(self.tokenizer, stop)
         eos = self._eos_ids()
         batches = 0
 
@@ -166,13 +166,12 @@ class TransformersBackend:
             nonlocal batches
             batches += 1
             with _seeded(self.model.device, f"{seed}/{batches}"):
-                self._extend(batch, decoding, eos, ends_stop)
+                self._extend(batch, decoding, eos, ending)
             finished = 0
             for sequence in batch:
                 if sequence.ended or len(sequence.written) == sequence.limit:
                     at_eos = bool(sequence.written) and sequence.written[-1] in eos
-                    generation = ended(self.tokenizer, sequence.written, at_eos=at_eos, stop=stop)
-                    results[sequence.prompt].append(generation)
+                    results[sequence.prompt].append(ending.finish(sequence.written, at_eos=at_eos))
                     finished += len(results[sequence.prompt]) == n
             _report(on_progress, finished)
             return [sequence for sequence in batch if not sequence.ended and len(sequence.written) < sequence.limit]
@@ -270,17 +269,14 @@ class TransformersBackend:
             self._in_batches(deque(sorted(fitting, key=lambda row: -len(rows[row]))), step)
         return logprobs
 
-    def _extend(
-        self, batch: list["_Sequence"], decoding: dict[str, Any], eos: list[int], ends_stop: MayEnd | None
-    ) -> None:
+    def _extend(self, batch: list["_Sequence"], decoding: dict[str, Any], eos: list[int], ending: Ending) -> None:
         """Write on every sequence until it ends, or until the first of them has no room left."""
         rows = [sequence.prompt_ids + sequence.written for sequence in batch]
         input_ids, attention_mask = left_padded(rows, self._pad_id(), self.model.device)
         length = input_ids.shape[1]
         criteria = StoppingCriteriaList()
-        watch = None
-        if ends_stop is not None:
-            watch = StopText(ends_stop, [length - len(sequence.written) for sequence in batch])
+        watch = StopText(ending, [length - len(sequence.written) for sequence in batch])
+        if ending.stop is not None:
             criteria.append(watch)
         output = self.model.generate(
             input_ids=input_ids,
@@ -298,7 +294,7 @@ class TransformersBackend:
         for row, (sequence, new) in enumerate(zip(batch, output[:, length:].tolist(), strict=True)):
             # What follows the end is padding, and padding may be an end-of-sequence token too: the first end counts.
             ends = [place + 1 for place, token in enumerate(new) if token in eos][:1]
-            if watch is not None and row in watch.ended_at:
+            if row in watch.ended_at:
                 ends.append(watch.ended_at[row] - length)
             sequence.ended = bool(ends)
             sequence.written += new[: min(ends, default=len(new))]

@@ -7,7 +7,7 @@ import difflib
 import importlib.util
 import itertools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from os import PathLike, fspath
 from typing import Any
@@ -123,7 +123,7 @@ class VLLMBackend(RequestBackend):
         self._closing()
 
     async def _sample(
-        self, prompt: list[int], n: int, stop: str | None, settings: Sampling, seed: int | None
+        self, prompt: list[int], n: int, stop: Sequence[str], settings: Sampling, seed: int | None, special: bool
     ) -> list[Written] | None:
         output = await self._complete(
             prompt,
@@ -132,8 +132,9 @@ class VLLMBackend(RequestBackend):
             temperature=settings.temperature,
             top_p=settings.top_p,
             repetition_penalty=settings.repetition_penalty,
-            stop=stop,
+            stop=list(stop),
             seed=seed,
+            skip_special_tokens=not special,
         )
         written = []
         for one in sorted(output.outputs, key=lambda one: one.index):

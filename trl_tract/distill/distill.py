@@ -234,7 +234,7 @@ class CoTSelfDistill:
             directory / "summary.json",
             write,
             max_calls=self.backend.max_calls,
-            cancel=getattr(self.backend, "cancel", None),
+            cancel=lambda: self.backend.cancel(),
         )
 
     def _settings(self) -> dict[str, Any]:

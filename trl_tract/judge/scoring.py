@@ -108,9 +108,7 @@ def grid_probabilities(backend: Backend, grid: ScoreGrid, prefixes: Sequence[Seq
     if not prefixes:
         return GridProbabilities.exact(np.zeros((0, len(grid))))
     if grid.paths:
-        # A backend may know how to ask for whole scores at once; every one can be asked token by token.
-        ask_at_once = getattr(backend, "trie_logprobs", None)
-        logprobs = None if ask_at_once is None else ask_at_once(prefixes, grid.trie)
+        logprobs = backend.trie_logprobs(prefixes, grid.trie)
         if logprobs is not None:
             return GridProbabilities.exact(np.exp(logprobs))
         return walk_trie(grid.trie, prefixes, backend.next_token_logprobs, grid.values)

@@ -178,8 +178,8 @@ class JudgeStep:
         def write(records: Iterator[Record]) -> None:
             write_jsonl(final, records)
 
-        cancel = getattr(backend, "cancel", None)
-        return final if log.run(work, final, write, max_calls=backend.max_calls, cancel=cancel) else None
+        done = log.run(work, final, write, max_calls=backend.max_calls, cancel=backend.cancel)
+        return final if done else None
 
 
 Step = TrainStep | DistillStep | JudgeStep
