@@ -8,9 +8,11 @@ from conftest import make_model, make_rows, make_tokenizer, make_trainer
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import UndefinedError
 from peft import LoraConfig
 
 from trl_tract import TRACTConfig, score_report
+from trl_tract.saved.cards import _environment, render
 from trl_tract.saved.model_card import add_evaluation, add_training_run, write_model_card
 from trl_tract.saved.training_rows import TrainingRows
 from trl_tract.text.markdown import code_span, fenced, python_literal
@@ -199,3 +201,15 @@ def test_a_trainer_whose_first_row_was_dropped_still_writes_its_card(tmp_path):
     trainer.create_model_card()
     text = (tmp_path / "README.md").read_text()
     assert prompt_of(quick_start(text)) == rows[1]["prompt"]
+
+
+def test_whatever_a_template_puts_in_is_no_markup():
+    # A template's author cannot forget to escape: an expression without a filter is a line of plain text.
+    shown = _environment().from_string("- {{ text }}\n- {{ text | code }}\n").render(text="a\n# b <i>|*c*")
+    assert shown == "- a \\# b \\<i\\>\\|\\*c\\*\n- `a\\n# b <i>|*c*`\n"
+
+
+@pytest.mark.parametrize("template", ["model_card", "evaluation", "run_rows", "dataset_card"])
+def test_a_template_that_names_something_unknown_says_so(template):
+    with pytest.raises(UndefinedError):
+        render(template)

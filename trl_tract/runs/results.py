@@ -113,7 +113,7 @@ def finish_card(run: Path, judged: JudgedScale, report: ScoreReport, *, data: st
     )
     on_disk = Path(held_out).exists()
     settings = {name: value for name, value in judged.folder.shown_settings.items() if name != "model"}
-    sampling = ", ".join(f"`{name}` {value}" for name, value in settings.items())
+    sampling = ", ".join(f"{name} {value}" for name, value in settings.items())
     add_evaluation(
         card,
         report,
