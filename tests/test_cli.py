@@ -278,6 +278,7 @@ def test_ctrl_c_is_exit_code_130(monkeypatch, capsys):
 # Help and completion
 
 
+@pytest.mark.process
 def test_help_imports_nothing_that_takes_long():
     command = [sys.executable, "-X", "importtime", "-m", "trl_tract.cli", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

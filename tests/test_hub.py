@@ -303,6 +303,7 @@ def test_rows_that_are_not_finished_are_not_pushed(hub, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_a_judge_and_rows_come_back_from_the_hub_by_id_and_revision(tmp_path):
     """A process of its own, as users have it: the hub's address, its token and its cache from the environment."""
     with fake_hub() as server:

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 
+import pytest
 from pages import ROOT
 
 # Hundreds of modules each, needed for one thing each. What TRL and datasets import themselves is not among them.
@@ -11,7 +12,7 @@ HEAVY = {"bitsandbytes", "evaluate", "gguf", "matplotlib", "scipy", "sklearn", "
 
 
 def imported_at_once(file) -> set[str]:
-    """What the file imports when it is imported: not inside functions, not for type checkers alone."""
+    """Modules that are imported with the file: not inside functions, not for type checkers alone."""
     found: set[str] = set()
     waiting = list(ast.parse(file.read_text(encoding="utf-8")).body)
     while waiting:
@@ -21,21 +22,44 @@ def imported_at_once(file) -> set[str]:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(str(node.module).partition(".")[0])
+            found.add(str(node.module))
         waiting += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
     return found
 
 
+def reached_from(module: str) -> set[str]:
+    """Modules that are imported with a module of this package, and with those in turn."""
+    found, waiting = set(), {module}
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        path = ROOT / name.replace(".", "/")
+        files = [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()]
+        waiting |= {each for file in files for each in imported_at_once(file)} - found
+    return found
+
+
+def outermost(modules: set[str]) -> set[str]:
+    return {module.partition(".")[0] for module in modules}
+
+
 def test_no_room_imports_a_heavy_module_before_it_is_needed():
     rooms = {
-        file.relative_to(ROOT).as_posix(): imported_at_once(file) & HEAVY for file in ROOT.glob("trl_tract/**/*.py")
+        file.relative_to(ROOT).as_posix(): outermost(imported_at_once(file)) & HEAVY
+        for file in ROOT.glob("trl_tract/**/*.py")
     }
     assert rooms
     assert not {room: heavy for room, heavy in rooms.items() if heavy}
 
 
+def test_backends_come_without_an_http_client_until_a_server_is_asked_for():
+    assert "aiohttp" in outermost(reached_from("trl_tract.backends.server"))
+    assert "aiohttp" not in outermost(reached_from("trl_tract.backends"))
+
+
+@pytest.mark.process
 def test_the_help_of_the_command_imports_nothing_that_is_not_python_s_own_or_this_package_s():
     code = "import sys; before = set(sys.modules); from trl_tract.cli import main; main(['--help'])\n"
     code += "print({name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)"

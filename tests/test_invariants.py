@@ -1,12 +1,6 @@
-"""Same rows, same seed, same update: whatever the batches are cut into, packed as, read from, or spread over.
+"""Same rows, same seed, same update: whatever the batches are cut into, packed as, read from, or spread over."""
 
-Run as a script under `torchrun`, this file is the two-rank half of the last tests.
-"""
-
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -211,43 +205,27 @@ IN_ORDER = {"num_train_epochs": 1, "train_sampling_strategy": "sequential"}
 EVAL_ROWS = make_rows(5, seed=7)  # an odd number: the sampler repeats a row to fill the second rank
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*command, __file__, str(output)], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return output
+def update_on_a_rank(output_dir: Path, name: str) -> dict[str, torch.Tensor]:
+    _, settings = TWO_RANKS[name]
+    return trained(output_dir, rows_of(name, output_dir / "rows"), **settings, **IN_ORDER, **grid_of(name))[1]
 
 
+def evaluation_on_a_rank(output_dir: Path) -> dict[str, float]:
+    return make_trainer(output_dir, EVAL_ROWS, model=start(), tokenizer=TOKENIZER, eval_dataset=EVAL_ROWS).evaluate()
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("name", TWO_RANKS)
 def test_two_ranks_give_the_update_of_one(tmp_path, two_ranks, name):
     rows = rows_of(name, tmp_path / "rows")
     _, update = trained(tmp_path, rows, per_device_train_batch_size=4, **IN_ORDER, **grid_of(name))
-    assert_same_update(torch.load(two_ranks / f"{name}.pt"), update)
+    for found in two_ranks(update_on_a_rank, tmp_path / "ranks", name):
+        assert_same_update(found, update)
 
 
+@pytest.mark.process
 def test_two_ranks_evaluate_like_one(tmp_path, two_ranks):
-    found = json.loads((two_ranks / "evaluation.json").read_text())
-    trainer = make_trainer(tmp_path, EVAL_ROWS, model=start(), tokenizer=TOKENIZER, eval_dataset=EVAL_ROWS)
-    wanted = trainer.evaluate()
-    for name in ("eval_score/pearson", "eval_score/spearman", "eval_score/rmse"):
-        assert found[name] == pytest.approx(wanted[name], rel=1e-5), name
-
-
-def _run_as_one_of_two_ranks(output: Path) -> None:
-    for name, (_, settings) in TWO_RANKS.items():
-        trainer, update = trained(
-            output / name, rows_of(name, output / "rows"), **settings, **IN_ORDER, **grid_of(name)
-        )
-        if trainer.is_world_process_zero():
-            torch.save(update, output / f"{name}.pt")
-    trainer = make_trainer(output / "eval", EVAL_ROWS, model=start(), tokenizer=TOKENIZER, eval_dataset=EVAL_ROWS)
-    metrics = trainer.evaluate()
-    if trainer.is_world_process_zero():
-        (output / "evaluation.json").write_text(json.dumps(metrics))
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    _run_as_one_of_two_ranks(Path(sys.argv[1]))
+    wanted = evaluation_on_a_rank(tmp_path / "alone")
+    for found in two_ranks(evaluation_on_a_rank, tmp_path / "ranks"):
+        for name in ("eval_score/pearson", "eval_score/spearman", "eval_score/rmse"):
+            assert found[name] == pytest.approx(wanted[name], rel=1e-5), name

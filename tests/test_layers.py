@@ -127,6 +127,7 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = trl_tract.SFTTrainer
 
 
+@pytest.mark.process
 def test_importing_the_package_imports_neither_torch_nor_trl():
     code = "import sys, trl_tract; print(sorted({'torch', 'trl', 'transformers', 'datasets'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -265,13 +265,14 @@ def test_evaluate_metric_is_made_and_computed_without_a_network(tmp_path, monkey
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_evaluate_metric_is_imported_without_a_network(tmp_path):
     pytest.importorskip("evaluate")
     program = (
         "import socket\n"
         "def refuse(*args, **kwargs): raise AssertionError('the network was asked')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
-        "from trl_tract.metrics import ScoreMetric\n"
+        "from trl_tract.evaluation.metrics import ScoreMetric\n"
         f"metric = ScoreMetric(cache_dir={str(tmp_path)!r})\n"
         "print(metric.compute(predictions=[1, 2, 4], references=[1, 2, 3])['mae'])\n"
     )
@@ -280,6 +281,7 @@ def test_evaluate_metric_is_imported_without_a_network(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_evaluate_loads_the_metric_from_its_file_without_a_network(tmp_path):
     pytest.importorskip("evaluate")
     program = (
@@ -310,6 +312,7 @@ def test_a_missing_evaluate_names_the_command_that_installs_it(monkeypatch):
         metrics._score_metric_class.__wrapped__()  # not from the cache, which other tests have filled
 
 
+@pytest.mark.process
 def test_importing_metrics_imports_nothing_heavy():
     heavy = ["torch", "transformers", "datasets", "evaluate", "scipy", "sklearn", "matplotlib"]
     program = (

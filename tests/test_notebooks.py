@@ -95,6 +95,7 @@ def test_what_is_committed_is_what_cleaning_leaves():
         assert notebooks.clean(again) == notebook, path.name
 
 
+@pytest.mark.process
 def test_a_run_stops_at_a_cell_that_fails(tmp_path):
     cells = [nbformat.v4.new_code_cell(source) for source in ("x = 1", "x / 0", "print(x)")]
     notebooks.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "failing.ipynb")
@@ -103,6 +104,7 @@ def test_a_run_stops_at_a_cell_that_fails(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_the_notebooks_run_from_top_to_bottom_one_after_the_other(tmp_path):
     """In one folder, since later ones use the judge of an earlier one. Each cell shows what it shows as committed."""
     if package_model() is None:

@@ -1,13 +1,8 @@
-"""What TRACTTrainer does under the training options of its hosts: the same update, a stated change, or a refusal.
-
-Run as a script under `torchrun`, this file is the two-rank half of one test.
-"""
+"""What TRACTTrainer does under the training options of its hosts: the same update, a stated change, or a refusal."""
 
 import functools
 import logging
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -527,23 +522,14 @@ def test_evaluation_in_bfloat16_is_that_of_the_model_in_bfloat16(tmp_path):
 LOCAL_MEANS = {"average_tokens_across_devices": False, "per_device_train_batch_size": 2}
 
 
-def test_without_averaging_over_devices_two_ranks_take_the_mean_of_their_own_updates(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*command, __file__, str(tmp_path)], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = torch.load(tmp_path / "update.pt")
+def update_of_local_means(output_dir: Path) -> dict[str, torch.Tensor]:
+    return update(output_dir, make_rows(4, seed=1), max_steps=1, **LOCAL_MEANS)
+
+
+@pytest.mark.process
+def test_without_averaging_over_devices_two_ranks_take_the_mean_of_their_own_updates(tmp_path, two_ranks):
     rows = make_rows(4, seed=1)
     halves = [update(tmp_path / str(i), rows[i : i + 2], max_steps=1, **LOCAL_MEANS) for i in (0, 2)]
     wanted = {name: (halves[0][name] + halves[1][name]) / 2 for name in halves[0]}
-    assert relative_difference(found, wanted) <= 1e-5
-
-
-def _run_as_one_of_two_ranks(output: Path) -> None:
-    found = update(output / "ranks", make_rows(4, seed=1), max_steps=1, **LOCAL_MEANS)
-    if torch.distributed.get_rank() == 0:
-        torch.save(found, output / "update.pt")
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    _run_as_one_of_two_ranks(Path(sys.argv[1]))
+    for found in two_ranks(update_of_local_means, tmp_path / "ranks"):
+        assert relative_difference(found, wanted) <= 1e-5

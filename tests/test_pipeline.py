@@ -2,9 +2,9 @@
 
 import json
 import re
-import subprocess
 import sys
 
+import processes
 import pytest
 import torch
 from conftest import make_model, make_rows, make_tokenizer
@@ -195,13 +195,14 @@ def test_the_judge_of_a_run_loads_and_judges(finished):
     assert 0 <= judgement.score <= 5
 
 
+@pytest.mark.process
 def test_a_step_in_a_process_of_its_own_gives_the_same_judgements(finished, tmp_path):
     out = finished[0] / "out"
     spec = {**json.loads((out / "judge-tract.json").read_text()), "output_dir": str(tmp_path / "again")}
     (tmp_path / "spec.json").write_text(json.dumps(spec))
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "trl_tract.runs.steps", str(tmp_path / "spec.json")], check=True
-    )
+    process = processes.start_module("trl_tract.runs.steps", str(tmp_path / "spec.json"))
+    process.join()
+    assert process.exitcode == 0
     assert list(read_jsonl(tmp_path / "again" / "judgements.jsonl")) == list(
         read_jsonl(out / "judged-tract" / "judgements.jsonl")
     )

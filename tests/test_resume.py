@@ -1,17 +1,12 @@
-"""A run that is killed, between checkpoints or while it writes one, ends where the run that was not killed ends.
-
-Run as a script, this file is the training that gets killed.
-"""
+"""A run that is killed, between checkpoints or while it writes one, ends where the run that was not killed ends."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from conftest import make_model, make_rows, make_tokenizer, make_trainer
@@ -68,19 +63,31 @@ def assert_ends_alike(output_dir: Path, uninterrupted) -> None:
         assert torch.equal(weights[name], weight), name
 
 
+def train_and_leave_a_trace(output_dir: Path) -> None:
+    class Trace(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            (output_dir / f"step-{state.global_step}").touch()
+
+    trainer = trainer_of(output_dir)
+    trainer.add_callback(Trace())
+    trainer.train()
+
+
 def killed_when(output_dir: Path, moment) -> None:
     """Start the training in a process of its own and kill it as soon as `moment()` is true."""
-    process = subprocess.Popen([sys.executable, __file__, str(output_dir)], stderr=subprocess.DEVNULL)
+    process = processes.start(train_and_leave_a_trace, output_dir)
     deadline = time.monotonic() + 120
     while not moment():
-        assert process.poll() is None, "the training ended before it could be killed"
+        assert process.exitcode is None, "the training ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.0005)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize(("step", "file"), [(4, "model.safetensors"), (8, "optimizer.pt"), (4, "trainer_state.json")])
 def test_killed_while_a_checkpoint_is_written(tmp_path, uninterrupted, step, file):
     killed_when(tmp_path, lambda: (tmp_path / f"checkpoint-{step}" / file).exists())
@@ -88,6 +95,7 @@ def test_killed_while_a_checkpoint_is_written(tmp_path, uninterrupted, step, fil
 
 
 @pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize("step", [1, 7])
 def test_killed_between_checkpoints(tmp_path, uninterrupted, step):
     killed_when(tmp_path, (tmp_path / f"step-{step}").exists)
@@ -135,17 +143,3 @@ def test_a_checkpoint_whose_state_is_cut_is_passed_over(tmp_path, state):
 def test_a_directory_without_checkpoints_has_none(tmp_path):
     assert last_complete_checkpoint(tmp_path) is None
     assert last_complete_checkpoint(tmp_path / "missing") is None
-
-
-def _train_and_tell(output_dir: Path) -> None:
-    class Tell(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            (output_dir / f"step-{state.global_step}").touch()
-
-    trainer = trainer_of(output_dir)
-    trainer.add_callback(Tell())
-    trainer.train()
-
-
-if __name__ == "__main__":
-    _train_and_tell(Path(sys.argv[1]))

@@ -1,16 +1,13 @@
 """Sharded weights take the step of whole ones: FSDP2, and DeepSpeed ZeRO-3 where it is installed, on two CPU ranks.
 
-Both shard the output head outside the model's forward pass. Run as a script under `torchrun`, this file is the two-rank
-half of the tests.
+Both shard the output head outside the model's forward pass.
 """
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -104,23 +101,49 @@ def change(after: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]
     return {key: weight - before[key] for key, weight in after.items()}
 
 
-def on_two_ranks(job: str, output: Path) -> Path:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    # DeepSpeed takes the CPU only when told to, and compiles a part of itself the first time.
-    env = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([*command, __file__, job, str(output)], capture_output=True, text=True, timeout=600, env=env)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return output
+def gradients_under_fsdp2(output: Path, name: str) -> tuple[dict[str, torch.Tensor], int]:
+    """By hand, as in torch's manual: every layer, then the root with what is left, the head among it."""
+    trainer = trainer_on(output, name, **A_RANK)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in trainer.model.model.layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    fully_shard(trainer.model, mesh=mesh, reshard_after_forward=True)
+    return gradients(trainer)
+
+
+def step_under_fsdp2(output: Path, name: str) -> dict[str, torch.Tensor]:
+    """By accelerate, which puts norm and head in a unit of their own."""
+    trainer = trainer_on(output, name, **A_RANK)
+    # On CPUs it runs DDP, whatever it is asked for (AcceleratorState.__init__): it is told once it has decided.
+    trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
+    )
+    trainer.accelerator.state.distributed_type = DistributedType.FSDP
+    trainer.is_fsdp_enabled = True
+    trainer.train()
+    assert all(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters())
+    return weights(trainer.model)
+
+
+def steps_under_zero3(output: Path) -> dict[str, dict[str, torch.Tensor]]:
+    import deepspeed
+
+    found = {}
+    # All models first: once a config asks for ZeRO-3, transformers shards whatever it makes.
+    for name, model in {name: start(name) for name in CASES}.items():
+        trainer = trainer_on(output, name, model, deepspeed=ZERO3, **A_RANK)
+        trainer.train()
+        assert not any(parameter.numel() for parameter in trainer.model.parameters())
+        with deepspeed.zero.GatheredParameters(list(trainer.model.parameters())):
+            found[name] = weights(trainer.model)
+    return found
 
 
 @pytest.fixture(scope="module")
-def fsdp2(tmp_path_factory) -> Path:
-    return on_two_ranks("fsdp2", tmp_path_factory.mktemp("fsdp2"))
-
-
-@pytest.fixture(scope="module")
-def zero3(tmp_path_factory) -> Path:
-    return on_two_ranks("zero3", tmp_path_factory.mktemp("zero3"))
+def zero3(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights after one step, by name of the model."""
+    with processes.two_ranks() as ranks:  # of its own: ZeRO-3 leaves its marks on transformers
+        return ranks(steps_under_zero3, tmp_path_factory.mktemp("zero3"))[0]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -135,26 +158,30 @@ def alone(request, tmp_path_factory) -> tuple[str, dict[str, torch.Tensor], dict
     return name, wanted, change(weights(trainer.model), name)
 
 
-def test_fsdp2_gives_the_gradients_of_whole_weights(fsdp2, alone):
+@pytest.mark.process
+def test_fsdp2_gives_the_gradients_of_whole_weights(tmp_path, two_ranks, alone):
     name, wanted, _ = alone
-    ranks = [torch.load(fsdp2 / f"gradients of {name}, rank {rank}.pt") for rank in (0, 1)]
+    ranks = two_ranks(gradients_under_fsdp2, tmp_path, name)
     # The rows with two scores are longer, and pack into other sequences.
     assert [num_scores for _, num_scores in ranks] == ([8, 8] if name == "several aspects" else [5, 3])
     for found, _ in ranks:
         assert_same_step(found, wanted)
 
 
-def test_training_under_fsdp2_takes_the_step_of_whole_weights(fsdp2, alone):
+@pytest.mark.process
+def test_training_under_fsdp2_takes_the_step_of_whole_weights(tmp_path, two_ranks, alone):
     name, _, wanted = alone
-    assert_same_step(change(torch.load(fsdp2 / f"weights of {name}.pt"), name), wanted)
+    for after in two_ranks(step_under_fsdp2, tmp_path, name):
+        assert_same_step(change(after, name), wanted)
 
 
+@pytest.mark.process
 @pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install deepspeed"
 )
 def test_training_under_zero3_takes_the_step_of_whole_weights(zero3, alone):
     name, _, wanted = alone
-    assert_same_step(change(torch.load(zero3 / f"weights of {name}.pt"), name), wanted)
+    assert_same_step(change(zero3[name], name), wanted)
 
 
 @pytest.mark.parametrize(
@@ -171,47 +198,3 @@ def test_accelerate_knows_every_line_of_the_example_configs(name, kind, section)
     assert below.keys() <= options.keys()
     assert section.items() <= below.items()
     assert f"accelerate launch --config_file examples/accelerate/{name}.yaml" in file.read_text()
-
-
-def _fsdp2(output: Path) -> None:
-    for name in CASES:
-        # By hand, as in torch's manual: every layer, then the root with what is left, the head among it.
-        trainer = trainer_on(output / "by hand", name, **A_RANK)
-        mesh = init_device_mesh("cpu", (2,))
-        for layer in trainer.model.model.layers:
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-        fully_shard(trainer.model, mesh=mesh, reshard_after_forward=True)
-        torch.save(gradients(trainer), output / f"gradients of {name}, rank {trainer.args.process_index}.pt")
-
-        # By accelerate, which puts norm and head in a unit of their own. On CPUs it runs DDP, whatever it is asked for
-        # (AcceleratorState.__init__), so it has to be told once it has decided.
-        trainer = trainer_on(output / "by accelerate", name, **A_RANK)
-        trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
-        )
-        trainer.accelerator.state.distributed_type = DistributedType.FSDP
-        trainer.is_fsdp_enabled = True
-        trainer.train()
-        assert all(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters())
-        after = weights(trainer.model)
-        if trainer.is_world_process_zero():
-            torch.save(after, output / f"weights of {name}.pt")
-
-
-def _zero3(output: Path) -> None:
-    import deepspeed
-
-    # All models first: once a config asks for ZeRO-3, transformers shards whatever it makes.
-    for name, model in {name: start(name) for name in CASES}.items():
-        trainer = trainer_on(output / "trainer", name, model, deepspeed=ZERO3, **A_RANK)
-        trainer.train()
-        assert not any(parameter.numel() for parameter in trainer.model.parameters())
-        with deepspeed.zero.GatheredParameters(list(trainer.model.parameters())):
-            after = weights(trainer.model)
-        if trainer.is_world_process_zero():
-            torch.save(after, output / f"weights of {name}.pt")
-
-
-if __name__ == "__main__":
-    {"fsdp2": _fsdp2, "zero3": _zero3}[sys.argv[1]](Path(sys.argv[2]))
-    torch.distributed.destroy_process_group()

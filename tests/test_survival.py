@@ -1,24 +1,23 @@
 """Runs with real generation, killed with SIGKILL or SIGINT at random instants, and processes that share one run.
 
-Each run lives in a process of its own, made by a server that has imported everything, so that a start costs little and
-the kills fall into the run and not into its imports.
+Each run lives in a process of its own that has everything imported, so that the kills fall into the run.
 """
 
 import json
-import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 from conftest import make_model, make_rows, make_tokenizer
 
 from trl_tract import CoTRAILJudge, CoTSelfDistill, TransformersBackend
+from trl_tract.cli import main
 from trl_tract.files.journal import read_jsonl, write_jsonl
 from trl_tract.runs.steps import JudgeStep
 from trl_tract.saved.judge_config import JudgeConfig
@@ -26,8 +25,7 @@ from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale
 from trl_tract.scale.text import CompletionFormat
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["test_survival"])
+pytestmark = pytest.mark.process
 # A random model never writes the marker, so the letter "e" stands in for it.
 FORM = CompletionFormat("e", lead="", separator=" ")
 DISTIL: dict[str, Any] = {"max_new_tokens": 48, "max_attempts": 2, "allow_leaks": True}
@@ -43,49 +41,49 @@ def save_model(directory: Path) -> str:
     return str(directory)
 
 
-def distil(model: str, data: str, out: str, block_size: int, settings: dict[str, Any]) -> None:
-    import torch
-
-    torch.set_num_threads(1)
+def distil(model: str, data: str, block_size: int, settings: dict[str, Any], out: str) -> None:
     backend = TransformersBackend(model, batch_size=8)
     CoTSelfDistill.from_pretrained(model, backend, block_size=block_size, **settings).distill_file(data, out)
 
 
 def judge(model: str, data: str, out: str) -> None:
-    import torch
-
-    torch.set_num_threads(1)
     settings = {"max_new_tokens": 48, "max_attempts": 2, "num_generations": 2}
     JudgeStep(model, data, out, settings, {"batch_size": 4}, block_size=2).run()
 
 
-def killed_until_done(target: Any, arguments: tuple[Any, ...], seconds: float, kills: int, number: int) -> int:
-    """Start `target` again and again, kill it at a random instant each time, and let it finish in the end."""
-    instants = random.Random(number)
-    killed = 0
+def ends_with_the_same_bytes(tmp_path: Path, kills: int, target: Any, *arguments: Any) -> None:
+    """Run `target(*arguments, out)` once in peace, then kill it at `kills` instants of as many runs as it takes."""
+    whole, instants, killed, run = tmp_path / "whole", random.Random(0), 0, 0
+    timed(target, *arguments, str(tmp_path / "unmeasured"))  # what a process has to load, the system has then read once
+    seconds = timed(target, *arguments, str(whole))
     while killed < kills:
-        process = PROCESSES.Process(target=target, args=arguments)
-        process.start()
-        process.join(instants.uniform(0, seconds))
-        if not process.is_alive():
-            break
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        killed += 1
-    last = PROCESSES.Process(target=target, args=arguments)
-    last.start()
-    last.join()
-    assert last.exitcode == 0
-    return killed
+        out = tmp_path / f"run-{run}"
+        run += 1
+        while killed < kills:
+            process = processes.start(target, *arguments, str(out))
+            process.join(instants.uniform(0, seconds))
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            killed += 1
+        timed(target, *arguments, str(out))
+        assert files(out) == files(whole)
 
 
-def timed(target: Any, arguments: tuple[Any, ...]) -> float:
+def timed(target: Any, *arguments: Any) -> float:
+    """Seconds that it takes."""
     started = time.monotonic()
-    process = PROCESSES.Process(target=target, args=arguments)
-    process.start()
+    process = processes.start(target, *arguments)
     process.join()
     assert process.exitcode == 0
     return time.monotonic() - started
+
+
+def as_rank(rank: int, ranks: int, command: list[str]) -> None:
+    """`trl-tract` as a launcher starts it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    sys.exit(main(command))
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -97,42 +95,35 @@ def test_self_distillation_killed_at_twenty_instants_ends_with_the_same_bytes(tm
     model = save_model(tmp_path / "model")
     data = tmp_path / "rows.jsonl"
     write_jsonl(data, make_rows(40))
-    whole = (model, str(data), str(tmp_path / "whole"), 2, DISTIL)
-    seconds = timed(distil, whole)
+    ends_with_the_same_bytes(tmp_path, 20, distil, model, str(data), 2, DISTIL)
     rows = list(read_jsonl(tmp_path / "whole" / "rows.jsonl"))
     assert {row["rationale_source"] for row in rows} == {"self", "annotated"}  # both ways out of a block
-    killed = run = 0
-    while killed < 20:
-        out = tmp_path / f"run-{run}"
-        killed += killed_until_done(distil, (model, str(data), str(out), 2, DISTIL), seconds, 20 - killed, run)
-        assert files(out) == files(tmp_path / "whole")
-        run += 1
 
 
 def test_judging_killed_at_random_instants_ends_with_the_same_bytes(tmp_path):
     model = save_model(tmp_path / "model")
     data = tmp_path / "rows.jsonl"
     write_jsonl(data, make_rows(12))
-    seconds = timed(judge, (model, str(data), str(tmp_path / "whole")))
-    killed_until_done(judge, (model, str(data), str(tmp_path / "killed")), seconds, 6, 0)
-    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    ends_with_the_same_bytes(tmp_path, 6, judge, model, str(data))
 
 
 def test_ctrl_c_ends_at_once_and_the_run_goes_on_afterwards(tmp_path):
     model = save_model(tmp_path / "model")
     data = tmp_path / "rows.jsonl"
     write_jsonl(data, make_rows(40))
-    command = [sys.executable, "-m", "trl_tract.cli", "distill", "--model", model, "--data", str(data)]
-    command += ["--output_dir", str(tmp_path / "out"), "--max_new_tokens", "200", "--generation_batch_size", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = ["distill", "--model", model, "--data", str(data), "--output_dir", str(tmp_path / "out")]
+    command += ["--max_new_tokens", "48", "--generation_batch_size", "1"]
+    process = processes.start_module("trl_tract.cli", *command)
     while not (tmp_path / "out" / "blocks").exists():
-        time.sleep(0.1)
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "start the same command to go on" in stderr
-    subprocess.run(command, check=True, capture_output=True)
+        time.sleep(0.01)
+        assert process.exitcode is None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    assert not (tmp_path / "out" / "rows.jsonl").exists()
+    process = processes.start_module("trl_tract.cli", *command)
+    process.join()
+    assert process.exitcode == 0
     assert len(list(read_jsonl(tmp_path / "out" / "rows.jsonl"))) == 40
 
 
@@ -144,24 +135,24 @@ def test_processes_of_a_launcher_give_the_bytes_of_one_process(tmp_path, first):
     data = tmp_path / "rows.jsonl"
     write_jsonl(data, make_rows(30))
     settings = {"max_new_tokens": 48, "max_attempts": 2}
-    distil(model, str(data), str(tmp_path / "whole"), 3, settings)
+    distil(model, str(data), 3, settings, str(tmp_path / "whole"))
     out = tmp_path / "shared"
 
-    def launch(processes: int) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port"]
-        command += [str(random.randrange(20000, 60000)), "-m", "trl_tract.cli", "distill", "--model", model, "--data"]
-        command += [str(data), "--output_dir", str(out), "--max_new_tokens", "48", "--max_attempts", "2"]
-        command += ["--block_size", "3"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    def launch(ranks: int) -> list[Any]:
+        command = ["distill", "--model", model, "--data", str(data), "--output_dir", str(out), "--block_size", "3"]
+        command += ["--max_new_tokens", "48", "--max_attempts", "2"]
+        return [processes.start(as_rank, rank, ranks, command) for rank in range(ranks)]
 
-    process = launch(first)
-    while not list(out.glob("blocks/*.jsonl")) and process.poll() is None:
-        time.sleep(0.05)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert launch(5 - first).wait() == 0
+    running = launch(first)
+    while not list(out.glob("blocks/*.jsonl")):
+        time.sleep(0.01)
+    for process in running:
+        assert process.exitcode is None
+        process.kill()
+        process.join()
+    for process in launch(5 - first):
+        process.join()
+        assert process.exitcode == 0
     assert (out / "rows.jsonl").read_bytes() == (tmp_path / "whole" / "rows.jsonl").read_bytes()
 
 

@@ -1,8 +1,6 @@
 """What VLLMBackend refuses before it starts an engine; `test_vllm_real.py` has the engine."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from conftest import make_model
@@ -23,12 +21,6 @@ def test_without_vllm_the_error_is_the_line_that_installs_it(monkeypatch):
     monkeypatch.setattr(vllm_backend.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "trl-tract\[vllm\]"'):
         VLLMBackend("judge")
-
-
-def test_the_other_backends_come_without_vllm_and_without_an_http_client():
-    code = "import sys, trl_tract.backends; print(sorted({'vllm', 'aiohttp'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(
