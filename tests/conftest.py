@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
 import importlib
 import signal
 import sys
@@ -46,6 +47,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             process = item.get_closest_marker("process") is not None
             item.add_marker(pytest.mark.xdist_group("process" if process else item.nodeid.partition("::")[0]))
+
+
+def pytest_collection_finish() -> None:
+    """Every training ends with a full collection of garbage: it need not look at the modules again, which stay."""
+    gc.collect()
+    gc.freeze()
 
 
 _running: list[pytest.Item] = []

@@ -5,6 +5,7 @@ has one worker run all such tests, so that there is one server.
 """
 
 import contextlib
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -25,7 +26,7 @@ PRELOADED = ["tiny", "trl_tract.cli", "trl_tract.runs.pipeline"]
 def start(target: Callable[..., Any], *args: Any) -> Any:
     """A process that has begun `target(*args)`: `join`, `exitcode`, `kill`."""
     _ensure_server()
-    process = CONTEXT.Process(target=target, args=args)
+    process = CONTEXT.Process(target=_begin, args=(target, *args))
     process.start()
     return process
 
@@ -56,6 +57,11 @@ def _ensure_server() -> None:
         multiprocessing.forkserver.ensure_running()
 
 
+def _begin(target: Callable[..., Any], *args: Any) -> None:
+    gc.freeze()  # what is imported stays: a full collection, as training ends with one, need not look at it
+    target(*args)
+
+
 def _run_module(module: str, arguments: tuple[str, ...]) -> None:
     sys.argv = [module, *arguments]
     sys.modules.pop(module, None)
@@ -65,6 +71,7 @@ def _run_module(module: str, arguments: tuple[str, ...]) -> None:
 def _join(rank: int, port: int) -> None:
     import torch
 
+    gc.freeze()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     # A rank whose other one failed gives up after this time.
