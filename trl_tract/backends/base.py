@@ -204,3 +204,7 @@ class Backend(Protocol):
     def cancel(self) -> None:
         """End the calls under way in other threads, such as after Ctrl-C. Nothing by default."""
         return
+
+    def fingerprint(self) -> dict[str, str]:
+        """What the engine knows of its model's identity, by name; nothing where `model_id` names files that tell."""
+        return {}

@@ -15,6 +15,7 @@ NextTokenLogprobs = Callable[[Sequence[Sequence[int]], Sequence[int]], NDArray[n
 
 # Tokens that one call asks for where it may be more: vLLM answers for 128 at once.
 _TOKENS_A_CALL = 128
+_ROUNDING = 1e-3  # By so much may the probabilities of a grid exceed 1.
 
 
 @dataclass(frozen=True)
@@ -144,10 +145,26 @@ class GridProbabilities:
         """Nothing was left out."""
         return cls(probs, np.zeros(len(probs)), np.zeros(len(probs)))
 
+    @property
+    def faults(self) -> list[str | None]:
+        """Why the probabilities of each row are none, and no score can be made of them; None where it can.
+
+        Example:
+            >>> GridProbabilities.exact(np.array([[0.5, 0.25], [1.0, 1.0], [0.0, 0.0]])).faults
+            [None, 'the probabilities of the scores add up to 2, above 1', 'no score has any probability']
+        """
+        return [_fault(float(mass)) for mass in self.probs.sum(axis=1)]
+
     def of(self, rows: Sequence[int]) -> "GridProbabilities":
         """Those of some of the rows."""
         chosen = list(rows)
         return GridProbabilities(self.probs[chosen], self.pruned_mass[chosen], self.error_bound[chosen])
+
+
+def _fault(mass: float) -> str | None:
+    if mass > 1 + _ROUNDING:
+        return f"the probabilities of the scores add up to {mass:.4g}, above 1"
+    return "no score has any probability" if mass == 0 else None
 
 
 def walk_trie(
