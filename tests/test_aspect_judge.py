@@ -136,7 +136,7 @@ def test_a_trained_judge_scores_as_its_trainer_does(tmp_path):
     wanted = trainer.predict(Dataset.from_list(rows)).predictions
     judge = CoTRAILJudge.from_pretrained(tmp_path, TransformersBackend(trainer.model, TOKENIZER))
     assert [aspect.name for aspect in judge.aspects] == ["tone", "facts"]
-    assert judge.aspects == trainer.aspects
+    assert judge.aspects == trainer.scales
 
     from trl_tract.judge.scoring import grid_probabilities
 

@@ -163,22 +163,6 @@ def test_log_probabilities_and_their_gradients_are_those_of_each_scores_own_grid
     assert_same_gradients(gradients(trainer.model), gradients(model))
 
 
-def test_aspects_of_one_grid_are_the_list_of_scores(tmp_path):
-    # The same tokens, told as aspects and as a list: one grid behind two markers.
-    aspects = {"tone": ONE_TO_FIVE, "facts": {"marker": "[FACTS]"}}
-    rows = make_rows(aspects)
-    by_aspect = make_trainer(tmp_path, rows, tokenizer=TOKENIZER, aspects=aspects)
-    tokenised = by_aspect.train_dataset.remove_columns("score_aspects")
-    as_list = make_trainer(tmp_path, tokenised, tokenizer=TOKENIZER, score_marker="[TONE]")
-    losses = []
-    for trainer in (by_aspect, as_list):
-        loss = loss_of(trainer)
-        loss.backward()
-        losses.append(loss)
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
-    assert_same_gradients(gradients(by_aspect.model), gradients(as_list.model), rtol=1e-6)
-
-
 ROW_BY_ROW = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6}
 PACKED = {"packing": True, "max_length": 160}
 SAME: dict[str, dict[str, Any]] = {
@@ -278,7 +262,7 @@ def test_each_score_is_found_behind_its_own_marker(completion, scores):
         ("rude. [TONE] 1 true. [FACTS] 7", "not on the grid", "aspect 'facts': '7' follows the marker"),
         ("rude. [TONE] true. [FACTS] 4", "not on the grid", "aspect 'tone'"),
         ("so [FACTS] 5 says. [TONE] 1 true. [FACTS] 4", "two scores", "[FACTS]' with a score twice: '5' and '4'"),
-        ("rude. [TONE] 1 true [TONE] 2. [FACTS] 4", "two scores", "[TONE]' with a score 2 times"),
+        ("rude. [TONE] 1 true [TONE] 2. [FACTS] 4", "two scores", "[TONE]' with a score twice"),
         ("true. [FACTS] 4 rude. [TONE] 1", "order of aspects", "scores facts, tone, in this order"),
     ],
 )
@@ -303,7 +287,7 @@ def good_row() -> dict[str, Any]:
         ({"scores": {"tone": 1.0, "facts": None}}, "`scores` has no gold score for aspect 'facts'"),
         ({"scores": {"tone": 1.0, "facts": 4.0, "fcats": 2.0}}, "`scores` names 'fcats', which is none of the aspects"),
         ({"scores": {"tone": 1.0, "facts": 9.0}}, "aspect 'facts': the score 9 is not between 1 and 5"),
-        ({"scores": {"tone": float("nan"), "facts": 4.0}}, "aspect 'tone': the score is nan"),
+        ({"scores": {"tone": float("nan"), "facts": 4.0}}, "`scores` has no gold score for aspect 'tone'"),
     ],
 )
 def test_a_row_without_a_usable_score_is_named_or_dropped_and_counted(tmp_path, caplog, change, message):
@@ -326,9 +310,10 @@ def test_scores_of_another_kind_are_refused(tmp_path, column):
         make_trainer(tmp_path, [{**good_row(), **column}], tokenizer=TOKENIZER, aspects=TWO)
 
 
-def test_a_mapping_without_aspects_says_what_to_set(tmp_path):
-    with pytest.raises(ValueError, match="For a gold score by aspect, set `aspects`"):
-        make_trainer(tmp_path, [good_row()], tokenizer=TOKENIZER, score_marker="[FACTS]")
+@pytest.mark.parametrize("scores", [{"tone": 1.0, "facts": 4.0}, [1.0, 4.0], [4.0]])
+def test_several_gold_scores_without_aspects_are_refused(tmp_path, scores):
+    with pytest.raises(ValueError, match="`aspects`"):
+        make_trainer(tmp_path, [{**good_row(), "scores": scores}], tokenizer=TOKENIZER, score_marker="[FACTS]")
 
 
 def test_rows_without_scores_have_those_of_their_completions(tmp_path):
@@ -366,10 +351,11 @@ def test_aspects_that_are_none_are_refused(aspects, message):
         TRACTConfig("out", aspects=aspects)
 
 
-@pytest.mark.parametrize("settings", [{"drop_rationale": True}, {"annotator_loss": "distribution"}])
-def test_what_needs_one_score_is_refused(settings):
-    with pytest.raises(ValueError, match="is for completions with one score"):
-        TRACTConfig("out", aspects=TWO, **settings)
+def test_rationales_of_several_scores_are_left_out_of_the_rows(tmp_path):
+    row = {**good_row(), "completion": " rude. [TONE] 1\ntrue, see [TONE]. [FACTS] 4 so"}
+    trainer = make_trainer(tmp_path, [row], tokenizer=TOKENIZER, aspects=TWO, drop_rationale=True)
+    assert TOKENIZER.decode(trainer.train_dataset[0]["input_ids"]) == "judge -> [TONE] 1\n[FACTS] 4 so<|end|>"
+    assert not trainer.judge_config.writes_rationale
 
 
 def test_the_command_line_and_yaml_give_the_same_aspects(tmp_path):
@@ -429,7 +415,7 @@ def test_a_wide_aspect_without_a_weight_of_its_own_is_warned_about(tmp_path):
 
 
 def test_a_micro_batch_without_scores_of_several_tokens_trains(tmp_path):
-    # Tokenised rows of a one-grid trainer may have no score; its branches are then none.
+    # A tokenised row may have no score; its branches are then none.
     grid = [i / 2 for i in range(21)]
     rows = [{"prompt": "judge ->", "completion": " so. [RESULT] 2.5", "score": 2.5}]
     first = make_trainer(tmp_path, rows, tokenizer=TOKENIZER, score_values=grid)

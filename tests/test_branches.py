@@ -5,6 +5,7 @@ the score's tokens (`test_trie.written_rows`); it knows nothing of tries or bran
 """
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -36,13 +37,18 @@ def one_forward(monkeypatch):
     monkeypatch.setattr("trl_tract.training.trainer.why_not_one_forward", lambda model: None)
 
 
-def make_rows(grid: ScoreGrid, n: int = 5, *, seed: int = 0, aspects: bool = False) -> list[dict[str, Any]]:
+def make_rows(
+    grid: ScoreGrid, n: int = 5, *, seed: int = 0, markers: Sequence[str] = (MARKER,)
+) -> list[dict[str, Any]]:
     """Rows of unequal lengths whose gold scores, means of two annotators, may lie between the grid's values."""
     rng = random.Random(seed)
     rows = []
     for i in range(n):
-        texts = [rng.choice(grid.texts) for _ in range(1 + i % 3 if aspects else 1)]
-        parts = [f" {' '.join(rng.choices(WORDS, k=rng.randint(1, 6)))} {MARKER} {text}" for text in texts]
+        texts = [rng.choice(grid.texts) for _ in markers]
+        parts = [
+            f" {' '.join(rng.choices(WORDS, k=rng.randint(1, 6)))} {marker} {text}"
+            for marker, text in zip(markers, texts, strict=True)
+        ]
         row: dict[str, Any] = {
             "prompt": f"is this polite? {' '.join(rng.choices(WORDS, k=rng.randint(1, 9)))} ->",
             # The end of every score is one and the same, also where a score follows it.
@@ -50,7 +56,8 @@ def make_rows(grid: ScoreGrid, n: int = 5, *, seed: int = 0, aspects: bool = Fal
         }
         # Two annotators each, one of them at an end of the grid: those are scores of several tokens in most grids.
         golds = [[grid.value_of(text), grid.values[-(i % 2)]] for text in texts]
-        rows.append(row | ({"scores": golds} if aspects else {"score": golds[0]}))
+        named = dict(zip(markers, golds, strict=True))
+        rows.append(row | ({"scores": named} if len(markers) > 1 else {"score": golds[0]}))
     return rows
 
 
@@ -116,7 +123,7 @@ def test_gradients_of_0_to_100_equal_one_forward_per_score(tmp_path, vocabularie
         rationale_weight=0.0,
         **settings_of(grid),
     )
-    assert trainer.score_grid.paths
+    assert trainer.scales[0].grid.paths
     loss = loss_of(trainer)
     loss.backward()
     model = make_model(vocab=len(tokenizer)).double()
@@ -181,7 +188,7 @@ def test_score_terms_and_gradients_equal_one_forward_per_score(
     trainer = make_trainer(
         tmp_path, rows, model=model, tokenizer=tokenizer, rationale_weight=0.0, **settings_of(grid), **settings
     )
-    assert trainer.score_grid.paths
+    assert trainer.scales[0].grid.paths
     loss = loss_of(trainer)
     loss.backward()
     reference = make_model(family, vocab=len(tokenizer)).double()
@@ -269,9 +276,12 @@ SAME: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_several_scores_a_row_give_the_same_update_however_they_are_batched(tmp_path, vocabularies, family, name):
     grid = GRIDS["half points to 10"]
-    rows = make_rows(grid, 6, aspects=True)
+    markers = ["[A]", "[B]", "[C]"]
+    rows = make_rows(grid, 6, markers=markers)
     for row in rows:
         row["completion"] += "\n"
+    aspects = {marker: {"marker": marker, "values": grid.values} for marker in markers}
+    annotators = {"annotator_loss": "distribution", "annotator_weight": 1.0}
 
     def update(**settings: Any) -> dict[str, torch.Tensor]:
         settings = {"per_device_train_batch_size": 6, "max_steps": 1, "learning_rate": 0.1, **settings}
@@ -280,7 +290,8 @@ def test_several_scores_a_row_give_the_same_update_however_they_are_batched(tmp_
             rows,
             model=make_model(family, std=0.1),
             tokenizer=vocabularies["splitting"],
-            **settings_of(grid),
+            aspects=aspects,
+            **annotators,
             **settings,
         )
         trainer.train()
@@ -435,8 +446,12 @@ def test_single_tokens_go_the_old_way(tmp_path, vocabularies, monkeypatch):
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("no branches are needed")
 
-    for name in ("Branches", "further_forwards", "trie_logprobs"):
-        monkeypatch.setattr(f"trl_tract.training.score_head.{name}", fail)
+    for name in (
+        "training.score_head.Branches",
+        "training.score_head.further_forwards",
+        "scale.logprobs.trie_logprobs",
+    ):
+        monkeypatch.setattr(f"trl_tract.{name}", fail)
     grid = ScoreGrid.from_values([1, 2, 3, 4, 5])
     trainer = make_trainer(tmp_path, make_rows(grid), tokenizer=vocabularies["splitting"])
     assert loss_of(trainer).isfinite()

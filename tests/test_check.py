@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import make_aspect_rows, make_model, make_rows, make_tokenizer, make_trainer
+from conftest import make_aspect_rows, make_model, make_rows, make_tokenizer, make_trainer, resolved
 from test_aspects import ASPECTS
 from test_aspects import make_rows as aspect_rows
 
@@ -14,8 +14,9 @@ from trl_tract.commands.check import examine, lengths_table, score_histogram
 from trl_tract.commands.token_view import around_score, labelled, legend, painted, view_row
 from trl_tract.files.journal import write_jsonl
 from trl_tract.rows.encoding import RowEncoder
-from trl_tract.rows.tokens import resolve_grid
+from trl_tract.rows.tokens import resolve_scales
 from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scale import read_aspects
 from trl_tract.scale.scales import Scales
 from trl_tract.sources.schemas import try_items
 
@@ -24,9 +25,8 @@ TOKENIZER = make_tokenizer()
 
 
 def encoder_of(row, values="1..5", **settings):
-    grid, _ = resolve_grid(TOKENIZER, row, "[RESULT]", ScoreGrid.from_values(values))
-    settings = {"max_length": None, "completion_only": True, "score_in_ce": False, **settings}
-    return RowEncoder(tokenizer=TOKENIZER, grid=grid, marker="[RESULT]", **settings)
+    scale = resolved(TOKENIZER, row, ScoreGrid.from_values(values))
+    return RowEncoder((scale,), tokenizer=TOKENIZER, **{"max_length": None, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -82,24 +82,12 @@ def test_all_tokens_of_a_score_are_in_its_squared_error(written, wanted):
     assert [token.gold for token in tokens if token.gold is not None] == [63.5]
 
 
-def test_several_scores_behind_one_marker_are_looked_at_but_not_generated_for(tmp_path, model, capsys):
-    rows = [{name: row[name] for name in ("prompt", "completion", "scores")} for row in make_aspect_rows(6)]
-    code, printed = checked(tmp_path, model, rows, capsys)
-    assert (code, "6 of 6 rows would be trained on" in printed) == (0, True)
-    assert f"{sum(len(row['scores']) for row in rows)} gold scores" in printed
-    data = ["--data", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
-    assert main(["train", "--model_name_or_path", model, *data, "--dry-run"]) == 0
-    for command in (["run", "--model_name_or_path", model, "--dry-run"], ["run", "--model_name_or_path", model]):
-        assert main([*command, *data]) == 1
-        said = capsys.readouterr()
-        assert "generation stops at the first score: name the scores in `aspects`" in said.out + said.err
-
-
 def test_every_score_of_several_is_a_score():
-    row = make_aspect_rows(3)[2]
-    tokens = view_row(encoder_of(row), row)
-    assert [token.gold for token in tokens if token.part == "score"] == row["scores"]
-    assert sum(token.part == "marker" and "]" in token.text for token in tokens) == 3
+    (row,) = make_aspect_rows(1)
+    scales = resolve_scales(TOKENIZER, row, read_aspects(ASPECTS))
+    tokens = view_row(RowEncoder(scales, None, tokenizer=TOKENIZER), row)
+    assert [token.gold for token in tokens if token.part == "score"] == list(row["scores"].values())
+    assert sum(token.part == "marker" and "]" in token.text for token in tokens) == 2
 
 
 def test_tokens_beyond_max_length_are_shown_as_cut_off():

@@ -215,8 +215,10 @@ def test_a_dry_run_says_what_training_would_warn_of(command, tmp_path, model, ca
 
 @pytest.mark.parametrize("scores", [1, 3])
 def test_memory_counts_every_score_of_a_row(scores, tmp_path):
-    rows = [{"prompt": "Judge.", "completion": " Fine. [RESULT] 2" * scores, "scores": [2] * scores}] * 12
+    markers = ["[RESULT]", "[B]", "[C]"][:scores]
+    rows = [{"prompt": "Judge.", "completion": "".join(f" Fine. {marker} 2" for marker in markers)}] * 12
+    training = {"aspects": {marker: {"marker": marker} for marker in markers}} if scores > 1 else {}
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    items = try_items(str(tmp_path / "rows.jsonl"), Scales.of({}), only_trained=True)
-    report, encoder = examine(enumerate(items), "rows", make_tokenizer(), {})
+    items = try_items(str(tmp_path / "rows.jsonl"), Scales.of(training), only_trained=True)
+    report, encoder = examine(enumerate(items), "rows", make_tokenizer(), training)
     assert _largest_batch(Plan.of(report.tokens, {}, 1), report, encoder).score_rows == 8 * scores

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_aspect_rows, make_model, make_rows, make_tokenizer, make_trainer
+from conftest import ASPECTS, make_aspect_rows, make_model, make_rows, make_tokenizer, make_trainer
 from peft import LoraConfig, get_peft_model
 
 TOKENIZER = make_tokenizer()
@@ -35,7 +35,7 @@ def oracle_row(row: dict[str, Any]) -> tuple[list[int], int, list[int]]:
     prompt_length = len(TOKENIZER(asked).input_ids)
     assert ids[:prompt_length] == TOKENIZER(asked).input_ids
     if "scores" in row:
-        before = [whole[: len(asked) + found.start(1)] for found in re.finditer(r"\[RESULT\] (\d)", row["completion"])]
+        before = [whole[: len(asked) + found.start(1)] for found in re.finditer(r"\[[A-Z]+\] (\d)", row["completion"])]
         indices = [len(TOKENIZER(text).input_ids) for text in before]
     else:
         indices = [len(ids) - from_end]
@@ -80,7 +80,9 @@ def oracle_loss(
         for t in range(prompt_length, len(ids)):
             if t not in score_indices or score_in_ce:
                 nll.append(-log_probs[t - 1, ids[t]])  # the token at t is predicted at t - 1
-        for index, gold in zip(score_indices, row.get("scores") or [row["score"]], strict=True):
+        for index, gold in zip(
+            score_indices, row["scores"].values() if "scores" in row else [row["score"]], strict=True
+        ):
             annotators = gold if isinstance(gold, list) else [gold]
             probs = log_probs[index - 1].exp()[grid_ids]
             expected = (probs * values).sum() / (probs.sum() if normalize_grid else 1.0)
@@ -120,10 +122,16 @@ def test_loss_and_gradients_equal_the_formula(tmp_path, family, lora, chat, sett
 
 
 def test_several_scores_in_one_completion_each_count_as_one(tmp_path):
-    # 12 scores in 6 rows, three micro-batches of 3, 4 and 5 scores or the like: a mean over rows would show.
+    # 12 scores in 6 rows: a mean over rows would show.
+    assert_equals_the_formula(tmp_path, make_aspect_rows(6, seed=1), "llama", False, {}, aspects=ASPECTS)
+
+
+def test_annotators_of_several_scores_give_their_means_and_histograms(tmp_path):
     rows = make_aspect_rows(6, seed=1)
-    assert [len(row["scores"]) for row in rows] == [1, 2, 3, 1, 2, 3]
-    assert_equals_the_formula(tmp_path, rows, "llama", False, {})
+    for row, scores in zip(rows, ANNOTATED, strict=True):
+        row["scores"] = {"tone": [float(score) for score in scores], "facts": [1.0, 4.5]}
+    settings = {"annotator_loss": "distribution", "annotator_weight": 0.7}
+    assert_equals_the_formula(tmp_path, rows, "llama", False, settings, aspects=ASPECTS)
 
 
 ANNOTATED = [[1, 2], [5, 5, 4], [3], [2.5, 4], [1, 5], [2, 2, 2, 3]]
@@ -144,7 +152,7 @@ def test_one_score_for_each_annotator_gives_their_mean_and_histogram(tmp_path, s
 
 
 def assert_equals_the_formula(
-    output_dir: Path, rows: list[dict[str, Any]], family: str, lora: bool, settings: dict[str, Any]
+    output_dir: Path, rows: list[dict[str, Any]], family: str, lora: bool, settings: dict[str, Any], **more: Any
 ) -> None:
     # Three micro-batches of two rows each: tokens differ between them, so a mean per micro-batch would show.
     extra = {"peft_config": lora_config()} if lora else {}
@@ -157,6 +165,7 @@ def assert_equals_the_formula(
         per_device_train_batch_size=2,
         gradient_accumulation_steps=3,
         **settings,
+        **more,
     )
     oracle = make_model(family)
     oracle = get_peft_model(oracle, lora_config()) if lora else oracle

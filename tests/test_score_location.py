@@ -14,6 +14,8 @@ from conftest import (
     make_tokenizer,
     make_trainer,
     mistral_sentencepiece,
+    resolved,
+    unresolved,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,8 +24,9 @@ from trl import SFTConfig, SFTTrainer
 from trl_tract import ScoreGrid
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.rendering import as_prompt_completion
-from trl_tract.rows.tokens import resolve_grid, resolve_grid_from_ids, score_prefix_ids
-from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, locate_score
+from trl_tract.rows.tokens import prefix_ids, resolve_from_ids
+from trl_tract.scale.scale import locate_scores
+from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, ScoreSpan
 
 MARKER = "[RESULT]"
 ONE_TO_FIVE = ScoreGrid.from_values([1, 2, 3, 4, 5])
@@ -44,8 +47,12 @@ def row_of(prompt: str, completion: str, *, chat: bool = False) -> dict[str, Any
 
 
 def encoder_for(tokenizer: Any, row: dict[str, Any], grid: ScoreGrid = ONE_TO_FIVE) -> RowEncoder:
-    resolved, _ = resolve_grid(tokenizer, row, MARKER, grid)
-    return RowEncoder(tokenizer, resolved, MARKER, max_length=None, completion_only=True, score_in_ce=False)
+    return RowEncoder((resolved(tokenizer, row, grid),), None, tokenizer=tokenizer)
+
+
+def locate(completion: str, grid: ScoreGrid) -> ScoreSpan:
+    (span,) = locate_scores(completion, [unresolved(grid)])
+    return span
 
 
 def score_of(tokenizer: Any, row: dict[str, Any], grid: ScoreGrid = ONE_TO_FIVE) -> tuple[str, float, str]:
@@ -61,31 +68,31 @@ def score_of(tokenizer: Any, row: dict[str, Any], grid: ScoreGrid = ONE_TO_FIVE)
 
 
 def test_digits_stand_alone_in_a_vocabulary_that_splits_them():
-    grid, _ = resolve_grid(SPLITTING, row_of("ask", " fine. [RESULT] 5"), MARKER, ONE_TO_FIVE)
+    grid = resolved(SPLITTING, row_of("ask", " fine. [RESULT] 5"), ONE_TO_FIVE).grid
     assert SPLITTING.convert_ids_to_tokens(list(grid.token_ids)) == ["1", "2", "3", "4", "5"]
 
 
 def test_digits_come_with_their_space_in_a_vocabulary_that_merges_it():
-    grid, _ = resolve_grid(MERGING, row_of("ask", " fine. [RESULT] 5"), MARKER, ONE_TO_FIVE)
+    grid = resolved(MERGING, row_of("ask", " fine. [RESULT] 5"), ONE_TO_FIVE).grid
     assert MERGING.convert_ids_to_tokens(list(grid.token_ids)) == ["Ġ1", "Ġ2", "Ġ3", "Ġ4", "Ġ5"]
 
 
 def test_the_same_vocabulary_gives_other_tokens_without_the_space():
     # Hence "resolved in context": no one list of ids is right for a vocabulary.
-    grid, _ = resolve_grid(MERGING, row_of("ask", " fine. [RESULT]5"), MARKER, ONE_TO_FIVE)
+    grid = resolved(MERGING, row_of("ask", " fine. [RESULT]5"), ONE_TO_FIVE).grid
     assert MERGING.convert_ids_to_tokens(list(grid.token_ids)) == ["1", "2", "3", "4", "5"]
 
 
 def test_ten_is_one_token_where_the_vocabulary_has_it():
     one_to_ten = ScoreGrid.from_values(range(1, 11))
-    grid, _ = resolve_grid(MERGING, row_of("ask", " fine. [RESULT] 10"), MARKER, one_to_ten)
+    grid = resolved(MERGING, row_of("ask", " fine. [RESULT] 10"), one_to_ten).grid
     assert MERGING.decode(grid.token_ids[-1]) == " 10"
     assert score_of(MERGING, row_of("ask", " fine. [RESULT] 10"), one_to_ten)[:2] == (" 10", 10.0)
 
 
 def test_digits_come_with_the_newline_before_them_where_that_is_glued():
     row = row_of("ask", " fine. [RESULT]\n4")
-    grid, _ = resolve_grid(GLUED_BEFORE, row, MARKER, ONE_TO_FIVE)
+    grid = resolved(GLUED_BEFORE, row, ONE_TO_FIVE).grid
     assert GLUED_BEFORE.convert_ids_to_tokens(list(grid.token_ids)) == ["Ċ1", "Ċ2", "Ċ3", "Ċ4", "Ċ5"]
     assert score_of(GLUED_BEFORE, row) == ("\n4", 4.0, "<|end|>")
 
@@ -102,7 +109,7 @@ def test_a_newline_that_is_glued_to_one_score_only_belongs_to_the_scores():
     # "\n5" is one token but "\n4" is two: what parts the scores begins at the newline.
     tokenizer = make_merging_tokenizer([("Ċ", "5")])
     row = row_of("ask", " fine. [RESULT]\n4")
-    grid, _ = resolve_grid(tokenizer, row, MARKER, ONE_TO_FIVE)
+    grid = resolved(tokenizer, row, ONE_TO_FIVE).grid
     tokens = [tokenizer.convert_ids_to_tokens(list(path.token_ids)) for path in grid.paths]
     assert tokens == [["Ċ", "1"], ["Ċ", "2"], ["Ċ", "3"], ["Ċ", "4"], ["Ċ5"]]
     assert score_of(tokenizer, row) == ("\n", 4.0, "4<|end|>")
@@ -111,7 +118,7 @@ def test_a_newline_that_is_glued_to_one_score_only_belongs_to_the_scores():
 def test_a_marker_that_is_glued_to_one_score_only_is_an_error():
     tokenizer = make_merging_tokenizer([("]", "5")])
     with pytest.raises(ValueError, match="'1' and '5' differ"):
-        resolve_grid(tokenizer, row_of("ask", " fine. [RESULT]4"), MARKER, ONE_TO_FIVE)
+        resolved(tokenizer, row_of("ask", " fine. [RESULT]4"), ONE_TO_FIVE)
 
 
 def test_mistrals_vocabulary_is_converted_faithfully(mistral_tokenizer):
@@ -127,7 +134,7 @@ def test_mistrals_vocabulary_is_converted_faithfully(mistral_tokenizer):
 def test_mistrals_scores_have_the_ids_of_the_paper(mistral_tokenizer, chat):
     # Ids from the authors' code for Mistral-7B-Instruct-v0.2.
     row = row_of("ask", "fine. [RESULT] 5", chat=chat)
-    grid, _ = resolve_grid(mistral_tokenizer, row, MARKER, ONE_TO_FIVE)
+    grid = resolved(mistral_tokenizer, row, ONE_TO_FIVE).grid
     assert grid.token_ids == (28740, 28750, 28770, 28781, 28782)
     assert score_of(mistral_tokenizer, row)[:2] == ("5", 5.0)
 
@@ -221,7 +228,7 @@ def test_messages_take_the_last_assistant_turn_as_the_completion():
 )
 def test_a_completion_without_a_single_score_is_refused(completion, kind, message):
     with pytest.raises(ScoreNotFoundError) as caught:
-        locate_score(completion, MARKER, ONE_TO_FIVE.texts)
+        locate(completion, ONE_TO_FIVE)
     assert caught.value.kind == kind
     assert message in str(caught.value)
 
@@ -240,7 +247,7 @@ def test_a_completion_without_a_single_score_is_refused(completion, kind, messag
 )
 def test_a_number_within_the_grid_is_told_how_to_be_written(written, hint):
     with pytest.raises(ScoreNotFoundError) as caught:
-        locate_score(f"fine. [RESULT] {written}", MARKER, ONE_TO_FIVE.texts)
+        locate(f"fine. [RESULT] {written}", ONE_TO_FIVE)
     if hint is None:
         assert str(caught.value).endswith("the admissible scores are 1, 2, 3, 4, 5")
     else:
@@ -251,7 +258,7 @@ def test_a_number_within_the_grid_is_told_how_to_be_written(written, hint):
     "completion", ["fine. [RESULT] 4", "fine. [RESULT]4.", "[RESULT]\n\n4\n", "a\n[RESULT]: x [RESULT] 4"]
 )
 def test_usual_ways_of_writing_a_score_are_read(completion):
-    span = locate_score(completion, MARKER, ONE_TO_FIVE.texts)
+    span = locate(completion, ONE_TO_FIVE)
     assert completion[span.start : span.end] == span.text == "4"
 
 
@@ -313,10 +320,13 @@ def test_a_tokenised_row_tells_the_grid_that_its_text_tells(vocabulary, chat, st
         "mistral": mistral_tokenizer,
     }[vocabulary]
     row = row_of("write [RESULT] and a score ->", style.format(rationale.strip(), 3), chat=chat)
-    grid, completion_format = resolve_grid(tokenizer, row, MARKER, ONE_TO_FIVE)
+    scale = resolved(tokenizer, row, ONE_TO_FIVE)
+    grid = scale.grid
+    completion_format = scale.format
     encoded = encoder_for(tokenizer, row)(row)
     (at,) = [i for i, value in enumerate(encoded["score_labels"]) if not math.isnan(value)]
-    found, found_format = resolve_grid_from_ids(tokenizer, encoded["input_ids"], at, MARKER, ONE_TO_FIVE)
+    told = resolve_from_ids(tokenizer, encoded["input_ids"], at, unresolved(ONE_TO_FIVE))
+    found, found_format = told.grid, told.format
     assert found.token_ids == grid.token_ids
     assert (found_format.lead, found_format.separator) == (completion_format.lead, completion_format.separator)
 
@@ -334,20 +344,21 @@ def test_the_judges_prefix_is_the_training_rows_prefix(vocabulary, chat, style, 
     tokenizers = {"splitting": SPLITTING, "merging": MERGING, "glued": GLUED_BEFORE, "mistral": mistral_tokenizer}
     tokenizer = tokenizers[vocabulary]
     first = row_of("write [RESULT] and a score ->", style.format("fine", 3), chat=chat)
-    grid, completion_format = resolve_grid(tokenizer, first, MARKER, ONE_TO_FIVE)
+    scale = resolved(tokenizer, first, ONE_TO_FIVE)
     rationale = rationale.strip() or "fine"
     row = row_of("write [RESULT] and a score ->", style.format(rationale, score), chat=chat)
-    encoded = RowEncoder(tokenizer, grid, MARKER, max_length=None, completion_only=True, score_in_ce=False)(row)
+    encoded = RowEncoder((scale,), None, tokenizer=tokenizer)(row)
     if encoded["refusal_kind"]:  # a rationale with a score of its own: refused on both sides
         assert encoded["refusal_kind"] == "two scores"
         return
     (at,) = [i for i, value in enumerate(encoded["score_labels"]) if not math.isnan(value)]
-    assert score_prefix_ids(tokenizer, row["prompt"], rationale, completion_format, grid) == encoded["input_ids"][:at]
+    assert prefix_ids(tokenizer, row["prompt"], [scale], [], rationale) == encoded["input_ids"][:at]
 
 
 def test_a_model_without_a_rationale_is_asked_as_its_rows_are_written():
     row = row_of("ask ->", " [RESULT] 3")
-    grid, completion_format = resolve_grid(SPLITTING, row, MARKER, ONE_TO_FIVE)
+    scale = resolved(SPLITTING, row, ONE_TO_FIVE)
+    completion_format = scale.format
     assert completion_format == CompletionFormat(MARKER, lead=" ", separator=" ", start=" ")
-    prefix = score_prefix_ids(SPLITTING, "ask ->", "", completion_format, grid)
+    prefix = prefix_ids(SPLITTING, "ask ->", [scale], [], "")
     assert SPLITTING.decode(prefix) == "ask -> [RESULT] "

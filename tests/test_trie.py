@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_merging_tokenizer, make_model, make_tokenizer
+from conftest import make_merging_tokenizer, make_model, make_tokenizer, resolved, unresolved
+from test_score_location import locate
 from trl import TrlParser
 
 from trl_tract import CoTRAILJudge, ScoreGrid, TRACTConfig, TransformersBackend
 from trl_tract.backends import ScriptedBackend
 from trl_tract.commands.parsing import parse
 from trl_tract.rows.encoding import RowEncoder, TokenisedRowEncoder
-from trl_tract.rows.tokens import resolve_grid, resolve_grid_from_ids, score_prefix_ids
+from trl_tract.rows.tokens import prefix_ids, resolve_from_ids
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.decisions import decide
-from trl_tract.scale.scale import Scale
-from trl_tract.scale.text import ScoreNotFoundError, locate_score
+from trl_tract.scale.text import ScoreNotFoundError
 from trl_tract.scale.trie import TokenTrie, walk_trie
 from trl_tract.training.early_warnings import EarlyWarnings
 
@@ -110,11 +110,12 @@ def off_grid_mass(model: Any, prefix: list[int], trie: TokenTrie) -> float:
 def test_walked_probabilities_are_those_of_one_forward_per_score(vocabularies, vocabulary, name):
     tokenizer, texts = vocabularies[vocabulary], GRIDS[name].texts
     model = make_model(vocab=len(tokenizer))
-    grid, form = resolve_grid(tokenizer, row_with(texts[-1]), MARKER, GRIDS[name])
+    scale = resolved(tokenizer, row_with(texts[-1]), GRIDS[name])
+    grid = scale.grid
     if not grid.paths:  # every score is one token for this vocabulary, which is another test's concern
         assert (vocabulary, name) in {("merging", "1 to 10"), ("mistral", "words")}
         return
-    prefix = score_prefix_ids(tokenizer, PROMPT, RATIONALE, form, grid)
+    prefix = prefix_ids(tokenizer, PROMPT, [scale], [], RATIONALE)
     asks = TransformersBackend(model, tokenizer).next_token_logprobs
     found = walk_trie(grid.trie, [prefix], asks, grid.values, least_share=0)
     wanted = reference(model, tokenizer, texts)
@@ -126,8 +127,9 @@ def test_walked_probabilities_are_those_of_one_forward_per_score(vocabularies, v
 
 def test_what_is_pruned_is_within_the_bound(vocabularies):
     tokenizer = vocabularies["splitting"]
-    grid, form = resolve_grid(tokenizer, row_with("7"), MARKER, GRIDS["0 to 100"])
-    prefix = score_prefix_ids(tokenizer, PROMPT, RATIONALE, form, grid)
+    scale = resolved(tokenizer, row_with("7"), GRIDS["0 to 100"])
+    grid = scale.grid
+    prefix = prefix_ids(tokenizer, PROMPT, [scale], [], RATIONALE)
     asks = TransformersBackend(make_model(std=0.8), tokenizer).next_token_logprobs
     whole, pruned = (walk_trie(grid.trie, [prefix], asks, grid.values, least_share=share) for share in (0, 0.05))
     missing = float((whole.probs[0] - pruned.probs[0]) @ np.array(grid.values))
@@ -169,9 +171,10 @@ def test_a_transformers_backend_asks_for_whole_scores_at_once(vocabularies, fami
     # Rows of unequal lengths, padded on the left, against the walk.
     tokenizer = vocabularies["splitting"]
     backend = TransformersBackend(make_model(family), tokenizer)
-    grid, form = resolve_grid(tokenizer, row_with(GRIDS[name].texts[-1]), MARKER, GRIDS[name])
+    scale = resolved(tokenizer, row_with(GRIDS[name].texts[-1]), GRIDS[name])
+    grid = scale.grid
     rationales = [RATIONALE, " short", " it says why 2 of 4 points hold and it is wrong"]
-    prefixes = [score_prefix_ids(tokenizer, PROMPT, rationale, form, grid) for rationale in rationales]
+    prefixes = [prefix_ids(tokenizer, PROMPT, [scale], [], rationale) for rationale in rationales]
     found = np.exp(backend.trie_logprobs(prefixes, grid.trie))
     wanted = walk_trie(grid.trie, prefixes, backend.next_token_logprobs, grid.values, least_share=0).probs
     np.testing.assert_allclose(np.log(found), np.log(wanted), atol=1e-4)
@@ -213,7 +216,7 @@ def test_decisions_hold_on_any_grid(rule, wanted):
 
 def test_a_score_that_begins_another_one_is_told_by_its_end(vocabularies):
     tokenizer = vocabularies["splitting"]
-    grid, _ = resolve_grid(tokenizer, row_with("10"), MARKER, GRIDS["1 to 10"])
+    grid = resolved(tokenizer, row_with("10"), GRIDS["1 to 10"]).grid
     tokens = [tokenizer.convert_ids_to_tokens(list(path.token_ids)) for path in grid.paths]
     assert tokens == [["1", "<|end|>"], *([str(digit)] for digit in range(2, 10)), ["1", "0"]]
     assert [path.end for path in grid.paths] == [1, *[0] * 9]
@@ -222,7 +225,7 @@ def test_a_score_that_begins_another_one_is_told_by_its_end(vocabularies):
 def test_a_space_that_is_glued_to_some_scores_belongs_to_all(vocabularies):
     # " -1" is "Ġ-" and "1"; " 1" is "Ġ" and "1": the scores part at the space.
     tokenizer = vocabularies["splitting"]
-    grid, _ = resolve_grid(tokenizer, row_with("1"), MARKER, ScoreGrid.from_values([-1, 0, 1]))
+    grid = resolved(tokenizer, row_with("1"), ScoreGrid.from_values([-1, 0, 1])).grid
     tokens = [tokenizer.convert_ids_to_tokens(list(path.token_ids)) for path in grid.paths]
     assert tokens in (
         [["Ġ", "-", "1"], ["Ġ", "0"], ["Ġ", "1"]],
@@ -258,10 +261,8 @@ def test_many_tokens_behind_many_nodes_are_asked_for_in_calls_of_at_most_128():
 
 
 def encoded(tokenizer: Any, grid: ScoreGrid, row: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    settings = {"max_length": None, "completion_only": True, "score_in_ce": False, **settings}
-    return RowEncoder(tokenizer, resolve_grid(tokenizer, row_with(grid.texts[0]), MARKER, grid)[0], MARKER, **settings)(
-        row
-    )
+    scale = resolved(tokenizer, row_with(grid.texts[0]), grid)
+    return RowEncoder((scale,), tokenizer=tokenizer, **{"max_length": None, **settings})(row)
 
 
 @pytest.mark.parametrize("score_in_ce", [False, True])
@@ -307,13 +308,16 @@ def test_a_score_that_begins_another_has_the_same_end_in_all_rows(vocabularies):
 def test_a_tokenised_row_tells_the_paths_that_its_text_tells(vocabularies, vocabulary, name):
     tokenizer = vocabularies[vocabulary]
     for text in GRIDS[name].texts[-2:]:
-        grid, form = resolve_grid(tokenizer, row_with(text), MARKER, GRIDS[name])
+        scale = resolved(tokenizer, row_with(text), GRIDS[name])
+        grid = scale.grid
+        form = scale.format
         row = encoded(tokenizer, GRIDS[name], row_with(text))
         (at,) = [i for i, score in enumerate(row["score_labels"]) if score == score]
-        found, found_form = resolve_grid_from_ids(tokenizer, row["input_ids"], at, MARKER, GRIDS[name])
+        told = resolve_from_ids(tokenizer, row["input_ids"], at, unresolved(GRIDS[name]))
+        found, found_form = told.grid, told.format
         assert (found.token_ids, found.paths) == (grid.token_ids, grid.paths)
         assert (found_form.lead, found_form.separator) == (form.lead, form.separator)
-        assert not TokenisedRowEncoder(found, None)(row)["refusal_kind"]
+        assert not TokenisedRowEncoder((told,), None)(row)["refusal_kind"]
 
 
 def test_a_tokenised_row_in_another_spelling_is_refused(vocabularies):
@@ -321,7 +325,7 @@ def test_a_tokenised_row_in_another_spelling_is_refused(vocabularies):
     tokenizer = vocabularies["merging"]
     ids = [*tokenizer(f"{RATIONALE} {MARKER}").input_ids, *tokenizer.convert_tokens_to_ids(["Ġ", "1", "0"]), 0]
     with pytest.raises(ScoreNotFoundError, match="does not write the score '10' as 'Ġ'"):
-        resolve_grid_from_ids(tokenizer, ids, len(ids) - 4, MARKER, GRIDS["half points to 10"])
+        resolve_from_ids(tokenizer, ids, len(ids) - 4, unresolved(GRIDS["half points to 10"]))
 
 
 @pytest.mark.parametrize(
@@ -337,7 +341,7 @@ def test_a_tokenised_row_in_another_spelling_is_refused(vocabularies):
     ],
 )
 def test_the_longest_score_that_stands_there_is_found(completion, texts, wanted):
-    assert locate_score(completion, MARKER, texts).text == wanted
+    assert locate(completion, ScoreGrid.from_values(range(len(texts)), texts)).text == wanted
 
 
 @pytest.mark.parametrize(
@@ -354,7 +358,7 @@ def test_the_longest_score_that_stands_there_is_found(completion, texts, wanted)
 )
 def test_what_only_looks_like_a_score_is_refused(completion, texts, kind):
     with pytest.raises(ScoreNotFoundError) as caught:
-        locate_score(completion, MARKER, texts)
+        locate(completion, ScoreGrid.from_values(range(len(texts)), texts))
     assert caught.value.kind == kind
 
 
@@ -444,8 +448,9 @@ def test_texts_that_do_not_fit_the_values_are_refused(values, texts, message):
 def test_a_judge_is_loaded_with_the_paths_it_was_trained_with(tmp_path, vocabularies):
     tokenizer = vocabularies["splitting"]
     row = row_with("10") | {"completion": f"{RATIONALE} {MARKER} 10\n"}
-    grid, form = resolve_grid(tokenizer, row, MARKER, GRIDS["1 to 10"])
-    JudgeConfig((Scale("", grid, form),)).save(tmp_path)
+    scale = resolved(tokenizer, row, GRIDS["1 to 10"])
+    grid = scale.grid
+    JudgeConfig((scale,)).save(tmp_path)
     judge = CoTRAILJudge.from_pretrained(tmp_path, TransformersBackend(make_model(), tokenizer))
     assert judge.grid == grid
     judge.score_rationales([PROMPT], [RATIONALE])
@@ -453,8 +458,8 @@ def test_a_judge_is_loaded_with_the_paths_it_was_trained_with(tmp_path, vocabula
 
 
 def test_another_tokenizer_than_in_training_is_refused(tmp_path, vocabularies):
-    grid, form = resolve_grid(vocabularies["splitting"], row_with("10"), MARKER, GRIDS["0 to 100"])
-    JudgeConfig((Scale("", grid, form),)).save(tmp_path)
+    scale = resolved(vocabularies["splitting"], row_with("10"), GRIDS["0 to 100"])
+    JudgeConfig((scale,)).save(tmp_path)
     other = TransformersBackend(make_model(), make_merging_tokenizer([("1", "0")]))
     with pytest.raises(ValueError, match="not the tokenizer that the judge was trained with"):
         CoTRAILJudge.from_pretrained(tmp_path, other).score_rationales([PROMPT], [RATIONALE])

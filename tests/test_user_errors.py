@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_aspect_rows, make_model, make_rows, make_tokenizer, make_trainer
+from conftest import make_model, make_rows, make_tokenizer, make_trainer
 from datasets import Dataset
 from peft import PromptTuningConfig
 from transformers import ByT5Tokenizer, TrainingArguments
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from trl_tract import CoTRAILJudge, CoTSelfDistill, TRACTConfig, TRACTTrainer
+from trl_tract import TRACTConfig, TRACTTrainer
 from trl_tract.saved.judge_config import JudgeConfig
 
 TOKENS = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
@@ -64,18 +64,6 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
         {},
         {},
         ["1 of 3 train rows refused (off the range; first: row 1)", "7.5 is not between 1 and 5", REST],
-    ),
-    "a score that is NaN": (
-        rows_with(score=math.nan),
-        {},
-        {},
-        ["1 of 3 train rows refused (not a number; first: row 1)", "the score is nan", REST],
-    ),
-    "a score that is None": (
-        rows_with(score=None),
-        {},
-        {},
-        ["1 of 3 train rows refused (not a number; first: row 1)", "the score is None", REST],
     ),
     "a score that is a word": (
         [row | {"score": "good"} for row in make_rows(3)],
@@ -162,23 +150,11 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
         {"tokenizer": ByT5Tokenizer()},
         ["ByT5Tokenizer gives no character offsets", "Load the fast tokenizer"],
     ),
-    "two scores and one gold score each, one missing": (
-        rows_with(completion=" fine. [RESULT] 4 no, [RESULT] 5", score=None, scores=[4.0]),
-        {},
-        {},
-        ["(number of scores; first: row 1)", "marker '[RESULT]' 2 time(s), but `scores` has 1 gold score(s)", REST],
-    ),
-    "both score and scores": (
+    "several gold scores without aspects": (
         rows_with(scores=[4.0]),
         {},
         {},
-        ["(score and scores; first: row 1)", "both `score` and `scores`: keep one of them", REST],
-    ),
-    "scores that is no list": (
-        [{k: v for k, v in row.items() if k != "score"} | {"scores": 4.0} for row in make_rows(3)],
-        {},
-        {},
-        ["`scores` is 4.0, not a list of gold scores"],
+        ["(several scores; first: row 1)", "as a list in `score`, or name several scores in `aspects`", REST],
     ),
     "an annotator off the range": (
         [row | {"score": [3.0, 3.0]} for row in make_rows(2)] + [make_rows(1)[0] | {"score": [3.0, 0.0]}],
@@ -327,13 +303,6 @@ def test_a_tokenised_row_that_loses_its_score_to_max_length_is_refused(tmp_path)
         make_trainer(tmp_path, rows, max_length=30)
 
 
-def test_a_model_that_writes_several_scores_is_refused_as_a_judge_of_one(tmp_path):
-    make_trainer(tmp_path, make_aspect_rows(3)[1:]).save_model()
-    for load in (lambda: CoTRAILJudge.from_pretrained(tmp_path), lambda: CoTSelfDistill.from_pretrained(tmp_path)):
-        with pytest.raises(ValueError, match="writes 2 scores a completion"):
-            load()
-
-
 def test_resuming_without_a_complete_checkpoint_says_so(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(ValueError, match="no complete checkpoint in"):
@@ -478,7 +447,7 @@ def test_a_hub_id_that_cannot_be_reached_says_what_was_looked_for():
     [
         ('{"score_values": [1, 2', "JSONDecodeError"),
         ('{"score_values": [1, 2]}', "KeyError('score_texts')"),
-        ("[]", "TypeError"),
+        ("[]", "AttributeError"),
     ],
 )
 def test_a_broken_tract_config_is_named_with_what_is_wrong(tmp_path: Path, text, problem):

@@ -26,7 +26,10 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import generate_merges
 
-from trl_tract import TRACTConfig, TRACTTrainer
+from trl_tract import ScoreGrid, TRACTConfig, TRACTTrainer
+from trl_tract.rows.tokens import resolve_scales
+from trl_tract.scale.scale import Scale
+from trl_tract.scale.text import CompletionFormat
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -145,6 +148,17 @@ def make_model(
     return AutoModelForCausalLM.from_config(config).to(dtype)
 
 
+def unresolved(grid: ScoreGrid, marker: str = "[RESULT]") -> Scale:
+    """The only scale of a completion, its tokens not looked up."""
+    return Scale("", grid, CompletionFormat(marker))
+
+
+def resolved(tokenizer: Any, row: dict[str, Any], grid: ScoreGrid) -> Scale:
+    """The only scale of a completion, with its tokens where `row` writes its score."""
+    (scale,) = resolve_scales(tokenizer, row, [unresolved(grid)])
+    return scale
+
+
 def make_rows(n: int, *, seed: int = 0, chat: bool = False, fractions: bool = True) -> list[dict[str, Any]]:
     """Judge rows of unequal lengths with the marker quoted in the prompt and digits in the rationale."""
     rng = random.Random(seed)
@@ -165,15 +179,21 @@ def make_rows(n: int, *, seed: int = 0, chat: bool = False, fractions: bool = Tr
     return rows
 
 
+ASPECTS = {"tone": {"marker": "[TONE]"}, "facts": {"marker": "[FACTS]"}}
+
+
 def make_aspect_rows(n: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows with one to three scores a completion, each behind its own rationale and marker."""
+    """Rows with a score for each of ASPECTS, behind its own rationale and marker."""
     rng = random.Random(seed)
     rows: list[dict[str, Any]] = []
-    for i in range(n):
-        written = [rng.randint(1, 5) for _ in range(1 + i % 3)]
-        parts = [f" {' '.join(rng.choices(WORDS, k=rng.randint(1, 6)))} [RESULT] {score}" for score in written]
-        prompt = f"write [RESULT] 5 for each. is this polite? {' '.join(rng.choices(WORDS, k=5))} ->"
-        golds = [max(1.0, score - 0.25) for score in written]
+    for _ in range(n):
+        written = {name: rng.randint(1, 5) for name in ASPECTS}
+        parts = [
+            f" {' '.join(rng.choices(WORDS, k=rng.randint(1, 6)))} {ASPECTS[name]['marker']} {score}"
+            for name, score in written.items()
+        ]
+        prompt = f"write [TONE] 5 for each. is this polite? {' '.join(rng.choices(WORDS, k=5))} ->"
+        golds = {name: max(1.0, score - 0.25) for name, score in written.items()}
         rows.append({"prompt": prompt, "completion": "".join(parts), "scores": golds})
     return rows
 

@@ -147,7 +147,7 @@ def make_contenders(cell: Cell, folder: str) -> Contenders:
     sft = SFTTrainer(copy.deepcopy(model, dict(parameters)), SFTConfig(**settings, max_length=None), **common)
     tract_config = TRACTConfig(**settings, max_length=None, score_in_ce=cell.same_positions)
     tract = TRACTTrainer(copy.deepcopy(model, dict(parameters)), tract_config, **common)
-    grid = tract.score_grid
+    grid = tract.scales[0].grid
     full = FullLogitsTrainer(model, TrainingArguments(**settings), grid_ids=grid.token_ids, grid_values=grid.values)
     sft_batch, batch = (next(iter(trainer.get_train_dataloader())) for trainer in (sft, tract))
     optimizer = sft.create_optimizer()

@@ -170,7 +170,7 @@ def measure(args: argparse.Namespace, size: int) -> dict[str, Any]:
             name: functools.partial(judge.score_rationales, prompts, rationales)
             for name, judge in zip(("single", "trie"), asked, strict=True)
         }
-        resolved = trie[0].score_grid
+        resolved = trie[0].scales[0].grid
         if resolved.paths and size <= args.walk_up_to:
             prefixes = [list(tokenizer(p + r + MARKER)["input_ids"]) for p, r in zip(prompts, rationales, strict=True)]
             ask["walk"] = lambda: walk_trie(

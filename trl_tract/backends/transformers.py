@@ -262,7 +262,7 @@ class TransformersBackend(Backend):
                 ).logits  # (B, N, V)
             finally:
                 hook.remove()
-            logprobs[batch] = trie_logprobs(logits, trie).double().cpu().numpy()
+            logprobs[batch] = trie_logprobs(logits[:, 0], logits[:, 1:], trie).double().cpu().numpy()
             return []
 
         with self._borrowed_model():

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_tract.backends.loading import load_tokenizer
 from trl_tract.commands.token_view import around_score, view_row
-from trl_tract.rows.aspect_columns import AspectRowEncoder, find_aspects
-from trl_tract.rows.dataset import find_grid, refusal_summary
+from trl_tract.rows.dataset import find_scales, refusal_summary
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.row import Row
 from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scale import read_scales
 from trl_tract.scale.scales import Scales
 from trl_tract.scale.text import ScoreNotFoundError
 from trl_tract.sources.columns import OwnColumns
@@ -77,7 +77,7 @@ def examine(
     training: Mapping[str, Any],
     *,
     examples: Sequence[int] | None = None,
-) -> tuple[RowsReport, RowEncoder | AspectRowEncoder | None]:
+) -> tuple[RowsReport, RowEncoder | None]:
     """Tokenise all rows as training would.
 
     Args:
@@ -90,7 +90,7 @@ def examine(
     Returns:
         The report, and the encoder, which shows rows; None where no row has a score that can be found.
     """
-    scales, max_length = Scales.of(training), training.get("max_length", 3000)
+    max_length = training.get("max_length", 3000)
     report = RowsReport(name)
     rows: list[tuple[int, Row]] = []
     groups: set[str] = set()
@@ -107,8 +107,13 @@ def examine(
     report.groups = len(groups)
     if not rows:
         return report, None
-    encoder = _encoder(tokenizer, (row for _, row in rows), scales, training)
-    names = [aspect.name for aspect in scales.aspects]
+    encoder = RowEncoder(
+        find_scales(tokenizer, (row for _, row in rows), read_scales(training)),
+        max_length,
+        tokenizer=tokenizer,
+        score_in_ce=bool(training.get("score_in_ce")),
+        drop_rationale=bool(training.get("drop_rationale")),
+    )
     whole = replace(encoder, max_length=None)
     shown: set[int] = set()
     for number, row in rows:
@@ -123,8 +128,8 @@ def examine(
             report.refused.append((number, columns["refusal_kind"], columns["refusal"], columns["num_tokens"]))
             continue
         report.trained += 1
-        for name, gold in zip(names or [""] * len(golds), golds, strict=True):
-            report.golds.setdefault(name, []).append(gold)
+        for scale, gold in zip(encoder.scales, golds, strict=True):
+            report.golds.setdefault(scale.name, []).append(gold)
         report.tokens.append(len(columns["input_ids"]))
         report.prompt_tokens.append(prompt)
         report.completion_tokens.append(length - prompt)
@@ -135,26 +140,6 @@ def examine(
             report.examples.append((number, row))
     report.refused.sort(key=lambda refusal: refusal[0])
     return report, encoder
-
-
-def _encoder(
-    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], scales: Scales, training: Mapping[str, Any]
-) -> RowEncoder | AspectRowEncoder:
-    """What the trainer would encode such rows with."""
-    max_length, score_in_ce = training.get("max_length", 3000), bool(training.get("score_in_ce"))
-    if scales.aspects:
-        found = find_aspects(tokenizer, rows, scales.aspects)
-        return AspectRowEncoder(tokenizer, found, max_length, completion_only=True, score_in_ce=score_in_ce)
-    grid, _, _ = find_grid(tokenizer, rows, scales.marker, scales.grid)
-    return RowEncoder(
-        tokenizer=tokenizer,
-        grid=grid,
-        marker=scales.marker,
-        max_length=max_length,
-        completion_only=True,
-        score_in_ce=score_in_ce,
-        drop_rationale=bool(training.get("drop_rationale")),
-    )
 
 
 def lengths_table(report: RowsReport) -> list[str]:
@@ -214,14 +199,14 @@ def check(
     say(_counts(report))
     if encoder is not None and report.trained:
         say("\n" + "\n".join(lengths_table(report)))
-        grids = {aspect.name: aspect.grid for aspect in scales.aspects} or {"": scales.grid}
+        grids = {scale.name: scale.grid for scale in encoder.scales}
         for name, golds in report.golds.items():
             fractions = sum(gold not in grids[name].values for gold in golds)
             between = f", {fractions:,} of them between two scores of the grid" if fractions else ""
             say(f"\n{len(golds):,} gold scores{f' of {name}' if name else ''}{between}")
             say("\n".join(score_histogram(golds, grids[name], mark=mark)))
         for number, row in report.examples:
-            say(f"\nrow {number}, token by token from shortly before the {'first ' if scales.aspects else ''}marker")
+            say(f"\nrow {number}, token by token from shortly before the {'first ' if len(grids) > 1 else ''}marker")
             say(around_score(view_row(encoder, row)))
         for number in sorted(set(rows) - {number for number, _ in report.examples}):
             say(f"\nrow {number} is not shown: there is no such row that would be trained on")

@@ -29,11 +29,9 @@ from trl_tract.commands.estimate import (
 )
 from trl_tract.commands.token_view import labelled, legend, painted, view_row
 from trl_tract.files.journal import changed_settings
-from trl_tract.rows.aspect_columns import AspectRowEncoder
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.runs.pipeline import STEPS, finished_steps, nothing_trained
 from trl_tract.runs.spec import RunSpec
-from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scales import Scales
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.schemas import Item, load_items, split_items, try_items
@@ -264,7 +262,7 @@ def _generation(
 
 def _rest(
     report: RowsReport,
-    encoder: RowEncoder | AspectRowEncoder | None,
+    encoder: RowEncoder | None,
     plan: Plan | None,
     size: ModelSize | None,
     speed: Speed | None,
@@ -292,11 +290,9 @@ def _rest(
     return report.trained > 0 and (not report.refused or training.get("invalid_rows") == "drop")
 
 
-def _largest_batch(plan: Plan, report: RowsReport, encoder: RowEncoder | AspectRowEncoder | None) -> Batch:
+def _largest_batch(plan: Plan, report: RowsReport, encoder: RowEncoder | None) -> Batch:
     """The batch that decides how much memory training needs."""
-    grids: tuple[ScoreGrid, ...] = ()
-    if encoder:
-        grids = max((encoder.grids_of(encoder.render(row)) for _, row in report.examples), key=len, default=())
+    grids = [scale.grid for scale in encoder.scales] if encoder else []
     # A score needs a whole softmax at its own position, and one more at each inner node of its grid's trie.
     nodes = [len(grid.trie.nodes) if grid.paths else 1 for grid in grids]
     share = sum(report.completion_tokens) / max(sum(report.tokens), 1)

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from trl_tract.rows.aspect_columns import AspectRowEncoder
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.rendering import RenderedRow
 from trl_tract.text.display import visible
@@ -60,7 +59,7 @@ class Token:
         return " + ".join(names) or "none"
 
 
-def view_row(encoder: RowEncoder | AspectRowEncoder, row: Mapping[str, Any]) -> list[Token]:
+def view_row(encoder: RowEncoder, row: Mapping[str, Any]) -> list[Token]:
     """The tokens of a row that `encoder` accepts, but for its length.
 
     Raises:
@@ -75,7 +74,8 @@ def view_row(encoder: RowEncoder | AspectRowEncoder, row: Mapping[str, Any]) -> 
     prompt_length = len(tokenizer(rendered.prompt_text, add_special_tokens=rendered.add_special_tokens)["input_ids"])
     scored: set[int] = set()
     starts = [i for i, gold in enumerate(columns["score_labels"]) if not math.isnan(gold)]
-    for start, score, grid in zip(starts, rendered.scores, encoder.grids_of(rendered), strict=True):
+    for start, score, scale in zip(starts, rendered.scores, encoder.scales, strict=True):
+        grid = scale.grid
         # Of several tokens all count, and where a score begins another one, what tells it apart does too.
         count = len(grid.paths[grid.texts.index(score.text)].token_ids) if grid.paths else 1
         scored.update(range(start, start + count))

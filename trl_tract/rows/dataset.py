@@ -1,48 +1,120 @@
 """A dataset of rows -> the model's columns; the collator; what was refused, and why. Knows nothing of models."""
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
-from trl_tract.rows.encoding import ASPECT_COLUMN, Encoder, first_found, score_indices
-from trl_tract.rows.rendering import as_prompt_completion
-from trl_tract.rows.tokens import resolve_grid, resolve_grid_from_ids
-from trl_tract.scale.grid import ScoreGrid
+from trl_tract.rows.encoding import ASPECT_COLUMN, Encoder, score_indices
+from trl_tract.rows.rendering import as_prompt_completion, written_formats
+from trl_tract.rows.tokens import format_from_ids, resolve_from_ids, resolve_scales
+from trl_tract.scale.scale import Scale
 from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, some_scores
 
+logger = logging.get_logger(__name__)
 
-def find_grid(
-    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Mapping[str, Any]], marker: str, grid: ScoreGrid
-) -> tuple[ScoreGrid, CompletionFormat, int]:
-    """The grid's tokens, the rows' way of writing a score and the scores a row has, from the first row with a score.
+_LOOKED_AT = 1000  # rows whose way of writing scores is counted
+
+
+def find_scales(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Mapping[str, Any]],
+    scales: tuple[Scale, ...],
+    warn: Callable[[str], None] = logger.warning,
+) -> tuple[Scale, ...]:
+    """The scales with their tokens and the rows' way of writing them: the commonest one of the first 1,000 rows.
+
+    Args:
+        tokenizer: A fast one.
+        rows: Of text, or tokenised.
+        scales: As configured.
+        warn: Told how many rows write marker and score in another way.
 
     Raises:
-        ValueError: None of the first 1,000 rows has a score that can be found.
+        ValueError: None of these rows has all the scores.
     """
-
-    def found_in(row: Mapping[str, Any]) -> tuple[ScoreGrid, CompletionFormat, int]:
-        if "input_ids" in row:
-            indices = score_indices(row)
-            if not indices:
-                raise ScoreNotFoundError("no score", "score_labels holds no score")
-            return *resolve_grid_from_ids(tokenizer, row["input_ids"], indices[0], marker, grid), len(indices)
-        row = as_prompt_completion(row)
-        return *resolve_grid(tokenizer, row, marker, grid), len(row.get("scores") or [0])
-
-    return first_found(
-        rows,
-        found_in,
-        f"Write every completion as '<rationale> {marker} <score>', with a score of {some_scores(grid.texts)}; another "
-        "marker or grid is set by score_marker and score_values",
+    problem: ScoreNotFoundError | None = None
+    first_problem = count = 0
+    ways: dict[tuple[CompletionFormat, ...], list[tuple[int, Mapping[str, Any]]]] = {}
+    for number, row in enumerate(itertools.islice(rows, _LOOKED_AT)):
+        count += 1
+        try:
+            ways.setdefault(_formats(tokenizer, row, scales), []).append((number, row))
+        except ScoreNotFoundError as error:
+            problem, first_problem = (problem, first_problem) if problem else (error, number)
+    commonest = sorted(ways, key=lambda way: -len(ways[way]))
+    for number, row in (each for way in commonest for each in ways[way]):
+        try:
+            found = _resolved(tokenizer, row, scales)
+        except ScoreNotFoundError as error:
+            problem, first_problem = (problem, first_problem) if problem else (error, number)
+            continue
+        _count_ways({way: len(ways[way]) for way in commonest}, found, warn)
+        return found
+    pattern = " ".join(f"<rationale> {scale.marker} <score>" for scale in scales)
+    options = "markers and grids are set by aspects"
+    if len(scales) == 1:
+        scores = some_scores(scales[0].grid.texts)
+        options = f"the score is one of {scores}; another marker or grid is set by score_marker and score_values"
+    raise ValueError(
+        f"none of the first {count} rows has a score that can be found. Row {first_problem}: {problem}. Write every "
+        f"completion as '{pattern}'; {options}"
     )
+
+
+def _formats(
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], scales: tuple[Scale, ...]
+) -> tuple[CompletionFormat, ...]:
+    """How a row writes each of its scores."""
+    if "input_ids" in row:
+        return tuple(format_from_ids(tokenizer, row["input_ids"], *place) for place in _places(row, scales))
+    return written_formats(as_prompt_completion(row), scales)
+
+
+def _resolved(
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], scales: tuple[Scale, ...]
+) -> tuple[Scale, ...]:
+    """The scales as a row writes them, with their tokens there."""
+    if "input_ids" in row:
+        return tuple(resolve_from_ids(tokenizer, row["input_ids"], *place) for place in _places(row, scales))
+    return resolve_scales(tokenizer, as_prompt_completion(row), scales)
+
+
+def _places(row: Mapping[str, Any], scales: Sequence[Scale]) -> Iterator[tuple[int, Scale]]:
+    """Where a tokenised row has its scores, and whose they are."""
+    indices = score_indices(row, scales)
+    if not indices:
+        raise ScoreNotFoundError("no score", "score_labels holds no score")
+    for number, (index, scale) in enumerate(zip(indices, scales, strict=True)):
+        # What stands before the first rationale cannot be told from tokens.
+        yield index, scale if number else replace(scale, format=replace(scale.format, start=""))
+
+
+def _count_ways(
+    ways: Mapping[tuple[CompletionFormat, ...], int], found: Sequence[Scale], warn: Callable[[str], None]
+) -> None:
+    """Say how many rows do not write their scores as the judge will be asked for them."""
+
+    def shown(way: Iterable[CompletionFormat]) -> str:
+        return repr("".join(written.join("<rationale>", "<score>") for written in way))
+
+    chosen = tuple(scale.format for scale in found)
+    others = {way: count for way, count in ways.items() if way != chosen}
+    if others:
+        warn(
+            f"{sum(others.values())} of the first {sum(ways.values())} rows with a score write marker and score in "
+            f"another way, such as {shown(next(iter(others)))}. The judge will be asked in the commonest way, "
+            f"{shown(chosen)}: write all rows so"
+        )
 
 
 def check_columns(columns: Sequence[str], needed: Sequence[str], dataset_name: str) -> None:

@@ -1,50 +1,69 @@
 """One row -> the model's columns, or why it has none.
 
-`score_labels` runs parallel to `labels`: NaN everywhere except at a score's token, where it holds the gold score in
-rubric units. One column carries position and value through shuffling, packing and padding, and a score that
+`score_labels` runs parallel to `labels`: NaN everywhere except at a score's first token, where it holds the gold score
+in rubric units. One column carries position and value through shuffling, packing and padding, and a score that
 truncation ate is seen to be missing. Knows nothing of datasets or models.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from trl_tract.rows.golds import annotator_scores, annotator_shares
-from trl_tract.rows.rendering import RenderedRow, as_prompt_completion, render_row, without_rationale
+from trl_tract.rows.golds import annotator_shares, read_golds
+from trl_tract.rows.rendering import RenderedRow, as_prompt_completion, render_row, without_rationales
 from trl_tract.rows.tokens import tokenise
 from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scale import Scale
 from trl_tract.scale.text import ScoreNotFoundError, some_scores
 
 MODEL_COLUMNS = ["input_ids", "labels", "score_labels"]
 ASPECT_COLUMN = "score_aspects"
-"""Where completions have several aspects: at each score's token the number of its aspect, NaN elsewhere."""
+"""Where completions have several scores: at each score's first token the number of its scale, NaN elsewhere."""
 
 
-def annotator_columns(grid: ScoreGrid) -> list[str]:
-    """Columns that hold, at a score's token, the share of annotators who gave each score of the grid; NaN elsewhere.
+def annotator_columns(scales: Sequence[Scale]) -> list[str]:
+    """Columns that hold, at a score's first token, the share of annotators who gave each score; NaN elsewhere.
 
-    One column a score, because packing keeps flat lists together and would not know what to do with nested ones.
+    One column a score, because packing keeps flat lists together and would not know what to do with nested ones. They
+    are named by the scores; where there are several scales, by the scores' places in each grid, from 0.
     """
-    return [f"annotators_{text}" for text in grid.texts]
+    longest = max((scale.grid for scale in scales), key=len)
+    return [f"annotators_{name}" for name in (longest.texts if len(scales) == 1 else range(len(longest)))]
 
 
+def model_columns(scales: Sequence[Scale], *, annotators: bool) -> list[str]:
+    """Names of the columns that rows on these scales are trained from."""
+    return [
+        *MODEL_COLUMNS,
+        *(annotator_columns(scales) if annotators else []),
+        *([ASPECT_COLUMN] if len(scales) > 1 else []),
+    ]
+
+
+@dataclass(frozen=True)
 class Encoder:
-    """What all encoders share: the columns they make, and how they refuse a row.
+    """What both encoders share: the columns they make, and how they refuse a row.
 
     A refusal is a column, not an exception, so that one pass over the data names every bad row.
+
+    Attributes:
+        scales: In the order in which completions have them, their tokens resolved.
+        max_length: Tokens a row may have; None: no limit.
+        annotators: Whether to make `annotator_columns`.
     """
 
+    scales: tuple[Scale, ...]
     max_length: int | None
+    annotators: bool = False
 
     @property
     def columns(self) -> list[str]:
         """Names of the model's columns."""
-        raise NotImplementedError
+        return model_columns(self.scales, annotators=self.annotators)
 
     @property
     def features(self) -> Features:
@@ -61,33 +80,39 @@ class Encoder:
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The model's columns, `num_tokens`, and a `refusal` that is empty for a good row."""
         try:
-            return self._encode(row)
+            columns, last_score = self._encode(row)
         except ScoreNotFoundError as error:
             return self._refuse(error.kind, str(error))
-
-    def _encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def _accept(self, columns: dict[str, list[Any]], last_score: int) -> dict[str, Any]:
         num_tokens = len(columns["input_ids"])
         if self.max_length is not None and last_score >= self.max_length:
             return self._refuse("cut off", "", num_tokens)
         kept = {name: columns[name][: self.max_length] for name in self.columns}
         return {**kept, "num_tokens": num_tokens, "refusal_kind": "", "refusal": ""}
 
+    def _encode(self, row: Mapping[str, Any]) -> tuple[dict[str, list[Any]], int]:
+        """The columns, uncut, and the index of the last token that a score needs."""
+        raise NotImplementedError
+
     def _refuse(self, kind: str, message: str, num_tokens: int = 0) -> dict[str, Any]:
         empty: dict[str, Any] = {name: [] for name in self.columns}
         return {**empty, "num_tokens": num_tokens, "refusal_kind": kind, "refusal": message}
 
 
-class TextEncoder(Encoder):
-    """What the encoders of rows of text share: what is encoded can be looked at first."""
+@dataclass(frozen=True, kw_only=True)
+class RowEncoder(Encoder):
+    """Turns one prompt-completion row into the model's columns, or says why it cannot.
+
+    Attributes:
+        tokenizer: A fast one.
+        completion_only: Whether the prompt is left out of the cross-entropy.
+        score_in_ce: Whether the scores are left in it.
+        drop_rationale: Whether to leave the rationales out.
+    """
 
     tokenizer: PreTrainedTokenizerBase
-
-    def grids_of(self, rendered: RenderedRow) -> tuple[ScoreGrid, ...]:
-        """The grid of each of a row's scores, its tokens resolved."""
-        raise NotImplementedError
+    completion_only: bool = True
+    score_in_ce: bool = False
+    drop_rationale: bool = False
 
     def render(self, row: Mapping[str, Any]) -> RenderedRow:
         """The row as the text that is tokenised, with its scores found.
@@ -95,113 +120,56 @@ class TextEncoder(Encoder):
         Raises:
             ScoreNotFoundError: A score is missing.
         """
-        raise NotImplementedError
-
-
-class OneGridEncoder(Encoder):
-    """What the encoders of rows on one grid share."""
-
-    grid: ScoreGrid
-    annotators: bool
-
-    @property
-    def columns(self) -> list[str]:
-        """Names of the model's columns."""
-        return [*MODEL_COLUMNS, *(annotator_columns(self.grid) if self.annotators else [])]
-
-
-def check_range(score: float, grid: ScoreGrid) -> None:
-    """Refuse a gold score that the grid's two ends do not hold between them.
-
-    Raises:
-        ScoreNotFoundError: It lies outside.
-    """
-    if not grid.in_range(score):
-        low, high = grid.texts[0], grid.texts[-1]
-        raise ScoreNotFoundError("off the range", f"the score {score:g} is not between {low} and {high}")
-
-
-@dataclass(frozen=True)
-class RowEncoder(OneGridEncoder, TextEncoder):
-    """Turns one prompt-completion row into the model's columns, or says why it cannot.
-
-    Attributes:
-        tokenizer: A fast one.
-        grid: The score grid, its tokens resolved.
-        marker: Text that stands before every score.
-        max_length: Tokens a row may have; None: no limit.
-        completion_only: Whether the prompt is left out of the cross-entropy.
-        score_in_ce: Whether the score is left in it.
-        annotators: Whether to make `annotator_columns`.
-        drop_rationale: Whether to leave the rationale out.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    grid: ScoreGrid
-    marker: str
-    max_length: int | None
-    completion_only: bool
-    score_in_ce: bool
-    annotators: bool = False
-    drop_rationale: bool = False
-
-    def grids_of(self, rendered: RenderedRow) -> tuple[ScoreGrid, ...]:
-        """The one grid, for each of a row's scores."""
-        return (self.grid,) * len(rendered.scores)
-
-    def render(self, row: Mapping[str, Any]) -> RenderedRow:
-        """The row as text, without its rationale if that is left out."""
         row = as_prompt_completion(row)
-        if self.drop_rationale:
-            row = without_rationale(row, self.marker, self.grid)
-        return render_row(self.tokenizer, row, self.marker, self.grid)
+        return render_row(
+            self.tokenizer, without_rationales(row, self.scales) if self.drop_rationale else row, self.scales
+        )
 
-    def _encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def _encode(self, row: Mapping[str, Any]) -> tuple[dict[str, list[Any]], int]:
         rendered = self.render(row)
-        golds = _golds(row, rendered, self.grid)
-        for score in (score for annotators in golds for score in annotators):
-            check_range(score, self.grid)
-        tokens = tokenise(self.tokenizer, rendered, self.grid)
+        golds = read_golds(row, self.scales) or []
+        tokens = tokenise(self.tokenizer, rendered, self.scales)
         ids = tokens.input_ids
         start = tokens.prompt_length if self.completion_only else 0
         columns: dict[str, list[Any]] = {"input_ids": ids, "labels": [-100] * start + ids[start:]}
         columns |= {name: [math.nan] * len(ids) for name in self.columns[2:]}
-        for index, stop, annotators in zip(tokens.score_indices, tokens.score_stops, golds, strict=True):
+        places = zip(self.scales, tokens.score_indices, tokens.score_stops, golds, strict=True)
+        for number, (scale, index, stop, annotators) in enumerate(places):
             if not self.score_in_ce:
                 columns["labels"][index:stop] = [-100] * (stop - index)
             columns["score_labels"][index] = sum(annotators) / len(annotators)
-            for name, share in zip(self.columns[3:], annotator_shares(annotators, self.grid.values), strict=False):
-                columns[name][index] = share
-        return self._accept(columns, tokens.score_stops[-1] - 1)
-
-
-def _golds(row: Mapping[str, Any], rendered: RenderedRow, grid: ScoreGrid) -> list[list[float]]:
-    """The annotators' scores behind each score of a row."""
-    if row.get("scores") is None:
-        return [annotator_scores(grid.in_numbers(row.get("score", rendered.scores[0].text)))]
-    if row.get("score") is not None:
-        raise ScoreNotFoundError("score and scores", "the row has both `score` and `scores`: keep one of them")
-    return [annotator_scores(grid.in_numbers(score)) for score in row["scores"]]
+            if self.annotators:
+                shares = annotator_shares(annotators, scale.grid.values)
+                # A shorter grid than the longest: nobody gives scores that it does not have.
+                for k, name in enumerate(annotator_columns(self.scales)):
+                    columns[name][index] = shares[k] if k < len(shares) else 0.0
+            if ASPECT_COLUMN in columns:
+                columns[ASPECT_COLUMN][index] = float(number)
+        return columns, tokens.score_stops[-1] - 1
 
 
 @dataclass(frozen=True)
-class TokenisedRowEncoder(OneGridEncoder):
-    """Checks a row that came as `input_ids`, `labels` and `score_labels`, and cuts it to `max_length`."""
+class TokenisedRowEncoder(Encoder):
+    """Checks a row that came as `input_ids`, `labels`, `score_labels` and the other columns, and cuts it."""
 
-    grid: ScoreGrid
-    max_length: int | None
-    annotators: bool = False
+    def _encode(self, row: Mapping[str, Any]) -> tuple[dict[str, list[Any]], int]:
+        lengths = {name: len(row[name]) for name in self.columns}
+        if len(set(lengths.values())) > 1:
+            shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
+            raise ScoreNotFoundError("unequal lengths", f"its columns have unequal lengths: {shown}")
+        indices = score_indices(row, self.scales)
+        for scale, index in zip(self.scales, indices, strict=False):
+            score = row["score_labels"][index]
+            if not scale.grid.in_range(score):
+                low, high = scale.grid.texts[0], scale.grid.texts[-1]
+                raise ScoreNotFoundError(
+                    "off the range", f"{scale.about}the score {score:g} is not between {low} and {high}"
+                )
+            _check_score_tokens(row["input_ids"], index, scale.grid)
+        return {name: list(row[name]) for name in self.columns}, max(indices, default=-1)
 
-    def _encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        equal_lengths(row, self.columns)
-        indices = score_indices(row)
-        for index in indices:
-            check_range(row["score_labels"][index], self.grid)
-            check_score_tokens(row["input_ids"], index, self.grid)
-        return self._accept({name: list(row[name]) for name in self.columns}, max(indices, default=-1))
 
-
-def check_score_tokens(ids: Sequence[int], index: int, grid: ScoreGrid) -> None:
+def _check_score_tokens(ids: Sequence[int], index: int, grid: ScoreGrid) -> None:
     """Refuse a tokenised row where no score of the grid begins at `index`.
 
     Raises:
@@ -216,41 +184,24 @@ def check_score_tokens(ids: Sequence[int], index: int, grid: ScoreGrid) -> None:
         )
 
 
-def equal_lengths(row: Mapping[str, Any], columns: Sequence[str]) -> None:
-    """Refuse a tokenised row whose columns differ in length.
+def score_indices(row: Mapping[str, Any], scales: Sequence[Scale]) -> list[int]:
+    """Where a tokenised row has the score of each scale; none for a row that counts for its text alone.
 
     Raises:
-        ScoreNotFoundError: They do.
+        ScoreNotFoundError: Some of the scores are missing, there twice, or out of order.
     """
-    lengths = {name: len(row[name]) for name in columns}
-    if len(set(lengths.values())) > 1:
-        shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise ScoreNotFoundError("unequal lengths", f"its columns have unequal lengths: {shown}")
-
-
-def score_indices(row: Mapping[str, Any]) -> list[int]:
-    """Where a tokenised row has its scores."""
     # A list of floats that went through Arrow may hold None for NaN.
-    return [i for i, score in enumerate(row["score_labels"]) if score is not None and not math.isnan(score)]
-
-
-Found = TypeVar("Found")
-
-
-def first_found(
-    rows: Iterable[Mapping[str, Any]], found_in: Callable[[Mapping[str, Any]], Found], advice: str
-) -> Found:
-    """What is found in the first row that has it.
-
-    Raises:
-        ValueError: None of the first 1,000 rows has it; with the reason of the first, and `advice`.
-    """
-    problem: ValueError | None = None
-    looked_at = 0
-    for row in itertools.islice(rows, 1000):
-        looked_at += 1
-        try:
-            return found_in(row)
-        except ScoreNotFoundError as error:
-            problem = problem or error
-    raise ValueError(f"none of the first {looked_at} rows has a score that can be found. Row 0: {problem}. {advice}")
+    indices = [i for i, score in enumerate(row["score_labels"]) if score is not None and not math.isnan(score)]
+    if len(scales) == 1 and len(indices) > 1:
+        raise ScoreNotFoundError(
+            "two scores",
+            f"score_labels holds {len(indices)} scores. Where a completion has several, name them in `aspects`",
+        )
+    marked = [row[ASPECT_COLUMN][index] for index in indices] if len(scales) > 1 else [0] * len(indices)
+    if indices and marked != list(range(len(scales))):
+        raise ScoreNotFoundError(
+            "order of aspects",
+            f"score_aspects names the aspects {marked} at its scores; each of the {len(scales)} has to be there once, "
+            f"as {', '.join(f'{number} ({scale.name})' for number, scale in enumerate(scales))}",
+        )
+    return indices

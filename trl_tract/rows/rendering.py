@@ -4,18 +4,16 @@ Characters only: a tokenizer is asked for its chat template and nothing else. Kn
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length, is_conversational, maybe_convert_to_chatml
 
 from trl_tract.rows.row import Prompt, Row
-from trl_tract.scale.grid import ScoreGrid
-from trl_tract.scale.scale import Scale
-from trl_tract.scale.scale import locate_scores as scores_of
-from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, ScoreSpan, locate_score, locate_scores
+from trl_tract.scale.scale import Scale, locate_scores
+from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, ScoreSpan
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class RenderedRow:
     Attributes:
         text: Prompt and completion, with the chat template's or the end-of-sequence text.
         prompt_text: The prompt alone, as the model is asked.
-        scores: Its scores in their order: one, or one for each entry of `scores`.
+        scores: Its scores, one for each scale, in their order.
         formats: Each score's marker and the whitespace around it; `start` is what stands before its rationale.
         add_special_tokens: Whether the tokenizer adds its own: True for plain text, False after a chat template.
     """
@@ -44,11 +42,6 @@ class RenderedRow:
     scores: tuple[RenderedScore, ...]
     formats: tuple[CompletionFormat, ...]
     add_special_tokens: bool
-
-    @property
-    def format(self) -> CompletionFormat:
-        """The last score's format, with the whitespace that the completion begins with."""
-        return replace(self.formats[-1], start=self.formats[0].start)
 
 
 def as_prompt_completion(row: Mapping[str, Any]) -> Row:
@@ -62,14 +55,15 @@ def as_prompt_completion(row: Mapping[str, Any]) -> Row:
     return {**rest, "prompt": messages[:-1], "completion": messages[-1:]}
 
 
-def without_rationale(row: Mapping[str, Any], marker: str, grid: ScoreGrid) -> Row:
-    """A prompt-completion row whose completion is marker and score alone."""
-    if row.get("scores") is not None:
-        raise ScoreNotFoundError("several scores", "a completion with several `scores` needs what stands between them")
+def without_rationales(row: Mapping[str, Any], scales: Sequence[Scale]) -> Row:
+    """A prompt-completion row whose completion is markers and scores alone."""
     content = completion_text(row.get("completion"))
-    start = content[: len(content) - len(content.lstrip())]
-    bare = start + content[locate_score(content, marker, grid.texts).marker_start :]
-    return {**row, **with_completion(row["prompt"], bare)}
+    begin, pieces = 0, []
+    for span in locate_scores(content, scales):
+        before = content[begin : span.marker_start]
+        pieces.append(before[: len(before) - len(before.lstrip())] + content[span.marker_start : span.end])
+        begin = span.end
+    return {**row, **with_completion(row["prompt"], "".join(pieces) + content[begin:])}
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **template: Any) -> tuple[str, bool]:
@@ -84,41 +78,12 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **template: 
     return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **template)), False
 
 
-def render_row(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], marker: str, grid: ScoreGrid) -> RenderedRow:
-    """Write a prompt-completion row as text, as SFTTrainer would, and find its score.
-
-    A row with a list of gold `scores` has one score behind each marker; any other row has a single one.
+def render_row(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], scales: Sequence[Scale]) -> RenderedRow:
+    """Write a prompt-completion row as text, as SFTTrainer would, and find the score of each scale.
 
     Raises:
-        ScoreNotFoundError: The completion has no score, or another number of them.
+        ScoreNotFoundError: A score is missing, ambiguous or out of order.
     """
-
-    def find(content: str) -> tuple[ScoreSpan, ...]:
-        golds = row.get("scores")
-        if golds is None:
-            return (locate_score(content, marker, grid.texts),)
-        if isinstance(golds, list | tuple) and golds:
-            return locate_scores(content, marker, grid.texts, len(golds))
-        named = " For a gold score by aspect, set `aspects`" if isinstance(golds, Mapping) else ""
-        raise ScoreNotFoundError(
-            "not a list", f"`scores` is {golds!r}, not a list of gold scores in their order{named}"
-        )
-
-    return _render(tokenizer, row, find)
-
-
-def render_aspects(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], aspects: Sequence[Scale]) -> RenderedRow:
-    """Like `render_row`, for a completion that has a score for each aspect.
-
-    Raises:
-        ScoreNotFoundError: An aspect's score is missing, ambiguous or out of order.
-    """
-    return _render(tokenizer, row, lambda content: scores_of(content, aspects))
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], find: Callable[[str], tuple[ScoreSpan, ...]]
-) -> RenderedRow:
     prompt, completion = row.get("prompt"), row.get("completion")
     if prompt is None:
         raise ScoreNotFoundError("no prompt", "the prompt is missing")
@@ -138,7 +103,7 @@ def _render(
         eos = tokenizer.eos_token or ""
         text += "" if text.endswith(eos) else eos
     content = completion_text(completion)
-    spans = find(content)
+    spans = locate_scores(content, scales)
     # The template may strip or rewrite the rationale, so markers and scores are looked up in what it rendered, last
     # one first, and only behind the prompt, which may hold a forged marker of its own.
     rendered_from, rendered_to = common_prefix_length(before, text), len(text)
@@ -152,14 +117,28 @@ def _render(
             )
         scores.insert(0, RenderedScore(span.text, at + span.start - span.marker_start, at + len(written)))
         rendered_to = at
-    ends = [0, *(span.end for span in spans)]
     return RenderedRow(
         text=text,
         prompt_text=before,
         scores=tuple(scores),
-        formats=tuple(_format(content, end, span) for end, span in zip(ends, spans, strict=False)),
+        formats=_formats(content, spans),
         add_special_tokens=add_special_tokens,
     )
+
+
+def written_formats(row: Mapping[str, Any], scales: Sequence[Scale]) -> tuple[CompletionFormat, ...]:
+    """How a prompt-completion row writes the score of each scale.
+
+    Raises:
+        ScoreNotFoundError: A score is missing, ambiguous or out of order.
+    """
+    content = completion_text(row.get("completion"))
+    return _formats(content, locate_scores(content, scales))
+
+
+def _formats(content: str, spans: Sequence[ScoreSpan]) -> tuple[CompletionFormat, ...]:
+    begins = [0, *(span.end for span in spans)]
+    return tuple(_format(content, begin, span) for begin, span in zip(begins, spans, strict=False))
 
 
 def _format(content: str, begin: int, span: ScoreSpan) -> CompletionFormat:

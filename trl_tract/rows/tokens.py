@@ -11,18 +11,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
-from trl_tract.rows.rendering import (
-    RenderedRow,
-    RenderedScore,
-    prompt_text,
-    render_aspects,
-    render_row,
-    with_completion,
-)
+from trl_tract.rows.rendering import RenderedRow, prompt_text, render_row, with_completion
 from trl_tract.rows.row import Prompt
 from trl_tract.scale.grid import ScoreGrid, tokens_covering
 from trl_tract.scale.scale import Scale
-from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, some_scores, span_at
+from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, ScoreSpan, some_scores, span_at
 from trl_tract.scale.trie import ScorePath
 
 
@@ -52,7 +45,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
 def tokenise(
     tokenizer: PreTrainedTokenizerBase,
     rendered: RenderedRow,
-    grid: ScoreGrid | Sequence[ScoreGrid],
+    scales: Sequence[Scale],
     *,
     check_ends: bool = True,
 ) -> TokenisedRow:
@@ -61,7 +54,7 @@ def tokenise(
     Args:
         tokenizer: A fast one.
         rendered: The row.
-        grid: The grid of its scores, or one for each; with tokens.
+        scales: Of its scores, with tokens.
         check_ends: Whether what follows a score has to be what follows it in the grid's paths.
 
     Raises:
@@ -74,11 +67,10 @@ def tokenise(
     asked = tokenizer(rendered.prompt_text, add_special_tokens=special)["input_ids"]
     # Some templates render the prompt differently when it stands alone: like SFTTrainer, train where they diverge.
     prompt_length = common_prefix_length(asked, ids)
-    grids = [grid] * len(rendered.scores) if isinstance(grid, ScoreGrid) else grid
     indices, stops = [], []
-    for score, its_grid in zip(rendered.scores, grids, strict=True):
+    for score, scale in zip(rendered.scores, scales, strict=True):
         covering = tokens_covering(encoded["offset_mapping"], score.start, score.end)
-        start = _score_start(tokenizer, ids, covering, score.text, its_grid, check_ends)
+        start = _score_start(tokenizer, ids, covering, score.text, scale.grid, check_ends)
         indices.append(start)
         stops.append(covering[-1] + 1)
     return TokenisedRow(ids, prompt_length, tuple(indices), tuple(stops))
@@ -117,43 +109,26 @@ def _score_start(
     return start
 
 
-def resolve_grid(
-    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], marker: str, grid: ScoreGrid
-) -> tuple[ScoreGrid, CompletionFormat]:
-    """Find the grid's tokens where `row` writes its score, and the way it writes it."""
-    _check_fast(tokenizer)
-    rendered = render_row(tokenizer, row, marker, grid)
-    return _resolved_at(tokenizer, rendered, rendered.scores[0], grid), rendered.format
-
-
-def resolve_aspects(
-    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], aspects: Sequence[Scale]
+def resolve_scales(
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], scales: Sequence[Scale]
 ) -> tuple[Scale, ...]:
-    """Find each aspect's tokens where `row` writes its score, and the way it writes it."""
-    _check_fast(tokenizer)
-    rendered = render_aspects(tokenizer, row, aspects)
-    return tuple(
-        replace(aspect, grid=_resolved_at(tokenizer, rendered, score, aspect.grid), format=written)
-        for aspect, score, written in zip(aspects, rendered.scores, rendered.formats, strict=True)
-    )
-
-
-def _check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Find each scale's tokens where `row` writes its score, and the way it writes it."""
     if not tokenizer.is_fast:
         raise ValueError(
             f"{type(tokenizer).__name__} gives no character offsets, which finding the score needs. Load the fast "
             "tokenizer of this model"
         )
-
-
-def _resolved_at(
-    tokenizer: PreTrainedTokenizerBase, rendered: RenderedRow, score: RenderedScore, grid: ScoreGrid
-) -> ScoreGrid:
-    return grid.resolve(
-        tokenizer,
-        rendered.text[: score.start],
-        rendered.text[score.end :],
-        add_special_tokens=rendered.add_special_tokens,
+    rendered = render_row(tokenizer, row, scales)
+    special = rendered.add_special_tokens
+    return tuple(
+        replace(
+            scale,
+            grid=scale.grid.resolve(
+                tokenizer, rendered.text[: score.start], rendered.text[score.end :], add_special_tokens=special
+            ),
+            format=written,
+        )
+        for scale, score, written in zip(scales, rendered.scores, rendered.formats, strict=True)
     )
 
 
@@ -161,14 +136,45 @@ def _resolved_at(
 _WINDOW, _BEHIND = 24, 4
 
 
-def resolve_grid_from_ids(
-    tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], score_index: int, marker: str, grid: ScoreGrid
-) -> tuple[ScoreGrid, CompletionFormat]:
-    """Like `resolve_grid`, for a row that came as tokens: the text around its score is read back from them.
+def resolve_from_ids(
+    tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], score_index: int, scale: Scale
+) -> Scale:
+    """Like `resolve_scales`, for a score of a row that came as tokens: the text around it is read back from them.
 
     Raises:
         ScoreNotFoundError: There is no admissible score at `score_index`, or no marker before it.
     """
+    whole, span = _read_back(tokenizer, input_ids, score_index, scale)
+    grid = scale.grid.resolve(tokenizer, whole[: span.start], whole[span.end :])
+    k = grid.texts.index(span.text)
+    expected = grid.paths[k].written if grid.paths else (grid.token_ids[k],)
+    if tuple(input_ids[score_index : score_index + len(expected)]) != expected:
+        token = tokenizer.convert_ids_to_tokens(input_ids[score_index])
+        raise ScoreNotFoundError("other tokens", f"this tokenizer does not write the score {span.text!r} as {token!r}")
+    return replace(scale, grid=grid, format=_format_behind(whole, span, scale))
+
+
+def format_from_ids(
+    tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], score_index: int, scale: Scale
+) -> CompletionFormat:
+    """How a row that came as tokens writes a score; what stands before its rationale stays as it is in `scale`.
+
+    Raises:
+        ScoreNotFoundError: There is no admissible score at `score_index`, or no marker before it.
+    """
+    return _format_behind(*_read_back(tokenizer, input_ids, score_index, scale), scale)
+
+
+def _format_behind(whole: str, span: ScoreSpan, scale: Scale) -> CompletionFormat:
+    lead = span.lead if whole[: span.marker_start].strip() else " "
+    return replace(scale.format, lead=lead, separator=span.separator)
+
+
+def _read_back(
+    tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], score_index: int, scale: Scale
+) -> tuple[str, ScoreSpan]:
+    """The text around a score, and where the score stands in it."""
+    marker, grid = scale.marker, scale.grid
     start = max(0, score_index - _WINDOW)
 
     def read(stop: int) -> str:
@@ -182,7 +188,7 @@ def resolve_grid_from_ids(
     try:
         if marker_start < 0 or not whole.startswith(until.rstrip("\ufffd")):
             raise ScoreNotFoundError("no marker", "")
-        span = span_at(whole, marker_start, marker, grid.texts)
+        return whole, span_at(whole, marker_start, marker, grid.texts)
     except ScoreNotFoundError:
         text = next((text for text in sorted(grid.texts, key=len, reverse=True) if until.rstrip().endswith(text)), None)
         if text is None:
@@ -195,13 +201,40 @@ def resolve_grid_from_ids(
         raise ScoreNotFoundError(
             "no marker", f"token {score_index} is the score {text!r}, but {before[-40:]!r} stands before it"
         ) from None
-    resolved = grid.resolve(tokenizer, whole[: span.start], whole[span.end :])
-    k = grid.texts.index(span.text)
-    expected = resolved.paths[k].written if resolved.paths else (resolved.token_ids[k],)
-    if tuple(input_ids[score_index : score_index + len(expected)]) != expected:
-        raise ScoreNotFoundError("other tokens", f"this tokenizer does not write the score {span.text!r} as {token!r}")
-    lead = span.lead if whole[: span.marker_start].strip() else " "
-    return resolved, CompletionFormat(marker, lead=lead, separator=span.separator)
+
+
+def prefix_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    scales: Sequence[Scale],
+    done: Sequence[tuple[str, str]] = (),
+    rationale: str | None = None,
+) -> list[int]:
+    """Token ids up to a score, or, without a `rationale`, up to where the next rationale begins.
+
+    They are exactly those that a training row with these rationales and scores has there. The whole completion is
+    tokenised with a score in place and cut before it: text that ends in the marker alone may be tokenised in another
+    way.
+
+    Args:
+        tokenizer: A fast one.
+        prompt: Written like the training rows' prompts.
+        scales: With tokens.
+        done: Rationale and score text of the scales that are written already.
+        rationale: Of the scale that is next, without its marker.
+    """
+    if not done and rationale is None:
+        return prompt_ids(tokenizer, prompt)
+    asked = scales[: len(done) + 1]
+    pieces = [*done, (rationale or "", asked[-1].grid.texts[0])]
+    completion = "".join(scale.format.join(*piece) for scale, piece in zip(asked, pieces, strict=True))
+    rendered = render_row(tokenizer, with_completion(prompt, completion), asked)
+    # A training row may go on behind its score; this one ends there.
+    tokens = tokenise(tokenizer, rendered, asked, check_ends=False)
+    return tokens.input_ids[: tokens.score_stops[-2] if rationale is None else tokens.score_indices[-1]]
+
+
+resolve_aspects, aspect_prefix_ids = resolve_scales, prefix_ids
 
 
 def score_prefix_ids(
@@ -211,39 +244,13 @@ def score_prefix_ids(
     completion_format: CompletionFormat,
     grid: ScoreGrid,
 ) -> list[int]:
-    """Token ids up to a score, exactly those that a training row with this rationale has before its score.
-
-    The whole completion is tokenised with a score in place and cut before it: text that ends in the marker alone may
-    be tokenised in another way.
-    """
-    completion = completion_format.join(rationale, grid.texts[0])
-    rendered = render_row(tokenizer, with_completion(prompt, completion), completion_format.marker, grid)
-    # A training row may go on behind its score; this one ends there.
-    tokens = tokenise(tokenizer, rendered, grid, check_ends=False)
-    return tokens.input_ids[: tokens.score_indices[-1]]
+    """`prefix_ids` of a single scale."""
+    return prefix_ids(tokenizer, prompt, [Scale("", grid, completion_format)], [], rationale)
 
 
-def aspect_prefix_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    aspects: Sequence[Scale],
-    done: Sequence[tuple[str, str]],
-    rationale: str | None = None,
-) -> list[int]:
-    """Token ids up to an aspect's score, or, without a `rationale`, up to where its rationale begins.
-
-    Args:
-        tokenizer: A fast one.
-        prompt: Written like the training rows' prompts.
-        aspects: With tokens.
-        done: Rationale and score text of the aspects before it: one or more, or with a `rationale` none.
-        rationale: Its own rationale, without the marker.
-    """
-    asked = aspects[: len(done) + 1]
-    pieces = [*done, (rationale or "", asked[-1].grid.texts[0])]
-    completion = "".join(aspect.format.join(*piece) for aspect, piece in zip(asked, pieces, strict=True))
-    rendered = render_aspects(tokenizer, with_completion(prompt, completion), asked)
-    tokens = tokenise(tokenizer, rendered, [aspect.grid for aspect in asked], check_ends=False)
-    if rationale is None:
-        return tokens.input_ids[: tokens.score_stops[-2]]
-    return tokens.input_ids[: tokens.score_indices[-1]]
+def resolve_grid(
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], marker: str, grid: ScoreGrid
+) -> tuple[ScoreGrid, CompletionFormat]:
+    """`resolve_scales` of a single scale."""
+    (scale,) = resolve_scales(tokenizer, row, [Scale("", grid, CompletionFormat(marker))])
+    return scale.grid, scale.format

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from trl_tract.scale.grid import ScoreGrid
-from trl_tract.scale.scale import DEFAULT_MARKER, DEFAULT_VALUES, Scale, read_aspects, read_scales
+from trl_tract.scale.scale import DEFAULT_MARKER, DEFAULT_VALUES, Scale, read_scales
 
 
 @dataclass
@@ -45,15 +45,15 @@ class TRACTConfig(SFTConfig):
     )
     score_marker: str = field(
         default=DEFAULT_MARKER,
-        metadata={"help": "Text that stands before the score in every completion. The last one in it counts."},
+        metadata={"help": "Text that stands before the score in every completion; it counts where a score follows it."},
     )
     aspects: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "help": "Where a completion has a score for each of several aspects: their names, each with its `marker`, "
             "its `values` (1 to 5 by default), `texts` and `raft_weight`, in the order in which they are written. The "
-            "rows' `scores` then maps names to gold scores, and score_values, score_texts and score_marker are not "
-            "looked at. On the command line as JSON. None: one score."
+            "rows' `scores` then maps names to gold scores, and these markers and grids stand in for score_marker, "
+            "score_values and score_texts. On the command line as JSON. None: one score."
         },
     )
     raft_weight: float = field(
@@ -128,21 +128,16 @@ class TRACTConfig(SFTConfig):
             # TRL turns bf16 on, and transformers then asks for this flag, which nothing else can stand for here.
             self.use_cpu = True
         super().__post_init__()
-        # Raises for a grid that is none; YAML and the command line may give integers.
+        # Raises for what is no grid or marker; YAML and the command line may give integers.
         grid = ScoreGrid.from_values(self.score_values, self.score_texts)
         if isinstance(self.score_values, Mapping):
             self.score_texts = list(grid.texts)
         self.score_values = list(grid.values)
+        scales = self.scales
         if self.aspects is not None:
-            aspects = read_aspects(self.aspects)
-            self.aspects = {aspect.name: aspect.to_dict() for aspect in aspects}
-            if self.annotator_loss != "none" or self.drop_rationale:
-                wrong = "drop_rationale=True" if self.drop_rationale else f"annotator_loss={self.annotator_loss!r}"
-                raise ValueError(f"{wrong} is for completions with one score: leave it out, or leave aspects out")
+            self.aspects = {scale.name: scale.to_dict() for scale in scales}
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length={self.max_length} must be 1 or more, or None for no limit")
-        if not self.score_marker.strip():
-            raise ValueError("score_marker is empty: give the text that stands before the score, such as [RESULT]")
         for name in ("raft_weight", "rationale_weight", "annotator_weight"):
             weight = getattr(self, name)
             if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):

@@ -6,7 +6,6 @@ Looks at logged means alone; knows nothing of models or the trainer.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trl_tract.scale.scale import read_aspects
 from trl_tract.training.config import TRACTConfig
 
 PAPER_LEARNING_RATE = 1e-5
@@ -21,7 +20,7 @@ LEAST_SPREAD, GOLD_SPREAD, STILL_FOR = 0.01, 0.1, 3
 
 @dataclass
 class _Watched:
-    """One score of the completions: the only one, or that of an aspect."""
+    """One scale of the completions."""
 
     about: str  # put before messages
     suffix: str  # behind the names of its means
@@ -46,18 +45,16 @@ class EarlyWarnings:
     def __init__(self, args: TRACTConfig) -> None:
         self.args = args
         self._said: set[str] = set()
-        self._watched = [_Watched("", "", args.score_values[0], args.score_values[-1], args.raft_weight)]
-        if args.aspects is not None:
-            self._watched = [
-                _Watched(
-                    f"aspect {aspect.name!r}: ",
-                    f"/{aspect.name}",
-                    aspect.grid.values[0],
-                    aspect.grid.values[-1],
-                    args.raft_weight if aspect.raft_weight is None else aspect.raft_weight,
-                )
-                for aspect in read_aspects(args.aspects)
-            ]
+        self._watched = [
+            _Watched(
+                scale.about,
+                f"/{scale.name}" if scale.name else "",
+                scale.grid.values[0],
+                scale.grid.values[-1],
+                args.raft_weight if scale.raft_weight is None else scale.raft_weight,
+            )
+            for scale in args.scales
+        ]
 
     def at_start(self) -> list[str]:
         """What is wrong before the first step."""

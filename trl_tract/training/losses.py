@@ -51,7 +51,8 @@ def annotator_cross_entropy(logprobs: torch.Tensor, shares: torch.Tensor) -> tor
         >>> annotator_cross_entropy(torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[1.0, 0.0]]))
         tensor([0.6931])
     """
-    return -(shares.to(logprobs) * logprobs).sum(dim=-1)
+    # A grid that is shorter than another is filled up with scores at -inf, which nobody gave.
+    return -(shares.to(logprobs) * logprobs.masked_fill(shares == 0, 0.0)).sum(dim=-1)
 
 
 class ScoreTerms(NamedTuple):

@@ -14,50 +14,102 @@ from transformers import PreTrainedModel
 
 from trl_tract.backends.branches import Branches, further_forwards
 from trl_tract.scale.grid import ScoreGrid
-from trl_tract.scale.logprobs import aspect_logprobs, grid_logprobs, trie_logprobs
+from trl_tract.scale.logprobs import scale_logprobs
 from trl_tract.scale.trie import TokenTrie
 
 
-def add_score_head(
-    model: PreTrainedModel,
-    token_ids: Sequence[int],
-    trie: TokenTrie | None = None,
-    *,
-    one_forward: bool = True,
-    grids: Sequence[ScoreGrid] = (),
-) -> None:
+class _ScorePass:
+    """The score rows of one call: hooks that send the branches through the backbone, and take the scores' rows out.
+
+    Args:
+        model: Whose backbone and head are looked up now: PEFT and FSDP replace modules after the head was added.
+        grids: Resolved.
+        union: Of the tries of the grids that have one; None where a score is one token.
+        positions: True where the next token is a score's first, bool `(B, L - 1)`.
+        aspects: Each position's grid, int64 `(B, L - 1)`; None where there is one.
+        inputs: What the backbone is called with.
+        one_forward: Whether the trie's nodes go into the same forward pass.
+        kept: Positions whose hidden states the model's own head is given, bool `(B, L - 1)`; None: all.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        grids: Sequence[ScoreGrid],
+        union: TokenTrie | None,
+        positions: torch.Tensor,
+        aspects: torch.Tensor | None,
+        inputs: dict[str, Any],
+        *,
+        one_forward: bool,
+        kept: torch.Tensor | None,
+    ) -> None:
+        self.model, self.grids, self.union, self.positions, self.kept = model, grids, union, positions, kept
+        self.numbers = None if aspects is None else aspects[positions]  # (S,)
+        self.branches: Branches | None = None
+        self.inner: torch.Tensor | None = None  # hidden states behind the trie's nodes, (P, N - 1, H)
+        self.logprobs: torch.Tensor | None = None
+        if union is not None:
+            places = positions
+            if aspects is not None:  # a score that is one token needs no branches
+                branching = torch.tensor([bool(grid.paths) for grid in grids], device=aspects.device)
+                places = positions & branching[aspects.clamp(min=0)]
+            if one_forward:
+                self.branches = Branches(union, places, model.config.get_text_config())
+            else:
+                self.inner = further_forwards(model.base_model, inputs, places, union)
+
+    def __enter__(self) -> "_ScorePass":
+        # Before the fused head, so that autograd reaches it afterwards: else its gradient of the head's weight, (V, H),
+        # would be alive beside the fused head's tiles, at the peak of the step.
+        self.hooks = [self.model.base_model.register_forward_hook(self._score)]
+        if self.branches is not None:
+            self.hooks.append(self.model.base_model.register_forward_pre_hook(self.branches.extend, with_kwargs=True))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _score(self, module: Any, inputs: Any, output: Any) -> Any:
+        inner = self.inner if self.branches is None else self.branches.split(output)
+        hidden_states = output.last_hidden_state  # (B, L, H)
+        states = hidden_states[:, :-1][self.positions.to(hidden_states.device)]  # (S, H)
+        count = len(states)
+        if inner is not None:
+            states = torch.cat([states, inner.flatten(0, 1).to(states)])
+        # By its own call, which gathers the weight where FSDP2 or ZeRO-3 hold a shard of it.
+        head = self.model.get_output_embeddings()
+        logits = logit_transform(self.model)(head(states.to(head.weight.device)))
+        behind = None if inner is None else logits[count:].unflatten(0, inner.shape[:2])
+        roots = logits if inner is None else logits[:count]
+        numbers = None if self.numbers is None else self.numbers.to(logits.device)
+        self.logprobs = scale_logprobs(roots, behind, self.grids, self.union, numbers)
+        if self.kept is not None:
+            output.last_hidden_state = hidden_states[:, :-1][self.kept][None]  # (1, N, H)
+        return output
+
+
+def add_score_head(model: PreTrainedModel, grids: Sequence[ScoreGrid], *, one_forward: bool = True) -> None:
     """Let `model(..., score_positions=mask)` also return `score_logprobs`, at the cost of the S score rows alone.
 
     `score_positions`, bool `(B, L - 1)`, is True where the next token is a score; `score_logprobs`, float32 `(S, K)`,
-    holds the grid's log-probabilities there, nats, in row-major order of the mask. Calls without `score_positions` are
-    left as they were.
+    holds the grid's log-probabilities there, nats, in row-major order of the mask. With several grids a call names the
+    grid of each score as well: `score_aspects`, int64 `(B, L - 1)`, and K is that of the longest. Calls without
+    `score_positions` are left as they were.
 
     Whatever forward the model has at this time is wrapped, TRL's fused LM head included, and no second forward pass is
-    made: a hook takes the score rows from the backbone's last hidden state. With a `trie` there is a row for each of
-    its nodes, `(S, N)` of them. With `grids`, a call names the grid of each score as well: `score_aspects`, int64
-    `(B, L - 1)`, and K is that of the longest grid.
+    made: a hook takes the score rows from the backbone's last hidden state.
 
     Args:
         model: Causal language model, without its PEFT wrapper.
-        token_ids: Tokens of the score grid, `K` of them; not looked at where there is a trie.
-        trie: Of a grid of several tokens a score.
-        one_forward: Whether the trie's nodes go into the same forward pass, as branches; see `branches.py`.
-        grids: Of the aspects, where completions have several; `token_ids` and `trie` are not looked at then.
+        grids: Of the scales, resolved.
+        one_forward: Whether the nodes of a grid of several tokens a score go into the same forward pass, as branches;
+            see `branches.py`.
     """
-    if grids:
-        tries = [grid.trie for grid in grids if grid.paths]
-        trie = TokenTrie.union(tries) if tries else None
-    branching = torch.tensor([bool(grid.paths) for grid in grids])
+    tries = [grid.trie for grid in grids if grid.paths]
+    union = TokenTrie.union(tries) if tries else None
     inner_forward = model.forward
-    transform = logit_transform(model)
-
-    def by_aspect(head: Any, rows: torch.Tensor, nodes: torch.Tensor | None, aspects: torch.Tensor) -> torch.Tensor:
-        """As scores of different grids have different nodes, positions and nodes go through the head in one list."""
-        states = rows if nodes is None else torch.cat([rows, nodes.flatten(0, 1).to(rows)])
-        logits = transform(head(states.to(head.weight.device)))
-        inner = None if nodes is None else logits[len(rows) :].reshape(*nodes.shape[:2], logits.shape[-1])
-        union = trie or TokenTrie.union([])
-        return aspect_logprobs(logits[: len(rows)], inner, aspects.to(logits.device), grids, union)
 
     # `generate` validates its arguments against the signature, so keep it.
     @functools.wraps(inner_forward)
@@ -70,52 +122,19 @@ def add_score_head(
     ) -> Any:
         if score_positions is None:
             return inner_forward(*args, **kwargs)
-        score_logprobs: list[torch.Tensor] = []
-        labels = kwargs.get("labels")
-        kept = None
+        labels, kept = kwargs.get("labels"), None
         if kwargs.get("fused_lm_head") and labels is not None and labels.device.type == "cpu":
             # On a CPU, TRL's fused head scores the prompt's positions as well; give it those that have a label.
             kept = labels[:, 1:] != -100  # (B, L - 1)
             kept[0, 0] |= ~kept.any()
             kwargs["labels"], kwargs["shift_labels"] = None, labels[:, 1:][kept][None]
-
-        places = score_positions
-        if score_aspects is not None and trie is not None:
-            # A score that is one token needs no branches.
-            places = score_positions & branching.to(score_aspects.device)[score_aspects.clamp(min=0)]
-        branches = Branches(trie, places, self.config.get_text_config()) if trie and one_forward else None
-        inner = further_forwards(self.base_model, kwargs, places, trie) if trie and not branches else None
-
-        # Before the fused head, so that autograd reaches it afterwards: else its gradient of the head's weight, (V, H),
-        # would be alive beside the fused head's tiles, at the peak of the step.
-        def score_first(module: Any, inputs: Any, output: Any) -> Any:
-            nodes = inner if branches is None else branches.split(output)  # (S, N - 1, H)
-            hidden_states = output.last_hidden_state  # (B, L, H)
-            rows = hidden_states[:, :-1][score_positions.to(hidden_states.device)]  # (S, H)
-            # By its own call, which gathers the weight where FSDP2 or ZeRO-3 hold a shard of it.
-            head = self.get_output_embeddings()
-            if score_aspects is not None:
-                score_logprobs.append(by_aspect(head, rows, nodes, score_aspects[score_positions]))
-            else:
-                if nodes is not None:
-                    rows = torch.cat([rows[:, None], nodes.to(rows)], dim=1)  # (S, N, H)
-                logits = transform(head(rows.to(head.weight.device)))  # (S, V) or (S, N, V)
-                score_logprobs.append(grid_logprobs(logits, token_ids) if trie is None else trie_logprobs(logits, trie))
-            if kept is not None:
-                output.last_hidden_state = hidden_states[:, :-1][kept][None]  # (1, N, H)
-            return output
-
-        # Backbone and head are looked up at each call: PEFT and FSDP replace modules after this function has run.
-        hooks = [self.base_model.register_forward_hook(score_first)]
-        if branches is not None:
-            hooks.append(self.base_model.register_forward_pre_hook(branches.extend, with_kwargs=True))
-        try:
+        scores = _ScorePass(
+            self, grids, union, score_positions, score_aspects, kwargs, one_forward=one_forward, kept=kept
+        )
+        with scores:
             outputs = inner_forward(*args, **kwargs)
-        finally:
-            for hook in hooks:
-                hook.remove()
         output_type: Any = type(outputs)
-        return _with_score_logprobs(output_type)(**outputs, score_logprobs=score_logprobs[0])
+        return _with_score_logprobs(output_type)(**outputs, score_logprobs=scores.logprobs)
 
     model.forward = types.MethodType(forward, model)
 

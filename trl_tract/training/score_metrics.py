@@ -31,23 +31,22 @@ _SUMS = (
 class ScoreMetrics:
     """Running sums of one mode, training or evaluation, without waiting for the device until they are read.
 
-    With aspects the means come for each of them too, and what is in rubric units for each of them alone: `score/mae` of
-    an aspect is `score/mae/<name>`.
+    With several scales the means come for each of them too, and what is in rubric units for each of them alone:
+    `score/mae` of one is `score/mae/<name>`.
 
     Args:
         accelerator: Of the trainer.
-        aspects: Their names, where completions have several; A of them.
+        names: Of the scales, A of them; an empty one for the only scale of a completion.
 
     Attributes:
-        pairs: Expected and gold score of every score seen since `clear`, `(2, n)` pieces in dataset order; with
-            aspects also the number of each, `(3, n)`.
+        pairs: Expected and gold score of every score seen since `clear`, `(2, n)` pieces in dataset order.
     """
 
-    def __init__(self, accelerator: Accelerator, aspects: Sequence[str] = ()) -> None:
+    def __init__(self, accelerator: Accelerator, names: Sequence[str] = ("",)) -> None:
         self.accelerator = accelerator
-        self.aspects = tuple(aspects)
-        # A row for all scores, then one for each aspect.
-        self.sums = torch.zeros(1 + len(self.aspects), len(_SUMS), dtype=torch.float64)
+        self.names = tuple(names)
+        # A row for all scores, then, where there are several scales, one for each.
+        self.sums = torch.zeros(1 + len(self.names) if len(self.names) > 1 else 1, len(_SUMS), dtype=torch.float64)
         self.pairs: list[torch.Tensor] = []
 
     def clear(self) -> None:
@@ -64,7 +63,7 @@ class ScoreMetrics:
         squared_error: torch.Tensor,
         logprobs: torch.Tensor,
         annotator_loss: torch.Tensor | None,
-        aspects: torch.Tensor | None = None,
+        numbers: torch.Tensor | None = None,
     ) -> None:
         """Add a batch of S scores, on all ranks.
 
@@ -75,7 +74,7 @@ class ScoreMetrics:
             squared_error: `(S,)`.
             logprobs: Log-probabilities of the grid, `(S, K)`.
             annotator_loss: `(S,)`, or None.
-            aspects: The number of each score's aspect, `(S,)`, where there are several.
+            numbers: The number of each score's scale, `(S,)`, where there are several.
         """
         mass = logprobs.exp().sum(dim=-1)
         by_score = torch.stack(
@@ -92,60 +91,51 @@ class ScoreMetrics:
             ]
         ).double()  # (9, S)
         of_tokens = torch.stack([-fused.log_probs.sum(), fused.label_mask.sum()]).double()
-        rows = [torch.cat([of_tokens, by_score.sum(dim=1)])]
-        for number in range(len(self.aspects)):
-            rows.append(torch.cat([of_tokens, by_score[:, aspects == number].sum(dim=1)]))
-        sums = torch.stack(rows)
+        parts = [by_score] + [by_score[:, numbers == number] for number in range(len(self.sums) - 1)]
+        sums = torch.stack([torch.cat([of_tokens, part.sum(dim=1)]) for part in parts])
         self.sums = self.sums.to(sums.device) + self.accelerator.reduce(sums, "sum")
 
-    def add_pairs(
-        self, expected: torch.Tensor, gold: torch.Tensor, positions: torch.Tensor, aspects: torch.Tensor | None = None
-    ) -> None:
+    def add_pairs(self, expected: torch.Tensor, gold: torch.Tensor, positions: torch.Tensor) -> None:
         """Keep the scores of an evaluation batch, of all ranks; `positions`, bool `(B, L - 1)`, is where they stand."""
         # As (B, L - 1) rows, so that what the sampler repeats to fill the last batch can be left out.
-        kept = [expected.detach(), gold] if aspects is None else [expected.detach(), gold, aspects]
-        table = torch.full((len(kept), *positions.shape), torch.nan, device=gold.device)
-        table[:, positions] = torch.stack([each.to(gold) for each in kept]).float()
+        table = torch.full((2, *positions.shape), torch.nan, device=gold.device)
+        table[:, positions] = torch.stack([expected.detach().to(gold), gold]).float()
         table = self.accelerator.pad_across_processes(table.transpose(0, 1), dim=2, pad_index=torch.nan)
         pairs = self.accelerator.gather_for_metrics(table).transpose(0, 1).flatten(1)
         self.pairs.append(pairs[:, pairs[1].isfinite()].cpu())
 
     def means(self) -> dict[str, float]:
         """The means since the last call, by the names under which they are logged; none where no score was seen."""
-        whole, *by_aspect = self.sums.tolist()
+        whole, *by_scale = (_means(dict(zip(_SUMS, sums, strict=True))) for sums in self.sums.tolist())
         self.sums.zero_()
-        means = _means(dict(zip(_SUMS, whole, strict=True)))
-        if self.aspects:
-            means = {name: value for name, value in means.items() if name in _OF_ALL_ASPECTS}
-        for aspect, sums in zip(self.aspects, by_aspect, strict=True):
-            its = _means(dict(zip(_SUMS, sums, strict=True)))
-            means |= {f"{name}/{aspect}": value for name, value in its.items() if name != "loss/rationale"}
+        if not by_scale:
+            return whole
+        means = {name: value for name, value in whole.items() if name in _OF_ALL_SCALES}
+        for scale, part in zip(self.names, by_scale, strict=True):
+            means |= {f"{name}/{scale}": value for name, value in part.items() if name != "loss/rationale"}
         return means
 
     def predictions(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Expected and gold scores of the evaluation set, `(n,)` each, in dataset order; with aspects `(n, A)`."""
-        expected, gold = torch.cat(self.pairs, dim=1)[:2].double().numpy()
-        if self.aspects:
-            # Every row has each aspect once, in their order.
-            return expected.reshape(-1, len(self.aspects)), gold.reshape(-1, len(self.aspects))
-        return expected, gold
+        """Expected and gold scores of the evaluation set in dataset order, `(n,)` each; of several scales `(n, A)`."""
+        expected, gold = torch.cat(self.pairs, dim=1).double().numpy()
+        # Every row has each scale once, in their order.
+        shape = (-1, len(self.names)) if len(self.names) > 1 else (-1,)
+        return expected.reshape(shape), gold.reshape(shape)
 
     def correlations(self) -> dict[str, float]:
         """Agreement over the whole evaluation set, by the names under which it is logged."""
         if not self.pairs:
             return {}
-        if not self.aspects:
-            return _agreement(*self.predictions())
-        expected, gold, numbers = torch.cat(self.pairs, dim=1).double().numpy()
+        columns = (table.reshape(-1, len(self.names)).T for table in self.predictions())
         return {
-            f"{name}/{aspect}": value
-            for number, aspect in enumerate(self.aspects)
-            for name, value in _agreement(expected[numbers == number], gold[numbers == number]).items()
+            f"{name}/{scale}" if scale else name: value
+            for scale, expected, gold in zip(self.names, *columns, strict=True)
+            for name, value in _agreement(expected, gold).items()
         }
 
 
-# Means that do not mix the rubric units of aspects.
-_OF_ALL_ASPECTS = ("loss/rationale", "loss/score", "score/grid_mass")
+# Means that do not mix the rubric units of several scales.
+_OF_ALL_SCALES = ("loss/rationale", "loss/score", "score/grid_mass")
 
 
 def _means(sums: dict[str, float]) -> dict[str, float]:

@@ -17,23 +17,19 @@ from trl.data_utils import get_dataset_column_names, pack_dataset
 from trl_tract.backends.branches import several_tokens, why_not_one_forward
 from trl_tract.backends.loading import check_model
 from trl_tract.files.checkpoints import last_complete_checkpoint
-from trl_tract.rows.aspect_columns import AspectRowEncoder, TokenisedAspectEncoder, find_aspects
-from trl_tract.rows.dataset import ScoreCollator, check_columns, find_grid, prepare_rows
+from trl_tract.rows.dataset import ScoreCollator, check_columns, find_scales, prepare_rows
 from trl_tract.rows.encoding import (
     ASPECT_COLUMN,
-    MODEL_COLUMNS,
     Encoder,
     RowEncoder,
     TokenisedRowEncoder,
     annotator_columns,
+    model_columns,
 )
-from trl_tract.rows.rendering import RenderedRow, render_aspects, render_row
-from trl_tract.rows.row import Row
+from trl_tract.rows.rendering import render_row
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.saved.model_card import write_model_card
 from trl_tract.saved.training_rows import TrainingRows
-from trl_tract.scale.grid import ScoreGrid
-from trl_tract.scale.scale import Scale, read_aspects
 from trl_tract.scale.trie import TokenTrie
 from trl_tract.training.config import TRACTConfig
 from trl_tract.training.early_warnings import EarlyWarnings
@@ -59,9 +55,9 @@ class TRACTTrainer(SFTTrainer):
         args: TRACTConfig; a plain SFTConfig or TrainingArguments is taken over field by field.
         data_collator: Has to pass `score_labels` on; leave it out for the default.
         train_dataset: Rows of `prompt`, `completion` and, if it is not the one in the completion, `score` (a list has
-            one score for each annotator); or `messages`, the last assistant turn being the completion. A completion
-            with several scores has a list of gold `scores` instead; with `TRACTConfig.aspects`, a mapping of them. Or
-            tokenised: `input_ids`, `labels`, `score_labels` and, with aspects, `score_aspects`.
+            one score for each annotator); or `messages`, the last assistant turn being the completion. With
+            `TRACTConfig.aspects` they have `scores`, a mapping of aspects to gold scores. Or tokenised: `input_ids`,
+            `labels`, `score_labels` and, with aspects, `score_aspects`.
         eval_dataset: Likewise, or a dict of datasets.
         processing_class: Tokenizer; it must be a fast one.
         **kwargs: Every other argument of SFTTrainer.
@@ -119,11 +115,9 @@ class TRACTTrainer(SFTTrainer):
         if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
             raise ValueError("the train dataset is empty")
         self._given_rows = train_dataset
-        self.aspects = () if args.aspects is None else read_aspects(args.aspects)
-        self.score_grid = ScoreGrid.from_values(args.score_values, args.score_texts)
+        self.scales = args.scales  # their tokens are looked up in the rows
         self.judge_config: JudgeConfig | None = None
-        annotators = annotator_columns(self.score_grid) if args.annotator_loss != "none" else []
-        self._columns = [*MODEL_COLUMNS, *annotators, *([ASPECT_COLUMN] if self.aspects else [])]
+        self._columns = model_columns(self.scales, annotators=args.annotator_loss != "none")
         super().__init__(
             model=model,
             args=args,
@@ -140,28 +134,29 @@ class TRACTTrainer(SFTTrainer):
             raise ValueError("context and sequence parallelism cut a rationale from its score: set both sizes to 1")
         if data_collator is None:
             # SFTTrainer refuses a custom collator with padding-free batches, so its own is replaced afterwards.
+            annotators = annotator_columns(self.scales) if args.annotator_loss != "none" else []
             self.data_collator = ScoreCollator(**vars(self.data_collator), annotator_columns=annotators)
         self._add_score_head()
         self._num_scores: torch.Tensor | None = None
-        names = [aspect.name for aspect in self.aspects]
+        names = [scale.name for scale in self.scales]
         self._score_metrics = {mode: ScoreMetrics(self.accelerator, names) for mode in ("train", "eval")}
         self._early_warnings = EarlyWarnings(self.args)
 
     def _add_score_head(self) -> None:
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        grids = [aspect.grid for aspect in self.aspects]
-        tries = [grid.trie for grid in grids or [self.score_grid] if grid.paths]
+        grids = [scale.grid for scale in self.scales]
+        tries = [grid.trie for grid in grids if grid.paths]
         refusal = why_not_one_forward(base) if tries else None
-        trie = tries[0] if tries and not grids else None
-        add_score_head(base, self.score_grid.token_ids, trie, one_forward=refusal is None, grids=grids)
+        add_score_head(base, grids, one_forward=refusal is None)
         if tries:
             self._warn([several_tokens(TokenTrie.union(tries), refusal)])
-        # Of each aspect a row, filled up with scores that cannot be.
-        rows = [torch.tensor(grid.values) for grid in grids or [self.score_grid]]
+        # Of each scale a row, filled up with scores that cannot be.
+        rows = [torch.tensor(grid.values) for grid in grids]
         values = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.accelerator.device)
-        self._values = values if grids else values[0]
-        weights = [self.args.raft_weight if each.raft_weight is None else each.raft_weight for each in self.aspects]
-        self._raft_weights = torch.tensor(weights, device=self.accelerator.device)
+        weights = [self.args.raft_weight if scale.raft_weight is None else scale.raft_weight for scale in self.scales]
+        several = len(self.scales) > 1
+        self._values = values if several else values[0]
+        self._raft_weights = torch.tensor(weights, device=self.accelerator.device) if several else weights[0]
 
     def _prepare_dataset(
         self,
@@ -201,30 +196,20 @@ class TRACTTrainer(SFTTrainer):
 
     def _find_scores(self, rows: Dataset | IterableDataset, args: TRACTConfig) -> JudgeConfig:
         """Look up the tokens of the scores, and how the rows write them."""
-        if self.aspects:
-            self.aspects = find_aspects(self._tokenizer, rows, self.aspects)
-            return JudgeConfig(self.aspects, args.normalize_grid)
-        self.score_grid, written, _ = find_grid(self._tokenizer, rows, args.score_marker, self.score_grid)
-        scale = Scale("", self.score_grid, written)
-        return JudgeConfig((scale,), args.normalize_grid, writes_rationale=not args.drop_rationale)
+        self.scales = find_scales(self._tokenizer, rows, self.scales)
+        return JudgeConfig(self.scales, args.normalize_grid, writes_rationale=not args.drop_rationale)
 
     def _encoder(self, columns: list[str], args: TRACTConfig) -> Encoder:
-        completion_only = self.completion_only_loss or "prompt" not in columns
         annotators = args.annotator_loss != "none"
         if "input_ids" in columns:
-            if self.aspects:
-                return TokenisedAspectEncoder(self.aspects, args.max_length)
-            return TokenisedRowEncoder(self.score_grid, args.max_length, annotators)
-        if self.aspects:
-            return AspectRowEncoder(self._tokenizer, self.aspects, args.max_length, completion_only, args.score_in_ce)
+            return TokenisedRowEncoder(self.scales, args.max_length, annotators)
         return RowEncoder(
+            self.scales,
+            args.max_length,
+            annotators,
             tokenizer=self._tokenizer,
-            grid=self.score_grid,
-            marker=args.score_marker,
-            max_length=args.max_length,
-            completion_only=completion_only,
+            completion_only=self.completion_only_loss or "prompt" not in columns,
             score_in_ce=args.score_in_ce,
-            annotators=annotators,
             drop_rationale=args.drop_rationale,
         )
 
@@ -256,12 +241,12 @@ class TRACTTrainer(SFTTrainer):
         score_positions = _score_mask(inputs)  # (B, L - 1), aligned with the shifted labels
         gold = inputs.pop("score_labels")[:, 1:][score_positions]  # (S,)
         annotators = inputs.pop("annotator_labels", None)  # (B, L, K)
-        values, raft_weight, aspects = self._values, self.args.raft_weight, None
+        values, raft_weight, numbers = self._values, self._raft_weights, None
         inputs["score_positions"] = score_positions
-        if self.aspects:
+        if ASPECT_COLUMN in inputs:
             inputs[ASPECT_COLUMN] = inputs[ASPECT_COLUMN][:, 1:]  # (B, L - 1)
-            aspects = inputs[ASPECT_COLUMN][score_positions]  # (S,)
-            values, raft_weight = self._values[aspects], self._raft_weights[aspects]
+            numbers = inputs[ASPECT_COLUMN][score_positions]  # (S,): whose each score is
+            values, raft_weight = values[numbers], raft_weight[numbers]
         forwards: list[Any] = []
 
         def recorded(**kwargs: Any) -> Any:
@@ -286,9 +271,9 @@ class TRACTTrainer(SFTTrainer):
         mode = "train" if self.model.training else "eval"
         fused = next(outputs for outputs in forwards if "log_probs" in outputs)
         seen = self._score_metrics[mode]
-        seen.add(fused, terms.expected, gold, terms.squared_error, logprobs, terms.annotator_loss, aspects)
+        seen.add(fused, terms.expected, gold, terms.squared_error, logprobs, terms.annotator_loss, numbers)
         if mode == "eval":
-            seen.add_pairs(terms.expected, gold, score_positions, aspects)
+            seen.add_pairs(terms.expected, gold, score_positions)
         loss = self.args.rationale_weight * rationale_loss + score_loss
         if self.aux_loss_enabled:
             # The experts' load balance is no part of the rationale. TRL adds it to the cross-entropy, but not with
@@ -363,7 +348,7 @@ class TRACTTrainer(SFTTrainer):
 
         Returns:
             `predictions`: expected scores in rubric units, in the rows' order, `(n,)`; `label_ids`: gold scores,
-            `(n,)`; with aspects `(n, A)` both, in their order. `metrics`: as from `evaluate`.
+            `(n,)`; with several scales `(n, A)` both, in their order. `metrics`: as from `evaluate`.
 
         Raises:
             ValueError: A row whose score cannot be found, whatever `invalid_rows` is: a prediction less would shift
@@ -406,14 +391,9 @@ class TRACTTrainer(SFTTrainer):
                 dataset_name=dataset_name,
                 tags=[*self._tag_names, *tags],
                 metrics=next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {}),
-                rows=TrainingRows.of(self._given_rows, self._rendered),
+                rows=TrainingRows.of(self._given_rows, lambda row: render_row(self._tokenizer, row, self.scales)),
                 adapter=next(iter(self.model.peft_config.values())) if is_peft_model(self.model) else None,
             )
-
-    def _rendered(self, row: Row) -> RenderedRow:
-        if self.aspects:
-            return render_aspects(self._tokenizer, row, self.aspects)
-        return render_row(self._tokenizer, row, self.args.score_marker, self.score_grid)
 
 
 def _score_mask(batch: dict[str, Any]) -> torch.Tensor:
