@@ -192,6 +192,8 @@ def score_indices(row: Mapping[str, Any], scales: Sequence[Scale]) -> list[int]:
     """
     # A list of floats that went through Arrow may hold None for NaN.
     indices = [i for i, score in enumerate(row["score_labels"]) if score is not None and not math.isnan(score)]
+    if "seq_lengths" in row:
+        indices = indices[: len(scales)]  # of several rows that were packed before, the first with scores
     if len(scales) == 1 and len(indices) > 1:
         raise ScoreNotFoundError(
             "two scores",
