@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -304,13 +303,6 @@ def test_an_interrupted_run_cancels_the_calls_under_way(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(make_log(tmp_path), work, cancel=cancelled.set)
     assert cancelled.is_set()
-
-
-def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
-    jumps = random.Random(0)
-    monkeypatch.setattr("time.time", lambda: jumps.uniform(-1e9, 1e10))
-    run(make_log(tmp_path))
-    assert final_rows(tmp_path) == list(range(10))
 
 
 class TestJsonlRows:

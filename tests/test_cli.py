@@ -16,7 +16,7 @@ from trl_tract.commands import entry_points as commands
 from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.files.journal import read_jsonl, write_json, write_jsonl
 
-RUBRIC = "criterion: is it polite\nscores: {1: wrong, 2: no, 3: short, 4: clear, 5: yes}\n"
+RUBRIC = "criterion: is it polite\nscores: {1: wrong, 2: long, 3: short, 4: clear, 5: polite}\n"
 COLUMNS = ["--columns", "instruction=question", "response=answer", "rationale=feedback", "score=stars"]
 TRAINING = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--bf16", "false", "--save_strategy", "no"]
 TRAINING += ["--report_to", "none", "--disable_tqdm", "true", "--gradient_checkpointing", "false"]
@@ -49,7 +49,7 @@ def test_rows_of_csv_train_a_judge_by_the_users_rubric(folder):
     config = json.loads((folder / "judge" / "tract_config.json").read_text())
     assert config["score_values"] == [1, 2, 3, 4, 5]
     card = (folder / "judge" / "README.md").read_text()
-    assert "Rubric" in card or "rubric" in card
+    assert "###Score rubric: [is it polite]\nScore 1: wrong\nScore 2: long\n" in card
 
 
 def test_rows_of_csv_are_judged_and_kept_for_the_report(folder, tmp_path):

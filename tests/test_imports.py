@@ -59,6 +59,19 @@ def test_backends_come_without_an_http_client_until_a_server_is_asked_for():
     assert "aiohttp" not in outermost(reached_from("trl_tract.backends"))
 
 
+@pytest.mark.parametrize("room", ["files", "backends", "distill", "judge"])
+def test_what_runs_for_hours_reads_no_clock_that_can_be_set(room):
+    # A system's clock jumps; `time.monotonic` does not.
+    clocks = {"time.time", "time.time_ns", "datetime.now", "datetime.datetime.now", "datetime.utcnow", "time.localtime"}
+    read = {
+        f"{file}: {node.lineno}"
+        for file in (ROOT / "trl_tract" / room).glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in clocks
+    }
+    assert not read
+
+
 @pytest.mark.process
 def test_the_help_of_the_command_imports_nothing_that_is_not_python_s_own_or_this_package_s():
     code = "import sys; before = set(sys.modules); from trl_tract.cli import main; main(['--help'])\n"

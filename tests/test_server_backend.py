@@ -298,10 +298,13 @@ class TestFaults:
         backend.generate([[5]])
         assert 1 <= time.monotonic() - started < 5
 
-    @pytest.mark.parametrize("nonsense", ["Wed, 21 Oct 2026 07:28:00 GMT", "soon", "-5", "nan"])
-    def test_another_date_to_come_back_is_passed_over(self, backend, server, nonsense):
+    @pytest.mark.parametrize("nonsense", ["Wed, 21 Oct 2126 07:28:00 GMT", "soon", "-5", "nan"])
+    def test_another_date_to_come_back_is_passed_over(self, connect, server, nonsense):
+        backend = connect(retry_seconds=60.0)
         server.faults.append(says(503, Retry_After=nonsense))
+        started = time.monotonic()
         assert backend.generate([[5]])[0][0].text == text_of(5)
+        assert time.monotonic() - started < 5
 
     def test_an_answer_that_never_comes_is_asked_for_again(self, connect, server):
         backend = connect(timeout=0.3)
@@ -326,13 +329,6 @@ class TestFaults:
         )(server, request)
         with pytest.raises(ConnectionError, match=r"HTTP 500: .*item is cursed"):
             backend.generate([[8], [9]])
-
-    def test_a_system_clock_that_jumps_changes_nothing(self, connect, server, monkeypatch):
-        backend = connect(retry_seconds=0.5)
-        jumps = iter(range(0, 10**9, 10**5))
-        monkeypatch.setattr(time, "time", lambda: float(next(jumps)))
-        server.faults.extend([says(503)] * 3)
-        assert backend.generate([[5]])[0][0].text == text_of(5)
 
     def test_an_outage_is_told_once_whoever_meets_it(self, connect, server, caplog):
         backend = connect(max_concurrency=16)
