@@ -47,6 +47,7 @@ one step at a time:
   report       agreement of judgements with gold scores
   recalibrate  fit a judge's scores to gold scores of held-out items, and save that with the judge
 
+  env          versions and devices, for a bug report
   completion   a script that completes commands and options: trl-tract completion bash | zsh | fish
 
 Every option can also stand in a YAML file: --config FILE. With run and train, --dry-run shows what would be done and
@@ -77,6 +78,7 @@ def _option_groups(command: str) -> list[type]:
         "judge": [JudgeArguments, ColumnArguments, GenerationArguments, WorkerArguments],
         "report": [ReportArguments],
         "recalibrate": [RecalibrateArguments],
+        "env": [],
     }
     return groups[command]
 
@@ -317,6 +319,16 @@ def _demo(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _env(arguments: Sequence[str]) -> int:
+    _parse("env", arguments)
+    from trl_tract.commands.environment import environment
+
+    found = environment()
+    width = max(map(len, found))
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in found.items()))
+    return 0
+
+
 def _completion(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="trl-tract completion",
@@ -374,5 +386,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "judge": _judge,
     "report": _report,
     "recalibrate": _recalibrate,
+    "env": _env,
     "completion": _completion,
 }
