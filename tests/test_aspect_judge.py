@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from test_aspects import ASPECTS, TWO, make_rows
 
 from trl_tract import CoTRAILJudge, CoTSelfDistill, TransformersBackend, make_reward_func
 from trl_tract.backends import ScriptedBackend
+from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.rows.tokens import aspect_prefix_ids, resolve_aspects
+from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.scale import read_aspects
 
 TOKENIZER = make_tokenizer()
@@ -119,8 +122,6 @@ def test_a_judgement_of_one_score_is_written_as_before():
 
 
 def test_what_is_for_one_score_is_refused():
-    with pytest.raises(ValueError, match="writes_rationale=False is for judges of one score"):
-        CoTRAILJudge(scripted(), aspects=TWO, writes_rationale=False)
     with pytest.raises(ValueError, match="use judge"):
         CoTRAILJudge(scripted(), aspects=TWO).score_rationales(["a"], ["b"])
 
@@ -135,8 +136,8 @@ def test_a_trained_judge_scores_as_its_trainer_does(tmp_path):
     trainer.save_model(str(tmp_path))
     wanted = trainer.predict(Dataset.from_list(rows)).predictions
     judge = CoTRAILJudge.from_pretrained(tmp_path, TransformersBackend(trainer.model, TOKENIZER))
-    assert [aspect.name for aspect in judge.aspects] == ["tone", "facts"]
-    assert judge.aspects == trainer.scales
+    assert [aspect.name for aspect in judge.scales] == ["tone", "facts"]
+    assert judge.scales == trainer.scales
 
     from trl_tract.judge.scoring import grid_probabilities
 
@@ -144,8 +145,8 @@ def test_a_trained_judge_scores_as_its_trainer_does(tmp_path):
         tone, facts = row["completion"].split("\n")
         first, text = tone.split(" [TONE] ")
         pieces = [([], first), ([(first, text)], "\n" + facts.split(" [FACTS] ")[0])]
-        for aspect, (done, rationale), value in zip(judge.aspects, pieces, expected, strict=True):
-            prefix = aspect_prefix_ids(TOKENIZER, row["prompt"], judge.aspects, done, rationale)
+        for aspect, (done, rationale), value in zip(judge.scales, pieces, expected, strict=True):
+            prefix = aspect_prefix_ids(TOKENIZER, row["prompt"], judge.scales, done, rationale)
             probs = grid_probabilities(judge.backend, aspect.grid, [prefix]).probs[0]
             assert probs @ aspect.grid.values == pytest.approx(value, rel=1e-4)
 
@@ -184,9 +185,81 @@ def test_the_pages_aspects_train_and_judge(tmp_path, monkeypatch, capsys):
     assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [["tone", "nan"], ["facts", "nan"]]
 
 
-def test_a_judge_of_several_aspects_is_no_reward():
-    with pytest.raises(ValueError, match="this judge scores 2 aspects, and a reward is one number"):
-        make_reward_func(CoTRAILJudge(scripted(), aspects=TWO))
+# 0.1 * 1 + 0.2 * 3 + 0.6 * 4 + 0.05 * 5 = 3.35 of 1 to 5 for the tone; all on 3 for the facts, of 2 and 3.
+MIXED = {"tone": {"marker": "[TONE]"}, "facts": {"marker": "[FACTS]", "values": [2, 3]}}
+
+
+def mixed(**settings: Any) -> CoTRAILJudge:
+    def probs(ids: list[int]) -> list[float]:
+        return [0.0, 1.0] if "[FACTS]" in TOKENIZER.decode(ids) else PROBS
+
+    return CoTRAILJudge(scripted(probs=probs), aspects=MIXED, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, (2.35 / 4 + 1) / 2),
+        ({"scale": "unit"}, (2.35 / 4 + 1) / 2),
+        ({"aspect": "tone"}, 3.35),
+        ({"aspect": "tone", "scale": "unit"}, 2.35 / 4),
+        ({"aspect": "facts"}, 3.0),
+    ],
+)
+def test_a_reward_is_the_mean_of_all_aspects_in_units_or_one_of_them(settings, wanted):
+    reward = make_reward_func(mixed(), prompt=lambda row: row["completion"], **settings)
+    assert reward(["a"], ["b"]) == [pytest.approx(wanted)]
+
+
+def test_a_completion_that_lacks_an_aspect_has_no_reward_but_for_another_aspect():
+    judge = CoTRAILJudge(scripted(facts=" I had rather not"), aspects=TWO)
+    metrics: dict[str, float] = {}
+    assert make_reward_func(judge, prompt=lambda row: "x")(["a"], ["b"], log_metric=metrics.__setitem__) == [None]
+    assert metrics == {"rewards/tract_judge/failed": 1.0}
+    assert make_reward_func(judge, prompt=lambda row: "x", aspect="tone")(["a"], ["b"]) == [pytest.approx(3.35)]
+
+
+def test_an_unreadable_prompt_is_a_failed_reward_of_every_aspect():
+    assert make_reward_func(mixed(), prompt=lambda row: 7, failed=-1.0)(["a"], ["b"]) == [-1.0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"prompt": str, "aspect": "style"}])
+def test_a_reward_of_aspects_that_cannot_be_made_is_refused(settings):
+    with pytest.raises(ValueError, match="facts"):
+        make_reward_func(mixed(), **settings)
+
+
+def test_scores_without_a_rationale_stand_behind_each_other():
+    backend = scripted()
+    (judgement,) = CoTRAILJudge(backend, aspects=TWO, writes_rationale=False, num_generations=3).judge(["a prompt ->"])
+    assert not backend.generate_calls
+    read = [TOKENIZER.decode(ids) for (ids,) in backend.logprob_calls]
+    assert read == ["a prompt -> [TONE] ", "a prompt -> [TONE] 3 [FACTS] "]
+    assert judgement.rationales == [" [TONE] 3 [FACTS] 3"]
+
+
+def test_each_aspect_has_its_own_recalibration(tmp_path):
+    half = Recalibration(0.5, 0.0, 1.0, 5.0, n=100, rmse=1.0, rmse_cross_validated=0.8)
+    same = replace(half, slope=1.0, intercept=0.25)
+    backend = scripted()
+    (judgement,) = CoTRAILJudge(backend, aspects=TWO, recalibration={"tone": half, "facts": same}).judge(["a"])
+    assert judgement.aspects["tone"].score == pytest.approx(3.35 / 2)
+    assert judgement.aspects["facts"].score == pytest.approx(3.6)
+    # What stands before the second rationale is what the model said, as in a training row.
+    assert asked(backend, 1) == ["a rude [TONE] 3"]
+
+    for name, fitted in {"tone": half, "facts": same}.items():
+        fitted.save(tmp_path, scale=name)
+    JudgeConfig(CoTRAILJudge(backend, aspects=TWO).scales).save(tmp_path)
+    (loaded,) = CoTRAILJudge.from_pretrained(tmp_path, backend, recalibrate=True).judge(["a"])
+    assert [own.score for own in loaded.aspects.values()] == [own.score for own in judgement.aspects.values()]
+
+
+@pytest.mark.parametrize("aspects", [TWO, None])
+def test_a_recalibration_of_another_score_is_refused(aspects):
+    fitted = Recalibration(0.5, 0.0, 1.0, 5.0, n=100, rmse=1.0, rmse_cross_validated=0.8)
+    with pytest.raises(ValueError, match="recalibration"):
+        CoTRAILJudge(scripted(), aspects=aspects, recalibration=fitted if aspects else {"tone": fitted})
 
 
 # Self-distillation

@@ -79,13 +79,11 @@ def test_failed_is_the_reward_of_a_completion_without_a_score_whatever_the_scale
     assert reward(["a", "a"], ["bad", "good"]) == [-1.0, pytest.approx(2.35 / 4)]
 
 
-def test_a_score_that_is_not_a_number_is_no_reward():
-    # No probability on the grid, normalised: 0 / 0.
-    with np.errstate(invalid="ignore"):
-        reward = make_reward_func(scripted(probs=[0.0] * 5, normalize_grid=True), prompt=response)
-        extra: dict[str, list[str]] = {}
-        assert reward(["a"], ["b"], log_extra=extra.__setitem__) == [None]
-    assert extra["tract_judge/error"] == ["its score is nan"]
+def test_probabilities_that_make_no_score_are_no_reward():
+    reward = make_reward_func(scripted(probs=[0.0] * 5, normalize_grid=True), prompt=response)
+    extra: dict[str, list[str]] = {}
+    assert reward(["a"], ["b"], log_extra=extra.__setitem__) == [None]
+    assert extra["tract_judge/error"] == ["no score has any probability"]
 
 
 def test_what_has_no_score_is_counted_and_named(caplog):

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from trl_tract.scale.scale import Scale
+from trl_tract.scale.text import is_thinking
 from trl_tract.scale.trie import TokenTrie
 
 FinishReason = Literal["stop", "eos", "length", "prompt_too_long"]
@@ -63,6 +65,11 @@ class Stop(str):
         stop = super().__new__(cls, text)
         stop.followed_by, stop.counts = tuple(followed_by), counts
         return stop
+
+    @classmethod
+    def at(cls, scale: Scale) -> Self:
+        """The marker of a scale, where one of its scores follows and the model has ended what it thought."""
+        return cls(scale.marker, scale.grid.texts, lambda before: not is_thinking(before))
 
     def place_in(self, text: str, *, whole: bool = False) -> int | None:
         """Where the first occurrence that counts begins; None without one.

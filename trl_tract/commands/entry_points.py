@@ -241,14 +241,16 @@ def _recalibrate(arguments: Sequence[str]) -> int:
     from trl_tract.runs.results import recalibrate
 
     (args,) = _parse("recalibrate", arguments, positional="--judgements")
-    fitted, file = recalibrate(Path(args.judgements), args.model)
-    print(
-        f"score -> {fitted.slope:.3f} * score {'-' if fitted.intercept < 0 else '+'} {abs(fitted.intercept):.3f}, kept "
-        f"in {fitted.low:g} to {fitted.high:g}; fitted on {fitted.n} held-out judgements\n"
-        f"RMSE {fitted.rmse:.3f} as judged, {fitted.rmse_cross_validated:.3f} recalibrated (cross-validated)"
-    )
-    if fitted.rmse_cross_validated >= fitted.rmse:
-        print("It does not lower the error of items that it was not fitted on: better leave it alone")
+    fits, file = recalibrate(Path(args.judgements), args.model)
+    for name, fitted in fits.items():
+        print(
+            f"{f'{name}: ' if name else ''}score -> {fitted.slope:.3f} * score {'-' if fitted.intercept < 0 else '+'} "
+            f"{abs(fitted.intercept):.3f}, kept in {fitted.low:g} to {fitted.high:g}; fitted on {fitted.n} held-out "
+            f"judgements\nRMSE {fitted.rmse:.3f} as judged, {fitted.rmse_cross_validated:.3f} recalibrated "
+            "(cross-validated)"
+        )
+        if fitted.rmse_cross_validated >= fitted.rmse:
+            print("It does not lower the error of items that it was not fitted on: better leave it alone")
     print(f"Saved in {file}; trl-tract judge --recalibrate applies it, and nothing else does")
     return 0
 

@@ -103,23 +103,34 @@ class Recalibration:
         errors = [float(np.sqrt(np.square(scores - gold).mean())) for scores in (predicted, crossed)]
         return cls(*_least_squares(predicted, gold), low, high, len(gold), *errors)
 
-    def save(self, directory: str | Path) -> Path:
-        """Write `tract_calibration.json` beside the judge; it is used where a judge is loaded with `recalibrate`."""
+    def save(self, directory: str | Path, *, scale: str = "") -> Path:
+        """Write `tract_calibration.json` beside the judge; it is used where a judge is loaded with `recalibrate`.
+
+        Args:
+            directory: The judge's.
+            scale: The aspect that it is for; those of other aspects stay. Empty for a judge of one score.
+        """
         file = Path(directory) / FILE_NAME
-        file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        content: dict[str, Any] = asdict(self)
+        if scale:
+            others = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            content = {"aspects": {**others.get("aspects", {}), scale: content}}
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return file
 
     @classmethod
-    def load(cls, path: str | Path, revision: str | None = None) -> Recalibration:
+    def load(cls, path: str | Path, revision: str | None = None, *, scale: str = "") -> Recalibration:
         """Read the recalibration of a judge's directory or hub id, there at `revision`.
 
         Raises:
             FileNotFoundError: There is none: nobody has fitted and saved one.
-            ValueError: It cannot be read.
+            ValueError: It cannot be read, or has none for the aspect `scale`.
         """
         file = _find(path, revision)
         try:
             saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            if scale:
+                saved = saved["aspects"][scale]
             count = int(saved.pop("n"))
             found = cls(**{name: float(number) for name, number in saved.items()}, n=count)
             if not (found.slope >= 0 and math.isfinite(found.intercept) and found.low < found.high):

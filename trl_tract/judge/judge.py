@@ -1,26 +1,27 @@
 """CoTRAILJudge: sample a rationale, then report the expected score (CoT-RAIL). Knows nothing of training."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 
-from trl_tract.backends import Backend, Generation, TransformersBackend
+from trl_tract.backends import Backend, Sampling, TransformersBackend
 from trl_tract.evaluation.recalibration import Recalibration
-from trl_tract.judge.aspect_judge import judge_aspects
 from trl_tract.judge.judgement import Judgement
-from trl_tract.judge.scoring import NO_ROOM, Rule, Sampler, grid_probabilities
+from trl_tract.judge.loop import Loop
+from trl_tract.judge.scoring import Rule, Sampler, grid_probabilities
 from trl_tract.rows.rendering import with_completion
 from trl_tract.rows.row import Prompt
-from trl_tract.rows.tokens import prompt_ids, resolve_aspects, resolve_grid, score_prefix_ids
+from trl_tract.rows.tokens import prefix_ids, prompt_ids, resolve_scales
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.decisions import Decision, Pool
 from trl_tract.scale.grid import ScoreGrid
-from trl_tract.scale.scale import Scale, read_aspects
-from trl_tract.scale.text import CompletionFormat
+from trl_tract.scale.scale import given_scales
+from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, some_scores
 from trl_tract.scale.trie import GridProbabilities
 
 __all__ = ["CoTRAILJudge", "Judgement"]
@@ -34,8 +35,8 @@ class CoTRAILJudge:
         score_values: The score grid, in rubric units; or texts with their values, such as `{"poor": 1, "good": 2}`.
         score_marker: Text at which a rationale ends.
         completion_format: How rationale, marker and score are joined; one space each by default.
-        aspects: Where a completion has several scores: see `TRACTConfig.aspects`; grid and marker above are not looked
-            at then. Each rationale is written behind the score that was decided before it.
+        aspects: Where a completion has several scores: see `TRACTConfig.aspects`, in place of the three above. Each
+            rationale is written behind the score that was decided before it.
         num_generations: Rationales for each item; their scores are averaged.
         decision: How probabilities become a score: `mean`, `median`, `mode`, `sampled` or `quantile`.
         quantile: Of `decision="quantile"`: see `scores.decide`.
@@ -43,20 +44,24 @@ class CoTRAILJudge:
         score_temperature: Sharpens (below 1) or flattens score probabilities before `decision`: see `scores.temper`.
         pool: How several rationales become one score: the mean of their `scores`, or `decision` applied to the mean of
             their `distributions`. For the expected score without `normalize_grid` the two are one.
-        recalibration: A map that was fitted on held-out judgements, applied to the final score; None: none.
-        temperature: Of sampling the rationale.
-        top_p: Of sampling the rationale.
-        repetition_penalty: Of sampling the rationale.
+        recalibration: A map that was fitted on held-out judgements, applied to the final score; with aspects, such maps
+            by name. None: none.
+        temperature: Temperature at which a rationale is sampled; 0 decodes greedily.
+        top_p: Nucleus sampling threshold of the rationale.
+        repetition_penalty: Penalty on tokens that the prompt or the rationale has already; 1: none.
         max_new_tokens: Tokens a rationale may have.
-        seed: Of sampling.
-        max_attempts: How often a rationale is sampled until it reaches the marker.
+        seed: Random seed of rationales and of sampled scores.
+        max_attempts: How often a rationale is sampled until it reaches the marker with a score behind it.
         append_marker: Score a rationale that never reached the marker as if it had. For models that were not trained
             to write it, such as a seed model; otherwise such an item is an error.
-        writes_rationale: False for a judge that gives its score straight after the prompt; nothing is generated then.
+        writes_rationale: False for a judge that gives its scores straight after the prompt; nothing is generated then.
+
+    Attributes:
+        scales: The scales of a completion in their order; the name of a single one is empty.
 
     Raises:
-        ValueError: An unknown decision or pool, a score temperature or quantile out of range, a grid that the tokenizer
-            cannot tell apart, or an argument that is for one score beside `aspects`.
+        ValueError: An unknown decision or pool, a setting out of range, a grid that the tokenizer cannot tell apart, or
+            a recalibration of another scale than there is.
 
     Source: Chiang et al. 2025, CoT-RAIL, https://aclanthology.org/2025.acl-long.147
     """
@@ -75,7 +80,7 @@ class CoTRAILJudge:
         normalize_grid: bool = False,
         score_temperature: float = 1.0,
         pool: Pool = "scores",
-        recalibration: Recalibration | None = None,
+        recalibration: Recalibration | Mapping[str, Recalibration] | None = None,
         temperature: float = 1.0,
         top_p: float = 0.9,
         repetition_penalty: float = 1.03,
@@ -85,35 +90,31 @@ class CoTRAILJudge:
         append_marker: bool = False,
         writes_rationale: bool = True,
     ) -> None:
-        self.aspects = () if aspects is None else read_aspects(aspects)
-        if self.aspects and (recalibration is not None or not writes_rationale):
-            wrong = "writes_rationale=False" if recalibration is None else "recalibration"
-            raise ValueError(f"{wrong} is for judges of one score: leave it out, or leave aspects out")
-        Rule(decision, quantile, normalize_grid, score_temperature, pool, seed)  # unusable settings are refused now
         for name, count in (("num_generations", num_generations), ("max_attempts", max_attempts)):
             if count < 1:
                 raise ValueError(f"{name}={count} must be 1 or more")
         self.backend = backend
-        self.grid = ScoreGrid.from_values(score_values)
-        self.format = completion_format or CompletionFormat(score_marker)
-        self.num_generations = num_generations
-        self.decision: Decision = decision
-        self.quantile = quantile
-        self.normalize_grid = normalize_grid
-        self.score_temperature = score_temperature
-        self.pool: Pool = pool
+        self.scales = given_scales(score_values, completion_format or CompletionFormat(score_marker), aspects)
         self.recalibration = recalibration
-        self.sampling = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "repetition_penalty": repetition_penalty,
-            "max_new_tokens": max_new_tokens,
-        }
-        self.seed = seed
-        self.max_attempts = max_attempts
-        self.append_marker = append_marker
+        self._recalibrations()  # of another scale: refused now
+        self.normalize_grid = normalize_grid
         self.writes_rationale = writes_rationale
-        self._grid_checked: set[tuple[int, bool]] = set()  # tokenizers and types of prompt
+        self._rule = Rule(decision, quantile, normalize_grid, score_temperature, pool, seed)
+        sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty)
+        if writes_rationale:
+            sampling.check(num_generations, self.scales[0].marker)
+        self._sampler = Sampler(backend, asdict(sampling), max_attempts, append_marker, writes_rationale)
+        self._num_generations = num_generations if writes_rationale else 1  # without one all would be the same
+        self._tokens_found: set[tuple[int, bool]] = set()  # tokenizers and types of prompt
+
+    def __repr__(self) -> str:
+        scores = "; ".join(f"{scale.name or 'scores'} {some_scores(scale.grid.texts)}" for scale in self.scales)
+        return f"CoTRAILJudge({self.backend.model_id!r}, {scores}, {self._rule.decision} of {self._num_generations})"
+
+    @property
+    def grid(self) -> ScoreGrid:
+        """The score grid; of several scales the first one's."""
+        return self.scales[0].grid
 
     @classmethod
     def from_pretrained(
@@ -139,84 +140,60 @@ class CoTRAILJudge:
         """
         config = JudgeConfig.load(path, revision)
         if recalibrate:
-            settings["recalibration"] = Recalibration.load(path, revision)
+            settings["recalibration"] = {
+                scale.name: Recalibration.load(path, revision, scale=scale.name) for scale in config.scales
+            }
         if isinstance(backend, str):
             if backend != "transformers":
                 raise ValueError(
                     f"backend={backend!r} is unknown: give 'transformers', or a backend, such as VLLMBackend(path)"
                 )
             backend = TransformersBackend(str(path), revision=revision)
-        first, aspects = config.scales[0], config.scales if len(config.scales) > 1 else ()
-        judge = cls(
-            backend,
-            score_values=dict(zip(first.grid.texts, first.grid.values, strict=True)),
-            completion_format=config.format,
-            aspects={aspect.name: aspect.to_dict() for aspect in aspects} or None,
-            **{
-                "normalize_grid": config.normalize_grid,
-                "writes_rationale": config.writes_rationale,
-                **settings,
-            },
-        )
-        judge.grid, judge.aspects = first.grid, aspects
+        trained = {"normalize_grid": config.normalize_grid, "writes_rationale": config.writes_rationale}
+        judge = cls(backend, **config.arguments, **{**trained, **settings})
+        judge.scales = config.scales
         return judge
 
     def judge(
-        self, rows: Sequence[Mapping[str, Any] | str], *, first: int = 0, on_progress: Any = None
+        self,
+        rows: Sequence[Mapping[str, Any] | str],
+        *,
+        first: int = 0,
+        on_progress: Callable[[int], None] | None = None,
     ) -> list[Judgement]:
         """Score items, in order. What goes wrong with one item is that item's `error`.
 
         Args:
             rows: A prompt each, or rows with a `prompt`, written like the training rows.
             first: Number of the first item where `rows` is a part of more; the random seed depends on it.
-            on_progress: Called with the number of items whose rationales have just been written.
+            on_progress: Called with the number of items that are done since it was called before. Rationales are
+                written for all items and then scored: an item whose rationale is written counts a half.
         """
         if isinstance(rows, str | Mapping):
             raise TypeError(f"rows is one {type(rows).__name__}: put it into a list, as in judge.judge([row])[0]")
-        prompts: list[Prompt] = [_prompt_of(row) for row in rows]
-        judgements = [Judgement() for _ in prompts]
+        judged: dict[int, Judgement] = {}
+        prompts: dict[int, Prompt] = {}
         ids: dict[int, list[int]] = {}
-        for i, prompt in enumerate(prompts):
+        for i, row in enumerate(rows):
             try:
-                _check_prompt(rows[i], prompt)
-                ids[i] = prompt_ids(self.backend.tokenizer, prompt)
-            except (TypeError, ValueError, KeyError) as error:
-                judgements[i].error = f"the prompt cannot be read: {error}"
-        if not ids:
-            return judgements
-        self._check_grid(prompts[next(iter(ids))])
-        if self.aspects:
-            asked = {i: prompts[i] for i in ids}
-            found_by_item = judge_aspects(
-                asked,
-                ids,
-                self.aspects,
-                sampler=self._sampler,
-                rule=self._rule,
-                num_generations=self.num_generations,
-                first=first,
-            )
-            if on_progress is not None:
-                on_progress(len(ids))
-            return [found_by_item.get(i, judgement) for i, judgement in enumerate(judgements)]
-        samples = self._rationales(ids, first, on_progress)
-        slots: list[tuple[int, str]] = []
-        for i, generations in samples.items():
-            usable = [generation for generation in generations if self._sampler.usable(generation)]
-            slots += [(i, generation.text.rstrip()) for generation in usable]
-            if not usable:
-                judgements[i].error = self._sampler.reason(generations[-1], self.format.marker)
-        found = self.grid_probabilities([prompts[i] for i, _ in slots], [rationale for _, rationale in slots])
-        grouped: dict[int, list[int]] = {}
-        for slot, (i, _) in enumerate(slots):
-            if np.isnan(found.probs[slot]).any():
-                judgements[i].error = NO_ROOM
-            else:
-                grouped.setdefault(i, []).append(slot)
-        for i, mine in grouped.items():
-            rationales = [slots[slot][1] for slot in mine]
-            self._rule.fill(judgements[i], self.grid, found.of(mine), rationales, [first + i], self.recalibration)
-        return judgements
+                prompt = _read_prompt(row)
+                tokens = prompt_ids(self.backend.tokenizer, prompt)
+            except (TypeError, ValueError, KeyError, TemplateError) as error:
+                judged[i] = Judgement(error=f"the prompt cannot be read: {error}")
+                continue
+            try:
+                self._find_tokens(prompt)
+            except (ScoreNotFoundError, TemplateError) as error:
+                judged[i] = Judgement(error=f"no score can be written behind the prompt: {error}")
+                continue
+            prompts[i], ids[i] = prompt, tokens
+        report = on_progress or (lambda count: None)
+        if judged:
+            report(len(judged))
+        if ids:
+            loop = Loop(self.scales, self._sampler, self._rule, self._recalibrations(), self._num_generations)
+            judged |= loop.run(prompts, ids, first, report)
+        return [judged[i] for i in range(len(rows))]
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the judge: its weights or adapter, tokenizer, `tract_config.json`, recalibration and a card.
@@ -238,20 +215,10 @@ class CoTRAILJudge:
         """
         from trl_tract.saved.hub import push_judge
 
-        first = self.aspects[0].grid if self.aspects else self.grid
-        if not (first.token_ids or first.paths):  # nothing was judged yet
-            self._check_grid([{"role": "user", "content": ""}] if self.backend.tokenizer.chat_template else "")
-        scales = self.aspects or (Scale("", self.grid, self.format),)
-        config = JudgeConfig(scales, self.normalize_grid, self.writes_rationale)
-        return push_judge(self.backend, config, repo_id, recalibration=self.recalibration, **options)
-
-    @property
-    def _sampler(self) -> Sampler:
-        return Sampler(self.backend, self.sampling, self.max_attempts, self.append_marker)
-
-    @property
-    def _rule(self) -> Rule:
-        return Rule(self.decision, self.quantile, self.normalize_grid, self.score_temperature, self.pool, self.seed)
+        if not (self.grid.token_ids or self.grid.paths):  # nothing was judged yet
+            self._find_tokens([{"role": "user", "content": ""}] if self.backend.tokenizer.chat_template else "")
+        config = JudgeConfig(self.scales, self.normalize_grid, self.writes_rationale)
+        return push_judge(self.backend, config, repo_id, recalibrations=self._recalibrations(), **options)
 
     def score_rationales(self, prompts: Sequence[Prompt], rationales: Sequence[str]) -> NDArray[np.float64]:
         """Probabilities of the grid's scores behind given rationales, `(len(prompts), K)`."""
@@ -265,48 +232,38 @@ class CoTRAILJudge:
             prompts: Written like the training rows' prompts.
             rationales: One for each prompt, without the marker.
         """
-        if self.aspects:
+        if len(self.scales) > 1:
             raise ValueError("this judge scores several aspects, and which rationale is whose is not said: use judge()")
         if not prompts:
             return GridProbabilities.exact(np.zeros((0, len(self.grid))))
-        self._check_grid(prompts[0])
+        self._find_tokens(prompts[0])
         prefixes = [
-            score_prefix_ids(self.backend.tokenizer, prompt, rationale, self.format, self.grid)
+            prefix_ids(self.backend.tokenizer, prompt, self.scales, [], rationale)
             for prompt, rationale in zip(prompts, rationales, strict=True)
         ]
         return grid_probabilities(self.backend, self.grid, prefixes)
 
-    def _check_grid(self, prompt: Prompt) -> None:
-        """Look the grid's tokens up where scores will stand, and compare with those of the training; once a kind."""
-        kind = (id(self.backend.tokenizer), isinstance(prompt, str))
-        if kind in self._grid_checked:
-            return
-        if self.aspects:
-            completion = "".join(aspect.format.join("", aspect.grid.texts[0]) for aspect in self.aspects)
-            found = resolve_aspects(self.backend.tokenizer, with_completion(prompt, completion), self.aspects)
-            grids = [_checked(aspect.grid, here.grid) for aspect, here in zip(self.aspects, found, strict=True)]
-            self.aspects = tuple(replace(aspect, grid=grid) for aspect, grid in zip(self.aspects, grids, strict=True))
-        else:
-            row = with_completion(prompt, self.format.join("", self.grid.texts[0]))
-            resolved, _ = resolve_grid(self.backend.tokenizer, row, self.format.marker, self.grid)
-            self.grid = _checked(self.grid, resolved)
-        self._grid_checked.add(kind)
+    def _recalibrations(self) -> Mapping[str, Recalibration]:
+        """The recalibrations by the name of their scale."""
+        given = self.recalibration or {}
+        given = {"": given} if isinstance(given, Recalibration) else given
+        names = [scale.name for scale in self.scales]
+        if wrong := [name for name in given if name not in names]:
+            fitting = f"a mapping with the aspects {', '.join(names)}" if names[0] else "one Recalibration"
+            raise ValueError(f"recalibration is for {wrong[0] or 'one score'!r}: give {fitting}")
+        return given
 
-    def _rationales(
-        self, ids: Mapping[int, Sequence[int]], first_item: int, on_progress: Any
-    ) -> dict[int, list[Generation]]:
-        """Sample each item's rationales, and again those that did not reach the marker."""
-        if not self.writes_rationale:
-            if on_progress is not None:
-                on_progress(len(ids))
-            return {i: [Generation("", "stop", 0)] for i in ids}
-        return self._sampler.sample(
-            ids,
-            stop=self.format.marker,
-            n=self.num_generations,
-            seed=lambda attempt: [self.seed, first_item, attempt],
-            on_progress=on_progress,
+    def _find_tokens(self, prompt: Prompt) -> None:
+        """Look the tokens up where scores will stand, and compare with those of the training; once a kind of prompt."""
+        kind = (id(self.backend.tokenizer), isinstance(prompt, str))
+        if kind in self._tokens_found:
+            return
+        completion = "".join(scale.format.join("", scale.grid.texts[0]) for scale in self.scales)
+        found = resolve_scales(self.backend.tokenizer, with_completion(prompt, completion), self.scales)
+        self.scales = tuple(
+            replace(scale, grid=_checked(scale.grid, here.grid)) for scale, here in zip(self.scales, found, strict=True)
         )
+        self._tokens_found.add(kind)
 
 
 def _checked(known: ScoreGrid, here: ScoreGrid) -> ScoreGrid:
@@ -323,18 +280,20 @@ def _checked(known: ScoreGrid, here: ScoreGrid) -> ScoreGrid:
     return known
 
 
-def _prompt_of(row: Any) -> Any:
-    return row["prompt"] if isinstance(row, Mapping) and "prompt" in row else row
+def _read_prompt(row: Any) -> Prompt:
+    """The prompt of an item: text, or chat messages.
 
-
-def _check_prompt(row: Any, prompt: Any) -> None:
-    """Refuse what is neither text nor chat messages, and say what it is."""
-    if isinstance(prompt, str):
-        return
+    Raises:
+        TypeError, ValueError: It is neither; what it is is said.
+    """
     if isinstance(row, Mapping) and "prompt" not in row:
         raise ValueError(f"the row has no `prompt`; its columns are {', '.join(sorted(map(str, row)))}")
+    prompt: Any = row["prompt"] if isinstance(row, Mapping) else row
+    if isinstance(prompt, str):
+        return prompt
     if not isinstance(prompt, Sequence):
         raise TypeError(f"it is {type(prompt).__name__}, not text or a list of chat messages")
     for message in prompt:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise ValueError(f"a chat message needs `role` and `content`, and one is {message!r}")
+    return list(prompt)

@@ -24,6 +24,7 @@ def make_reward_func(
     prompt: JudgePrompt | None = None,
     scale: Literal["unit"] | None = None,
     failed: float | None = None,
+    aspect: str | None = None,
 ) -> RewardFunc:
     """Let a judge score the completions of a policy: `GRPOTrainer(policy, reward_funcs=make_reward_func(judge), ...)`.
 
@@ -49,38 +50,51 @@ def make_reward_func(
             expected score that lost mass off the grid can lie below 0.
         failed: Reward of a completion that the judge cannot score, in the units of what is returned. None leaves it
             without one.
+        aspect: Of a judge of several aspects, the one whose score is the reward. None: the mean of all of them, each
+            from 0 to 1 whatever `scale` is; a completion that lacks one of them gets no score.
 
     Returns:
         A reward function: lists of prompts, completions and columns in, a float or None for each completion out.
 
     Raises:
-        ValueError: An unknown `scale`, or a `failed` that is not finite. From the reward function: columns that the
-            default prompt needs are missing, or descriptions that are not of the judge's scores.
+        ValueError: An unknown `scale` or `aspect`, or a `failed` that is not finite; or no `prompt` for a judge of
+            several aspects, since a rubric describes one. From the reward function: columns that the default prompt
+            needs are missing, or descriptions that are not of the judge's scores.
     """
     if not callable(getattr(judge, "judge", None)):
         raise TypeError(f"judge is {judge!r}, not a judge: load one first, CoTRAILJudge.from_pretrained(path)")
     if scale not in (None, "unit"):
         raise ValueError(f"scale={scale!r} is unknown: give None for rubric units, or 'unit' for 0 to 1")
-    if judge.aspects:
+    names = [each.name for each in judge.scales]
+    if aspect is not None and aspect not in filter(None, names):
+        raise ValueError(f"aspect={aspect!r} is unknown: this judge scores {', '.join(filter(None, names)) or 'one'}")
+    if len(names) > 1 and prompt is None:
         raise ValueError(
-            f"this judge scores {len(judge.aspects)} aspects, and a reward is one number: give a judge of one score"
+            f"this judge scores {', '.join(names)}, and the default prompt describes one score: write its prompt with "
+            "make_reward_func(judge, prompt=...)"
         )
     if failed is not None and not math.isfinite(failed):
         raise ValueError(f"failed={failed} would spoil the whole group's rewards: give a finite number, or None")
-    return _JudgeReward(judge, prompt, scale, failed)
+    return _JudgeReward(judge, prompt, scale, failed, aspect)
 
 
 class _JudgeReward:
     """What `make_reward_func` returns; not a closure, so that it can be pickled if its judge can."""
 
     def __init__(
-        self, judge: CoTRAILJudge, prompt: JudgePrompt | None, scale: Literal["unit"] | None, failed: float | None
+        self,
+        judge: CoTRAILJudge,
+        prompt: JudgePrompt | None,
+        scale: Literal["unit"] | None,
+        failed: float | None,
+        aspect: str | None,
     ) -> None:
         self.__name__ = "tract_judge"  # What TRL calls this reward in its logs.
         self.judge = judge
         self.prompt = prompt
-        self.scale = scale
+        self.in_units = scale == "unit" or (len(judge.scales) > 1 and aspect is None)
         self.failed = failed
+        self.scales = [each for each in judge.scales if aspect in (None, each.name)]
 
     def __call__(
         self,
@@ -109,13 +123,19 @@ class _JudgeReward:
         self._report(judgements, len(prompts), log_extra, log_metric)
         return rewards
 
+    def _judged(self, judgement: Judgement) -> list[Judgement]:
+        """The judgements that the reward is made of, one for each scale; the whole where it has none of them."""
+        return [judgement.aspects.get(scale.name, judgement) for scale in self.scales]
+
     def _reward(self, judgement: Judgement) -> float | None:
-        if not _has_score(judgement):
+        judged = self._judged(judgement)
+        if _lack(judged) is not None:
             return self.failed
-        if self.scale is None:
-            return judgement.score
-        low, high = self.judge.grid.values[0], self.judge.grid.values[-1]
-        return (judgement.score - low) / (high - low)
+        rewards = []
+        for scale, own in zip(self.scales, judged, strict=True):
+            low, high = scale.grid.values[0], scale.grid.values[-1]
+            rewards.append((own.score - low) / (high - low) if self.in_units else own.score)
+        return sum(rewards) / len(rewards)
 
     def _report(
         self,
@@ -125,12 +145,9 @@ class _JudgeReward:
         log_metric: Callable[[str, float], None] | None,
     ) -> None:
         name = self.__name__
-        scored = [judgement for judgement in judgements.values() if _has_score(judgement)]
-        lost = {
-            i: judgement.error or f"its score is {judgement.score}"
-            for i, judgement in judgements.items()
-            if not _has_score(judgement)
-        }
+        judged = {i: self._judged(judgement) for i, judgement in judgements.items()}
+        lost = {i: reason for i, own in judged.items() if (reason := _lack(own)) is not None}
+        masses = [each.grid_mass for i, own in judged.items() if i not in lost for each in own]
         if lost:
             i, reason = next(iter(lost.items()))
             logger.warning(
@@ -145,8 +162,8 @@ class _JudgeReward:
         if log_metric is not None and judgements:
             # A share, since TRL averages what it is given over processes and over the steps between two logs.
             log_metric(f"rewards/{name}/failed", len(lost) / len(judgements))
-            if scored:
-                log_metric(f"rewards/{name}/grid_mass", sum(each.grid_mass for each in scored) / len(scored))
+            if masses:
+                log_metric(f"rewards/{name}/grid_mass", sum(masses) / len(masses))
         if log_extra is not None:
             said = [judgements.get(i, Judgement()) for i in range(count)]
             log_extra(f"{name}/rationale", ["\n\n".join(judgement.rationales) for judgement in said])
@@ -177,7 +194,7 @@ class _JudgeReward:
             row["criterion"],
             {score: texts[score] for score in grid},
             reference=row.get("reference"),
-            marker=self.judge.format.marker,
+            marker=self.judge.scales[0].marker,
         )
 
     def _defused(self, text: str) -> str:
@@ -192,8 +209,10 @@ class _JudgeReward:
         return text
 
 
-def _has_score(judgement: Judgement) -> bool:
-    return judgement.error is None and math.isfinite(judgement.score)
+def _lack(judged: Sequence[Judgement]) -> str | None:
+    """Why there is no reward; None if every judgement has a score."""
+    lacking = [own.error or f"its score is {own.score}" for own in judged if own.error or not math.isfinite(own.score)]
+    return "; ".join(lacking) or None
 
 
 def _prompt_text(prompt: Prompt) -> str:

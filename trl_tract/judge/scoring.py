@@ -17,6 +17,8 @@ from trl_tract.files.journal import digest
 from trl_tract.judge.judgement import Judgement
 from trl_tract.scale.decisions import DECISIONS, POOLS, Decision, Pool, check_quantile, decide, temper
 from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scale import Scale
+from trl_tract.scale.text import is_thinking
 from trl_tract.scale.trie import GridProbabilities, walk_trie
 
 Key = TypeVar("Key")
@@ -25,44 +27,48 @@ NO_ROOM = "prompt and rationale leave no room in the model's context window"
 
 @dataclass(frozen=True)
 class Sampler:
-    """Samples rationales, and again those that did not reach the marker.
+    """Samples rationales, and again those that did not reach their score.
 
     Attributes:
         backend: The judge model.
         options: `temperature`, `top_p`, `repetition_penalty`, `max_new_tokens`.
         max_attempts: How often a rationale is sampled.
         append_marker: Whether a rationale without the marker is as good.
+        writes: False for a judge that gives its scores straight away: its rationales are empty.
     """
 
     backend: Backend
     options: Mapping[str, Any]
     max_attempts: int
     append_marker: bool
+    writes: bool
 
     def sample(
         self,
         prompts: Mapping[Key, Sequence[int]],
+        scale: Scale,
         *,
-        stop: str,
         n: int,
         seed: Callable[[int], Sequence[Any]],
-        rejects: Callable[[str], bool] | None = None,
-        on_progress: Any = None,
+        rejects: Callable[[str], bool],
+        on_progress: Callable[[int], None],
     ) -> dict[Key, list[Generation]]:
         """Rationales of each prompt.
 
         Args:
             prompts: Token ids.
-            stop: The marker.
+            scale: Of the score that ends them.
             n: Rationales for each.
             seed: What the random numbers of an attempt (1, 2, ...) depend on.
-            rejects: Whether a rationale that did reach the marker has to be sampled again.
+            rejects: Whether a rationale that did reach its score has to be sampled again.
             on_progress: See `Backend.generate`; told of the first attempt.
         """
+        if not prompts or not self.writes:
+            return {key: [Generation("", "stop", 0)] * n for key in prompts}
         results: dict[Key, list[Generation]] = {}
         open_slots = [(key, sample) for key in prompts for sample in range(n)]
         for attempt in range(1, self.max_attempts + 1):
-            settings: dict[str, Any] = {**self.options, "stop": stop}
+            settings: dict[str, Any] = {**self.options, "stop": scale.marker}
             settings["seed"] = int(digest(list(seed(attempt)))[:8], 16)
             if attempt == 1:
                 first = self.backend.generate(list(prompts.values()), n=n, on_progress=on_progress, **settings)
@@ -77,27 +83,37 @@ class Sampler:
         return results
 
     @staticmethod
-    def _is_open(generation: Generation, rejects: Callable[[str], bool] | None) -> bool:
-        if generation.finish_reason == "stop":
-            return rejects is not None and rejects(generation.text)
-        return generation.finish_reason in ("eos", "length")
+    def _is_open(generation: Generation, rejects: Callable[[str], bool]) -> bool:
+        if _reached(generation):
+            return rejects(generation.text)
+        return generation.finish_reason != "prompt_too_long"
 
     def usable(self, generation: Generation) -> bool:
         """Whether a score can follow."""
-        return generation.finish_reason == "stop" or (
-            self.append_marker and generation.finish_reason != "prompt_too_long"
-        )
+        return _reached(generation) or (self.append_marker and generation.finish_reason != "prompt_too_long")
 
-    def reason(self, last: Generation, marker: str) -> str:
+    def rationale(self, generation: Generation, scale: Scale) -> str:
+        """What was written before the score; with `append_marker` perhaps before a marker without one."""
+        before, marker, _ = generation.text.rpartition(scale.marker)
+        return (before if marker and not _reached(generation) else generation.text).rstrip()
+
+    def reason(self, last: Generation, scale: Scale) -> str:
         """Why no score can follow a generation that is not usable."""
         if last.finish_reason == "prompt_too_long":
             return "the prompt leaves no room in the model's context window"
-        ending = (
-            f"max_new_tokens={self.options['max_new_tokens']} ran out"
-            if last.finish_reason == "length"
-            else "the model ended its turn"
-        )
-        return f"no rationale reached {marker!r} in {self.max_attempts} attempts: {ending}"
+        ending = {
+            "length": f"max_new_tokens={self.options['max_new_tokens']} ran out",
+            "eos": "the model ended its turn",
+            "stop": "the model was still thinking",
+        }
+        attempts = f"in {self.max_attempts} attempts: {ending[last.finish_reason]}"
+        mentioned = " with a score" if scale.marker in last.text else ""
+        return f"no rationale reached {scale.marker!r}{mentioned} {attempts}"
+
+
+def _reached(generation: Generation) -> bool:
+    # An engine that knows no more of a stop text than its characters may have ended within a thinking block.
+    return generation.finish_reason == "stop" and not is_thinking(generation.text)
 
 
 def grid_probabilities(backend: Backend, grid: ScoreGrid, prefixes: Sequence[Sequence[int]]) -> GridProbabilities:

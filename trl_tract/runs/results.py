@@ -126,7 +126,7 @@ def finish_card(run: Path, judged: JudgedScale, report: ScoreReport, *, data: st
     )
 
 
-def recalibrate(directory: Path, model: str | None = None) -> tuple[Recalibration, Path]:
+def recalibrate(directory: Path, model: str | None = None) -> tuple[dict[str, Recalibration], Path]:
     """Fit a recalibration on the judgements in `directory` and save it with the judge.
 
     Args:
@@ -134,7 +134,7 @@ def recalibrate(directory: Path, model: str | None = None) -> tuple[Recalibratio
         model: The judge's directory; None: the one that judged.
 
     Returns:
-        The fit, and the file that it is saved in.
+        The fit of each scale by its name, and the file that they are saved in.
 
     Raises:
         FileNotFoundError: No judgements there, or no judge to save it with.
@@ -143,24 +143,25 @@ def recalibrate(directory: Path, model: str | None = None) -> tuple[Recalibratio
     folder = Judged(directory)
     if folder.settings.get("recalibrate"):
         raise ValueError(f"the judgements in {directory} are recalibrated already: judge again without --recalibrate")
-    if list(folder.scales) != [""]:
-        raise ValueError(
-            f"the judgements in {directory} are of the aspects {', '.join(folder.scales)}, and a recalibration is of "
-            "one score"
-        )
-    judged = folder.scales[""]
-    if without := len(folder) - len(judged.items):
-        raise ValueError(
-            f"{without} of {len(folder)} judgements in {directory} have no gold score: judge rows that have one"
-        )
+    for judged in folder.scales.values():
+        if without := len(folder) - len(judged.items):
+            which = f" for aspect {judged.name!r}" if judged.name else ""
+            raise ValueError(
+                f"{without} of {len(folder)} judgements in {directory} have no gold score{which}: judge rows that have "
+                "one"
+            )
     judge = Path(model or folder.settings.get("model", ""))
     if not (model or folder.settings.get("model")) or not judge.is_dir():
         raise FileNotFoundError(
             f"the judge {judge} is no directory on this disk, so nothing can be saved with it: name one with --model"
         )
-    grid = judged.grid or JudgeConfig.load(judge).scales[0].grid.values
-    fitted = Recalibration.fit(judged.score, judged.reference, grid, groups=judged.groups)
-    return fitted, fitted.save(judge)
+    grids = {scale.name: scale.grid.values for scale in JudgeConfig.load(judge).scales}
+    fitted = {
+        name: Recalibration.fit(judged.score, judged.reference, judged.grid or grids[name], groups=judged.groups)
+        for name, judged in folder.scales.items()
+    }
+    files = [one.save(judge, scale=name) for name, one in fitted.items()]
+    return fitted, files[0]
 
 
 def _curves(run: Path) -> dict[str, list[dict[str, Any]]]:

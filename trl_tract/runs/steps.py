@@ -169,7 +169,7 @@ class JudgeStep:
                 {
                     "reference": None if row.get("score") is None else gold_score(row["score"]),
                     **{name: row[name] for name in ("id", "group", "side", "subset") if name in row},
-                    **_with_references(judgement.to_dict(), row, judge.aspects),
+                    **_with_references(judgement.to_dict(), row, [scale for scale in judge.scales if scale.name]),
                     "backend": backend.name,
                 }
                 for row, judgement in zip(block, judgements, strict=True)

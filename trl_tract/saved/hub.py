@@ -49,7 +49,7 @@ def push_judge(
     judge_config: JudgeConfig,
     repo_id: str,
     *,
-    recalibration: Recalibration | None = None,
+    recalibrations: Mapping[str, Recalibration] | None = None,
     base_model: str | None = None,
     private: bool = True,
     token: str | None = None,
@@ -70,8 +70,8 @@ def push_judge(
             raise FileNotFoundError(f"{directory} holds no weights: none of {', '.join(WEIGHTS)}")
         judge_config.save(made)
         files["tract_config.json"] = Path(made) / "tract_config.json"
-        if recalibration is not None:
-            files["tract_calibration.json"] = recalibration.save(made)
+        for name, recalibration in (recalibrations or {}).items():
+            files["tract_calibration.json"] = recalibration.save(made, scale=name)
         if "adapter_config.json" in files:
             base_model = _base_on_hub(files, Path(made), base_model)
         _write_card(files, Path(made), judge_config, repo_id, base_model)

@@ -33,6 +33,17 @@ class JudgeConfig:
         """Marker and whitespace of the first scale."""
         return self.scales[0].format
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The scales as arguments of a judge."""
+        if len(self.scales) > 1:
+            return {"aspects": {scale.name: scale.to_dict() for scale in self.scales}}
+        grid = self.scales[0].grid
+        return {
+            "score_values": dict(zip(grid.texts, grid.values, strict=True)),
+            "completion_format": self.format,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """The content of `tract_config.json`.
 

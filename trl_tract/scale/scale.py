@@ -84,6 +84,17 @@ def read_scales(training: Mapping[str, Any]) -> tuple[Scale, ...]:
     return (Scale("", grid, CompletionFormat(marker)),)
 
 
+def given_scales(
+    values: Sequence[float] | Mapping[str, float] | str,
+    completion_format: CompletionFormat,
+    aspects: Mapping[str, Mapping[str, Any]] | str | None,
+) -> tuple[Scale, ...]:
+    """The scales of a judge's arguments: the aspects, or the only one."""
+    if aspects is not None:
+        return read_aspects(aspects)
+    return (Scale("", ScoreGrid.from_values(values), completion_format),)
+
+
 def read_aspects(aspects: Mapping[str, Mapping[str, Any]] | str) -> tuple[Scale, ...]:
     """Check the aspects of a configuration.
 

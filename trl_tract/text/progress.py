@@ -6,6 +6,7 @@ Knows nothing of what progresses.
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from tqdm.auto import tqdm
@@ -93,6 +94,41 @@ def progress(*, total: int, desc: str, unit: str, initial: int = 0, hidden: bool
     kind: Any = tqdm if is_watched() else ProgressLines
     # Never None, with which tqdm is silent wherever it writes to a file.
     return kind(total=total, desc=desc, unit=unit, initial=initial, disable=hidden)
+
+
+class Passes:
+    """Progress of items that are gone through several times, told of as whole items.
+
+    Args:
+        report: Told how many more items are done.
+        items: How many there are.
+        passes: How often they are gone through.
+
+    Example:
+        >>> passes = Passes(print, items=3, passes=2)
+        >>> passes.add(3)
+        1
+        >>> passes.finish()
+        2
+    """
+
+    def __init__(self, report: Callable[[int], None], items: int, passes: int) -> None:
+        self._report, self._items, self._passes = report, items, passes
+        self._gone, self._told = 0.0, 0
+
+    def add(self, items: float) -> None:
+        """Some items have been gone through once more."""
+        self._gone += items
+        self._tell(min(self._items, int(self._gone / self._passes + 1e-9)))
+
+    def finish(self) -> None:
+        """Tell of those that are left."""
+        self._tell(self._items)
+
+    def _tell(self, done: int) -> None:
+        if done > self._told:
+            done, self._told = done - self._told, done
+            self._report(done)
 
 
 def hide_bars_of_libraries() -> None:

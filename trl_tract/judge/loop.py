@@ -1,0 +1,156 @@
+"""The judge's loop: for each scale in turn a rationale, and the score behind it.
+
+A training row has a gold score before its next rationale; here the judge's own decided score stands there, as the
+nearest text of the grid. Every sampled completion goes its own way. Knows nothing of training.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+
+from trl_tract.backends import Generation
+from trl_tract.evaluation.recalibration import Recalibration
+from trl_tract.judge.judgement import Judgement
+from trl_tract.judge.scoring import NO_ROOM, Rule, Sampler, grid_probabilities
+from trl_tract.rows.row import Prompt
+from trl_tract.rows.tokens import prefix_ids
+from trl_tract.scale.scale import Scale, scored_within
+from trl_tract.scale.text import ScoreNotFoundError
+from trl_tract.text.progress import Passes
+
+
+@dataclass
+class _Chain:
+    """One completion under way: what is written of it, and why it does not go on."""
+
+    item: int
+    prompt: Prompt
+    done: list[tuple[str, str]] = field(default_factory=list)  # rationale and score text, by scale
+    rationale: str = ""
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What is the same for all items that are judged.
+
+    Attributes:
+        scales: In their order, with tokens.
+        sampler: Writes the rationales.
+        rule: Makes scores of probabilities.
+        recalibrations: Name of a scale -> what is applied to its final scores.
+        num_generations: Completions of each item.
+    """
+
+    scales: tuple[Scale, ...]
+    sampler: Sampler
+    rule: Rule
+    recalibrations: Mapping[str, Recalibration]
+    num_generations: int
+
+    def run(
+        self, prompts: Mapping[int, Prompt], ids: Mapping[int, Sequence[int]], first: int, report: Callable[[int], None]
+    ) -> dict[int, Judgement]:
+        """A judgement for each item.
+
+        Args:
+            prompts: Item -> its prompt.
+            ids: Item -> the prompt's tokens.
+            first: Number of the first item where the items are a part of more.
+            report: Told how many items are done, at each pass over them a part.
+        """
+        chains = {item: [_Chain(item, prompts[item]) for _ in range(self.num_generations)] for item in ids}
+        judged: dict[int, dict[str, Judgement]] = {item: {} for item in ids}
+        passes = Passes(report, len(ids), 2 * len(self.scales))
+        for number, scale in enumerate(self.scales):
+            going = [chain for own in chains.values() for chain in own if chain.error is None]
+            self._write(number, going, ids, first, passes)
+            self._score(number, going, judged, first)
+            passes.add(len(ids))
+            for item, own in chains.items():
+                if scale.name not in judged[item]:
+                    judged[item][scale.name] = Judgement(error=own[-1].error)
+        passes.finish()
+        return {item: self._whole(judged[item], chains[item]) for item in ids}
+
+    def _write(
+        self, number: int, going: Sequence[_Chain], ids: Mapping[int, Sequence[int]], first: int, passes: Passes
+    ) -> None:
+        """Write the next rationale of each completion that goes on, or the reason why there is none."""
+        sampler, scale = self.sampler, self.scales[number]
+        several = [number] if scale.name else []
+        options: dict[str, Any] = {
+            "seed": lambda attempt: [self.rule.seed, first, attempt, *several],
+            "rejects": lambda text: scored_within(text, self.scales) is not None,
+        }
+        if number == 0:
+            sampled = sampler.sample(ids, scale, n=self.num_generations, on_progress=passes.add, **options)
+            generations = [each for own in sampled.values() for each in own]
+        else:
+            asked = {place: own for place, chain in enumerate(going) if (own := self._prefix(chain, None)) is not None}
+            going = [going[place] for place in asked]
+
+            def tell(count: int) -> None:
+                passes.add(count / self.num_generations)
+
+            generations = [own[0] for own in sampler.sample(asked, scale, n=1, on_progress=tell, **options).values()]
+        for chain, generation in zip(going, generations, strict=True):
+            self._take(chain, generation, scale)
+
+    def _take(self, chain: _Chain, generation: Generation, scale: Scale) -> None:
+        chain.rationale = self.sampler.rationale(generation, scale)
+        early = scored_within(chain.rationale, self.scales)
+        if not self.sampler.usable(generation):
+            chain.error = self.sampler.reason(generation, scale)
+        elif early is not None:
+            which = f"a score of aspect {early.name!r}" if early.name else "a score already"
+            chain.error = f"the rationale before {scale.marker!r} holds {which}"
+
+    def _score(
+        self, number: int, going: Sequence[_Chain], judged: Mapping[int, dict[str, Judgement]], first: int
+    ) -> None:
+        """Judge what was written, and put the score that was decided behind it."""
+        scale = self.scales[number]
+        prefixes = {
+            place: ids
+            for place, chain in enumerate(going)
+            if chain.error is None and (ids := self._prefix(chain, chain.rationale)) is not None
+        }
+        found = grid_probabilities(self.sampler.backend, scale.grid, list(prefixes.values()))
+        scored: dict[int, list[int]] = {}
+        for slot, (place, fault) in enumerate(zip(prefixes, found.faults, strict=True)):
+            going[place].error = NO_ROOM if np.isnan(found.probs[slot]).any() else fault
+            if going[place].error is None:
+                scored.setdefault(going[place].item, []).append(slot)
+        places = list(prefixes)
+        for item, slots in scored.items():
+            judgement = judged[item][scale.name] = Judgement()
+            own = [going[places[slot]] for slot in slots]
+            seed = [first + item, *([scale.name] if scale.name else [])]
+            rationales = [chain.rationale for chain in own]
+            recalibration = self.recalibrations.get(scale.name)
+            self.rule.fill(judgement, scale.grid, found.of(slots), rationales, seed, recalibration)
+            for chain, score in zip(own, judgement.scores, strict=True):
+                chain.done.append((chain.rationale, scale.grid.nearest_text(score)))
+
+    def _prefix(self, chain: _Chain, rationale: str | None) -> list[int] | None:
+        """Tokens up to the next score, or, without a rationale, to where it begins; None if there are none."""
+        try:
+            return prefix_ids(self.sampler.backend.tokenizer, chain.prompt, self.scales, chain.done, rationale)
+        except (ScoreNotFoundError, TemplateError) as error:
+            chain.error = f"the rationale cannot be scored: {error}"
+            return None
+
+    def _whole(self, judged: dict[str, Judgement], chains: Sequence[_Chain]) -> Judgement:
+        """The judgement of an item: the only scale's, or one that holds them all."""
+        if "" in judged:
+            return judged[""]
+        whole = [chain.done for chain in chains if chain.error is None]
+        rationales = [
+            "".join(scale.format.join(*piece) for scale, piece in zip(self.scales, done, strict=True)) for done in whole
+        ]
+        without = [f"aspect {name!r}: {own.error}" for name, own in judged.items() if own.error]
+        return Judgement(rationales=rationales, error="; ".join(without) or None, aspects=judged)
