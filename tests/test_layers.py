@@ -3,74 +3,56 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
+import architecture
 import pytest
+from architecture import LEVEL_OF, LEVELS, imported_by, name_of, room_of
 
 import trl_tract
 
-ROOT = Path(trl_tract.__file__).parent
-# Folders are levels, lowest first: a file imports from its own folder and from levels below, never from a neighbour.
-LEVELS = [
-    {"scale", "evaluation", "text"},
-    {"files", "rows", "backends", "page"},
-    {"sources", "saved"},
-    {"judge", "distill", "training"},
-    {"runs"},
-    {"demo", "integrations"},
-    {"commands", "cli"},
-]
-LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-NEIGHBOURS = {("cli", "commands")}  # the command's entry point is one file beside its folder
-
-
-def room_of(file: Path) -> str:
-    return file.relative_to(ROOT).parts[0].removesuffix(".py")
-
-
-def rooms_imported_by(file: Path) -> set[str]:
-    """Rooms that `file` imports, at the top or inside a function; for type checkers alone does not count."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            node.body = []
-    names: list[str] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: write imports in full"
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
-    parts = [name.split(".") for name in names]
-    inside = {part[1] for part in parts if part[0] == "trl_tract" and len(part) > 1}
-    return inside - {"__version__"} - set(trl_tract.__all__)
-
-
-FILES = [
-    file for file in sorted(ROOT.rglob("*.py")) if file.parent != ROOT or file.stem not in ("__init__", "__main__")
-]
+ROOT = architecture.PACKAGE
+FILES = architecture.files()
 
 
 def test_every_file_stands_in_a_room_that_has_a_level():
     strangers = {room_of(file) for file in FILES} - set(LEVEL_OF)
     assert not strangers, (
         f"{sorted(strangers)} has no level. Put the file into one of the folders {sorted(LEVEL_OF)}: the lowest level "
-        "whose folder says in its __init__.py that it holds such things"
+        "whose folder says in its __init__.py that it holds such things. docs/contributing.md has the table"
     )
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_a_file_imports_from_its_own_folder_and_from_lower_levels(file):
     room = room_of(file)
-    wrong = {
-        other
-        for other in rooms_imported_by(file) - {room}
-        if LEVEL_OF[other] >= LEVEL_OF[room] and (room, other) not in NEIGHBOURS
-    }
+    others = {name.partition(".")[0] for name in imported_by(file)} - {room}
+    wrong = {other for other in others if LEVEL_OF[other] >= LEVEL_OF[room]}
     assert not wrong, (
         f"{file.relative_to(ROOT)} imports {sorted(wrong)}, which do not stand below {room!r}. Move what both need to "
         f"a lower level: {LEVELS}"
     )
+
+
+def test_files_do_not_import_each_other_in_a_circle():
+    waiting = {name_of(file): imported_by(file) - {name_of(file)} for file in FILES}
+    while free := {name for name, needed in waiting.items() if not needed & waiting.keys()}:
+        waiting = {name: needed for name, needed in waiting.items() if name not in free}
+    assert not waiting, "each of these needs another one of them: move what they share into a file of its own"
+
+
+def test_imports_are_written_in_full():
+    relative = [
+        f"{name_of(file)}, line {node.lineno}"
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert not relative
+
+
+def test_a_file_is_about_400_lines_at_most():
+    lengths = {name_of(file): len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
+    assert not {name: length for name, length in lengths.items() if length > 420}, "cut these along their ideas"
 
 
 def test_a_folder_says_what_it_holds():
