@@ -14,7 +14,7 @@ from test_aspects import ASPECTS, TWO, make_rows
 from trl_tract import CoTRAILJudge, CoTSelfDistill, TransformersBackend, make_reward_func
 from trl_tract.backends import ScriptedBackend
 from trl_tract.evaluation.recalibration import Recalibration
-from trl_tract.rows.tokens import aspect_prefix_ids, resolve_aspects
+from trl_tract.rows.tokens import prefix_ids, resolve_scales
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.scale import read_aspects
 
@@ -37,7 +37,7 @@ def test_prefixes_are_the_tokens_of_the_training_row(chat):
     # One row of 0 to 100 behind 1 to 5: up to each score, and up to where each rationale begins.
     aspects = read_aspects(ASPECTS)
     (row,) = make_rows(ASPECTS, 1, chat=chat)
-    aspects = resolve_aspects(TOKENIZER, row, aspects)
+    aspects = resolve_scales(TOKENIZER, row, aspects)
     written = row["completion"][0]["content"] if chat else row["completion"]
     tone, facts = written.split("\n")
     first, text = tone.split(" [TONE] ")
@@ -48,9 +48,9 @@ def test_prefixes_are_the_tokens_of_the_training_row(chat):
         whole = row["prompt"] + row["completion"] + "<|end|>"
     ids = TOKENIZER(whole).input_ids
     cases = [
-        (aspect_prefix_ids(TOKENIZER, row["prompt"], aspects, [], first), "[TONE] "),
-        (aspect_prefix_ids(TOKENIZER, row["prompt"], aspects, [(first, text)]), f"[TONE] {text}"),
-        (aspect_prefix_ids(TOKENIZER, row["prompt"], aspects, [(first, text)], second), "[FACTS] "),
+        (prefix_ids(TOKENIZER, row["prompt"], aspects, [], first), "[TONE] "),
+        (prefix_ids(TOKENIZER, row["prompt"], aspects, [(first, text)]), f"[TONE] {text}"),
+        (prefix_ids(TOKENIZER, row["prompt"], aspects, [(first, text)], second), "[FACTS] "),
     ]
     for found, end in cases:
         assert ids[: len(found)] == found
@@ -146,7 +146,7 @@ def test_a_trained_judge_scores_as_its_trainer_does(tmp_path):
         first, text = tone.split(" [TONE] ")
         pieces = [([], first), ([(first, text)], "\n" + facts.split(" [FACTS] ")[0])]
         for aspect, (done, rationale), value in zip(judge.scales, pieces, expected, strict=True):
-            prefix = aspect_prefix_ids(TOKENIZER, row["prompt"], judge.scales, done, rationale)
+            prefix = prefix_ids(TOKENIZER, row["prompt"], judge.scales, done, rationale)
             probs = grid_probabilities(judge.backend, aspect.grid, [prefix]).probs[0]
             assert probs @ aspect.grid.values == pytest.approx(value, rel=1e-4)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_rows, make_tokenizer
+from conftest import CHATML, make_rows, make_tokenizer
 from datasets import Dataset
 
 from trl_tract import CoTSelfDistill
@@ -120,10 +120,48 @@ def test_raise_names_the_row_and_what_to_do(tmp_path):
 
 
 def test_a_row_without_a_gold_score_stops_before_anything_is_generated(tmp_path):
-    rows = [*make_rows(2), {**make_rows(1)[0], "score": float("nan")}]
+    rows = [*make_rows(2), {"prompt": "a", "completion": " no score", "score": float("nan")}]
     distiller = scripted()
-    with pytest.raises(ValueError, match="row 2 has no gold score: the score is nan"):
+    with pytest.raises(ValueError, match="row 2 has no gold score"):
         distiller.distill(Dataset.from_list(rows), tmp_path / "out")
+    assert distiller.backend.generate_calls == []
+
+
+REFUSING = CHATML.replace(
+    "{% for message in messages %}",
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}",
+)
+
+
+def with_a_system_turn(n: int = 4) -> Dataset:
+    """Chat rows, of which row 2 begins with a system turn, which its template refuses."""
+    rows = make_rows(n, chat=True)
+    rows[2]["prompt"].insert(0, {"role": "system", "content": "You judge."})
+    return Dataset.from_list(rows)
+
+
+def refusing(**settings: Any) -> CoTSelfDistill:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = REFUSING
+    return CoTSelfDistill(ScriptedBackend(lambda prompt, seed: "own [RESULT]", tokenizer), **settings)
+
+
+@pytest.mark.parametrize(
+    ("on_failure", "sources"), [("keep_gold", ["self", "self", "annotated", "self"]), ("drop", ["self"] * 3)]
+)
+def test_a_prompt_that_the_template_refuses_fails_alone(tmp_path, on_failure, sources, caplog):
+    distilled = refusing(on_failure=on_failure).distill(with_a_system_turn(), tmp_path / "out")
+    assert distilled["rationale_source"] == sources
+    assert read_summary(tmp_path / "out").failed["prompt refused"] == 1
+    assert "row 2" in caplog.text
+
+
+@pytest.mark.parametrize("settings", [{"on_failure": "raise"}, {}])
+def test_refused_prompts_end_a_run_before_it_generates_where_nothing_else_can_come_of_it(tmp_path, settings):
+    rows = with_a_system_turn()
+    distiller = refusing(**settings)
+    with pytest.raises(ValueError, match=r"row [02]"):
+        distiller.distill(rows if settings else rows.select([2]), tmp_path / "out")
     assert distiller.backend.generate_calls == []
 
 

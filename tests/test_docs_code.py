@@ -27,10 +27,9 @@ from transformers import AutoModelForCausalLM
 
 from trl_tract.cli import main
 from trl_tract.files.journal import write_jsonl
-from trl_tract.rows.tokens import resolve_grid
+from trl_tract.rows.tokens import resolve_scales
 from trl_tract.saved.judge_config import JudgeConfig
-from trl_tract.scale.grid import ScoreGrid
-from trl_tract.scale.scale import Scale
+from trl_tract.scale.scale import read_scales
 
 # Pages whose blocks a test of their own runs, with the files that they need.
 ELSEWHERE = {"docs/data.md": "tests/test_data_docs.py", "docs/score_scales.md": "tests/test_aspect_judge.py"}
@@ -91,13 +90,11 @@ def named(block: Block) -> str:
 def models(tmp_path_factory) -> Path:
     """A seed model and a judge, tiny and random."""
     directory, tokenizer = tmp_path_factory.mktemp("models"), make_tokenizer()
-    grid, form = resolve_grid(
-        tokenizer, {"prompt": "a", "completion": " b [RESULT] 3"}, "[RESULT]", ScoreGrid.from_values([1, 2, 3, 4, 5])
-    )
+    scales = resolve_scales(tokenizer, {"prompt": "a", "completion": " b [RESULT] 3"}, read_scales({}))
     for name in ("seed", "judge"):
         make_model(std=0.1).save_pretrained(directory / name)
         tokenizer.save_pretrained(directory / name)
-    JudgeConfig((Scale("", grid, form),)).save(directory / "judge")
+    JudgeConfig(scales).save(directory / "judge")
     return directory
 
 

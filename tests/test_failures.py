@@ -4,7 +4,7 @@ import pytest
 
 from trl_tract.distill.failures import loops, rationale_failure, stated_score
 
-STATED = stated_score(["1", "2", "3", "4", "5"])
+STATED = stated_score(("1", "2", "3", "4", "5"))
 ORDINARY = [
     "The reply greets the customer by name, apologises for the delay and offers a refund within 5 days.",
     "greeting: yes, apology: no, remedy: yes, sign-off: no",

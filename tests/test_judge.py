@@ -1,6 +1,7 @@
 """CoTRAILJudge: rationale, then expected score; an item without one is an error, never a guess."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +12,10 @@ from trl_tract import CoTRAILJudge, TransformersBackend
 from trl_tract.backends import ScriptedBackend
 from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.rows.rendering import with_completion
-from trl_tract.rows.tokens import resolve_grid
+from trl_tract.rows.tokens import resolve_scales
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.decisions import decide, temper
-from trl_tract.scale.grid import ScoreGrid
-from trl_tract.scale.scale import Scale
+from trl_tract.scale.scale import read_scales
 from trl_tract.scale.text import CompletionFormat
 
 TOKENIZER = make_tokenizer()
@@ -82,6 +82,46 @@ def test_a_rationale_that_fills_the_context_is_an_error_and_no_score():
     assert judgement.error == "prompt and rationale leave no room in the model's context window"
 
 
+def test_a_prompt_that_the_template_refuses_is_an_error_on_that_item_alone():
+    tokenizer = make_tokenizer()
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refuses + tokenizer.chat_template
+    backend = ScriptedBackend(lambda prompt, seed: "fine [RESULT]", tokenizer, probs=PROBS)
+    ask = {"role": "user", "content": "a"}
+    progress: list[int] = []
+    rows = [{"prompt": [{"role": "system", "content": "b"}, ask]}, {"prompt": [ask]}]
+    refused, judged = CoTRAILJudge(backend).judge(rows, on_progress=progress.append)
+    assert "no system" in refused.error
+    assert judged.score == pytest.approx(3.35)
+    assert progress == [1, 1]
+
+
+def test_progress_counts_an_item_when_it_is_scored():
+    seen: list[Any] = []
+    backend = ScriptedBackend(
+        lambda prompt, seed: " fine [RESULT]", TOKENIZER, probs=lambda ids: (seen.append("score"), PROBS)[1]
+    )
+    CoTRAILJudge(backend).judge(["a", "b", "c", "d"], on_progress=seen.append)
+    # Half of the work is done when all rationales are written.
+    assert seen == [1, 1, *["score"] * 4, 2]
+
+
+@pytest.mark.parametrize("probs", [[0.0] * 5, [0.5] * 5])
+def test_probabilities_that_cannot_be_are_no_score(probs):
+    class Lying(ScriptedBackend):
+        def next_token_logprobs(self, token_id_lists, token_ids):
+            with np.errstate(divide="ignore"):
+                return np.log(np.array([probs] * len(token_id_lists)))
+
+    (judgement,) = CoTRAILJudge(Lying(lambda prompt, seed: " fine [RESULT]", TOKENIZER)).judge(["a"])
+    assert math.isnan(judgement.score)
+    assert judgement.error
+
+
+def test_a_judge_says_what_it_is():
+    assert repr(judge(score_values=[0, 1], num_generations=2)) == "CoTRAILJudge('scripted', scores 0, 1, mean of 2)"
+
+
 def test_append_marker_scores_what_was_written():
     (judgement,) = judge(" no marker", append_marker=True).judge(["a"])
     assert judgement.score == pytest.approx(3.35)
@@ -122,13 +162,9 @@ def test_the_same_seed_gives_the_same_judgements():
 
 
 def test_another_tokenizer_than_in_training_is_refused(tmp_path):
-    grid, form = resolve_grid(
-        make_tokenizer(split_digits=False),
-        {"prompt": "a", "completion": " b [RESULT] 3"},
-        "[RESULT]",
-        ScoreGrid.from_values([1, 2, 3, 4, 5]),
-    )
-    JudgeConfig((Scale("", grid, form),)).save(tmp_path)
+    row = {"prompt": "a", "completion": " b [RESULT] 3"}
+    scales = resolve_scales(make_tokenizer(split_digits=False), row, read_scales({}))
+    JudgeConfig(scales).save(tmp_path)
     backend = ScriptedBackend(lambda prompt, seed: " fine [RESULT]", TOKENIZER, probs=PROBS)
     with pytest.raises(ValueError, match="not the tokenizer that the judge was trained with"):
         CoTRAILJudge.from_pretrained(tmp_path, backend).judge(["a"])
@@ -239,10 +275,8 @@ def test_an_unknown_pool_is_refused():
 @pytest.fixture
 def saved_judge(tmp_path):
     """A judge's directory, without weights, and the backend that stands for them."""
-    grid, form = resolve_grid(
-        TOKENIZER, {"prompt": "a", "completion": " b [RESULT] 3"}, "[RESULT]", ScoreGrid.from_values([1, 2, 3, 4, 5])
-    )
-    JudgeConfig((Scale("", grid, form),)).save(tmp_path)
+    scales = resolve_scales(TOKENIZER, {"prompt": "a", "completion": " b [RESULT] 3"}, read_scales({}))
+    JudgeConfig(scales).save(tmp_path)
     return tmp_path, ScriptedBackend(lambda prompt, seed: " fine [RESULT]", TOKENIZER, probs=PROBS)
 
 

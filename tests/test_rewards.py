@@ -5,6 +5,7 @@ import itertools
 import pickle
 import random
 import re
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +22,9 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl_tract import CoTRAILJudge, TransformersBackend, make_reward_func, rubric_prompt
 from trl_tract.backends import ScriptedBackend
 from trl_tract.rows.rendering import with_completion
-from trl_tract.rows.tokens import resolve_grid
+from trl_tract.rows.tokens import resolve_scales
 from trl_tract.saved.judge_config import JudgeConfig
-from trl_tract.scale.grid import ScoreGrid
-from trl_tract.scale.scale import Scale
+from trl_tract.scale.scale import read_scales
 from trl_tract.scale.text import CompletionFormat
 
 TOKENIZER = make_tokenizer()
@@ -403,8 +403,10 @@ def save_stand_ins(directory: Path) -> None:
         model.save_pretrained(directory / name)
         TOKENIZER.save_pretrained(directory / name)
     row = with_completion("a", " b [RESULT] 3")
-    grid, _ = resolve_grid(TOKENIZER, row, "[RESULT]", ScoreGrid.from_values([1, 2, 3, 4, 5]))
-    JudgeConfig((Scale("", grid, CompletionFormat("[RESULT]")),), writes_rationale=False).save(directory / "judge")
+    (scale,) = resolve_scales(TOKENIZER, row, read_scales({}))
+    JudgeConfig((replace(scale, format=CompletionFormat("[RESULT]")),), writes_rationale=False).save(
+        directory / "judge"
+    )
 
 
 def test_the_examples_in_the_documentation_run(tmp_path, monkeypatch):

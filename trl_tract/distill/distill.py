@@ -11,20 +11,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from datasets import Dataset, Features, Value
+from jinja2 import TemplateError
 
-from trl_tract.backends import Backend, Generation, Sampling, TransformersBackend
-from trl_tract.distill.failures import Failure, rationale_failure
-from trl_tract.distill.golds import GoldReader
+from trl_tract.backends import Backend, Sampling, TransformersBackend
+from trl_tract.distill.failures import Failure
 from trl_tract.distill.summary import DistillSummary, read_summary
+from trl_tract.distill.writing import Draft, Writer
 from trl_tract.files.blocks import BlockLog, Record, Report, Shard
 from trl_tract.files.journal import JsonlRows, digest, write_json, write_jsonl
-from trl_tract.rows.rendering import as_prompt_completion, with_completion
+from trl_tract.rows.golds import is_missing, mean_golds
+from trl_tract.rows.rendering import as_prompt_completion, prompt_text, with_completion
 from trl_tract.rows.row import Row
-from trl_tract.rows.tokens import aspect_prefix_ids, prompt_ids, resolve_aspects
+from trl_tract.rows.tokens import resolve_scales
 from trl_tract.saved.judge_config import JudgeConfig
-from trl_tract.scale.grid import ScoreGrid
-from trl_tract.scale.scale import Scale, read_aspects, scored_within
-from trl_tract.scale.text import CompletionFormat
+from trl_tract.scale.scale import given_scales
+from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError
 
 __all__ = ["PROVENANCE", "CoTSelfDistill", "DistillSummary", "Rows", "read_summary"]
 
@@ -54,15 +55,15 @@ class CoTSelfDistill:
         score_values: The score grid, in rubric units; or texts with their values.
         score_marker: Text at which a rationale ends.
         completion_format: How rationale, marker and score are joined; one space each by default.
-        aspects: Where a completion has several scores: see `TRACTConfig.aspects`; grid and marker above are not looked
-            at then. Each rationale is written behind the gold score of the aspect before it.
+        aspects: Where a completion has several scores: see `TRACTConfig.aspects`, in place of the three above. Each
+            rationale is written behind the gold score of the aspect before it.
         num_generations: Stage-two rows for each prompt.
-        temperature: Of sampling.
-        top_p: Of sampling.
-        repetition_penalty: Of sampling.
+        temperature: Temperature at which a rationale is sampled; 0 decodes greedily.
+        top_p: Nucleus sampling threshold of the rationale.
+        repetition_penalty: Penalty on tokens that the prompt or the rationale has already; 1: none.
         max_new_tokens: Tokens a rationale may have.
-        seed: Of sampling; the same seed gives the same rationales with the transformers backend, however often the run
-            was stopped and however many processes shared it.
+        seed: Random seed of sampling; the same seed gives the same rationales with the transformers backend, however
+            often the run was stopped and however many processes shared it.
         max_attempts: How often a rationale is sampled, each time with another seed, until nothing is wrong with it:
             see `trl_tract.distill.failures`.
         on_failure: Then: `keep_gold` keeps the annotated rationale, `drop` leaves the row out, `raise` stops. Each is
@@ -70,6 +71,9 @@ class CoTSelfDistill:
         allow_leaks: Accept rationales that state a score although the row's annotated one states none.
         keep_annotated: Put every row's annotated rationale before its self-written ones: stage two on both.
         block_size: Prompts that are generated together and then written to disk.
+
+    Attributes:
+        scales: The scales of a completion in their order; the name of a single one is empty.
 
     Source of the defaults: the authors' settings, https://aclanthology.org/2025.acl-long.147
     """
@@ -100,9 +104,7 @@ class CoTSelfDistill:
             if count < 1:
                 raise ValueError(f"{name}={count} must be 1 or more")
         self.backend = backend
-        self.grid = ScoreGrid.from_values(score_values)
-        self.format = completion_format or CompletionFormat(score_marker)
-        self.aspects = () if aspects is None else read_aspects(aspects)
+        self.scales = given_scales(score_values, completion_format or CompletionFormat(score_marker), aspects)
         self.num_generations = num_generations
         self.sampling = Sampling(
             max_new_tokens=max_new_tokens,
@@ -110,7 +112,7 @@ class CoTSelfDistill:
             top_p=top_p,
             repetition_penalty=repetition_penalty,
         )
-        self.sampling.check(num_generations, self.format.marker)
+        self.sampling.check(num_generations, self.scales[0].marker)
         self.seed = seed
         self.max_attempts = max_attempts
         self.on_failure = on_failure
@@ -134,15 +136,8 @@ class CoTSelfDistill:
         config = JudgeConfig.load(path, revision)
         if not config.writes_rationale:
             raise ValueError(f"{path} was trained with drop_rationale=True, so it has no rationales to write")
-        first, aspects = config.scales[0], config.scales if len(config.scales) > 1 else ()
-        distiller = cls(
-            backend or TransformersBackend(str(path), revision=revision),
-            score_values=dict(zip(first.grid.texts, first.grid.values, strict=True)),
-            completion_format=config.format,
-            aspects={aspect.name: aspect.to_dict() for aspect in aspects} or None,
-            **settings,
-        )
-        distiller.aspects, distiller._tokens_found = aspects, True
+        distiller = cls(backend or TransformersBackend(str(path), revision=revision), **config.arguments, **settings)
+        distiller.scales, distiller._tokens_found = config.scales, True
         return distiller
 
     def distill(self, dataset: Dataset, output_dir: str | Path) -> Dataset:
@@ -160,7 +155,8 @@ class CoTSelfDistill:
             `finish_reason` (`stop`, or why the last attempt failed) and `attempts`.
 
         Raises:
-            ValueError: A row has no gold score; it is named, before anything is generated.
+            ValueError: A row has no gold score or no prompt; or, with `on_failure="raise"`, the chat template refuses
+                its prompt. It is named, before anything is generated.
             FileExistsError: `output_dir` holds another run.
             OSError: The disk is full; what was written stays, and the run can be continued.
             RuntimeError: Another process is at work in `output_dir`; or, with `on_failure="raise"`, a rationale failed
@@ -217,7 +213,9 @@ class CoTSelfDistill:
         return push_rows(Path(output_dir), repo_id, **options)
 
     def _distill(self, rows: Rows, directory: Path, shard: Shard | None) -> bool:
-        settings = {**self._settings(), "rows_digest": digest(self._checked(rows))}
+        refused: dict[int, str] = {}
+        settings = {**self._settings(), "rows_digest": digest(self._checked(rows, refused))}
+        self._tell_of(refused, len(rows))
         log = BlockLog(
             directory, settings, "self-distillation", rows=len(rows), block_size=self.block_size, shard=shard
         )
@@ -241,10 +239,7 @@ class CoTSelfDistill:
         return {
             "model": self.backend.model_id,
             "backend": self.backend.name,
-            "score_values": list(self.grid.values),
-            "score_texts": list(self.grid.texts),
-            "format": self.format.to_dict(),
-            **({"aspects": {aspect.name: aspect.to_dict() for aspect in self.aspects}} if self.aspects else {}),
+            **self._scale_settings(),
             "num_generations": self.num_generations,
             **asdict(self.sampling),
             "seed": self.seed,
@@ -254,118 +249,107 @@ class CoTSelfDistill:
             "keep_annotated": self.keep_annotated,
         }
 
-    @property
-    def _stages(self) -> tuple[Scale, ...]:
-        """What is written one after the other: the aspects, or the one rationale with its score."""
-        return self.aspects or (Scale("", self.grid, self.format),)
+    def _scale_settings(self) -> dict[str, Any]:
+        if len(self.scales) > 1:
+            return {"aspects": {scale.name: scale.to_dict() for scale in self.scales}}
+        (scale,) = self.scales
+        values, texts = list(scale.grid.values), list(scale.grid.texts)
+        return {"score_values": values, "score_texts": texts, "format": scale.format.to_dict()}
 
-    @property
-    def _reader(self) -> GoldReader:
-        return GoldReader(self._stages, self.on_failure == "keep_gold" or self.keep_annotated)
-
-    def _checked(self, rows: Rows) -> Iterator[Row]:
-        reader = self._reader
+    def _checked(self, rows: Rows, refused: dict[int, str]) -> Iterator[Row]:
+        """The rows, after a look at what they need; `refused` receives the prompts that a chat template refuses."""
+        keeps_completions = self.on_failure == "keep_gold" or self.keep_annotated
         for number, row in enumerate(rows):
-            reader.golds(row, number)
+            self._golds(row, number)
+            try:
+                pair = as_prompt_completion(row)
+            except ScoreNotFoundError as error:
+                raise ValueError(f"row {number}: {error}") from error
+            if is_missing(pair.get("prompt")):
+                raise ValueError(f"row {number} has no prompt: its columns are {', '.join(sorted(row))}")
+            if keeps_completions and is_missing(pair.get("completion")):
+                raise ValueError(
+                    f"row {number} has no completion to keep if its rationale fails: set on_failure to 'drop' or "
+                    "'raise'"
+                )
+            try:
+                prompt_text(self.backend.tokenizer, pair["prompt"])
+            except (TypeError, ValueError, KeyError, TemplateError) as error:
+                refused[number] = str(error)
             yield row
 
+    def _tell_of(self, refused: Mapping[int, str], count: int) -> None:
+        if not refused:
+            return
+        number, reason = next(iter(refused.items()))
+        told = f"the chat template refuses {len(refused)} of {count} prompts (first: row {number}: {reason})"
+        if self.on_failure == "raise" or len(refused) == count:
+            raise ValueError(f"{told}. Fix these rows, or set on_failure to 'keep_gold' or 'drop'")
+        kept = "leaves them out" if self.on_failure == "drop" else "keeps their annotated rationales"
+        logger.warning("%s: on_failure=%r %s", told, self.on_failure, kept)
+
+    def _golds(self, row: Mapping[str, Any], number: int) -> list[str]:
+        """The gold scores of a row as they are written: each scale's nearest text."""
+        try:
+            golds = mean_golds(row, self.scales)
+            if golds is None:
+                raise ScoreNotFoundError("no score", "there is neither a score nor a completion")
+        except ScoreNotFoundError as error:
+            raise ValueError(f"row {number} has no gold score: {error}") from error
+        return [scale.grid.nearest_text(gold) for scale, gold in zip(self.scales, golds, strict=True)]
+
     def _block(self, rows: Sequence[Row], start: int, report: Report) -> list[Record]:
-        """Sample until nothing is wrong with any rationale of the block, or the attempts are used up."""
+        """What became of the rationales of a block of rows."""
         pairs = [as_prompt_completion(row) for row in rows]
-        self._find_tokens(pairs[0]["prompt"])
-        reader = self._reader
-        texts = [reader.texts(row, start + number) for number, row in enumerate(rows)]
-        slots = [(row, sample) for row in range(len(rows)) for sample in range(self.num_generations)]
-        written: dict[tuple[int, int], list[str]] = {slot: [] for slot in slots}
-        results: dict[tuple[int, int], Record] = {
-            (row, sample): {"row": start + row, "sample": sample, "rationale": None, "failures": []}
-            for row, sample in slots
-        }
-        attempts = self.max_attempts if self.sampling.temperature > 0 else 1  # greedy text would come out the same
-        for number, stage in enumerate(self._stages):
-            stated = [None if self.allow_leaks else reader.unstated(pair, number) for pair in pairs]
-            prompts = {
-                slot: self._asked(pairs[slot[0]]["prompt"], list(zip(written[slot], texts[slot[0]], strict=False)))
-                for slot in slots
-                if len(written[slot]) == number
-            }
-            for attempt in range(1, attempts + 1):
-                # One that finds no room never will.
-                open_slots = [
-                    slot
-                    for slot in prompts
-                    if len(written[slot]) == number and results[slot]["failures"][-1:] != ["prompt too long"]
-                ]
-                if not open_slots:
-                    break
-                seed = [self.seed, start, attempt, *([number] if number else [])]
-                told = report if not self.aspects else None
-                generations = self._sample(prompts, open_slots, stage.marker, seed, attempt + number == 1, told)
-                for slot, generation in zip(open_slots, generations, strict=True):
-                    text = generation.text.rstrip()
-                    failure = rationale_failure(text, generation.finish_reason, stated[slot[0]])
-                    if failure is None and scored_within(text, self.aspects) is not None:
-                        failure = "leak"  # it would be found there when the row is trained on
-                    if failure is None:
-                        written[slot].append(text)
-                    else:
-                        results[slot]["failures"].append(failure)
-        if self.aspects:
-            report(len(rows))
-        for slot, rationales in written.items():
-            if len(rationales) == len(self._stages):
-                results[slot]["rationale"] = rationales if self.aspects else rationales[0]
-        if self.on_failure == "raise":
-            for result in results.values():
-                self._raise_if_failed(result)
-        return [results[slot] for slot in slots]
-
-    def _find_tokens(self, prompt: Any) -> None:
-        """Look up the aspects' tokens, behind which rationales are written, unless they are those of the training."""
-        if self.aspects and not self._tokens_found:
-            completion = "".join(aspect.format.join("", aspect.grid.texts[0]) for aspect in self.aspects)
-            row = with_completion(prompt, completion)
-            found = resolve_aspects(self.backend.tokenizer, row, self.aspects)
-            self.aspects = tuple(
-                replace(known, grid=here.grid) for known, here in zip(self.aspects, found, strict=True)
+        golds = [self._golds(row, start + number) for number, row in enumerate(rows)]
+        self._find_tokens(pairs)
+        slots = [(number, sample) for number in range(len(rows)) for sample in range(self.num_generations)]
+        drafts = [Draft(pairs[number], golds[number]) for number, _ in slots]
+        writer = Writer(
+            self.backend,
+            self.scales,
+            self.sampling,
+            num_generations=self.num_generations,
+            seed=self.seed,
+            max_attempts=self.max_attempts,
+            allow_leaks=self.allow_leaks,
+        )
+        writer.write(drafts, start, report)
+        records: list[Record] = []
+        for (number, sample), draft in zip(slots, drafts, strict=True):
+            rationales = draft.rationales if len(draft.rationales) == len(self.scales) else None
+            if rationales is None and self.on_failure == "raise":
+                raise RuntimeError(
+                    f"row {start + number}: no usable rationale in {len(draft.failures)} attempts "
+                    f"({', '.join(draft.failures)}). Raise max_new_tokens or max_attempts, or set on_failure to "
+                    "'keep_gold' or 'drop'"
+                )
+            records.append(
+                {"row": start + number, "sample": sample, "rationales": rationales, "failures": draft.failures}
             )
+        return records
+
+    def _find_tokens(self, pairs: Sequence[Row]) -> None:
+        """Look up the scores' tokens, behind which rationales are written, unless they are those of the training."""
+        completion = "".join(scale.format.join("", scale.grid.texts[0]) for scale in self.scales)
+        for pair in pairs:
+            if self._tokens_found:
+                return
+            try:
+                found = resolve_scales(self.backend.tokenizer, with_completion(pair["prompt"], completion), self.scales)
+            except (ScoreNotFoundError, TypeError, KeyError, TemplateError):
+                continue  # its draft says so
+            grids = [here.grid for here in found]
+            self.scales = tuple(replace(scale, grid=grid) for scale, grid in zip(self.scales, grids, strict=True))
             self._tokens_found = True
-
-    def _asked(self, prompt: Any, done: Sequence[tuple[str, str]]) -> list[int]:
-        tokenizer = self.backend.tokenizer
-        return aspect_prefix_ids(tokenizer, prompt, self.aspects, done) if done else prompt_ids(tokenizer, prompt)
-
-    def _raise_if_failed(self, result: Record) -> None:
-        if result["rationale"] is None:
-            raise RuntimeError(
-                f"row {result['row']}: no usable rationale in {len(result['failures'])} attempts "
-                f"({', '.join(result['failures'])}). Raise max_new_tokens or "
-                "max_attempts, or set on_failure to 'keep_gold' or 'drop'"
-            )
-
-    def _sample(
-        self,
-        prompts: Mapping[tuple[int, int], Sequence[int]],
-        slots: Sequence[tuple[int, int]],
-        stop: str,
-        seed: Sequence[int],
-        is_first: bool,
-        report: Report | None,
-    ) -> list[Generation]:
-        """One continuation for each slot; its seed is of block, attempt and aspect alone, so a rerun repeats it."""
-        settings: dict[str, Any] = {**asdict(self.sampling), "stop": stop, "seed": int(digest(list(seed))[:8], 16)}
-        if is_first:
-            asked = [prompts[slot] for slot in prompts if slot[1] == 0]
-            sampled = self.backend.generate(asked, n=self.num_generations, on_progress=report, **settings)
-            return [sampled[row][sample] for row, sample in slots]
-        return [samples[0] for samples in self.backend.generate([prompts[slot] for slot in slots], **settings)]
 
     def _stage_two_rows(self, rows: Rows, records: Iterator[Record], summary: DistillSummary) -> Iterator[Row]:
         for record in records:
             number: int = record["row"]
             failures: list[Failure] = record["failures"]
             row: Row = dict(rows[number])
-            attempts = len(failures) + (record["rationale"] is not None)
+            rationales: list[str] | None = record["rationales"]
+            attempts = len(failures) + (rationales is not None)
             provenance = {"finish_reason": "stop", "attempts": attempts}
             if self.keep_annotated and record["sample"] == 0:
                 summary.annotated += 1
@@ -373,11 +357,10 @@ class CoTSelfDistill:
             summary.resampled += attempts > 1
             for failure, count in Counter(failures).items():
                 summary.attempts_failed[failure] += count
-            if record["rationale"] is not None:
+            if rationales is not None:
                 summary.self_written += 1
-                rationales = record["rationale"] if self.aspects else [record["rationale"]]
-                pieces = zip(self._stages, rationales, self._reader.texts(row, number), strict=True)
-                _replace_completion(row, "".join(stage.format.join(*piece) for stage, *piece in pieces))
+                pieces = zip(self.scales, rationales, self._golds(row, number), strict=True)
+                _replace_completion(row, "".join(scale.format.join(*piece) for scale, *piece in pieces))
                 yield {**row, "rationale_source": "self", **provenance}
                 continue
             last = failures[-1]

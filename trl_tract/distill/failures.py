@@ -3,13 +3,13 @@
 A rationale that a model wrote is training data for the next one, so what a reader would throw away is sampled again.
 """
 
+import functools
 import re
-from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
 
-Failure = Literal["no marker", "length", "prompt too long", "empty", "repetition", "leak"]
+Failure = Literal["no marker", "length", "prompt too long", "prompt refused", "empty", "repetition", "leak"]
 FAILURES: tuple[Failure, ...] = get_args(Failure)
 
 _LOOP_REPEATS = 8
@@ -69,11 +69,12 @@ def loops(text: str) -> bool:
     return False
 
 
-def stated_score(texts: Sequence[str]) -> re.Pattern[str]:
+@functools.cache
+def stated_score(texts: tuple[str, ...]) -> re.Pattern[str]:
     """A pattern that finds one of the scores `texts` written out as a score: `a score of 4`, `rating: 4`, `4/5`.
 
     Example:
-        >>> bool(stated_score(["1", "2"]).search("so the score is 2.")), bool(stated_score(["1", "2"]).search("2 of 3"))
+        >>> bool(stated_score(("1", "2")).search("so the score is 2.")), bool(stated_score(("1", "2")).search("2 of 3"))
         (True, False)
     """
     score = "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))

@@ -232,25 +232,3 @@ def prefix_ids(
     # A training row may go on behind its score; this one ends there.
     tokens = tokenise(tokenizer, rendered, asked, check_ends=False)
     return tokens.input_ids[: tokens.score_stops[-2] if rationale is None else tokens.score_indices[-1]]
-
-
-resolve_aspects, aspect_prefix_ids = resolve_scales, prefix_ids
-
-
-def score_prefix_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    rationale: str,
-    completion_format: CompletionFormat,
-    grid: ScoreGrid,
-) -> list[int]:
-    """`prefix_ids` of a single scale."""
-    return prefix_ids(tokenizer, prompt, [Scale("", grid, completion_format)], [], rationale)
-
-
-def resolve_grid(
-    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], marker: str, grid: ScoreGrid
-) -> tuple[ScoreGrid, CompletionFormat]:
-    """`resolve_scales` of a single scale."""
-    (scale,) = resolve_scales(tokenizer, row, [Scale("", grid, CompletionFormat(marker))])
-    return scale.grid, scale.format

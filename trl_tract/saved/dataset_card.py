@@ -53,7 +53,7 @@ def rows_card(
         source=source,
         source_on_hub=is_hub_id,
         model=Path(written_by).name if local else written_by,
-        marker=settings["format"]["marker"],
+        markers=[own["marker"] for own in settings.get("aspects", {"": settings.get("format")}).values()],
         summary=summary,
         settings=settings,
         version=__version__,
