@@ -66,10 +66,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Any:
 
 
 def _only_where_marked(event: str, arguments: tuple[Any, ...]) -> None:
-    """An interpreter that is started costs seconds: `-m "not process"` promises to start none."""
-    interpreter = event == "subprocess.Popen" and str(arguments[0]).startswith(sys.prefix)
-    if interpreter and _running and not any(_running[0].iter_markers("process")):
-        raise AssertionError(f"{_running[0].nodeid} starts {arguments[1]}: mark it `process`")
+    """An interpreter that is started costs seconds: `-m "not slow and not process"` promises to start none."""
+    if event == "subprocess.Popen" and str(arguments[0]).startswith(sys.prefix) and _running:
+        marks = {mark.name for mark in _running[0].iter_markers()}
+        if not marks & {"process", "slow", "vllm"}:
+            raise AssertionError(f"{_running[0].nodeid} starts {arguments[1]}: mark it `process`")
 
 
 sys.addaudithook(_only_where_marked)
