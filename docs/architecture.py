@@ -1,7 +1,7 @@
 """The rooms of the package and what they import, read from the sources: figures, a picture and a table for the pages.
 
     python docs/architecture.py          # writes the picture and the tables anew, and prints the figures
-    python docs/architecture.py --check  # ends with 1 if they are not what the sources are, or a figure is over its limit
+    python docs/architecture.py --check  # ends with 1 if they are not up to date, or a figure is over its limit
 
 Knows nothing of what the code does.
 """

@@ -34,6 +34,22 @@ def test_every_link_of_a_page_leads_somewhere(page):
     assert not dead
 
 
+@functools.cache
+def python_files() -> str:
+    """All Python files of the repository, each behind a slash and before a newline."""
+    folders = ("trl_tract", "tests", "docs", "examples", ".ci")
+    return "".join(
+        f"/{file.relative_to(ROOT).as_posix()}\n" for name in folders for file in ROOT.glob(f"{name}/**/*.py")
+    )
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_python_file_or_module_that_a_page_names_is_there(page):
+    named = re.findall(r"`([\w./-]+\.py)`", text_of(page))
+    named += [f"{module.replace('.', '/')}" for module in re.findall(r"\b(trl_tract\.[a-z]\w+)\b", text_of(page))]
+    assert not [name for name in named if f"/{name}\n" not in python_files() and f"/{name}" not in python_files()]
+
+
 def test_every_page_of_docs_is_in_the_navigation_of_the_site():
     nav = yaml.safe_load((ROOT / ".mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     named = set()
