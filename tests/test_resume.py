@@ -12,14 +12,16 @@ import torch
 from conftest import make_model, make_rows, make_tokenizer, make_trainer
 from transformers import TrainerCallback
 
+from trl_tract import TRACTConfig
 from trl_tract.files.checkpoints import last_complete_checkpoint
+from trl_tract.training.resuming import checkpoint_of
 
 TOKENIZER = make_tokenizer()
 STEPS = 12
 FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 
 
-def trainer_of(output_dir: Path):
+def trainer_of(output_dir: Path, steps: int = STEPS):
     # Dropout would show a random state that was not restored, AdamW one that was not saved.
     model = make_model(std=0.05)
     model.config.attention_dropout = 0.1
@@ -28,7 +30,7 @@ def trainer_of(output_dir: Path):
         make_rows(14),
         model=model,
         tokenizer=TOKENIZER,
-        max_steps=STEPS,
+        max_steps=steps,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         optim="adamw_torch",
@@ -143,3 +145,53 @@ def test_a_checkpoint_whose_state_is_cut_is_passed_over(tmp_path, state):
 def test_a_directory_without_checkpoints_has_none(tmp_path):
     assert last_complete_checkpoint(tmp_path) is None
     assert last_complete_checkpoint(tmp_path / "missing") is None
+
+
+OTHER: dict[str, dict] = {
+    "score_values": {"score_values": [0, 1, 2, 3, 4, 5]},
+    "score_marker": {"score_marker": "[SCORE]"},
+    "raft_weight": {"raft_weight": 2.0},
+    "rationale_weight": {"rationale_weight": 0.5},
+    "score_in_ce": {"score_in_ce": True},
+    "drop_rationale": {"drop_rationale": True},
+    "normalize_grid": {"normalize_grid": True},
+    "annotator_loss": {"annotator_loss": "distribution"},
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_checkpoint_that_was_trained_towards_something_else_is_refused_by_name(tmp_path, halfway, name):
+    shutil.copytree(halfway, tmp_path, dirs_exist_ok=True)
+    rows = [row | {"completion": row["completion"].replace("[RESULT]", OTHER[name].get("score_marker", "[RESULT]"))}
+            for row in make_rows(14)]  # fmt: skip
+    trainer = make_trainer(tmp_path, rows, tokenizer=TOKENIZER, max_steps=STEPS, **OTHER[name])
+    then, now = trainer_of(tmp_path).args.objective[name], trainer.args.objective[name]
+    for resume in (True, str(tmp_path / "checkpoint-4")):
+        with pytest.raises(ValueError, match=name) as caught:
+            trainer.train(resume_from_checkpoint=resume)
+        for value in (then, now):
+            assert (", ".join(map(str, value)) if isinstance(value, list) else repr(value)) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["score_values", "score_marker", "drop_rationale", "normalize_grid"])
+def test_an_older_checkpoint_is_refused_by_what_it_says(tmp_path, halfway, name):
+    shutil.copytree(halfway, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoint-4" / "tract_objective.json").unlink()
+    args = TRACTConfig(str(tmp_path), use_cpu=True, bf16=False, **OTHER[name])
+    with pytest.raises(ValueError, match=name):
+        checkpoint_of(True, args)
+    assert checkpoint_of(True, trainer_of(tmp_path).args) == str(tmp_path / "checkpoint-4")
+
+
+@pytest.mark.parametrize("steps", [4, 6])  # at the end of an epoch, and within one
+def test_a_run_that_has_its_last_checkpoint_trains_no_further_step(tmp_path, steps):
+    trainer = trainer_of(tmp_path, steps)
+    trainer.train()
+    saved = tmp_path / f"checkpoint-{steps}"
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in saved.iterdir()}
+    again = trainer_of(tmp_path, steps)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == steps
+    assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in saved.iterdir()} == before
+    for name, weight in again.model.state_dict().items():
+        assert torch.equal(weight, trainer.model.state_dict()[name]), name

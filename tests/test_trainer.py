@@ -288,24 +288,52 @@ def test_an_evaluation_set_is_prepared_and_packed_once(tmp_path):
     assert {name: again[name] for name in EVAL_NAMES} == {name: first[name] for name in EVAL_NAMES}
 
 
-@pytest.mark.parametrize(("metric", "better"), [("eval_score/pearson", max), ("eval_loss/score", min)])
-def test_the_best_checkpoint_can_be_chosen_by_a_score_metric(tmp_path, metric, better):
+@pytest.mark.parametrize(
+    ("metric", "better"),
+    [("eval_score/pearson", max), ("score/rmse", min), ("eval_loss/score", min), ("eval_loss/rationale", min)],
+)
+def test_the_best_checkpoint_is_the_best_by_the_metric(tmp_path, metric, better):
     trainer = make_trainer(
         tmp_path,
         make_rows(4),
         eval_dataset=make_rows(6, seed=1),
         max_steps=3,
+        learning_rate=0.5,
         eval_strategy="steps",
         eval_steps=1,
         save_strategy="best",
         metric_for_best_model=metric,
-        greater_is_better=better is max,
         save_only_model=True,
     )
     trainer.train()
-    values = [entry[metric] for entry in trainer.state.log_history if metric in entry]
-    assert len(values) == 3
+    name = f"eval_{metric.removeprefix('eval_')}"
+    values = [entry[name] for entry in trainer.state.log_history if name in entry]
+    assert len(set(values)) == 3
     assert trainer.state.best_metric == better(values)
+
+
+@pytest.mark.parametrize(
+    ("metric", "direction"),
+    [
+        *[(f"{prefix}{name}", False) for prefix in ("", "eval_", "eval_valid_", "valid_") for name in
+          ("score/mae", "score/rmse", "loss/score", "loss/rationale", "loss/annotators", "score/rmse/tone")],
+        *[(f"{prefix}{name}", True) for prefix in ("", "eval_", "eval_valid_") for name in
+          ("score/pearson", "score/spearman", "score/grid_mass", "score/pearson/loss")],
+        ("eval_judge/rmse", False), ("eval_loss", False), ("eval_mean_token_accuracy", True), (None, None),
+    ],
+)  # fmt: skip
+def test_the_direction_follows_the_metric(metric, direction):
+    assert TRACTConfig("out", use_cpu=True, bf16=False, metric_for_best_model=metric).greater_is_better is direction
+
+
+def test_a_direction_that_is_given_stays(tmp_path):
+    given = TRACTConfig("out", bf16=False, metric_for_best_model="eval_score/rmse", greater_is_better=True)
+    assert given.greater_is_better
+    # TrainingArguments fills it in by the name's end, and a copy of ours has it filled in.
+    host = TrainingArguments("out", metric_for_best_model="eval_score/rmse")
+    assert TRACTConfig.from_args(host, "m").greater_is_better is False
+    host = TrainingArguments("out", metric_for_best_model="eval_score/pearson", greater_is_better=False)
+    assert TRACTConfig.from_args(host, "m").greater_is_better is False
 
 
 # Saving

@@ -1,5 +1,6 @@
 """TRACTConfig: the fields that TRACT adds to SFTConfig, and what it refuses. Knows nothing else."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,6 +125,9 @@ class TRACTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         """Check the fields of TRACT, then SFTConfig's own."""
+        metric = self.metric_for_best_model
+        if self.greater_is_better is None and metric is not None:  # type: ignore[has-type]
+            self.greater_is_better = _greater_is_better(metric)
         if not torch.accelerator.is_available():
             # TRL turns bf16 on, and transformers then asks for this flag, which nothing else can stand for here.
             self.use_cpu = True
@@ -174,6 +178,12 @@ class TRACTConfig(SFTConfig):
             )
 
     @property
+    def objective(self) -> dict[str, Any]:
+        """What a checkpoint was trained towards; JSON-serialisable. Going on with another one is refused."""
+        scales = ("aspects",) if self.aspects else ("score_values", "score_texts", "score_marker")
+        return {name: getattr(self, name) for name in (*scales, *_OBJECTIVE)}
+
+    @property
     def scales(self) -> tuple[Scale, ...]:
         """What a completion is scored on: one scale for each aspect, or the only one, whose name is empty."""
         return read_scales(vars(self))
@@ -194,7 +204,36 @@ class TRACTConfig(SFTConfig):
         fields = field_values(args)
         if fields.get("hub_private_repo") is None:
             fields["hub_private_repo"] = True
+        metric = fields.get("metric_for_best_model")
+        if metric is not None and fields["greater_is_better"] == (not metric.endswith("loss")):
+            fields["greater_is_better"] = None  # as the host fills it in, which knows nothing of our metrics
         return cls(**fields)
+
+
+_OBJECTIVE = (
+    "raft_weight",
+    "rationale_weight",
+    "score_in_ce",
+    "drop_rationale",
+    "normalize_grid",
+    "annotator_loss",
+    "annotator_weight",
+)
+# Of any evaluation set, with or without eval_ before it, and of any aspect behind it.
+_METRIC = re.compile(r"(?:^|_)(?:(loss)|score|judge)/(\w+)(?:/[^/]+)?$")
+
+
+def _greater_is_better(metric: str) -> bool | None:
+    """The direction of a metric of this package; None for another one, whose direction the host decides.
+
+    Example:
+        >>> _greater_is_better("eval_score/rmse/tone"), _greater_is_better("eval_valid_score/pearson")
+        (False, True)
+    """
+    found = _METRIC.search(metric)
+    if found is None:
+        return None
+    return not found[1] and found[2] not in ("mae", "rmse")
 
 
 def field_values(args: TrainingArguments) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from trl.data_utils import get_dataset_column_names, pack_dataset
 
 from trl_tract.backends.branches import several_tokens, why_not_one_forward
 from trl_tract.backends.loading import check_model
-from trl_tract.files.checkpoints import last_complete_checkpoint
 from trl_tract.rows.dataset import ScoreCollator, check_columns, find_scales, prepare_rows
 from trl_tract.rows.encoding import (
     ASPECT_COLUMN,
@@ -31,10 +31,12 @@ from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.saved.model_card import write_model_card
 from trl_tract.saved.training_rows import TrainingRows
 from trl_tract.scale.trie import TokenTrie
+from trl_tract.training.adapters import check_adapters, mark_base, only_the_trained_adapter
 from trl_tract.training.config import TRACTConfig
 from trl_tract.training.early_warnings import EarlyWarnings
 from trl_tract.training.losses import score_terms
 from trl_tract.training.neighbours import changed_class
+from trl_tract.training.resuming import checkpoint_of, save_objective
 from trl_tract.training.score_head import add_score_head
 from trl_tract.training.score_metrics import ScoreMetrics
 
@@ -96,11 +98,7 @@ class TRACTTrainer(SFTTrainer):
                 "formatting_func makes one text of a row, but TRACT needs prompt and completion apart. Leave it out, "
                 "and make rows with `prompt` and `completion` beforehand: dataset.map(...)"
             )
-        adapters = [kwargs.get("peft_config"), getattr(model, "active_peft_config", None)]
-        if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters):
-            raise ValueError(
-                "prompt tuning puts virtual tokens before a row, so its score is no longer where it was found. Use LoRA"
-            )
+        check_adapters(model, kwargs.get("peft_config"))
         if isinstance(model, str):
             check_model(model)
         changed = changed_class(SFTTrainer)
@@ -127,6 +125,7 @@ class TRACTTrainer(SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        mark_base(self.model)
         if self._is_vision_dataset:
             raise ValueError("the rows hold images: TRACTTrainer trains on text alone")
         parallelism = self.accelerator.parallelism_config
@@ -154,9 +153,7 @@ class TRACTTrainer(SFTTrainer):
         rows = [torch.tensor(grid.values) for grid in grids]
         values = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.accelerator.device)
         weights = [self.args.raft_weight if scale.raft_weight is None else scale.raft_weight for scale in self.scales]
-        several = len(self.scales) > 1
-        self._values = values if several else values[0]
-        self._raft_weights = torch.tensor(weights, device=self.accelerator.device) if several else weights[0]
+        self._values, self._raft_weights = values, torch.tensor(weights, device=self.accelerator.device)
 
     def _prepare_dataset(
         self,
@@ -241,12 +238,12 @@ class TRACTTrainer(SFTTrainer):
         score_positions = _score_mask(inputs)  # (B, L - 1), aligned with the shifted labels
         gold = inputs.pop("score_labels")[:, 1:][score_positions]  # (S,)
         annotators = inputs.pop("annotator_labels", None)  # (B, L, K)
-        values, raft_weight, numbers = self._values, self._raft_weights, None
+        values, raft_weight, numbers = self._values[0], self._raft_weights[0], None
         inputs["score_positions"] = score_positions
         if ASPECT_COLUMN in inputs:
             inputs[ASPECT_COLUMN] = inputs[ASPECT_COLUMN][:, 1:]  # (B, L - 1)
             numbers = inputs[ASPECT_COLUMN][score_positions]  # (S,): whose each score is
-            values, raft_weight = values[numbers], raft_weight[numbers]
+            values, raft_weight = self._values[numbers], self._raft_weights[numbers]
         forwards: list[Any] = []
 
         def recorded(**kwargs: Any) -> Any:
@@ -312,14 +309,20 @@ class TRACTTrainer(SFTTrainer):
                 logger.warning(warning)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end."""
+        """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.
+
+        Raises:
+            ValueError: There is none, or it was trained on other scores or with other weights of the loss.
+        """
         self._warn(self._early_warnings.at_start())
-        if resume_from_checkpoint is True:
-            checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if checkpoint is None:
-                raise ValueError(f"no complete checkpoint in {self.args.output_dir}: train without resuming")
-            resume_from_checkpoint = str(checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return super().train(checkpoint_of(resume_from_checkpoint, self.args), *args, **kwargs)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # The checkpoint is the last one. The host would look for an end only behind a further step.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Add the means and, over the whole evaluation set, the correlations and the predictions."""
@@ -369,6 +372,12 @@ class TRACTTrainer(SFTTrainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save and self.judge_config is not None:
             self.judge_config.save(output_dir or self.args.output_dir)
+            if _internal_call and output_dir is not None:
+                save_objective(Path(output_dir), self.args)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with only_the_trained_adapter(self.model, Path(output_dir or self.args.output_dir)):
+            super()._save(output_dir, state_dict)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The host pushes the output directory before anything but weights and tokenizer has been saved there.
@@ -392,7 +401,7 @@ class TRACTTrainer(SFTTrainer):
                 tags=[*self._tag_names, *tags],
                 metrics=next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {}),
                 rows=TrainingRows.of(self._given_rows, lambda row: render_row(self._tokenizer, row, self.scales)),
-                adapter=next(iter(self.model.peft_config.values())) if is_peft_model(self.model) else None,
+                adapter=self.model.active_peft_config if is_peft_model(self.model) else None,
             )
 
 

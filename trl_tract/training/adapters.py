@@ -1,0 +1,97 @@
+"""Adapters in training: those that are refused at the start, and which one is the judge. Knows nothing of losses."""
+
+import functools
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+
+# Ways of starting LoRA that begin at the seed model, and whose adapters load as they were saved. The base weights that
+# `pissa` and `olora` change in memory are changed alike when the adapter is loaded.
+_STARTS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "mica")
+# With other values than these, an adapter leaves other weights in the model that it was put on, also once PEFT has
+# unloaded it: of modules_to_save the trained copy stays.
+_CHANGES: dict[str, tuple[Any, ...]] = {
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica"),
+    "bias": ("none",),
+    "modules_to_save": (),
+}
+# With these, a second adapter would not start anew from a loaded model from which the first was not unloaded.
+_LEFT: dict[str, tuple[Any, ...]] = {"target_parameters": (), "trainable_token_indices": ()}
+_MARK = "_trl_tract_changed_by"
+
+
+def check_adapters(model: Any, peft_config: PeftConfig | None) -> None:
+    """Refuse adapters that TRACT cannot train, or that would not load as they were trained.
+
+    Args:
+        model: What the trainer is given: an id, a model, or a model with adapters.
+        peft_config: Of the adapter that is to be put on it.
+
+    Raises:
+        ValueError: It cannot be trained from the seed model, saved, and loaded again.
+    """
+    active = list(model.active_adapters) if isinstance(model, PeftModel) else []
+    for config in [peft_config, *(model.peft_config[name] for name in active)]:
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                "prompt tuning puts virtual tokens before a row, so its score is no longer where it was found. Use LoRA"
+            )
+        start = getattr(config, "init_lora_weights", True)
+        if isinstance(start, str) and start.lower() not in _STARTS:
+            raise ValueError(
+                f"init_lora_weights={start!r} changes the base model in a way that loading does not repeat: the saved "
+                f"judge would give other scores. Use the default, or one of {', '.join(_STARTS)}"
+            )
+    if len(active) > 1:
+        raise ValueError(
+            f"the adapters {', '.join(active)} are active at once, and one is saved as the judge. Activate the one to "
+            "train, with model.set_adapter(name), and merge the others before"
+        )
+    if not isinstance(model, PeftModel):
+        # PEFT leaves its layers and their configuration in a loaded model, unless they are unloaded.
+        left = [_change(config, _CHANGES | _LEFT) for config in getattr(model, "peft_config", {}).values()]
+        changed = next((change for change in [getattr(model, _MARK, None), *left] if change), None)
+        if changed is not None:
+            raise ValueError(
+                f"this model was trained on before, with {changed}, and is no longer the seed model. Load the seed "
+                "model again, or give its directory or id"
+            )
+
+
+def mark_base(model: Any) -> None:
+    """Let `check_adapters` recognise a base model whose weights an adapter changed, also when that is unloaded."""
+    if isinstance(model, PeftModel):
+        changes = [_change(config, _CHANGES) for config in model.peft_config.values()]
+        setattr(model.get_base_model(), _MARK, next((change for change in changes if change), None))
+
+
+def _change(config: PeftConfig, fields: Mapping[str, tuple[Any, ...]]) -> str | None:
+    """The first of the fields that has another value than its harmless ones; None if all are harmless."""
+    for name, unchanged in fields.items():
+        value = getattr(config, name, None)
+        if value and value not in unchanged:
+            return f"{name}={value!r}"
+    return None
+
+
+@contextmanager
+def only_the_trained_adapter(model: Any, directory: Path) -> Iterator[None]:
+    """While it lasts, saving `model` saves its active adapter alone, and where judges and checkpoints look for it."""
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    (name,) = model.active_adapters
+    model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=[name])
+    try:
+        yield
+    finally:
+        del model.save_pretrained
+    # PEFT gives every adapter but "default" a directory of its own.
+    if name != "default" and (directory / name).is_dir():
+        for file in (directory / name).iterdir():
+            file.replace(directory / file.name)
+        shutil.rmtree(directory / name)

@@ -1,0 +1,69 @@
+"""Which checkpoint a run goes on from, and whether it was trained towards the same. Knows nothing of models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trl_tract.files.checkpoints import last_complete_checkpoint
+from trl_tract.saved.judge_config import JudgeConfig
+from trl_tract.scale.text import some_scores
+from trl_tract.training.config import TRACTConfig
+
+FILE_NAME = "tract_objective.json"
+
+
+def save_objective(checkpoint: Path, args: TRACTConfig) -> None:
+    """Write down what a checkpoint is trained towards."""
+    (checkpoint / FILE_NAME).write_text(json.dumps(args.objective, indent=2) + "\n", encoding="utf-8")
+
+
+def checkpoint_of(resume_from_checkpoint: str | bool | None, args: TRACTConfig) -> str | None:
+    """The checkpoint to go on from; None to begin anew.
+
+    Args:
+        resume_from_checkpoint: As for Trainer; True is the last one in the output directory that was written to its
+            end.
+        args: Of the run that goes on.
+
+    Raises:
+        ValueError: There is none, or it was trained towards something else.
+    """
+    if not resume_from_checkpoint:
+        return None
+    last = last_complete_checkpoint(args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+    if last is None:
+        raise ValueError(f"no complete checkpoint in {args.output_dir}: train without resuming")
+    found = Path(last)
+    then, now = _objective_of(found), json.loads(json.dumps(args.objective))
+    changed = [name for name, value in then.items() if value != now.get(name)]
+    if changed:
+        values = "; ".join(f"{name} was {_shown(then[name])} and is {_shown(now.get(name))}" for name in changed)
+        raise ValueError(
+            f"{found} was trained with other settings: {values}. Set them as they were to go on from it, or train into "
+            "another output_dir"
+        )
+    return str(found)
+
+
+def _objective_of(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint was trained towards, as far as it says."""
+    try:
+        saved: dict[str, Any] = json.loads((checkpoint / FILE_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        pass
+    else:
+        return saved
+    try:
+        config = JudgeConfig.load(checkpoint)
+    except FileNotFoundError:
+        return {}
+    saved = {"normalize_grid": config.normalize_grid, "drop_rationale": not config.writes_rationale}
+    if len(config.scales) > 1:
+        return saved | {"aspects": {scale.name: scale.to_dict() for scale in config.scales}}
+    grid = config.scales[0].grid
+    return saved | {"score_values": list(grid.values), "score_marker": config.scales[0].marker}
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; the middle of a long grid is left out."""
+    return f"[{some_scores([str(each) for each in value])}]" if isinstance(value, list) else repr(value)
