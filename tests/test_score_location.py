@@ -17,11 +17,13 @@ from conftest import (
     resolved,
     unresolved,
 )
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl import SFTConfig, SFTTrainer
 
 from trl_tract import ScoreGrid
+from trl_tract.rows.dataset import find_scales
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.rendering import as_prompt_completion
 from trl_tract.rows.tokens import prefix_ids, resolve_from_ids
@@ -267,6 +269,56 @@ def test_a_row_that_writes_its_score_unlike_the_first_row_is_refused():
     encoded = encoder_for(MERGING, row_of("ask", " fine. [RESULT] 4"))(row_of("ask", " fine. [RESULT]4"))
     assert encoded["refusal_kind"] == "other tokens"
     assert "write marker and score alike in all rows" in encoded["refusal"]
+
+
+# The rows' way of writing
+
+
+def rows_in_ways(leads: list[str]) -> list[dict[str, Any]]:
+    rows = make_rows(len(leads))
+    return [
+        row | {"completion": row["completion"].replace(" [RESULT]", f"{lead}[RESULT]")}
+        for row, lead in zip(rows, leads, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["text", "tokenised", "stream"])
+def test_the_judge_is_asked_in_the_commonest_way_and_the_others_are_counted(tmp_path, kind):
+    said: list[str] = []
+    rows: Any = rows_in_ways(["\r\n\r\n", " ", "\n", " ", " ", "\n"])
+    if kind == "tokenised":
+        rows = make_trainer(tmp_path, rows).train_dataset
+    if kind == "stream":
+        rows = Dataset.from_list(rows).to_iterable_dataset()
+    (scale,) = find_scales(SPLITTING, rows, (unresolved(ONE_TO_FIVE),), said.append)
+    assert (scale.format.lead, scale.format.separator) == (" ", " ")
+    assert scale.grid.token_ids == resolved(SPLITTING, make_rows(1)[0], ONE_TO_FIVE).grid.token_ids
+    (message,) = said
+    assert message.startswith("3 of the first 6 rows")
+
+
+def test_rows_that_are_written_alike_are_not_spoken_of():
+    said: list[str] = []
+    find_scales(SPLITTING, make_rows(6), (unresolved(ONE_TO_FIVE),), said.append)
+    assert not said
+
+
+def test_one_row_with_other_white_space_changes_no_prompt(tmp_path):
+    rows = make_rows(20)
+    odd = rows_in_ways(["\r\n\r\n"] + [" "] * 19)
+    ways = [make_trainer(tmp_path, each).judge_config.format for each in (rows, odd)]
+    assert ways[0] == ways[1]
+
+
+def test_a_refused_row_is_named_by_its_number_in_the_file(tmp_path):
+    rows = [row | {"__row__": 10 * i} for i, row in enumerate(make_rows(4))]
+    rows[2]["completion"] = "no score"
+    for source in (rows, Dataset.from_list(rows).to_iterable_dataset()):
+        with pytest.raises(ValueError, match="row 20") as caught:
+            list(make_trainer(tmp_path, source, max_steps=1).train_dataset)
+        assert "row 2 " not in str(caught.value)
+    with pytest.raises(ValueError, match="Row 20"):
+        make_trainer(tmp_path, rows[2:3])
 
 
 # The same data as SFTTrainer's

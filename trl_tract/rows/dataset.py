@@ -16,6 +16,7 @@ from trl.trainer.utils import pad
 
 from trl_tract.rows.encoding import ASPECT_COLUMN, Encoder, score_indices
 from trl_tract.rows.rendering import as_prompt_completion, written_formats
+from trl_tract.rows.row import ROW_NUMBER
 from trl_tract.rows.tokens import format_from_ids, resolve_from_ids, resolve_scales
 from trl_tract.scale.scale import Scale
 from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, some_scores
@@ -42,21 +43,22 @@ def find_scales(
     Raises:
         ValueError: None of these rows has all the scores.
     """
-    problem: ScoreNotFoundError | None = None
-    first_problem = count = 0
+    problems: list[tuple[int, ScoreNotFoundError]] = []
     ways: dict[tuple[CompletionFormat, ...], list[tuple[int, Mapping[str, Any]]]] = {}
-    for number, row in enumerate(itertools.islice(rows, _LOOKED_AT)):
+    count = 0
+    for index, row in enumerate(itertools.islice(rows, _LOOKED_AT)):
         count += 1
+        number = row.get(ROW_NUMBER, index)
         try:
             ways.setdefault(_formats(tokenizer, row, scales), []).append((number, row))
         except ScoreNotFoundError as error:
-            problem, first_problem = (problem, first_problem) if problem else (error, number)
+            problems.append((number, error))
     commonest = sorted(ways, key=lambda way: -len(ways[way]))
-    for number, row in (each for way in commonest for each in ways[way]):
+    for number, row in itertools.chain.from_iterable(ways[way] for way in commonest):
         try:
             found = _resolved(tokenizer, row, scales)
         except ScoreNotFoundError as error:
-            problem, first_problem = (problem, first_problem) if problem else (error, number)
+            problems.append((number, error))
             continue
         _count_ways({way: len(ways[way]) for way in commonest}, found, warn)
         return found
@@ -66,8 +68,8 @@ def find_scales(
         scores = some_scores(scales[0].grid.texts)
         options = f"the score is one of {scores}; another marker or grid is set by score_marker and score_values"
     raise ValueError(
-        f"none of the first {count} rows has a score that can be found. Row {first_problem}: {problem}. Write every "
-        f"completion as '{pattern}'; {options}"
+        f"none of the first {count} rows has a score that can be found. Row {problems[0][0]}: {problems[0][1]}. Write "
+        f"every completion as '{pattern}'; {options}"
     )
 
 
@@ -173,12 +175,8 @@ def prepare_rows(
     kinds = encoded["refusal_kind"]
     refused = [i for i, kind in enumerate(kinds) if kind]
     if refused:
-        summary = refusal_summary(
-            [(i, kinds[i], encoded[i]["refusal"], encoded[i]["num_tokens"]) for i in refused],
-            len(encoded),
-            dataset_name,
-            encoder.max_length,
-        )
+        found = [_refusal(encoded[i], i) for i in refused]
+        summary = refusal_summary(found, len(encoded), dataset_name, encoder.max_length)
         if invalid_rows == "raise":
             raise ValueError(f"{summary} Or set invalid_rows='drop' to go on without them.")
         kept = [i for i, kind in enumerate(kinds) if not kind]
@@ -204,8 +202,7 @@ def _prepare_stream(
         nonlocal dropped
         if not row["refusal_kind"]:
             return True
-        detail = [(index, row["refusal_kind"], row["refusal"], row["num_tokens"])]
-        summary = refusal_summary(detail, None, dataset_name, encoder.max_length)
+        summary = refusal_summary([_refusal(row, index)], None, dataset_name, encoder.max_length)
         if invalid_rows == "raise":
             raise ValueError(f"{summary} Or set invalid_rows='drop' to go on without such rows.")
         dropped += 1
@@ -214,6 +211,12 @@ def _prepare_stream(
         return False
 
     return dataset.map(encoder, remove_columns=columns).filter(keep, with_indices=True).select_columns(encoder.columns)
+
+
+def _refusal(encoded: Mapping[str, Any], index: int) -> tuple[int, str, str, int]:
+    """Number, kind, message and tokens of a refused row; the number is the one in its file, where that is known."""
+    number = encoded["refusal_row"]
+    return (index if number is None else number, encoded["refusal_kind"], encoded["refusal"], encoded["num_tokens"])
 
 
 def refusal_summary(
@@ -234,7 +237,7 @@ def refusal_summary(
         count = f"{len(rows)} of {total} {dataset_name} rows" if total is not None else f"{dataset_name} row {number}"
         if kind != "cut off":
             where = f"{kind}; first: row {number}" if total is not None else kind
-            sentences.append(f"{count} refused ({where}): {message}. Mend what is wrong there.")
+            sentences.append(f"{count} refused ({where}): {message}. Fix what is wrong there.")
         elif total is None:
             sentences.append(
                 f"{count} loses its score at max_length={max_length}: it has {num_tokens:,} tokens. Set max_length to "

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_tract.rows.golds import annotator_shares, read_golds
 from trl_tract.rows.rendering import RenderedRow, as_prompt_completion, render_row, without_rationales
+from trl_tract.rows.row import ROW_NUMBER
 from trl_tract.rows.tokens import tokenise
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale
@@ -73,29 +74,31 @@ class Encoder:
             labels=List(Value("int64")),
             **{name: List(Value("float64")) for name in self.columns[2:]},
             num_tokens=Value("int64"),
+            refusal_row=Value("int64"),
             refusal_kind=Value("string"),
             refusal=Value("string"),
         )
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The model's columns, `num_tokens`, and a `refusal` that is empty for a good row."""
+        """The model's columns, `num_tokens`, and a `refusal` that is empty for a good row, with the row's number."""
+        kept: dict[str, Any] = {name: [] for name in self.columns}
+        num_tokens, kind, message = 0, "", ""
         try:
             columns, last_score = self._encode(row)
         except ScoreNotFoundError as error:
-            return self._refuse(error.kind, str(error))
-        num_tokens = len(columns["input_ids"])
-        if self.max_length is not None and last_score >= self.max_length:
-            return self._refuse("cut off", "", num_tokens)
-        kept = {name: columns[name][: self.max_length] for name in self.columns}
-        return {**kept, "num_tokens": num_tokens, "refusal_kind": "", "refusal": ""}
+            kind, message = error.kind, str(error)
+        else:
+            num_tokens = len(columns["input_ids"])
+            if self.max_length is not None and last_score >= self.max_length:
+                kind = "cut off"
+            else:
+                kept = {name: columns[name][: self.max_length] for name in self.columns}
+        number = row.get(ROW_NUMBER)
+        return {**kept, "num_tokens": num_tokens, "refusal_row": number, "refusal_kind": kind, "refusal": message}
 
     def _encode(self, row: Mapping[str, Any]) -> tuple[dict[str, list[Any]], int]:
         """The columns, uncut, and the index of the last token that a score needs."""
         raise NotImplementedError
-
-    def _refuse(self, kind: str, message: str, num_tokens: int = 0) -> dict[str, Any]:
-        empty: dict[str, Any] = {name: [] for name in self.columns}
-        return {**empty, "num_tokens": num_tokens, "refusal_kind": kind, "refusal": message}
 
 
 @dataclass(frozen=True, kw_only=True)
