@@ -322,6 +322,6 @@ def test_a_row_without_an_aspects_gold_score_is_named_before_anything_is_written
     rows = annotated().to_list()
     rows[1]["scores"]["facts"] = None
     backend = scripted()
-    with pytest.raises(ValueError, match="row 1 has no gold score: `scores` has no gold score for aspect 'facts'"):
+    with pytest.raises(ValueError, match=r"row 1 .*'facts'"):
         CoTSelfDistill(backend, aspects=TWO).distill(Dataset.from_list(rows), tmp_path)
     assert not backend.generate_calls

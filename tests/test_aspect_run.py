@@ -128,7 +128,7 @@ def test_a_rows_file_is_read_with_a_score_for_each_aspect(tmp_path):
         "facts": float(written[-1]),
     }
     write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "scores": {"tone": 1}}])
-    with pytest.raises(ValueError, match="row 0: `scores` has no gold score for aspect 'facts'"):
+    with pytest.raises(ValueError, match=r"row 0: .*'facts'"):
         load_items(str(tmp_path / "rows.jsonl"), Scales(GRID, "", aspects))
 
 
@@ -153,7 +153,7 @@ def test_a_rubric_is_for_rows_with_one_score(tmp_path, seed):
     write_jsonl(tmp_path / "own.jsonl", [{"ask": "a", "note": "b", "stars": 3}])
     own = OwnColumns.parse(["prompt=ask", "rationale=note", "score=stars"], None)
     with (
-        pytest.raises(ValueError, match="row 0: --rubric and the columns score and rationale are for rows with one"),
+        pytest.raises(ValueError, match="row 0: --rubric"),
         as_jsonl(str(tmp_path / "own.jsonl"), seed, scales, own),
     ):
         pass

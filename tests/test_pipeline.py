@@ -176,7 +176,7 @@ def test_what_another_process_finished_meanwhile_is_not_done_again(tmp_path):
 
 def test_another_runs_directory_is_refused(finished, seed_model):
     directory, _, _ = finished
-    with pytest.raises(FileExistsError, match=r"holds another run \(on_failure: 'keep_gold' there, 'drop' now\)"):
+    with pytest.raises(FileExistsError, match=r"on_failure: 'keep_gold' there, 'drop' now"):
         run_tract(
             seed_model,
             str(directory / "rows.jsonl"),

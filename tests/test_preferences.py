@@ -58,7 +58,7 @@ def test_own_columns_name_the_two_responses():
 
 
 def test_pairs_without_a_rubric_say_what_is_missing():
-    with pytest.raises(ValueError, match="say what they are to be judged by, with --rubric"):
+    with pytest.raises(ValueError, match="--rubric"):
         judged_rows(PAIR, Scales(GRID))
 
 
@@ -106,5 +106,5 @@ def test_no_scored_pair_is_an_undefined_share():
 
 
 def test_judgements_that_are_no_pairs_are_refused():
-    with pytest.raises(ValueError, match="chosen and rejected have to follow each other"):
+    with pytest.raises(ValueError, match="chosen and rejected"):
         pair_report(judged((1, 2))[::-1])

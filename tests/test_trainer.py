@@ -270,7 +270,7 @@ def test_predict_refuses_a_bad_row_even_where_training_drops_them(tmp_path):
     # With a row less, every later prediction would stand at another row's place.
     trainer = make_trainer(tmp_path, make_rows(4), invalid_rows="drop")
     bad = {"prompt": "ask", "completion": " no score", "score": 3.0}
-    with pytest.raises(ValueError, match=r"1 of 3 test rows refused \(no marker; first: row 1\)"):
+    with pytest.raises(ValueError, match=r"1 of 3 test rows .*row 1"):
         trainer.predict(Dataset.from_list([make_rows(1)[0], bad, make_rows(1)[0]]))
 
 

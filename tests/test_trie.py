@@ -236,7 +236,7 @@ def test_a_space_that_is_glued_to_some_scores_belongs_to_all(vocabularies):
 
 def test_a_score_without_an_end_is_an_error():
     grid = ScoreGrid.from_values([1, 10])
-    with pytest.raises(ValueError, match="score '1' is the beginning of another score, and nothing follows it"):
+    with pytest.raises(ValueError, match="score '1'"):
         grid.resolve(make_tokenizer(), "fine [RESULT] ", "")
 
 
@@ -412,12 +412,12 @@ def test_steps_that_miss_the_end_of_a_range_are_named(written, wanted):
 
 @pytest.mark.parametrize("written", ["0..10..-1", "..5", "0...5", "a..b", "5"])
 def test_what_is_no_range_is_refused(written):
-    with pytest.raises(ValueError, match=r"is no list of numbers.*0\.\.100"):
+    with pytest.raises(ValueError, match=r"0\.\.100"):
         ScoreGrid.from_values(written)
 
 
 def test_a_range_of_one_score_is_no_grid():
-    with pytest.raises(ValueError, match=r"score_values=3\.\.3 holds 1 score"):
+    with pytest.raises(ValueError, match=r"score_values=3\.\.3"):
         ScoreGrid.from_values("3..3")
 
 
@@ -461,7 +461,7 @@ def test_another_tokenizer_than_in_training_is_refused(tmp_path, vocabularies):
     scale = resolved(vocabularies["splitting"], row_with("10"), GRIDS["0 to 100"])
     JudgeConfig((scale,)).save(tmp_path)
     other = TransformersBackend(make_model(), make_merging_tokenizer([("1", "0")]))
-    with pytest.raises(ValueError, match="not the tokenizer that the judge was trained with"):
+    with pytest.raises(ValueError, match="tokenizer"):
         CoTRAILJudge.from_pretrained(tmp_path, other).score_rationales([PROMPT], [RATIONALE])
 
 

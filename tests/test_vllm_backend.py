@@ -57,7 +57,7 @@ def test_bitsandbytes_weights_are_refused_and_others_are_not(model, tmp_path, qu
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="name its 16-bit original instead"):
+    with pytest.raises(ValueError, match="16-bit"):
         vllm_backend._check_checkpoint(str(tmp_path))
 
 
@@ -85,5 +85,5 @@ def test_an_adapter_that_vllm_cannot_serve_is_refused(adapter, message):
 
 def test_an_adapter_without_a_base_is_refused(model, tmp_path):
     get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(tmp_path))
-    with pytest.raises(ValueError, match="names no base model: set base_model_name_or_path"):
+    with pytest.raises(ValueError, match="base_model_name_or_path"):
         adapter_config(str(tmp_path))
