@@ -6,11 +6,14 @@ clock that jumps changes nothing.
 
 import asyncio
 import base64
+import html
 import json
 import logging
 import math
 import os
 import random
+import re
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -25,6 +28,8 @@ _UNUSABLE_ANSWERS = 4  # After so many the server is confused rather than unluck
 _LONGEST_DELAY = 30.0  # seconds
 _LONGEST_RETRY_AFTER = 300.0  # seconds
 _QUIET = 60.0  # seconds between two warnings
+_READ = 2**16  # bytes at a time
+_QUOTED = 8  # So many letters of a secret in a row are not shown.
 
 
 class Refused(RuntimeError):
@@ -54,6 +59,8 @@ class JSONServer:
 
     Attributes:
         url: Without credentials.
+        longest_silence: Seconds of the longest outage since it was set to 0: in a long one, a server may have been
+            started again with something else.
 
     Raises:
         ValueError: An address that is not plain HTTP or HTTPS, or that holds anything else that may be a secret.
@@ -81,6 +88,7 @@ class JSONServer:
         self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=min(timeout, 30.0))
         self._retry_delay = retry_delay
         self._session: aiohttp.ClientSession | None = None
+        self.longest_silence = 0.0
         self._silent_since: float | None = None
         self._told_at = -math.inf
 
@@ -93,13 +101,17 @@ class JSONServer:
                 )
             plain = f"{unquote(user)}:{unquote(password or '')}"
             basic = base64.b64encode(plain.encode()).decode()
-            self._secrets = [text for text in (basic, password, unquote(password or "")) if text]
+            self._keep_secret(basic, plain, password or "", unquote(password or ""))
             self._headers = {"Authorization": f"Basic {basic}"}
         elif key:
             if not key.isascii() or not key.isprintable():
                 raise ValueError(f"{self.key_variable} holds characters that no HTTP header can carry")
-            self._secrets = [key, json.dumps(key)[1:-1]]
+            self._keep_secret(key)
             self._headers = {"Authorization": f"Bearer {key}"}
+
+    def _keep_secret(self, *secrets: str) -> None:
+        forms = [(text, base64.b64encode(text.encode()).decode(), text.encode().hex()) for text in secrets if text]
+        self._secrets = [form for written in forms for form in written]
 
     async def ask(
         self,
@@ -109,6 +121,7 @@ class JSONServer:
         read: Callable[[Any], _T],
         *,
         retry_seconds: float,
+        limit: int = 2**20,
     ) -> _T:
         """Send one request, and again while the server is away, overloaded or makes no sense.
 
@@ -118,6 +131,7 @@ class JSONServer:
             body: Sent as JSON.
             read: Takes the answer apart; a ValueError, TypeError or LookupError marks it as unusable.
             retry_seconds: How long after the first failure the last attempt may begin.
+            limit: Bytes that an answer may have, unpacked. Of a longer one no more is read.
 
         Raises:
             Refused: An answer that repetition would not change: HTTP 400, 401, 404 and the like.
@@ -132,7 +146,7 @@ class JSONServer:
             attempts += 1
             retry_after = None
             try:
-                status, retry_after, text = await self._exchange(method, path, body)
+                status, retry_after, text = await self._exchange(method, path, body, limit)
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 trouble = self.public(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
             else:
@@ -169,20 +183,40 @@ class JSONServer:
 
     def public(self, text: str) -> str:
         """Text of the server for an error or the log: one line, no control characters, and no secret in it."""
+        text = text[: 2**13]
         for secret in self._secrets:
             text = text.replace(secret, "***")
+        bare = _bare(text)
+        for secret in map(_bare, self._secrets):
+            pieces = {secret[start : start + _QUOTED] for start in range(max(1, len(secret) - _QUOTED + 1))}
+            if any(len(piece) > 3 and piece in bare for piece in pieces):
+                return "*** (it quotes the key)"
         return " ".join("".join(letter if letter.isprintable() else " " for letter in text[:500]).split())
 
-    async def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None) -> tuple[int, float | None, str]:
+    async def _exchange(
+        self, method: str, path: str, body: Mapping[str, Any] | None, limit: int
+    ) -> tuple[int, float | None, str]:
         if self._session is None:
-            # The number of connections is the callers' concern. No redirects: the key is for this server.
+            # The number of connections is the callers' concern. No redirects: the key is for this server. What is
+            # packed is unpacked here, where its size is watched.
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0), timeout=self._timeout, headers=self._headers
+                connector=aiohttp.TCPConnector(limit=0),
+                timeout=self._timeout,
+                headers={"Accept-Encoding": "identity", **self._headers},
+                auto_decompress=False,
             )
         url = self.url + path
         async with self._session.request(method, url, json=body, allow_redirects=False) as response:
-            raw = await response.read()
-            return response.status, _seconds(response.headers.get("Retry-After")), raw.decode(errors="replace")
+            raw = bytearray()
+            while len(raw) <= limit and (part := await response.content.read(_READ)):
+                raw += part
+            if response.headers.get("Content-Encoding", "identity").lower() in ("gzip", "deflate"):
+                raw = bytearray(_unpacked(raw, limit))
+            text = raw.decode(errors="replace")
+            if len(raw) > limit:
+                response.close()  # or the rest would be waited for
+                text = f"an answer of more than {limit} bytes: {text[:100]}"
+            return response.status, _seconds(response.headers.get("Retry-After")), text
 
     def _reason(self, text: str) -> str:
         """What an error answer says, wherever it says it."""
@@ -204,6 +238,7 @@ class JSONServer:
 
     def _is_well(self, now: float) -> None:
         if self._silent_since is not None:
+            self.longest_silence = max(self.longest_silence, now - self._silent_since)
             logger.info("%s answers again after %.1f s", self.url, now - self._silent_since)
             self._silent_since = None
 
@@ -214,3 +249,18 @@ def _seconds(retry_after: str | None) -> float | None:
         return max(0.0, min(float(retry_after or ""), _LONGEST_RETRY_AFTER))
     except ValueError:
         return None
+
+
+def _unpacked(raw: bytearray, limit: int) -> bytes:
+    try:
+        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 32).decompress(bytes(raw), limit + 1)
+    except zlib.error:
+        return bytes(raw)  # it will not be JSON
+
+
+def _bare(text: str) -> str:
+    """Letters and digits of a text alone, with what may hide them written out: escapes, entities, cases."""
+    for _ in range(3):  # an escape of an escape, and once more
+        text = re.sub(r"(?:\\u|\\x|\\U0000|%u00|=)([0-9A-Fa-f]{2,4})", lambda code: chr(int(code[1], 16)), text)
+        text = html.unescape(unquote(text))
+    return "".join(letter for letter in text if letter.isalnum()).lower()

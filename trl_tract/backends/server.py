@@ -3,6 +3,7 @@
 Knows the requests and how answers are taken apart; `http.py` sends and repeats them.
 """
 
+import asyncio
 import json
 import math
 import re
@@ -20,11 +21,17 @@ from trl_tract.backends.request_loop import RequestLoop
 from trl_tract.backends.requests import RequestBackend, Written
 
 _PROBE = "Score the reply from 1 to 5."
+_PROBED = 16  # tokens whose log-probabilities behind the probe tell one model from another
+_MOVES = 0.25  # nats by which batches, kernels and 16 bits may move them
+_PROBE_EVERY = 60.0  # seconds
+_RESTART = 1.0  # seconds that no server needs less of to come back with another model
 _UPGRADE = (
     "it must give exact log-probabilities of chosen tokens (`logprob_token_ids`) and token ids (`return_token_ids`) on "
-    "/v1/completions, as vLLM 0.32 does: upgrade it with pip install -U vllm"
+    "/v1/completions, as vLLM 0.32 does: upgrade it with pip install -U vllm. If it is one, start it without "
+    "--speculative-config, with which it cannot. llama.cpp's server passes over `logprob_token_ids`"
 )
 _START_SECONDS = 30.0
+_BYTES_A_TOKEN = 64  # of an answer, at most: its id, its text, and its part of the prompt that comes back
 # The last is what vLLM says to a prompt that fills the window to the last token.
 _TOO_LONG = re.compile(
     r"context (length|window)|max(imum)?[_ ]model[_ ]len|max_tokens must be at least 1, got 0", re.IGNORECASE
@@ -44,7 +51,9 @@ class ServerBackend(RequestBackend):
         vllm serve BASE --enable-lora --lora-modules NAME=DIRECTORY --max-lora-rank RANK
 
     Requests are repeated while the server is away, overloaded or answers nonsense. A prompt is sent as token ids, and
-    an answer counts only if it says that it belongs to as many.
+    an answer counts only if it names this model and these ids. A probe at the start, after an outage and every minute
+    notices another model under the same name. Give a judge a server of its own: other clients' requests and its own
+    can disturb each other.
 
     Attributes:
         name: `"server"`.
@@ -100,19 +109,21 @@ class ServerBackend(RequestBackend):
         if retry_seconds < 0:
             raise ValueError(f"retry_seconds={retry_seconds} must be 0 (never repeat a request) or more")
         self.model = model
+        self._fingerprint: dict[str, str] = {}
+        self._agrees = False
         self._retry_seconds = retry_seconds
         self._server = JSONServer(base_url, key_variable=api_key_env, timeout=timeout, retry_delay=retry_delay)
         loop = RequestLoop(max_concurrency)
         self._closing = weakref.finalize(self, _shut, loop, self._server)
         try:
             served = loop.wait_for(self._ask_once("GET", "/models", None, _served_models))
-            card = _card(served, model, self._server.url)
+            card = self._card(served)
             context_length = context_length or _context_length(card, served)
             if context_length is None:
                 raise ValueError(f"{self._server.url} does not say how long {model}'s context is: pass context_length=")
             tokenizer = tokenizer or _find_tokenizer(model, card, served)
             super().__init__(
-                str(card.get("root") or model),
+                self._server.public(str(card.get("root") or model)),
                 tokenizer,
                 loop,
                 context_length=context_length,
@@ -120,10 +131,16 @@ class ServerBackend(RequestBackend):
                 concurrency=max_concurrency,
                 request_seeds=request_seeds,
             )
-            loop.wait_for(self._check_server())
+            self._probing = asyncio.Lock()
+            self._probed_at = -math.inf
+            loop.wait_for(self._check_model())
         except BaseException:
             self._closing()
             raise
+
+    def fingerprint(self) -> dict[str, str]:
+        """What the server said of the model at the start, and what it answered to the probe: see `same_answers`."""
+        return dict(self._fingerprint)
 
     def close(self) -> None:
         """Close the connections. Calls under way end with a RuntimeError; more than once does no harm."""
@@ -146,22 +163,48 @@ class ServerBackend(RequestBackend):
             body["skip_special_tokens"] = False
         if seed is not None:
             body["seed"] = seed
-        read = partial(_read_written, prompt, n, settings.max_new_tokens)
+        read = partial(_read_written, prompt, n, settings.max_new_tokens, self._vocabulary)
         written: list[Written] | None = await self._complete(body, read)
         return written
 
     async def _score(self, prompt: list[int], token_ids: list[int]) -> Mapping[int, float] | None:
-        read = partial(_read_scores, prompt, token_ids)
+        def read(model: str, answer: Any) -> dict[int, float]:
+            scores = _read_scores(prompt, token_ids, model, answer)
+            self._check_likeliest(answer["choices"][0], scores)
+            return scores
+
         scores: dict[int, float] | None = await self._complete(self._scoring(prompt, token_ids), read)
         return scores
 
-    async def _complete(self, body: Mapping[str, Any], read: Callable[[Any], Any]) -> Any:
+    def _check_likeliest(self, choice: Mapping[str, Any], scores: Mapping[int, float]) -> None:
+        """The token that was written is told twice where it was asked for: if ever these agreed, they have to.
+
+        Where the probabilities are none in any case, the item that they are of is told so.
+        """
+        (written,), (told,) = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        if written in scores and sum(map(math.exp, scores.values())) <= 1 + 1e-3:
+            agrees = abs(scores[written] - told) < 1e-2
+            if self._agrees and not agrees:
+                raise ValueError(f"token {written} has the log-probability {told} and {scores[written]}")
+            self._agrees |= agrees
+
+    async def _complete(self, body: Mapping[str, Any], read: Callable[[str, Any], Any]) -> Any:
+        tokens = body.get("n", 1) * (len(body["prompt"]) + body["max_tokens"])
         try:
-            return await self._server.ask("POST", "/completions", body, read, retry_seconds=self._retry_seconds)
+            answer = await self._server.ask(
+                "POST",
+                "/completions",
+                body,
+                partial(read, self.model),
+                retry_seconds=self._retry_seconds,
+                limit=2**20 + _BYTES_A_TOKEN * tokens,
+            )
         except Refused as refused:
             if refused.status == 400 and _TOO_LONG.search(refused.reason):
                 return None
             raise
+        await self._check_model()  # before the answer counts
+        return answer
 
     def _neutral(self, prompt: list[int] | str) -> dict[str, Any]:
         # A server fills in what is left out from the checkpoint's generation_config.json.
@@ -190,38 +233,90 @@ class ServerBackend(RequestBackend):
     async def _ask_once(
         self, method: str, path: str, body: Mapping[str, Any] | None, read: Callable[[Any], Any]
     ) -> Any:
-        return await self._server.ask(method, path, body, read, retry_seconds=min(_START_SECONDS, self._retry_seconds))
+        # Later on, a server may be away for as long as in any other request.
+        patience = self._retry_seconds if self._fingerprint else min(_START_SECONDS, self._retry_seconds)
+        return await self._server.ask(method, path, body, read, retry_seconds=patience)
 
-    async def _check_server(self) -> None:
-        """Refuse a server whose log-probabilities cannot be relied on, or whose tokens are others."""
+    async def _check_model(self) -> None:
+        """Look whether the server has the model that it had at the start, if it may have changed.
+
+        Raises:
+            RuntimeError: It has another one.
+        """
+        clock = asyncio.get_running_loop().time
+        async with self._probing:
+            if self._server.longest_silence < _RESTART and clock() < self._probed_at + _PROBE_EVERY:
+                return
+            self._server.longest_silence = 0.0
+            card = self._card(await self._ask_once("GET", "/models", None, _served_models))
+            now = {
+                "served model": self.model,
+                "root": self._server.public(str(card.get("root"))),
+                "answers": await self._probe(),
+            }
+            first = self._fingerprint = self._fingerprint or now
+            changed = [
+                f"{name}: {first[name]}, now {now[name]}" for name in now if not same_answers(first[name], now[name])
+            ]
+            if changed:
+                raise RuntimeError(
+                    f"{self._server.url} serves another model under the name {self.model!r} than at the start "
+                    f"({'; '.join(changed)}). Serve the first one again, or start anew in another directory"
+                )
+            self._probed_at = clock()
+
+    async def _probe(self) -> str:
+        """Log-probabilities of a few tokens behind a fixed text.
+
+        Raises:
+            ValueError: They cannot be relied on, or the server's tokens are others than the tokenizer's.
+        """
         expected = self.tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
-        chosen = sorted({0, len(self.tokenizer) // 2, len(self.tokenizer) - 1})
+        size = len(self.tokenizer)
+        chosen = sorted({place * (size - 1) // (_PROBED - 1) for place in range(_PROBED)})
         body = {**self._scoring(_PROBE, chosen), "add_special_tokens": False}
+        url, public = self._server.url, self._server.public
         try:
             answer = await self._ask_once("POST", "/completions", body, _is_json_object)
             choice = answer["choices"][0]
             seen, (written,) = choice["prompt_token_ids"], choice["token_ids"]
             (best,) = choice["logprobs"]["token_logprobs"]
-            scores = _read_scores(seen, chosen, answer)
+            scores = _read_scores(seen, chosen, self.model, answer)
+            # The likeliest token has at least the mean probability, and no token more: logits rarely look like that.
+            is_likely = -math.log(size) - 1 <= best <= 1e-3 and max(scores.values()) <= best + 1e-3
         except Refused as refused:
             if refused.status not in (400, 422):
                 raise
             raise ValueError(f"{refused}: {_UPGRADE}") from None
         except (LookupError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{self._server.url} answers a probe without what a judge needs ({error!r}): {_UPGRADE}"
+                f"{url} answers a probe without what a judge needs ({public(repr(error))}): {_UPGRADE}"
             ) from None
-        # The likeliest token has at least the mean probability, and no token more: logits rarely look like that.
-        if not -math.log(len(self.tokenizer)) - 1 <= best <= 1e-3 or max(scores.values()) > best + 1e-3:
+        if not is_likely:
             raise ValueError(
-                f"{self._server.url} reports {best} for the likeliest token ({written}): that is no log-probability. "
-                "Start it with --logprobs-mode raw_logprobs, vLLM's default"
+                f"{url} reports {public(str(best))} for the likeliest token ({public(str(written))}): that is no "
+                "log-probability. Start it with --logprobs-mode raw_logprobs, vLLM's default"
             )
         if seen != expected:
             raise ValueError(
-                f"{self._server.url} reads {_PROBE!r} as the tokens {seen}, the tokenizer here as {expected}: pass "
+                f"{url} reads {_PROBE!r} as the tokens {public(str(seen))}, the tokenizer here as {expected}: pass "
                 f"tokenizer=, the one that {self.model} was trained with, and serve the model with it"
             )
+        return "~ " + " ".join(f"{max(score, _NO_PROBABILITY):.3f}" for score in scores.values())
+
+    def _card(self, served: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        if self.model not in served:
+            others = ", ".join(map(repr, served)) or "nothing"
+            raise ValueError(f"{self._server.url} does not serve {self.model!r}, but {self._server.public(others)}")
+        return served[self.model]
+
+
+def same_answers(one: str, other: str) -> bool:
+    """Whether two values of a fingerprint agree: the numbers of a probe ("~ ...") up to what noise moves them."""
+    if not (one.startswith("~ ") and other.startswith("~ ")):
+        return one == other
+    pairs = zip(one.split()[1:], other.split()[1:], strict=False)
+    return len(one.split()) == len(other.split()) and all(abs(float(a) - float(b)) <= _MOVES for a, b in pairs)
 
 
 def _shut(loop: RequestLoop, server: JSONServer) -> None:
@@ -240,16 +335,11 @@ def _served_models(answer: Any) -> dict[str, dict[str, Any]]:
     return {str(card["id"]): card for card in answer["data"]}
 
 
-def _card(served: Mapping[str, dict[str, Any]], model: str, url: str) -> dict[str, Any]:
-    if model not in served:
-        raise ValueError(f"{url} does not serve {model!r}, but {', '.join(map(repr, served)) or 'nothing'}")
-    return served[model]
-
-
 def _context_length(card: Mapping[str, Any], served: Mapping[str, Mapping[str, Any]]) -> int | None:
     """An adapter's card leaves it to its base's."""
     base: Mapping[str, Any] = served.get(str(card.get("parent")), {})
-    return card.get("max_model_len") or base.get("max_model_len")
+    length = card.get("max_model_len") or base.get("max_model_len")
+    return length if type(length) is int and length > 0 else None
 
 
 def _find_tokenizer(
@@ -265,32 +355,40 @@ def _find_tokenizer(
     raise ValueError(f"no tokenizer can be loaded from {', '.join(places)}: pass tokenizer=, the one of {model}")
 
 
-def _choices(prompt: list[int], n: int, answer: Any) -> list[Any]:
+def _choices(prompt: list[int], n: int, model: str, answer: Any) -> list[Any]:
+    """The continuations of an answer that belongs to its request: the model, the prompt, their number."""
     read = answer["usage"]["prompt_tokens"]
     if read != len(prompt):
         raise ValueError(f"it read {read} tokens of a prompt of {len(prompt)}")
+    if answer.get("model", model) != model:
+        raise ValueError(f"it is an answer of the model {answer['model']!r}, not of {model!r}")
     choices = sorted(answer["choices"], key=lambda choice: choice["index"])
     if [choice["index"] for choice in choices] != list(range(n)):
         raise ValueError(f"it holds {len(choices)} continuations of {n}")
+    if any(choice["prompt_token_ids"] != prompt for choice in choices):
+        raise ValueError("it is an answer to another prompt: its prompt_token_ids are not those that were sent")
     return choices
 
 
-def _read_written(prompt: list[int], n: int, limit: int, answer: Any) -> list[Written]:
+def _read_written(prompt: list[int], n: int, limit: int, size: int, model: str, answer: Any) -> list[Written]:
     written = []
-    for choice in _choices(prompt, n, answer):
+    for choice in _choices(prompt, n, model, answer):
         one = Written(choice["token_ids"], choice["text"], choice["finish_reason"], choice.get("stop_reason"))
         if one.finish_reason not in ("stop", "length") or not isinstance(one.text, str):
             raise ValueError(f"a continuation ended with {json.dumps(one.finish_reason)}")
-        if not 0 < len(one.token_ids) <= limit or not all(
-            type(token) is int and 0 <= token < 2**31 for token in one.token_ids
-        ):
+        if not 0 < len(one.token_ids) <= limit:
             raise ValueError(f"a continuation has {len(one.token_ids)} tokens of at most {limit}")
+        wrong = [token for token in one.token_ids if type(token) is not int or not 0 <= token < size]
+        if wrong:
+            raise ValueError(f"a continuation holds the token {wrong[0]!r}, outside the vocabulary of {size}")
+        if type(one.stop_reason) is int and one.stop_reason != one.token_ids[-1]:
+            raise ValueError(f"a continuation ended with token {one.token_ids[-1]}, for the token {one.stop_reason}")
         written.append(one)
     return written
 
 
-def _read_scores(prompt: list[int], token_ids: list[int], answer: Any) -> dict[int, float]:
-    (choice,) = _choices(prompt, 1, answer)
+def _read_scores(prompt: list[int], token_ids: list[int], model: str, answer: Any) -> dict[int, float]:
+    (choice,) = _choices(prompt, 1, model, answer)
     (shown,) = choice["logprobs"]["top_logprobs"]
     scores = {token: float(shown[f"token_id:{token}"]) for token in token_ids}
     for token, logprob in scores.items():
