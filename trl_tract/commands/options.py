@@ -59,7 +59,7 @@ class GenerationArguments:
             try:
                 options |= json.loads(self.engine_args)
             except (ValueError, TypeError) as error:
-                raise ValueError(f"--engine_args {self.engine_args!r} is not a JSON object: {error}") from error
+                raise ValueError(f"--engine_args is not a JSON object: {error}") from error
         return {"name": self.backend, **options}
 
 

@@ -25,6 +25,7 @@ from trl_tract.judge.judgement import Judgement
 from trl_tract.rows.golds import gold_score
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.scale import Scale
+from trl_tract.text.secrets import without_secrets
 from trl_tract.text.terminal import hide_host_warnings
 from trl_tract.training.config import TRACTConfig
 from trl_tract.training.log_lines import write_lines_in_logs
@@ -194,12 +195,16 @@ def run_step(step: Step, spec_file: Path, *, isolate: bool) -> None:
     Raises:
         RuntimeError: The process failed; its own message stands above.
     """
-    write_json(spec_file, {"kind": step.kind, **asdict(step)})
+    spec = {"kind": step.kind, **asdict(step)}
+    write_json(spec_file, without_secrets(spec))
+    spec_file.chmod(0o600)
     if not isolate:
         set_seed(0)
         step.run()
         return
-    finished = subprocess.run([sys.executable, "-m", "trl_tract.runs.steps", str(spec_file)], check=False)
+    # By a pipe: the file has no keys in it, and other users can read a command line.
+    command = [sys.executable, "-m", "trl_tract.runs.steps", "-"]
+    finished = subprocess.run(command, input=json.dumps(spec), text=True, check=False)
     if finished.returncode:
         raise RuntimeError(
             f"the step {spec_file.stem} ended with exit code {finished.returncode}; its error stands above. Start the "
@@ -226,5 +231,5 @@ def _dataset(path: str) -> Dataset:
 
 if __name__ == "__main__":
     hide_host_warnings()
-    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    spec = json.loads(sys.stdin.read() if sys.argv[1] == "-" else Path(sys.argv[1]).read_text(encoding="utf-8"))
     STEPS[spec.pop("kind")](**spec).run()

@@ -1,5 +1,6 @@
 """TRACTConfig: the fields that TRACT adds to SFTConfig, and what it refuses. Knows nothing else."""
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from trl import SFTConfig
 
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import DEFAULT_MARKER, DEFAULT_VALUES, Scale, read_scales
+from trl_tract.text.secrets import without_secrets
 
 
 @dataclass
@@ -177,6 +179,31 @@ class TRACTConfig(SFTConfig):
                 "rationale. Use packing_strategy='bfd'"
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they may be shown, logged and written: what is secret is hidden, at any depth."""
+        fields: dict[str, Any] = without_secrets(super().to_dict())
+        return fields
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.to_dict()})"
+
+    __str__ = __repr__
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # As the host writes it to training_args.bin. Copies in memory, which keep what is secret, come below.
+        make, arguments, state, *rest = super().__reduce_ex__(protocol)
+        return (make, arguments, without_secrets(state), *rest)
+
+    def __copy__(self) -> "TRACTConfig":
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TRACTConfig":
+        other = copy.copy(self)
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
+
     @property
     def objective(self) -> dict[str, Any]:
         """What a checkpoint was trained towards; JSON-serialisable. Going on with another one is refused."""
@@ -238,6 +265,6 @@ def _greater_is_better(metric: str) -> bool | None:
 
 def field_values(args: TrainingArguments) -> dict[str, Any]:
     """The fields of training arguments, JSON-serialisable, from which an equal configuration can be made."""
-    fields: dict[str, Any] = args.to_dict()
-    # to_dict hides what it takes for a secret: every field whose name ends in "_token".
+    fields: dict[str, Any] = SFTConfig.to_dict(args) if isinstance(args, TRACTConfig) else args.to_dict()
+    # The host's to_dict hides what it takes for a secret: every field whose name ends in "_token".
     return {name: getattr(args, name) if name.endswith("_token") else value for name, value in fields.items()}

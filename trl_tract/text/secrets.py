@@ -1,0 +1,24 @@
+"""What must not stand in a file: tokens, keys, and passwords in addresses. Knows settings by their names."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+HIDDEN = "***"
+_NAMES = re.compile(r"(.*_)?(hub_token|hf_token|auth_token|api_key|access_key|password|secret)|token", re.IGNORECASE)
+_IN_TEXT = re.compile(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}")
+
+
+def without_secrets(value: Any) -> Any:
+    """A copy of settings, at any depth, in which what is secret by its name or its form is `***`.
+
+    Example:
+        >>> without_secrets({"hub_token": "x", "eos_token": "</s>", "base_url": "http://me:x@host/v1"})
+        {'hub_token': '***', 'eos_token': '</s>', 'base_url': 'http://***@host/v1'}
+    """
+    if isinstance(value, Mapping):
+        hide = [name for name, one in value.items() if one and _NAMES.fullmatch(str(name))]
+        return {name: HIDDEN if name in hide else without_secrets(one) for name, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(without_secrets, value))
+    return _IN_TEXT.sub(HIDDEN, value) if type(value) is str else value  # an enumeration's member stays one
