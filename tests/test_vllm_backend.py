@@ -28,12 +28,13 @@ def test_without_vllm_the_error_is_the_line_that_installs_it(monkeypatch):
     [
         ({"max_modle_len": 512}, r"no argument 'max_modle_len': did you mean max_model_len\?"),
         ({"logprobs_mode": "processed_logprobs"}, "logprobs_mode='processed_logprobs' would report other numbers"),
+        ({"speculative_config": {"model": "draft"}}, "gives no log-probabilities of chosen tokens"),
         ({"trust_remote_code": True}, "would run code from the checkpoint"),
         ({"quantization": "bitsandbytes"}, r"no longer reads bitsandbytes weights \(since 0.28\)"),
     ],
 )
 def test_an_engine_argument_that_cannot_work_is_refused(argument, message):
-    known = ["max_model_len", "logprobs_mode", "trust_remote_code", "quantization", "dtype"]
+    known = ["speculative_config", "max_model_len", "logprobs_mode", "trust_remote_code", "quantization", "dtype"]
     with pytest.raises(ValueError, match=message):
         vllm_backend._check_arguments(argument, known)
 
@@ -74,6 +75,13 @@ def test_room_is_made_for_the_largest_rank_of_an_adapter(settings, room):
     [
         (LoraConfig(use_dora=True), "DoRA"),
         (LoraConfig(modules_to_save=["lm_head"]), r"modules_to_save=\['lm_head'\]"),
+        (LoraConfig(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+        (LoraConfig(init_lora_weights="olora"), "init_lora_weights='olora'"),
+        (LoraConfig(lora_bias=True), "lora_bias=True"),
+        (LoraConfig(bias="all"), "bias='all'"),
+        (LoraConfig(trainable_token_indices=[5]), r"trainable_token_indices=\[5\]"),
+        (LoraConfig(target_parameters=["experts.down_proj"]), "target_parameters="),
+        (LoraConfig(layer_replication=[(0, 2)]), "layer_replication="),
         (LoraConfig(r=1000), "rank 1000, and vLLM serves at most 512"),
         (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "serves LoRA alone: use TransformersBackend"),
     ],
@@ -81,6 +89,21 @@ def test_room_is_made_for_the_largest_rank_of_an_adapter(settings, room):
 def test_an_adapter_that_vllm_cannot_serve_is_refused(adapter, message):
     with pytest.raises(ValueError, match=message):
         vllm_backend._lora_arguments("somewhere", adapter)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_rslora": True, "lora_dropout": 0.1}, {"init_lora_weights": "orthogonal"}, {"alpha_pattern": {"q": 3}}],
+)
+def test_an_adapter_that_vllm_serves_is_not_refused(settings):
+    assert vllm_backend._lora_arguments("a", LoraConfig(r=8, target_modules=["q_proj"], **settings))
+
+
+def test_an_adapter_that_holds_an_embedding_is_refused(model, tmp_path):
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(str(tmp_path), save_embedding_layers=True)
+    with pytest.raises(ValueError, match=r"it holds .*embed_tokens\.weight whole"):
+        vllm_backend._lora_arguments(str(tmp_path), LoraConfig(r=2))
 
 
 def test_an_adapter_without_a_base_is_refused(model, tmp_path):

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -51,14 +53,46 @@ def load(
         revision=_base_revision(adapter, revision),
     )
     if adapter is not None:
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            # Tokens added in training: the adapter's embedding rows only fit a base that has them.
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        size = _embedding_rows(model, model_id, revision) or max(len(tokenizer), _rows(model))
+        if size != _rows(model):
+            # Training changed the vocabulary: what the adapter holds of the embeddings fits such a base alone.
+            model.resize_token_embeddings(size, mean_resizing=False)
         model = PeftModel.from_pretrained(model, model_id, revision=revision)
         if merge_adapter:
+            _untie(model.get_base_model())
             model = model.merge_and_unload()
     model.eval()
     return model, tokenizer
+
+
+def whole_weights(model_id: str, revision: str | None = None) -> dict[str, list[int]]:
+    """Names and shapes of the weights that an adapter holds whole, beside its pairs of low rank."""
+    file = _file_of(model_id, "adapter_model.safetensors", revision)
+    if file is None:
+        return {}
+    with safe_open(file, "pt") as weights:
+        return {name: weights.get_slice(name).get_shape() for name in weights.keys() if ".lora_" not in name}  # noqa: SIM118
+
+
+def _rows(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _embedding_rows(model: Any, adapter: str, revision: str | None) -> int | None:
+    """Tokens of the embedding that an adapter brings along, as it does where training changed the vocabulary."""
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    ends = (f".{name}.weight", f".{name}.base_layer.weight")
+    return next((shape[0] for key, shape in whole_weights(adapter, revision).items() if key.endswith(ends)), None)
+
+
+def _untie(model: Any) -> None:
+    """Give tied embeddings a weight each if an adapter changes one of them: merged, it would change both."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    bases = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
+    if any(isinstance(end, BaseTunerLayer) for end in ends) and bases[0].weight is bases[1].weight:
+        bases[1].weight = torch.nn.Parameter(bases[1].weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 def check_model(model_id: str) -> None:
@@ -99,17 +133,45 @@ def _own_device() -> torch.device:
 
 
 def adapter_config(model_id: str, revision: str | None = None) -> PeftConfig | None:
-    """The configuration of an adapter; None for a full model.
+    """The configuration of an adapter, which names its base where that is now; None for a full model.
 
     Raises:
         ValueError: The adapter does not say which base model it belongs to.
+        FileNotFoundError: It names a directory that is not there.
     """
     if find_adapter_config_file(model_id, revision=revision) is None:
         return None
     config = PeftConfig.from_pretrained(model_id, revision=revision)
     if not config.base_model_name_or_path:
         raise ValueError(f"{model_id}/adapter_config.json names no base model: set base_model_name_or_path in it")
+    config.base_model_name_or_path = _base_of(Path(model_id), str(config.base_model_name_or_path))
     return config
+
+
+def _base_of(adapter: Path, base: str) -> str:
+    """Where an adapter's base is: as named, or else as seen from a directory above the adapter.
+
+    A path that was relative to where the training was started is so seen from one of these, wherever they have moved.
+
+    Raises:
+        FileNotFoundError: It names a directory that is not there.
+    """
+    if not adapter.is_dir() or Path(base).exists():
+        return base
+    if not Path(base).is_absolute():
+        for place in adapter.absolute().parents:
+            if (place / base / "config.json").is_file():
+                return str(place / base)
+    try:
+        found, reason = _file_of(base, "config.json", None), ""
+    except OSError as error:  # no name that the hub could have, or one that it does not have
+        found, reason = None, f" ({' '.join(str(error).split())})"
+    if found is None:
+        raise FileNotFoundError(
+            f"{adapter} is an adapter of {base!r}, which is no directory here and cannot be had from the hub{reason}. "
+            "Put the base model there, or set base_model_name_or_path in adapter_config.json to where it is"
+        )
+    return base
 
 
 def tokenizer_id(model_id: str, base_id: str, revision: str | None = None) -> str:
@@ -118,14 +180,20 @@ def tokenizer_id(model_id: str, base_id: str, revision: str | None = None) -> st
 
 
 def _has_tokenizer(model_id: str, revision: str | None) -> bool:
-    found = cached_file(
+    return _file_of(model_id, "tokenizer_config.json", revision) is not None
+
+
+def _file_of(model_id: str, name: str, revision: str | None) -> str | None:
+    """A file of a directory or hub id; None where there is none, or nothing can be had from the hub."""
+    found: str | None = cached_file(
         model_id,
-        "tokenizer_config.json",
+        name,
         revision=revision,
+        _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return found is not None
+    return found
 
 
 def load_tokenizer(model_id: str, revision: str | None = None) -> PreTrainedTokenizerBase:

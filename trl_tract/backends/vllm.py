@@ -12,16 +12,23 @@ from dataclasses import fields
 from os import PathLike, fspath
 from typing import Any
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from trl_tract.backends.base import Sampling
-from trl_tract.backends.loading import adapter_config, load_tokenizer, tokenizer_id
+from trl_tract.backends.loading import adapter_config, load_tokenizer, tokenizer_id, whole_weights
 from trl_tract.backends.request_loop import RequestLoop
 from trl_tract.backends.requests import RequestBackend, Written
 
 _INSTALL = 'pip install "trl-tract[vllm]"'
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # What vLLM makes room for.
+# What it serves: weights of low rank on the base as it is. PiSSA, OLoRA, CorDA and LoftQ change the base.
+_LORA_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+_LORA_FIELDS = {
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r"),
+    *("target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora", "eva_config"),
+    *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "runtime_config", "qalora_group_size"),
+}
 
 
 class VLLMBackend(RequestBackend):
@@ -192,6 +199,8 @@ def _check_arguments(engine_args: Mapping[str, Any], known: list[str]) -> None:
             f"logprobs_mode={engine_args['logprobs_mode']!r} would report other numbers than the log-probabilities "
             "under the whole vocabulary: leave it out"
         )
+    if engine_args.get("speculative_config"):
+        raise ValueError("speculative_config: an engine that speculates gives no log-probabilities of chosen tokens")
     if engine_args.get("trust_remote_code"):
         raise ValueError("trust_remote_code=True would run code from the checkpoint: only models known to vLLM are run")
     if engine_args.get("quantization") == "bitsandbytes":
@@ -219,9 +228,21 @@ def _lora_arguments(model_id: str, adapter: PeftConfig) -> dict[str, Any]:
         raise ValueError(
             f"{model_id} is a {adapter.peft_type} adapter; vLLM serves LoRA alone: use TransformersBackend"
         )
-    if adapter.use_dora or adapter.modules_to_save:
-        kind = "DoRA" if adapter.use_dora else f"modules_to_save={sorted(adapter.modules_to_save)}"
-        raise ValueError(f"vLLM cannot serve {model_id} unmerged ({kind}): merge it, or use TransformersBackend")
+    plain = LoraConfig()
+    odd = {
+        field.name: getattr(adapter, field.name)
+        for field in fields(plain)
+        if field.name not in _LORA_FIELDS and getattr(adapter, field.name) != getattr(plain, field.name)
+    }
+    if odd.get("init_lora_weights", True) in _LORA_STARTS:
+        odd.pop("init_lora_weights", None)
+    kinds = ["DoRA" if name == "use_dora" else f"{name}={value!r}" for name, value in odd.items()]
+    if not kinds and (whole := sorted(whole_weights(model_id))):
+        kinds = [f"it holds {whole[0]} whole, as after a change of the vocabulary"]
+    if kinds:
+        raise ValueError(
+            f"vLLM cannot serve {model_id} unmerged ({', '.join(kinds)}): merge it, or use TransformersBackend"
+        )
     rank = max([adapter.r, *(adapter.rank_pattern or {}).values()])
     fitting = [room for room in _LORA_RANKS if room >= rank]
     if not fitting:
