@@ -10,6 +10,8 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, Lfm2Config, MambaConfig, MistralConfig
 
 from trl_tract.backends import TransformersBackend, forward, transformers
+from trl_tract.scale.trie import TokenTrie
+from trl_tract.training.score_head import logit_transform
 
 WINDOW = 5  # tokens: shorter than the prompts
 SIZES = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -206,3 +208,29 @@ def test_a_window_is_not_shared_behind_padding(tokenizer, rationales, embedded):
     shapes = embedded(backend.model)
     backend.next_token_logprobs(rationales, [5])
     assert shapes == [(3, 27), (3, 12)]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "granite"])
+def test_behind_16_bits_the_head_is_computed_in_float32(name, tokenizer, rationales, dtype, at_once):
+    model = make(name).to(dtype)
+    if name == "llama":
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).to(dtype)
+    inner = forward.innermost(model)
+    backend = TransformersBackend(model, tokenizer, batch_size=1)
+    trie = TokenTrie.from_paths([*((token,) for token in range(383)), (383, 0)])
+    place = -2 if at_once else -1  # before the branch, or at the end
+    backend.trie_logprobs(rationales[:1], trie)  # tries the model out before it is watched
+    seen = []
+    with torch.no_grad():
+        hook = inner.base_model.register_forward_hook(lambda module, inputs, output: seen.append(output[0][:, place]))
+        if at_once:
+            logprobs = backend.trie_logprobs(rationales[:1], trie)
+        else:
+            logprobs = backend.next_token_logprobs(rationales[:1], range(384))
+        hook.remove()
+        weight = inner.get_output_embeddings().weight.double()
+        expected = logit_transform(inner)(seen[0].double() @ weight.T).log_softmax(dim=-1)
+    np.testing.assert_allclose(logprobs[:, :383], expected.numpy()[:, :383], atol=2e-5)
+    assert not inner.get_output_embeddings()._forward_hooks

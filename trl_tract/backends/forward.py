@@ -4,13 +4,16 @@ Knows models and their caches; knows nothing of sampling, of stop texts or of sc
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+_PART = 2**14  # tokens of the vocabulary
 
 
 def innermost(model: PreTrainedModel | PeftModel) -> Any:
@@ -43,6 +46,30 @@ def forward(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, *
     if "logits_to_keep" in parameters:
         extra["logits_to_keep"] = 1
     return model(input_ids=input_ids, attention_mask=attention_mask, **extra, **cache)
+
+
+@contextmanager
+def exact_head(model: Any) -> Iterator[None]:
+    """Logits in float32 from the last hidden state on, where a head of 16 bits would round them.
+
+    Rounded, a logit of 20 is off by up to 0.06: a score then depends on what else is in its batch.
+    """
+    head = innermost(model).get_output_embeddings()
+    head = getattr(head, "base_layer", head)  # an adapter's part is added to it
+    if type(head) is not torch.nn.Linear or head.weight.dtype not in (torch.bfloat16, torch.float16):
+        yield
+        return
+
+    def in_float32(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        # A part of the vocabulary at a time: a copy of the whole weight may be gigabytes.
+        parts = [inputs[0].float() @ part.float().T for part in module.weight.split(_PART)]
+        return torch.cat(parts, dim=-1) + (0 if module.bias is None else module.bias.float())
+
+    hook = head.register_forward_hook(in_float32)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def last_logits(model: Any, rows: Sequence[Sequence[int]], prefixes: Sequence[int], pad: int) -> torch.Tensor:

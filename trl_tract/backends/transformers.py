@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from trl_tract.backends.base import Backend, Generation, Sampling, SamplingOptions
 from trl_tract.backends.branches import Branches, why_not_one_forward
-from trl_tract.backends.forward import common_prefixes, innermost, last_logits, left_padded, shared_cache
+from trl_tract.backends.forward import common_prefixes, exact_head, innermost, last_logits, left_padded, shared_cache
 from trl_tract.backends.loading import load, load_tokenizer
 from trl_tract.backends.stop_text import Ending, StopText
 from trl_tract.backends.tokens import checked_ids
@@ -185,9 +185,9 @@ class TransformersBackend(Backend):
     ) -> NDArray[np.float64]:
         """Log-probabilities of `token_ids` as the next token; see `Backend.next_token_logprobs`.
 
-        One forward pass of the model itself, so that logits which it caps or scales are capped or scaled; the softmax
-        is taken in float32. Rows that follow each other and begin alike, as the rationales of one prompt do, share
-        the computation of their beginning.
+        One forward pass of the model itself, so that logits which it caps or scales are capped or scaled; head and
+        softmax are computed in float32. Rows that follow each other and begin alike, as the rationales of one prompt
+        do, share the computation of their beginning.
 
         Args:
             token_id_lists: Token ids, one sequence a row.
@@ -214,14 +214,15 @@ class TransformersBackend(Backend):
             return []
 
         fitting.sort(key=lambda row: (-kin[row][1], kin[row][0], -len(rows[row])))  # longest first, kin together
-        with self._borrowed_model():
+        with self._borrowed_model(), exact_head(self.model):
             self._in_batches(deque(fitting), step)
         return logprobs
 
     def trie_logprobs(self, token_id_lists: Sequence[Sequence[int]], trie: TokenTrie) -> NDArray[np.float64] | None:
         """Log-probabilities of whole scores of several tokens, in one forward pass a batch.
 
-        The trie's inner nodes are appended as branches; see `branches.py`. The softmax is taken in float32.
+        The trie's inner nodes are appended as branches; see `branches.py`. Head and softmax are
+        computed in float32.
 
         Args:
             token_id_lists: Token ids up to the trie's root, one sequence a row.
@@ -265,7 +266,7 @@ class TransformersBackend(Backend):
             logprobs[batch] = trie_logprobs(logits[:, 0], logits[:, 1:], trie).double().cpu().numpy()
             return []
 
-        with self._borrowed_model():
+        with self._borrowed_model(), exact_head(self.model):
             self._in_batches(deque(sorted(fitting, key=lambda row: -len(rows[row]))), step)
         return logprobs
 
