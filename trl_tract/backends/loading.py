@@ -3,6 +3,8 @@
 Knows nothing of generation.
 """
 
+import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
+
+_SAMPLED = 256  # numbers of each parameter that a fingerprint looks at
 
 
 def load(
@@ -93,6 +97,39 @@ def _untie(model: Any) -> None:
     if any(isinstance(end, BaseTunerLayer) for end in ends) and bases[0].weight is bases[1].weight:
         bases[1].weight = torch.nn.Parameter(bases[1].weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+
+
+def loaded_fingerprint(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Name of a part -> its digest, of a model in memory: samples of every parameter, its settings, its tokenizer.
+
+    Training moves nearly every number of what it trains. A change of a few numbers may stand between the samples.
+    """
+    adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
+    weights: dict[str, list[Any]] = {"model weights": [], "adapter weights": []}
+    for name, weight in model.named_parameters():
+        of_adapter = any(f".{adapter}." in f"{name}." for adapter in adapters)
+        flat = weight.detach().reshape(-1)
+        sample = flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].double().tolist()
+        weights["adapter weights" if of_adapter else "model weights"].append((name, list(weight.shape), sample))
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    pieces = tokenizer.get_vocab() if fast is None else json.loads(fast.to_str())
+    settings = model.config.to_dict()
+    for unstable in ("truncation", "padding"):  # of the last call
+        pieces.pop(unstable, None)
+    for unstable in ("_name_or_path", "transformers_version"):
+        settings.pop(unstable, None)
+    parts = weights | {
+        "adapter configuration": adapters,
+        "configuration": settings,
+        "tokenizer": pieces,
+        "chat template": tokenizer.chat_template,
+    }
+    return {name: _digest(part) for name, part in parts.items() if part}
+
+
+def _digest(part: Any) -> str:
+    written = json.dumps(part, sort_keys=True, default=lambda one: sorted(one) if isinstance(one, set) else str(one))
+    return hashlib.sha256(written.encode()).hexdigest()[:16]
 
 
 def check_model(model_id: str) -> None:

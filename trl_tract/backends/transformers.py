@@ -3,13 +3,12 @@
 Knows models, adapters, batches and memory; knows nothing of scores, markers or training.
 """
 
-import hashlib
 import inspect
 import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any, TypeVar, Unpack
@@ -23,7 +22,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from trl_tract.backends.base import Backend, Generation, Sampling, SamplingOptions
 from trl_tract.backends.branches import Branches, why_not_one_forward
 from trl_tract.backends.forward import common_prefixes, exact_head, innermost, last_logits, left_padded, shared_cache
-from trl_tract.backends.loading import load, load_tokenizer
+from trl_tract.backends.loading import load, load_tokenizer, loaded_fingerprint
+from trl_tract.backends.seeding import seeded
 from trl_tract.backends.stop_text import Ending, StopText
 from trl_tract.backends.tokens import checked_ids
 from trl_tract.scale.logprobs import trie_logprobs
@@ -85,6 +85,7 @@ class TransformersBackend(Backend):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be 1 or more")
         self.model: Any
+        self._is_borrowed = not isinstance(model, str | PathLike)
         if isinstance(model, str | PathLike):
             self.model_id = fspath(model)
             self.model, self.tokenizer = load(self.model_id, tokenizer, dtype, device, merge_adapter, revision)
@@ -165,7 +166,7 @@ class TransformersBackend(Backend):
         def step(batch: list[_Sequence]) -> list[_Sequence]:
             nonlocal batches
             batches += 1
-            with _seeded(self.model.device, f"{seed}/{batches}"):
+            with seeded(self.model.device, f"{seed}/{batches}"):
                 self._extend(batch, decoding, eos, ending)
             finished = 0
             for sequence in batch:
@@ -269,6 +270,10 @@ class TransformersBackend(Backend):
         with self._borrowed_model(), exact_head(self.model):
             self._in_batches(deque(sorted(fitting, key=lambda row: -len(rows[row]))), step)
         return logprobs
+
+    def fingerprint(self) -> dict[str, str]:
+        """Digests of a model that came loaded, as it is now; of one that was loaded here, `model_id` tells."""
+        return loaded_fingerprint(self.model, self.tokenizer) if self._is_borrowed else {}
 
     def _extend(self, batch: list["_Sequence"], decoding: dict[str, Any], eos: list[int], ending: Ending) -> None:
         """Write on every sequence until it ends, or until the first of them has no room left."""
@@ -379,21 +384,6 @@ class _Sequence:
 def _report(on_progress: Callable[[int], None] | None, finished: int) -> None:
     if on_progress is not None and finished:
         on_progress(finished)
-
-
-@contextmanager
-def _seeded(device: torch.device, key: str) -> Iterator[None]:
-    """Random numbers that depend on `key` alone; the caller's random state is put back."""
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices=devices, device_type=None if device.type == "cpu" else device.type):
-        # Not torch.manual_seed: it seeds every device of the process, and only this one is put back.
-        torch.default_generator.manual_seed(seed)
-        if devices:
-            module: Any = torch.get_device_module(device)
-            with module.device(device) if hasattr(module, "device") else nullcontext():
-                module.manual_seed(seed)
-        yield
 
 
 def _settings(**fields: Any) -> Any:
