@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 TOP = {"README.md", "CHANGELOG.md", "LICENSE", "CITATION.cff", "pyproject.toml", ".gitignore", ".mkdocs.yml"}
-FOLDERS = ("trl_tract/", "tests/", "docs/", "examples/")
+FOLDERS = ("trl_tract/", "tests/", "docs/", "examples/", ".github/")
 METADATA = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
 
 
