@@ -15,7 +15,7 @@ from trl_tract import TRACTConfig, score_report
 from trl_tract.saved.cards import _environment, render
 from trl_tract.saved.model_card import add_evaluation, add_training_run, write_model_card
 from trl_tract.saved.training_rows import TrainingRows
-from trl_tract.text.markdown import code_span, fenced, python_literal
+from trl_tract.text.markdown import code_span, fenced, plain_line, python_literal
 
 HOSTILE = (
     "Judge `this`.\n```python\nprint('fence')\n```\n~~~\n</details> <!-- evaluation -->\nx\n<!-- /evaluation -->\n'\"\\"
@@ -118,7 +118,8 @@ def evaluated(tmp_path):
 
 def test_the_evaluation_is_a_table_with_intervals(evaluated):
     text, r = evaluated[0].read_text(), evaluated[1].pearson
-    assert f"| pearson | {r.value:.3f} | {r.low:.3f} to {r.high:.3f} |" in text
+    assert f"| pearson | {r.value:.3f} | {r.low:.3f} to {r.high:.3f} | - |" in text
+    assert "| metric | value | 95 % interval | the mean |\n| :-- | --: | :-: | --: |\n| pearson |" in text
     assert "Not evaluated yet." not in text
     assert "- Items without a score: 1 (no \\[room\\]: 1)" in text
     assert "- Mean probability on the grid: 0.910" in text
@@ -144,8 +145,21 @@ def test_a_second_evaluation_takes_the_place_of_the_first(evaluated):
     add_evaluation(readme, score_report([1, 2, 5], [1, 2, 5], n_bootstrap=0), dataset_name="other.jsonl")
     text = readme.read_text()
     assert text.count("| pearson |") == 1
-    assert "| pearson | 1.000 | - |" in text
+    assert "| pearson | 1.000 | - | - |" in text
     assert {result.dataset_name for result in ModelCard.load(readme).data.eval_results} == {"other.jsonl"}
+
+
+def test_the_evaluation_begins_with_the_verdict(evaluated):
+    text, verdict = evaluated[0].read_text(), evaluated[1].verdict
+    evaluation = text.split("<!-- evaluation -->\n")[1]
+    assert evaluation.startswith(f"**{plain_line(verdict[0].text)}**\n\n- {plain_line(verdict[1].text)}\n")
+
+
+def test_correlations_of_a_judge_that_says_one_thing_are_no_metadata(tmp_path):
+    readme, gold = write(tmp_path), [1, 2, 3, 4, 5, 2, 3]
+    add_evaluation(readme, score_report([3 + g / 50 for g in gold], gold, n_bootstrap=20), dataset_name="rows")
+    assert {result.metric_type for result in ModelCard.load(readme).data.eval_results} == {"rmse", "mae", "accuracy"}
+    assert "nearly the same score" in readme.read_text()
 
 
 def test_a_judge_that_always_failed_has_no_numbers_in_the_metadata(tmp_path):

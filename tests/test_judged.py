@@ -57,6 +57,14 @@ def test_items_without_a_gold_score_are_in_no_figure_and_the_records_follow(tmp_
         folder(tmp_path, [record(1.0, None)]).scales[""].report()
 
 
+def test_the_report_knows_rationales_and_raters_of_each_scale(tmp_path):
+    texts = ["Fine.", "Fine.", "Rude.", ""]
+    records = [record(2.0 + i, 1.0 + i, rationales=[text], raters=[i, i + 2]) for i, text in enumerate(texts)]
+    records += [record(None, 3.0, rationales=[]), record(3.0, None, raters=None)]
+    standing = folder(tmp_path, records).scales[""].report(n_bootstrap=0).standing
+    assert (standing.rationales, standing.distinct, standing.raters.n) == (3, 2, 4)
+
+
 def test_rows_that_were_judged_on_different_scales_are_refused_by_number(tmp_path):
     with pytest.raises(ValueError, match="row 1"):
         folder(tmp_path, [record(1.0, 1.0), {**record(1.0, 1.0), "aspects": {"tone": record(1.0, 1.0)}}])

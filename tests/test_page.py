@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,10 +14,11 @@ import pytest
 from trl_tract.cli import main
 from trl_tract.evaluation.report import compare, score_report
 from trl_tract.files.journal import digest, write_json, write_jsonl
-from trl_tract.page import PROMPT_CHARACTERS, RATIONALE_CHARACTERS, JudgedItems, OtherJudge, page_html, write_page
+from trl_tract.page import JudgedItems, OtherJudge, page_html, write_page
 from trl_tract.page.bins import density, gold_bins, prediction_bins
 from trl_tract.page.charts import MAX_POINTS, JudgedScores, score_charts
 from trl_tract.page.drawing import DARK, LIGHT, legible
+from trl_tract.page.items import PROMPT_CHARACTERS, RATIONALE_CHARACTERS, read_items
 from trl_tract.page.learning import learning_charts
 from trl_tract.runs.judged import Judged
 from trl_tract.runs.results import judged_items
@@ -105,22 +107,66 @@ def test_text_of_every_origin_is_text_on_the_page(hostile):
     assert not {name for name in names if name.startswith("on") or name in ("autofocus", "style", "srcdoc")}
 
 
-def test_the_policy_forbids_everything_but_the_pages_own_style_and_data_images():
+def test_the_policy_forbids_everything_but_the_pages_own_style_and_script_and_data_images():
     page = page_of(RECORDS)
     (policy,) = [each["content"] for each in Reader(page).all("meta") if "http-equiv" in each]
-    style = re.search("<style>(.*)</style>", page, re.DOTALL).group(1)
-    hashed = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    own = [re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL).group(1) for tag in ("style", "script")]
+    style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in own)
     assert policy == (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{hashed}'; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
+        "base-uri 'none'; form-action 'none'"
     )
 
 
 def test_the_page_needs_no_other_file(written):
     page = Reader(written[0].read_text(encoding="utf-8"))
-    assert len(page.all("img")) == len(page.all("source")) == 7
-    assert not page.all("script") + page.all("link") + page.all("iframe")
+    assert len(page.all("img")) == len(page.all("source")) == 8
+    assert page.all("script") == [{"type": "application/json", "id": "items-data"}, {}]
+    assert not page.all("link") + page.all("iframe")
     assert all(each["src"].startswith("data:image/svg+xml;base64,") for each in page.all("img"))
     assert all(each["srcset"].startswith("data:image/svg+xml;base64,") for each in page.all("source"))
+
+
+def test_the_page_begins_with_the_verdict():
+    judged = items(RECORDS)
+    text = " ".join(Reader(page_html(judged)).text.split())
+    assert judged.report.verdict[0].text in text.split("Agreement Metric")[0]
+
+
+def test_the_tiles_of_a_judge_that_says_one_thing_hold_no_correlation():
+    def tiles(scores):
+        page = page_of([record(score, 1.0 + i) for i, score in enumerate(scores)])
+        return re.findall(r'<div class="card tile"><dt>(.*?)</dt>', page)
+
+    assert "Pearson" in tiles([1.0, 2.0, 3.0, 3.5, 5.0])
+    assert tiles([3.76, 3.78, 3.8, 3.85, 3.91])[:3] == ["RMSE", "RMSE of the mean", "Spread"]
+
+
+def test_the_head_names_base_model_rows_date_and_grid():
+    text = Reader(page_of(RECORDS, about={"Base model": "someone/seed", "Judged": "2026-11-28"})).text
+    head = " ".join(text.split("To the figures")[1].split("Agreement\n")[0].split())
+    assert "Base modelsomeone/seed Judged2026-11-28 Scores1, 2, 3, 4, 5" in head
+
+
+def table_of(page):
+    """The rows of the table of all items, as the page's script gets them."""
+    return json.loads(re.search(r'id="items-data">(.*?)</script>', page, re.DOTALL).group(1))
+
+
+def test_all_items_are_in_the_table():
+    failure = {**failed("no room"), "id": "x", "group": "g"}
+    rows = table_of(page_of([*RECORDS, failure, record(1.23456, 5.0, rationales=["Two\n words"])]))
+    assert len(rows) == 7
+    assert rows[0] == ["0", None, 1.0, 1.2, 0.2, 0.9, "Because."]
+    assert rows[5] == ["x", "g", 3.0, None, None, None, "no room"]
+    assert rows[6][3:5] + rows[6][6:] == [1.2346, -3.7654, "Two words"]
+
+
+def test_the_table_of_many_items_keeps_their_texts_short():
+    assert len(table_of(page_of([record(1.0, 5.0, rationales=["y" * 1000])]))[0][6]) == 161  # and an ellipsis
+    records = [record(1.0, 5.0, rationales=["y" * 1000])] * 20_000
+    assert {len(row[6]) for row in read_items(records, GRID).table} == {101}
+    assert {row[6] for row in read_items(records * 3, GRID).table} == {""}
 
 
 def test_invisible_characters_are_written_out():
@@ -193,7 +239,7 @@ def test_a_judge_that_always_failed_has_a_page(tmp_path):
 
 
 def test_one_item_has_its_pictures(tmp_path):
-    assert len(write_page(items([record(2.0)]), tmp_path / "report.html")) == 7
+    assert len(write_page(items([record(2.0)]), tmp_path / "report.html")) == 8
 
 
 def test_metrics_stand_with_their_intervals():
@@ -221,7 +267,7 @@ def test_prompts_of_other_items_are_refused():
 def test_every_picture_has_a_description_and_every_table_its_headers(written):
     page = Reader(written[0].read_text(encoding="utf-8"))
     assert all(len(each["alt"]) > 20 for each in page.all("img"))
-    assert len(page.all("table")) == 2
+    assert len(page.all("table")) == 3
     assert all(each["scope"] in ("col", "row") for each in page.all("th"))
     assert page.all("html") == [{"lang": "en"}]
 
@@ -230,6 +276,7 @@ def test_pictures_are_written_as_png_files_too(written):
     assert [path.name for path in written] == [
         "report.html",
         "predicted-against-gold.png",
+        "score-histograms.png",
         "error-by-gold.png",
         "reliability.png",
         "reliability-of-probabilities.png",
@@ -275,7 +322,15 @@ def test_confusion_counts_after_rounding_to_the_grid():
 
 def test_a_scale_of_a_thousand_points_has_no_confusion_matrix():
     scores = JudgedScores(np.array([1.0, 900.0]), np.array([5.0, 1000.0]), np.full(2, np.nan))
-    assert [c.name for c in score_charts(scores)] == ["predicted-against-gold", "error-by-gold", "reliability"]
+    assert "confusion" not in [c.name for c in score_charts(scores)]
+
+
+def test_histograms_count_every_item_on_both_sides():
+    # On the grid 1 to 3 there are five bars: around 1, 1.5, 2, 2.5 and 3.
+    predicted, gold = np.array([1.4, 1.5, 1.6, 2.9]), np.array([1.0, 1.0, 1.0, 3.0])
+    charts = {c.name: c for c in score_charts(JudgedScores(predicted, gold, np.ones(4), grid=(1.0, 2.0, 3.0)))}
+    assert "the fullest bar, around 1, holds 3 items" in charts["score-histograms"].alt
+    assert "the fullest bar, around 1.5, holds 3 items" in charts["score-histograms"].alt
 
 
 def test_probability_reliability_by_hand():
@@ -335,11 +390,12 @@ def run(tmp_path):
 
 def test_a_report_in_a_run_finds_prompts_curves_and_settings(run, capsys):
     assert main(["report", str(run / "judged-tract"), "--n_bootstrap", "20", "--html", str(run / "a.html")]) == 0
-    assert f"The page is {run / 'a.html'}; its 6 pictures are in a-plots beside it" in capsys.readouterr().out
+    assert f"The page is {run / 'a.html'}; its 7 pictures are in a-plots beside it" in capsys.readouterr().out
     page = (run / "a.html").read_text(encoding="utf-8")
     assert "Judge this: reply 4" in page
     assert "stage two from 2.000 to 1.000" in page
     assert "top_p" in page
+    assert date.today().isoformat() in page
     assert "rows_digest" not in page
 
 
@@ -396,4 +452,4 @@ def test_100_000_judgements_make_a_page_of_ordinary_size(tmp_path, capsys):
     )
     assert main(["report", str(tmp_path), "--html", str(tmp_path / "report.html")]) == 0
     assert "100000 of 100000 items scored" in capsys.readouterr().out
-    assert (tmp_path / "report.html").stat().st_size < 4_000_000
+    assert (tmp_path / "report.html").stat().st_size < 10_000_000

@@ -102,15 +102,14 @@ def test_no_script_of_a_rationale_runs(browser, page):
     opened(browser, page)
     assert browser.title.endswith(": agreement with gold scores")
     assert browser.execute_script("return window.owned") is None
-    assert browser.execute_script("return document.scripts.length") == 0
+    assert browser.execute_script("return document.scripts.length") == 2  # the page's own, and the table's data
 
 
 def test_no_element_comes_from_a_rationale(browser, page):
     opened(browser, page)
-    strangers = (
-        "script, iframe, object, embed, base, link, form, input, animate, [onload], [onerror], [onfocus], [style]"
-    )
-    assert browser.execute_script(f"return document.querySelectorAll('{strangers}').length") == 0
+    strangers = "iframe, object, embed, base, link, form, animate, [onload], [onerror], [onfocus], [style]"
+    own = "script:not(#items-data):not(:last-of-type), input:not(.filters input)"
+    assert browser.execute_script(f"return document.querySelectorAll('{strangers}, {own}').length") == 0
     hrefs = browser.execute_script("return [...document.querySelectorAll('a')].map(a => a.getAttribute('href'))")
     assert hrefs
     assert all(href.startswith("#") for href in hrefs)
@@ -149,7 +148,7 @@ def test_the_policy_stops_a_script_that_got_into_the_page(browser, page, tmp_pat
         page.read_text(encoding="utf-8").replace("<main>", f"<script>{RUN}</script><main>"), encoding="utf-8"
     )
     look(browser, broken)
-    assert browser.execute_script("return document.scripts.length") == 1
+    assert browser.execute_script("return document.scripts.length") == 3
     assert browser.execute_script("return window.owned") is None
 
 
@@ -211,3 +210,80 @@ def test_every_part_that_scrolls_or_folds_is_reached_by_the_keyboard(browser, pa
         "return [...document.querySelectorAll('.scroll, summary')].every(e => e.tabIndex === 0)"
     )
     assert reached
+
+
+def rows_of(browser):
+    script = (
+        "return [...document.querySelectorAll('#items-table tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+    )
+    return browser.execute_script(script)
+
+
+def fill(browser, name, value):
+    browser.execute_script(
+        "const field = document.getElementById(arguments[0]); field.value = arguments[1];"
+        "field.dispatchEvent(new Event('input'))",
+        f"items-{name}",
+        value,
+    )
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """120 items, each tenth without a score, errors growing with the number."""
+    gold = [1.0 + i % 5 for i in range(120)]
+    records = [
+        {"id": f"item {i}", "reference": g, "score": None, "error": "no room"}
+        if i % 10 == 9
+        else {"id": f"item {i}", "reference": g, "score": g + i / 100, "rationales": [f"Text {i}."]}
+        for i, g in enumerate(gold)
+    ]
+    scores = [np.nan if record["score"] is None else record["score"] for record in records]
+    path = tmp_path_factory.mktemp("many") / "report.html"
+    write_page(JudgedItems(name="judge", records=records, report=score_report(scores, gold, n_bootstrap=0)), path)
+    return path
+
+
+def test_the_table_shows_a_part_and_turns_pages(browser, many):
+    look(browser, many)
+    assert [row[0] for row in rows_of(browser)] == [f"item {i}" for i in range(50)]
+    later = browser.find_element("id", "items-later")
+    for _ in range(2):
+        later.click()
+    assert [row[0] for row in rows_of(browser)] == [f"item {i}" for i in range(100, 120)]
+    assert not later.is_enabled()
+    assert browser.find_element("id", "items-count").text == "101 to 120 of 120 items"
+
+
+def test_the_table_sorts_by_any_column_both_ways(browser, many):
+    look(browser, many)
+    heads = {head.text: head for head in browser.find_elements("css selector", "#items-table th button")}
+    assert "Group" not in heads  # no item has one
+    heads["Error"].click()
+    assert [row[0] for row in rows_of(browser)][:2] == ["item 0", "item 1"]
+    heads["Error"].click()
+    assert [row[0] for row in rows_of(browser)][:2] == ["item 118", "item 117"]
+    heads["Item"].click()  # by number, not by letter
+    assert [row[0] for row in rows_of(browser)][:3] == ["item 0", "item 1", "item 2"]
+
+
+def test_the_table_filters_by_words_by_kind_and_by_error(browser, many):
+    look(browser, many)
+    fill(browser, "words", "TEXT 11")
+    assert [row[0] for row in rows_of(browser)] == ["item 11", *(f"item {i}" for i in range(110, 119))]
+    fill(browser, "words", "")
+    fill(browser, "kind", "failed")
+    assert [row[0] for row in rows_of(browser)] == [f"item {i}" for i in range(9, 120, 10)]
+    fill(browser, "kind", "all")
+    fill(browser, "error", "1.155")
+    assert [row[0] for row in rows_of(browser)] == ["item 116", "item 117", "item 118"]
+    fill(browser, "words", "nowhere")
+    assert browser.find_element("id", "items-count").text == "0 to 0 of 0 found among 120 items"
+
+
+def test_hostile_text_is_text_in_the_table(browser, page):
+    opened(browser, page)
+    assert browser.execute_script("return document.querySelectorAll('#items-table td *').length") == 0
+    shown = [cell for row in rows_of(browser) for cell in row]
+    for text in HOSTILE[:6]:
+        assert any(cell.startswith(" ".join(text.split())[:60]) for cell in shown)

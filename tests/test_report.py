@@ -96,8 +96,8 @@ def test_one_group_gives_no_interval():
 
 
 def test_no_interval_where_resamples_are_often_undefined():
-    # Three items: 1 resample in 9 repeats a single item and has no correlation; its MAE is always defined.
-    found = score_report([1, 2, 4], [1, 3, 4])
+    # One item of six differs: a resample leaves it out with probability (5/6)^6 = 0.33; its MAE is always defined.
+    found = score_report([1, 2, 2, 2, 2, 2], [1, 3, 3, 3, 3, 3])
     assert math.isnan(found.pearson.low)
     assert not math.isnan(found.mae.low)
 
@@ -151,10 +151,12 @@ def test_report_is_json_and_says_none_where_undefined():
 
 
 def test_printed_report_is_an_aligned_table():
-    lines = str(score_report([3, 3, 3, math.nan], [1, 2, 3, 4], n_bootstrap=20)).splitlines()
+    report = score_report([3, 3, 3, math.nan], [1, 2, 3, 4], n_bootstrap=20)
+    lines = str(report).split("\n\n")[1].splitlines()
     assert lines[0] == "3 of 4 items scored, 1 failed"
-    assert lines[2].split() == ["pearson", "undefined", "-", "-"]
-    assert lines[6].split()[:2] == ["mae", "1.000"]
+    assert lines[2].split() == ["pearson", "undefined", "-", "-", "-"]
+    # The last column is always predicting the mean, 2.
+    assert lines[6].split()[::4] == ["mae", "0.667"]
     assert len({len(line) for line in lines[1:9]}) == 1
     assert lines[9] == "95 % intervals: 20 bootstrap resamples of 3 items, seed 0"
 
@@ -299,17 +301,3 @@ def test_report_is_what_the_top_level_hands_out():
     import trl_tract
 
     assert isinstance(trl_tract.score_report([1, 2, 3], [1, 2, 3], n_bootstrap=0), ScoreReport)
-
-
-def test_a_judge_that_gives_every_item_the_same_score_is_told_of():
-    gold = [1.0, 2, 3, 4, 5]
-    told = "All scores are nearly the same"
-    report = score_report([4.0, 4.0, 4.0, 4.0, 4.01], gold, n_bootstrap=0)
-    assert report.spread == pytest.approx(np.std([4.0, 4.0, 4.0, 4.0, 4.01]) / np.std(gold))
-    assert told in str(report)
-    assert told in str(score_report([4.0] * 5, gold, n_bootstrap=0))
-    # A judge that keeps to the middle is no such judge.
-    assert told not in str(score_report([2.9, 2.95, 3, 3.05, 3.1], gold, n_bootstrap=0))
-    for alike in (score_report([3.0, 3.0], [2.0, 2.0], n_bootstrap=0), score_report([3.0], [2.0], n_bootstrap=0)):
-        assert told not in str(alike)
-        assert alike.to_dict()["spread"] is None

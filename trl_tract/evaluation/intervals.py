@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from trl_tract.evaluation.pairs import METRICS, Floats, Ints
+from trl_tract.evaluation.pairs import Floats, Ints
 
 Kind = Literal["correlation", "error", "share", "difference"]
 """What a number is decides its scale: Fisher's z, the logarithm, Wilson's for a share of items, its own."""
@@ -29,6 +29,9 @@ KINDS: Mapping[str, Kind] = {
     "qwk": "correlation",  # it is a concordance correlation of the rounded scores
     "accuracy": "share",
 }
+
+MIN_UNITS = 5
+"""Fewer items or groups than this have no interval: of four groups, that of a difference is as wide as the scale."""
 
 UNDEFINED_SHARE = 0.05
 """With a larger share of resamples in which a metric is undefined, its 95 % interval cannot be placed."""
@@ -75,14 +78,15 @@ def bootstrap(
     """Each metric in every one of `n_bootstrap` resamples: of the items, or of whole groups where there are codes.
 
     Args:
-        statistics: Metrics by name, `(B,)` each, as a function of how often each item counts, `(B, n)`.
+        statistics: Numbers by name, `(B,)` each, as a function of how often each item counts, `(B, n)`.
         n: Items.
         codes: Each item's group, 0, 1, ... without gaps, `(n,)`; None: each item is drawn by itself.
         n_bootstrap: Resamples.
         seed: The same seed draws the same resamples, however many threads there are.
 
     Returns:
-        For each of `METRICS` float64 `(n_bootstrap,)`, NaN where it is undefined in a resample.
+        For each name that `statistics` gives, float64 `(n_bootstrap,)`, NaN where it is undefined in a resample; empty
+        without resamples.
     """
     n_units = n if codes is None else int(codes.max()) + 1
     per_chunk = max(1, _CHUNK // n)
@@ -94,6 +98,8 @@ def bootstrap(
         counts = np.bincount(drawn.ravel(), minlength=size * n_units).reshape(size, n_units).astype(np.float64)
         return statistics(counts if codes is None else np.take(counts, codes, axis=1))
 
+    if not sizes:
+        return {name: np.empty(0) for name in statistics(np.ones((1, n)))}
     # Each chunk has its own random stream: the result does not depend on how many threads share the work.
     streams = np.random.SeedSequence(seed).spawn(len(sizes))
     if len(sizes) > 1:
@@ -101,10 +107,10 @@ def bootstrap(
             chunks = list(pool.map(resample, sizes, streams))
     else:
         chunks = [resample(size, stream) for size, stream in zip(sizes, streams, strict=True)]
-    return {name: np.concatenate([np.empty(0), *(chunk[name] for chunk in chunks)]) for name in METRICS}
+    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
-def interval(value: float, resampled: Floats, n_units: int, kind: Kind) -> Interval:
+def interval(value: float, resampled: Floats, n_units: int, kind: Kind, limit: float = math.inf) -> Interval:
     """The 95 % interval of a metric from its bootstrap: estimate -+ t * standard error, on the scale of its kind.
 
     The standard error is sqrt(U / (U - 1)) times the standard deviation of the resampled values, for U units that were
@@ -121,9 +127,10 @@ def interval(value: float, resampled: Floats, n_units: int, kind: Kind) -> Inter
         resampled: The metric of each resample, `(B,)`, NaN where undefined.
         n_units: Items that were resampled, or groups.
         kind: What the metric is.
+        limit: How large a difference can be at most, either way.
 
     Returns:
-        The interval; its ends are NaN where it cannot be placed: an undefined value, fewer than two units, more than
+        The interval; its ends are NaN where it cannot be placed: an undefined value, fewer than `MIN_UNITS`, more than
         `UNDEFINED_SHARE` of the resamples undefined, or resamples that do not vary (a correlation of exactly 1 or an
         error of exactly 0 among them), whose width of 0 would claim certainty.
 
@@ -139,7 +146,12 @@ def interval(value: float, resampled: Floats, n_units: int, kind: Kind) -> Inter
 
     nowhere = Interval(value, math.nan, math.nan)
     defined = resampled[~np.isnan(resampled)]
-    if math.isnan(value) or n_units < 2 or not defined.size or len(defined) < (1 - UNDEFINED_SHARE) * len(resampled):
+    if (
+        math.isnan(value)
+        or n_units < MIN_UNITS
+        or not defined.size
+        or len(defined) < (1 - UNDEFINED_SHARE) * len(resampled)
+    ):
         return nowhere
     correction = math.sqrt(n_units / (n_units - 1))
     t = float(stdtrit(n_units - 1, 0.975))
@@ -150,7 +162,7 @@ def interval(value: float, resampled: Floats, n_units: int, kind: Kind) -> Inter
     if still:
         return nowhere
     if kind == "difference":
-        return Interval(value, value - t * error, value + t * error)
+        return Interval(value, max(value - t * error, -limit), min(value + t * error, limit))
     scale = _FISHER if kind == "correlation" else _LOGARITHM
     with np.errstate(divide="ignore"):
         centre, carried = float(scale.forward(value)), scale.forward(defined)

@@ -275,7 +275,7 @@ class JudgedPairs:
         observed, mean_x, mean_y, squares = (draw.mean(column) for column in ((x - y) ** 2, x, y, x * x + y * y))
         by_chance = squares - 2 * mean_x * mean_y
         # Both sides constant at one value: 0 / 0. On a grid of fractions the difference is 1e-17 rather than 0.
-        return 1 - _ratio(observed, by_chance, by_chance > 1e-12 * squares)
+        return np.clip(1 - _ratio(observed, by_chance, by_chance > 1e-12 * squares), -1, 1)
 
     def _accuracy(self, draw: _Draw) -> Floats:
         return draw.mean((self._rounded[0] == self._rounded[1]).astype(np.float64))

@@ -6,7 +6,7 @@ The 95 % intervals are those of `intervals.py`. Knows nothing of models, generat
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,15 @@ import numpy.typing as npt
 
 from trl_tract.evaluation.intervals import KINDS, Interval, Kind, bootstrap, interval
 from trl_tract.evaluation.pairs import METRICS, Floats, Ints, JudgedPairs, as_pairs
+from trl_tract.evaluation.standing import Standing, standing
+from trl_tract.evaluation.tables import aligned, markdown, number
+from trl_tract.evaluation.verdict import Finding, verdict
 
 __all__ = ["Comparison", "Interval", "ScoreReport", "compare", "comparison_table", "score_report"]
 
 
-_ALIKE = 0.02
+_FARTHEST: Mapping[Kind, float] = {"correlation": 2.0, "share": 1.0, "error": np.inf}
+"""How far two judges' metrics can be apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +44,22 @@ class _Agreement:
         """All attributes by name, ready for JSON: undefined numbers are None."""
         return {name: _plain(value) for name, value in vars(self).items()}
 
+    @property
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """Name -> metrics to compare with; there are none for a difference."""
+        return {}
+
     def _lines(self, heading: str) -> str:
-        rows = [["metric", heading, "low", "high"]]
+        rows = [["metric", heading, "low", "high", *self.baselines]]
         for name in METRICS:
             interval = getattr(self, name)
-            ends = ("-" if np.isnan(end) else f"{end:.3f}" for end in (interval.low, interval.high))
-            rows.append([name, _number(interval.value), *ends])
+            others = [baseline.get(name, np.nan) for baseline in self.baselines.values()]
+            cells = ("-" if np.isnan(cell) else f"{cell:.3f}" for cell in (interval.low, interval.high, *others))
+            rows.append([name, number(interval.value), *cells])
         if self.n_bootstrap == 0:
-            return f"{_aligned(rows)}\nno intervals: n_bootstrap is 0"
+            return f"{aligned(rows)}\nno intervals: n_bootstrap is 0"
         units = f"{self.n} items" if self.n_groups is None else f"{self.n_groups} groups"
-        return f"{_aligned(rows)}\n95 % intervals: {self.n_bootstrap} bootstrap resamples of {units}, seed {self.seed}"
+        return f"{aligned(rows)}\n95 % intervals: {self.n_bootstrap} bootstrap resamples of {units}, seed {self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +70,7 @@ class ScoreReport(_Agreement):
         pearson, spearman, kendall: Correlations (Kendall: tau-b); undefined for a constant or fewer than three items.
         rmse, mae: Errors, rubric units.
         qwk, accuracy: Quadratic-weighted kappa, and share of equal scores, after rounding to the grid.
-        spread: Standard deviation of the predictions over that of the gold scores; NaN where either is undefined, or
-            all gold scores are the same. Near 0 the judge gives every item the same score.
+        standing: The judge beside always predicting the mean, and beside the raters; None where no item has a score.
         n: Items with a prediction: those behind every number here.
         failed: Items without one (NaN), counted and kept out of everything else.
         n_groups: Groups that were resampled; None: items were.
@@ -69,17 +78,44 @@ class ScoreReport(_Agreement):
         seed: Seed of the resampling.
     """
 
-    spread: float
+    standing: Standing | None
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the predictions over that of the gold scores; NaN where those are all the same.
+
+        Near 0 the judge gives every item the same score.
+        """
+        return np.nan if self.standing is None else self.standing.spread
+
+    @property
+    def verdict(self) -> tuple[Finding, ...]:
+        """What the numbers mean, in words: the first finding is the headline."""
+        return verdict(
+            n=self.n,
+            failed=self.failed,
+            n_groups=self.n_groups,
+            rmse=self.rmse,
+            pearson=self.pearson,
+            standing=self.standing,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All attributes by name, ready for JSON: undefined numbers are None."""
+        return {**super().to_dict(), "spread": _plain(self.spread), "verdict": [asdict(each) for each in self.verdict]}
 
     def __str__(self) -> str:
+        headline, *others = (finding.text for finding in self.verdict)
         counts = f"{self.n} of {self.n + self.failed} items scored, {self.failed} failed"
-        lines = f"{counts}\n{self._lines('value')}"
-        if self.spread < _ALIKE:
-            lines += (
-                f"\nAll scores are nearly the same: they spread {self.spread:.2%} as far as the gold scores. The "
-                "correlations are those of the last digits, and say nothing"
-            )
-        return lines
+        return "\n".join([headline, *(f"- {text}" for text in others), "", counts, self._lines("value")])
+
+    @property
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """Name -> metrics of always predicting the mean, and of a rater against the mean of the other raters."""
+        if self.standing is None:
+            return {}
+        raters = {} if self.standing.raters is None else {"a rater": self.standing.raters.rater}
+        return {"the mean": self.standing.mean, **raters}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +148,8 @@ def score_report(
     n_bootstrap: int = 1000,
     seed: int = 0,
     grid: Iterable[float] | None = None,
+    rationales: Iterable[Hashable] | None = None,
+    raters: Sequence[Sequence[float] | None] | None = None,
 ) -> ScoreReport:
     """How well a judge agrees with gold scores: seven metrics, each with a 95 % bootstrap interval.
 
@@ -127,6 +165,9 @@ def score_report(
         n_bootstrap: Resamples; 0 gives values without intervals.
         seed: The same seed gives the same intervals.
         grid: Admissible scores, for `qwk` and `accuracy`; None: the integers.
+        rationales: What the judge wrote, in any order: the verdict counts how many differ.
+        raters: Each item's scores by people, rubric units, `(n,)` lists; None for an item without. The verdict compares
+            the judge with them, where several rated an item.
 
     Returns:
         The report; a metric that is undefined is NaN in it, and its interval with it. The interval alone is NaN where
@@ -145,11 +186,25 @@ def score_report(
     predicted, gold = as_pairs(predictions, references)
     given = _given(predicted, "predictions")
     codes, n_groups = _group_codes(groups, given)
-    pairs = JudgedPairs(predicted[given], gold[given], grid) if given.any() else None
+    values = None if grid is None else list(grid)
+    pairs = JudgedPairs(predicted[given], gold[given], values) if given.any() else None
+    if raters is not None and len(raters) != len(gold):
+        raise ValueError(f"raters has {len(raters)} items and references has {len(gold)}. Pass one list per item.")
     intervals = _intervals(pairs, KINDS, int(given.sum()), codes, n_bootstrap, seed)
     return ScoreReport(
         **intervals,
-        spread=_spread(predicted[given], gold[given]),
+        standing=None
+        if pairs is None
+        else standing(
+            predicted[given],
+            gold[given],
+            codes=codes,
+            n_bootstrap=n_bootstrap,
+            seed=seed,
+            grid=values,
+            rationales=rationales,
+            raters=None if raters is None else [scores for scores, kept in zip(raters, given, strict=True) if kept],
+        ),
         n=int(given.sum()),
         failed=int((~given).sum()),
         n_groups=n_groups,
@@ -158,16 +213,14 @@ def score_report(
     )
 
 
-def _spread(predicted: Floats, gold: Floats) -> float:
-    if len(gold) < 2 or np.ptp(gold) == 0:
-        return float("nan")
-    return float(np.std(predicted) / np.std(gold))
-
-
 def _plain(value: Any) -> Any:
     """An attribute as JSON has it."""
     if isinstance(value, Interval):
         return value.to_dict()
+    if is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
     return None if isinstance(value, float) and np.isnan(value) else value
 
 
@@ -265,14 +318,14 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
             [
                 " ".join(str(row["judge"]).split()).replace("|", "\\|"),  # neither may end a cell
                 str(pearson),
-                _number(_nan_if_none(numbers["spearman"]["value"])),
-                _number(_nan_if_none(numbers["rmse"]["value"])),
-                "-" if row.get("grid_mass") is None else _number(row["grid_mass"]),
+                number(_nan_if_none(numbers["spearman"]["value"])),
+                number(_nan_if_none(numbers["rmse"]["value"])),
+                "-" if row.get("grid_mass") is None else number(row["grid_mass"]),
                 str(numbers["failed"]),
                 "-" if row.get("seconds") is None else f"{row['seconds']:.1f}",
             ]
         )
-    return _markdown(table)
+    return markdown(table)
 
 
 def _given(predicted: Floats, name: str) -> npt.NDArray[np.bool_]:
@@ -320,27 +373,11 @@ def _intervals(
     values = statistics(np.ones((1, n)))
     n_units = n if codes is None else int(codes.max()) + 1
     resampled = bootstrap(statistics, n, codes, n_bootstrap if n_units > 1 else 0, seed)
-    return {name: interval(float(values[name][0]), resampled[name], n_units, kinds[name]) for name in METRICS}
+    return {
+        name: interval(float(values[name][0]), resampled[name], n_units, kinds[name], _FARTHEST[KINDS[name]])
+        for name in METRICS
+    }
 
 
 def _nan_if_none(number: float | None) -> float:
     return np.nan if number is None else number
-
-
-def _number(number: float) -> str:
-    return "undefined" if np.isnan(number) else f"{number:.3f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]], separator: str = "  ") -> str:
-    """Names to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        separator.join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join(f"| {line} |" for line in _aligned([rows[0], rule, *rows[1:]], " | ").splitlines())

@@ -54,7 +54,7 @@ def score_charts(scores: JudgedScores) -> list[Chart]:
     require_matplotlib()
     if not len(scores.gold):
         return []
-    charts = [_predicted_against_gold(scores), _error_by_gold(scores), _reliability(scores)]
+    charts = [_predicted_against_gold(scores), _histograms(scores), _error_by_gold(scores), _reliability(scores)]
     if scores.probs is not None and scores.grid is not None:
         charts.append(_probability_reliability(scores.probs, scores.gold, scores.grid))
     charts += _confusion(scores)
@@ -106,6 +106,40 @@ def _predicted_against_gold(scores: JudgedScores) -> Chart:
         + _listed(bins, [predicted[bins.codes == code].mean() for code in range(len(bins.centres))]),
         draw,
         (5.2, 4.6),
+    )
+
+
+def _histograms(scores: JudgedScores) -> Chart:
+    sides = {"gold": scores.gold, "predicted": scores.predicted}
+    points = np.concatenate([*sides.values(), scores.grid or ()])
+    low, high = float(points.min()), float(points.max())
+    # On a short grid a bar for each score and one between each two, else twenty.
+    bars = 2 * len(scores.grid) - 1 if scores.grid and len(scores.grid) <= _LABELLED_CELLS else 21
+    half = (high - low) / (bars - 1) / 2 or 0.5
+    edges = np.linspace(low - half, high + half, bars + 1)
+    counts = {name: np.histogram(side, bins=edges)[0] for name, side in sides.items()}
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        axes.stairs(counts["gold"], edges, fill=True, color=theme.faint, label="gold")
+        axes.stairs(counts["gold"], edges, color=theme.muted, linewidth=1, linestyle=(0, (3, 2)))
+        axes.stairs(counts["predicted"], edges, color=theme.series[1], linewidth=2, label="predicted")
+        axes.set(xlabel="score", ylabel="items")
+        axes.xaxis.grid(False)
+        axes.legend(frameon=False, labelcolor=theme.ink)
+
+    spreads = {name: f"mean {side.mean():.2f}, standard deviation {side.std():.2f}" for name, side in sides.items()}
+    return Chart(
+        "score-histograms",
+        "Predicted and gold scores",
+        "How many items have about this score. A judge whose line is one tower, where the shade is wide, says the same "
+        f"of all items. Gold: {spreads['gold']}; predicted: {spreads['predicted']}.",
+        "Two histograms. "
+        + " ".join(
+            f"{name.capitalize()} scores: {spreads[name]}; the fullest bar, around "
+            f"{edges[:-1][count.argmax()] + half:.3g}, holds {count.max():,} items."
+            for name, count in counts.items()
+        ),
+        draw,
     )
 
 

@@ -1,6 +1,7 @@
 """A folder of judgements, read once. Knows the layout of the folder, nothing of models, cards or pages."""
 
 import json
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from trl_tract.files.journal import JsonlRows, digest
 from trl_tract.saved.judge_config import JudgeConfig
 
 _INTERNAL = {"rows_digest", "block_size", "aspects"}
-_COLUMNS = ("score", "reference", "grid_mass")
+_COLUMNS = ("score", "reference", "grid_mass", "raters")
 _KEYS = ("id", "group", "side", "subset")
 
 
@@ -45,6 +46,7 @@ class Judged:
         self.keys: list[dict[str, Any]] = []
         columns: dict[str, dict[str, list[Any]]] = {}
         errors: dict[str, Counter[str]] = {}
+        written: dict[str, array[int]] = {}
         for number, row in enumerate(self.rows):
             self.keys.append({key: row[key] for key in _KEYS if row.get(key) is not None})
             records = row.get("aspects") or {"": row}
@@ -57,6 +59,10 @@ class Judged:
                 held = columns.setdefault(name, {column: [] for column in _COLUMNS})
                 for column, values in held.items():
                     values.append(record.get(column))
+                # Only whether texts are the same is asked for: 8 bytes do for each.
+                written.setdefault(name, array("q")).extend(
+                    hash(text) for text in record.get("rationales") or () if text
+                )
                 if record["error"]:
                     errors.setdefault(name, Counter())[record["error"]] += 1
         self.groups = [str(key.get("group", number)) for number, key in enumerate(self.keys)]
@@ -64,8 +70,10 @@ class Judged:
             name: JudgedScale(
                 self,
                 name,
+                raters=held.pop("raters"),
                 **{column: np.array(values, dtype=np.float64) for column, values in held.items()},
                 errors=dict(errors.get(name, Counter()).most_common()),
+                rationales=np.array(written.get(name, ()), dtype=np.int64),
             )
             for name, held in (columns or {"": {column: [] for column in _COLUMNS}}).items()
         }
@@ -147,7 +155,9 @@ class JudgedScale:
         score: `(n,)`, rubric units, NaN where an item has none.
         reference: Gold scores, `(n,)`, rubric units, NaN where an item has none.
         grid_mass: Probability on the grid, `(n,)`, NaN where an item has no score.
+        raters: Each item's gold scores by several people, where it has them, rubric units.
         errors: Why items have no score, and how many of them for that reason, commonest first.
+        rationales: A number for each rationale, equal where they are.
     """
 
     folder: Judged
@@ -155,7 +165,9 @@ class JudgedScale:
     score: Floats
     reference: Floats
     grid_mass: Floats
+    raters: list[list[float] | None]
     errors: dict[str, int]
+    rationales: Ints
 
     def called(self, judge: str) -> str:
         """What a judge is called in the report on this scale."""
@@ -223,6 +235,8 @@ class JudgedScale:
             groups=self._units,
             n_bootstrap=n_bootstrap,
             grid=grid or self.grid,
+            rationales=self.rationales.tolist(),
+            raters=[self.raters[number] for number in self.items],
         )
 
     def minus(

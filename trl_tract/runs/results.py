@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def judged_items(
         report=report,
         grid=judged.grid,
         prompts=None if prompts is None else Lazy(prompts, judged.items.tolist()),
+        about=_about(folder, data),
         settings=folder.shown_settings,
         others=[
             OtherJudge(other, its_report, judged.minus(its, n_bootstrap=report.n_bootstrap))
@@ -162,6 +164,20 @@ def recalibrate(directory: Path, model: str | None = None) -> tuple[dict[str, Re
     }
     files = [one.save(judge, scale=name) for name, one in fitted.items()]
     return fitted, files[0]
+
+
+def _about(folder: Judged, data: str | Path | None) -> dict[str, str]:
+    """What is judged with what: the model that training started from, the rows, the day. Of a path its name alone."""
+    run, model = _json(folder.directory.parent / "settings.json"), Path(folder.settings.get("model", ""))
+    base = _json(model / "adapter_config.json").get("base_model_name_or_path") or run.get("model")
+    known = {"Base model": base, "Rows": data or run.get("eval_data") or run.get("data")}
+    about = {label: Path(name).name if Path(name).exists() else str(name) for label, name in known.items() if name}
+    day = datetime.fromtimestamp(folder.rows.path.stat().st_mtime, tz=UTC).date()
+    return {**about, "Judged": day.isoformat()}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
 def _curves(run: Path) -> dict[str, list[dict[str, Any]]]:

@@ -15,8 +15,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from trl import SFTConfig
 
 from trl_tract import __version__
+from trl_tract.evaluation.intervals import KINDS
 from trl_tract.evaluation.pairs import METRICS
 from trl_tract.evaluation.report import ScoreReport
+from trl_tract.evaluation.verdict import says_one_thing
 from trl_tract.saved.cards import render, section, with_section
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.saved.training_rows import TrainingRows
@@ -153,6 +155,7 @@ def add_evaluation(
     content = render(
         "evaluation",
         report=report,
+        verdict=report.verdict,
         dataset=dataset_name,
         aspect=aspect,
         metrics={name: getattr(report, name).to_dict() for name in METRICS},
@@ -164,11 +167,14 @@ def add_evaluation(
     if aspect is not None and before.startswith("###"):
         content, earlier = f"{before}\n\n{content}", list(card.data.eval_results or [])
     text = with_section(card.text, "evaluation", content, readme)
-    if results := [
+    # A ranking on the Hub would show the correlations of a judge that says one thing as if they meant something.
+    names = [name for name in METRICS if KINDS[name] != "correlation" or not says_one_thing(report.spread)]
+    results = [
         _eval_result(report, name, dataset_name, dataset_type, aspect)
-        for name in METRICS
+        for name in names
         if not np.isnan(getattr(report, name).value)
-    ]:
+    ]
+    if results:
         card.data.model_name = card.data.model_name or _title(text)
         card.data.eval_results = [*earlier, *results]
     card.text = text
