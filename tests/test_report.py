@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ import pytest
 from trl_tract.evaluation import metrics
 from trl_tract.evaluation.pairs import METRICS
 from trl_tract.evaluation.report import ScoreReport, compare, comparison_table, score_report
-from trl_tract.page.plots import plot_predictions
 
 
 def judged(seed, n=80):
@@ -242,59 +240,6 @@ def test_comparison_table_refuses_rows_that_it_would_misread(row):
 def test_comparison_table_refuses_no_rows():
     with pytest.raises(ValueError, match="rows is empty"):
         comparison_table([])
-
-
-def test_plot_has_one_panel_per_judge_with_pearson_and_rmse_in_its_title(tmp_path, monkeypatch):
-    figure = pytest.importorskip("matplotlib.figure").Figure
-    seen = []
-    monkeypatch.setattr(figure, "savefig", lambda self, *args, **kwargs: seen.append(self))
-    judges = {"costs $5": ([1, 2, 4, math.nan], [1, 3, 4, 5]), "constant": ([3, 3, 3], [1, 2, 3]), "third": ([1], [1])}
-    plot_predictions(judges, tmp_path / "scores.png")
-    titles = [panel.get_title() for panel in seen[0].axes]
-    # r = 13 / 14 as in test_metrics; RMSE sqrt(1 / 3); then sqrt(5 / 3).
-    assert titles[0] == "costs \\$5\nr = 0.929   RMSE = 0.577\nn = 3, 1 failed"
-    assert titles[1] == "constant\nr undefined   RMSE = 1.291\nn = 3"
-    assert len(titles) == 3
-
-
-def test_jitter_stays_inside_the_axes_and_near_the_score(tmp_path, monkeypatch):
-    figure = pytest.importorskip("matplotlib.figure").Figure
-    seen = []
-    monkeypatch.setattr(figure, "savefig", lambda self, *args, **kwargs: seen.append(self))
-    scores = [1, 2, 3, 4, 5] * 40
-    plot_predictions({"integers": (scores, scores)}, tmp_path / "scores.png")
-    panel = seen[0].axes[0]
-    drawn = np.asarray(panel.collections[0].get_offsets())
-    assert 0.2 < np.abs(drawn - np.array(scores)[:, None]).max() <= 0.25
-    assert panel.get_xlim()[0] < drawn.min()
-    assert drawn.max() < panel.get_xlim()[1]
-
-
-def test_plot_leaves_no_empty_panel(tmp_path, monkeypatch):
-    figure = pytest.importorskip("matplotlib.figure").Figure
-    seen = []
-    monkeypatch.setattr(figure, "savefig", lambda self, *args, **kwargs: seen.append(self))
-    plot_predictions({f"judge {i}": judged(i) for i in range(5)}, tmp_path / "scores.png")  # two rows of three
-    assert len(seen[0].axes) == 5
-
-
-def test_plot_writes_a_png_into_a_new_folder(tmp_path):
-    pytest.importorskip("matplotlib")
-    path = plot_predictions({"judge": judged(0)}, tmp_path / "new" / "scores.png")
-    assert path.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("judges", [{}, {"failed": ([math.nan], [1])}])
-def test_plot_of_nothing_is_refused(judges, tmp_path):
-    pytest.importorskip("matplotlib")
-    with pytest.raises(ValueError, match="nothing to draw"):
-        plot_predictions(judges, tmp_path / "scores.png")
-
-
-def test_a_missing_matplotlib_names_the_command_that_installs_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r'pip install "trl-tract\[demo\]"'):
-        plot_predictions({"judge": ([1, 2, 3], [1, 2, 3])}, tmp_path / "scores.png")
 
 
 def test_report_is_what_the_top_level_hands_out():

@@ -15,7 +15,6 @@ from trl_tract.demo.task import ONE_TO_FIVE, SCALES, Scale, make_rows
 from trl_tract.evaluation.pairs import Floats
 from trl_tract.evaluation.report import ScoreReport, comparison_table, score_report
 from trl_tract.files.journal import write_jsonl
-from trl_tract.page.plots import plot_predictions
 from trl_tract.runs.judged import Judged
 from trl_tract.runs.pipeline import Run
 from trl_tract.runs.results import write_run_page
@@ -53,7 +52,7 @@ JUDGES = {
 def run_demo(
     output_dir: str, *, full: bool, seed: int = 0, model: str | None = None, scale: str = "1-5"
 ) -> dict[str, ScoreReport]:
-    """Train and compare the four judges; print the table, two worked examples and where the plot is.
+    """Train and compare the four judges; print the table, two worked examples and where the report page is.
 
     Args:
         output_dir: Holds one run; an interrupted one goes on where it stopped.
@@ -197,15 +196,13 @@ def _report(directory: Path, run: Run, scale: Scale) -> dict[str, ScoreReport]:
     ]
     table = comparison_table(rows)
     (directory / "table.md").write_text(table + "\n", encoding="utf-8")
-    plot = directory / "predicted-against-gold.png"
-    plot_predictions(pairs, plot)
-    print(f"\n{table}\n")
+    print(f"\n{table}\n\nTRACT: {reports['TRACT'].verdict[0].text}\n")
     if scale != ONE_TO_FIVE:
         print(f"RMSE on 1 to 5, so that it compares; on the judge's own scale it is {scale.step} times that.\n")
     _worked_examples(directory, judged["TRACT"].records)
     print("Report page:")
     write_run_page(directory, judged, on_own_scale, print)
-    print(f"Plot: {plot}\nJudge: {directory / 'tract'}    load it with CoTRAILJudge.from_pretrained(...)")
+    print(f"Judge: {directory / 'tract'}    load it with CoTRAILJudge.from_pretrained(...)")
     return reports
 
 
