@@ -50,6 +50,18 @@ def test_a_python_file_or_module_that_a_page_names_is_there(page):
     assert not [name for name in named if f"/{name}" not in python_files()]
 
 
+def test_what_the_walks_name_is_defined_where_they_say():
+    walked = re.findall(r"`(\w+/\w+\.py): (\w+)`", text_of("docs/architecture.md"))
+    assert len(walked) > 20
+    package = ROOT / "trl_tract"
+    defined = {
+        (file, name)
+        for file, name in walked
+        if re.search(rf"(class|def) {name}\b", (package / file).read_text("utf-8"))
+    }
+    assert not set(walked) - defined
+
+
 def test_every_page_of_docs_is_in_the_navigation_of_the_site():
     nav = yaml.safe_load((ROOT / ".mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     named = set()
