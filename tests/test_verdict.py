@@ -111,6 +111,15 @@ def test_a_judge_that_keeps_to_the_middle_and_one_that_exaggerates():
     assert "overconfident" in kinds(3 + 1.8 * (GOLD - 3))
 
 
+def test_gold_scores_that_are_all_the_same_tell_nothing():
+    report = score_report(3 + RNG.normal(0, 0.5, N), [3.0] * N, n_bootstrap=50)
+    assert [finding.kind for finding in report.verdict] == ["one gold score"]
+
+
+def test_a_judge_with_few_rationales():
+    assert kinds(GOLD, TEXTS[:20] * 3)["rationales"] == "Only 20 of its 60 rationales are distinct."
+
+
 def test_a_judge_without_any_score():
     report = score_report([np.nan] * 3, [1, 2, 3])
     (finding,) = report.verdict

@@ -21,6 +21,7 @@ Kind = Literal[
     "many failed",
     "one score",
     "too few",
+    "one gold score",
     "reversed",
     "better",
     "worse",
@@ -129,6 +130,11 @@ def _reversed(pearson: Interval) -> Finding | None:
 
 def _beside_the_mean(standing: Standing, rmse: Interval) -> Finding:
     difference = standing.minus_mean
+    if standing.mean["rmse"] == 0:
+        return Finding(
+            "one gold score",
+            f"All gold scores are the same: whether it tells items apart cannot be seen. Its RMSE is {rmse.value:.3f}.",
+        )
     numbers = f"RMSE {rmse.value:.3f} against {standing.mean['rmse']:.3f}"
     if np.isnan(difference.low):
         return Finding("no interval", f"Beside always predicting the mean: {numbers}, and no interval to tell by.")
@@ -169,7 +175,9 @@ def _rationales(standing: Standing) -> Finding | None:
         return None
     if standing.distinct == 1:
         return Finding("one rationale", f"It wrote the same rationale {standing.rationales:,} times.")
-    return Finding("rationales", f"{standing.distinct:,} of its {standing.rationales:,} rationales are distinct.")
+    only = "Only " if 2 * (standing.distinct or 0) < standing.rationales else ""
+    text = f"{only}{standing.distinct:,} of its {standing.rationales:,} rationales are distinct."
+    return Finding("rationales", text)
 
 
 def _raters(standing: Standing) -> Finding | None:

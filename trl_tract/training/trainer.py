@@ -60,7 +60,8 @@ class TRACTTrainer(SFTTrainer):
             one score for each annotator); or `messages`, the last assistant turn being the completion. With
             `TRACTConfig.aspects` they have `scores`, a mapping of aspects to gold scores. Or tokenised: `input_ids`,
             `labels`, `score_labels` and, with aspects, `score_aspects`.
-        eval_dataset: Likewise, or a dict of datasets.
+        eval_dataset: Likewise, or a dict of datasets. `evaluate` reads the scores behind their annotated rationales; a
+            judge writes its own, and can do far worse: `trl-tract judge` tells.
         processing_class: Tokenizer; it must be a fast one.
         **kwargs: Every other argument of SFTTrainer.
 
