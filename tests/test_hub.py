@@ -137,7 +137,7 @@ def adapter_judge(directory, base):
     adapted = get_peft_model(base_model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     adapted.save_pretrained(directory)
     grid = CoTRAILJudge(TransformersBackend(str(base)))
-    grid._find_tokens("x")
+    grid._find_tokens({"prompt": "x"})
     JudgeConfig((Scale("", grid.grid, CompletionFormat("[RESULT]")),)).save(directory)
     return CoTRAILJudge.from_pretrained(directory)
 

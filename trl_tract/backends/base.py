@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from trl_tract.scale.scale import Scale
-from trl_tract.scale.text import is_thinking
 from trl_tract.scale.trie import TokenTrie
 
 FinishReason = Literal["stop", "eos", "length", "prompt_too_long"]
@@ -49,6 +48,7 @@ class Stop(str):
         text: The stop text.
         followed_by: Texts, one of which has to follow it, behind white space or at once. None: anything may.
         counts: Told the text before an occurrence: whether that one counts. By default all do.
+        shows: Texts whose special tokens are not left out of what was written, such as the tags of thinking.
 
     Example:
         >>> stop = Stop("[RESULT]", ["1", "2"])
@@ -59,17 +59,24 @@ class Stop(str):
 
     followed_by: tuple[str, ...]
     counts: Callable[[str], bool] | None
+    shows: tuple[str, ...]
 
-    def __new__(cls, text: str, followed_by: Sequence[str] = (), counts: Callable[[str], bool] | None = None) -> Self:
+    def __new__(
+        cls,
+        text: str,
+        followed_by: Sequence[str] = (),
+        counts: Callable[[str], bool] | None = None,
+        shows: Sequence[str] = (),
+    ) -> Self:
         """See the class."""
         stop = super().__new__(cls, text)
-        stop.followed_by, stop.counts = tuple(followed_by), counts
+        stop.followed_by, stop.counts, stop.shows = tuple(followed_by), counts, tuple(shows)
         return stop
 
     @classmethod
-    def at(cls, scale: Scale) -> Self:
-        """The marker of a scale, where one of its scores follows and the model has ended what it thought."""
-        return cls(scale.marker, scale.grid.texts, lambda before: not is_thinking(before))
+    def at(cls, scale: Scale, counts: Callable[[str], bool], shows: Sequence[str]) -> Self:
+        """The marker of a scale."""
+        return cls(scale.marker, counts=counts, shows=shows)
 
     def place_in(self, text: str, *, whole: bool = False) -> int | None:
         """Where the first occurrence that counts begins; None without one.

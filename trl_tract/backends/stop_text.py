@@ -24,13 +24,14 @@ class Ending:
 
     Attributes:
         stop: It.
-        shows_special: Whether it is made of special tokens, which are left out of a text otherwise.
+        shows_special: Whether it, or a text that it shows, has special tokens, which are left out of a text otherwise.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: str | None) -> None:
         self.tokenizer = tokenizer
         self.stop = stop if stop is None or isinstance(stop, Stop) else Stop(stop)
-        own = [] if stop is None else tokenizer(str(stop), add_special_tokens=False)["input_ids"]
+        texts = [] if self.stop is None else [str(self.stop), *self.stop.shows]
+        own = [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
         self._is_special = functools.cache(lambda token: not self._text([token], True) and self._text([token], False))
         self._shown = {token for token in own if self._is_special(token)}
         self.shows_special = bool(self._shown)
@@ -42,7 +43,7 @@ class Ending:
         self.may_end = functools.cache(self._may_end)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, exactly as the tokens spell it, without special tokens that are not the stop text's."""
+        """The text of `ids`, as the tokens spell it, without special tokens that the stop text does not show."""
         if not self._shown:
             return self._text(ids, True)
         return self._text([token for token in ids if token in self._shown or not self._is_special(token)], False)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.rendering import RenderedRow
+from trl_tract.rows.tokens import encode
 from trl_tract.text.display import visible
 from trl_tract.text.terminal import aligned, paint
 
@@ -66,12 +67,11 @@ def view_row(encoder: RowEncoder, row: Mapping[str, Any]) -> list[Token]:
         ScoreNotFoundError: The row is refused for another reason than its length.
     """
     tokenizer, rendered = encoder.tokenizer, encoder.render(row)
-    encoded = tokenizer(rendered.text, add_special_tokens=rendered.add_special_tokens, return_offsets_mapping=True)
+    whole, prompt_length = encode(encoder.template, rendered)
     columns = replace(encoder, max_length=None)(row)
     if columns["refusal_kind"]:
         raise ValueError(columns["refusal"])
     limit = math.inf if encoder.max_length is None else encoder.max_length
-    prompt_length = len(tokenizer(rendered.prompt_text, add_special_tokens=rendered.add_special_tokens)["input_ids"])
     scored: set[int] = set()
     starts = [i for i, gold in enumerate(columns["score_labels"]) if not math.isnan(gold)]
     for start, score, scale in zip(starts, rendered.scores, encoder.scales, strict=True):
@@ -80,7 +80,7 @@ def view_row(encoder: RowEncoder, row: Mapping[str, Any]) -> list[Token]:
         count = len(grid.paths[grid.texts.index(score.text)].token_ids) if grid.paths else 1
         scored.update(range(start, start + count))
     tokens = []
-    for i, (number, (start, end)) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
+    for i, (number, (start, end)) in enumerate(zip(whole.ids, whole.offsets, strict=True)):
         gold = columns["score_labels"][i]
         tokens.append(
             Token(

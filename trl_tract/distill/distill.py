@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from datasets import Dataset, Features, Value
-from jinja2 import TemplateError
 
 from trl_tract.backends import Backend, Sampling, TransformersBackend
 from trl_tract.distill.failures import Failure
@@ -20,9 +19,10 @@ from trl_tract.distill.writing import Draft, Writer
 from trl_tract.files.blocks import BlockLog, Record, Report, Shard
 from trl_tract.files.journal import JsonlRows, digest, write_json, write_jsonl
 from trl_tract.rows.golds import is_missing, mean_golds
-from trl_tract.rows.rendering import as_prompt_completion, prompt_text, with_completion
+from trl_tract.rows.rendering import as_prompt_completion, settled, written_completion
 from trl_tract.rows.row import Row
-from trl_tract.rows.tokens import resolve_scales
+from trl_tract.rows.template import Asked, Frame, Template, TemplateSettings, Thinking
+from trl_tract.rows.tokens import resolve_asked
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.scale import given_scales
 from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError
@@ -71,6 +71,9 @@ class CoTSelfDistill:
         allow_leaks: Accept rationales that state a score although the row's annotated one states none.
         keep_annotated: Put every row's annotated rationale before its self-written ones: stage two on both.
         block_size: Prompts that are generated together and then written to disk.
+        chat_template_kwargs: Variables that the chat template is rendered with; those of a row go before them.
+        thinking: `off`, `rationale` or `auto`: see `TRACTConfig.thinking`.
+        template_date: What a chat template that asks for the date is told, YYYY-MM-DD; None: today.
 
     Attributes:
         scales: The scales of a completion in their order; the name of a single one is empty.
@@ -97,6 +100,9 @@ class CoTSelfDistill:
         allow_leaks: bool = False,
         keep_annotated: bool = False,
         block_size: int = 64,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        thinking: Thinking = "auto",
+        template_date: str | None = None,
     ) -> None:
         if on_failure not in ON_FAILURE:
             raise ValueError(f"on_failure={on_failure!r} is unknown: choose one of {', '.join(ON_FAILURE)}")
@@ -119,6 +125,9 @@ class CoTSelfDistill:
         self.allow_leaks = allow_leaks
         self.keep_annotated = keep_annotated
         self.block_size = block_size
+        self.template = Template(
+            backend.tokenizer, TemplateSettings(chat_template_kwargs or {}, thinking, template_date)
+        )
         self._tokens_found = False
 
     @classmethod
@@ -136,7 +145,8 @@ class CoTSelfDistill:
         config = JudgeConfig.load(path, revision)
         if not config.writes_rationale:
             raise ValueError(f"{path} was trained with drop_rationale=True, so it has no rationales to write")
-        distiller = cls(backend or TransformersBackend(str(path), revision=revision), **config.arguments, **settings)
+        trained = {**config.arguments, **config.template.arguments}
+        distiller = cls(backend or TransformersBackend(str(path), revision=revision), **{**trained, **settings})
         distiller.scales, distiller._tokens_found = config.scales, True
         return distiller
 
@@ -214,6 +224,8 @@ class CoTSelfDistill:
 
     def _distill(self, rows: Rows, directory: Path, shard: Shard | None) -> bool:
         refused: dict[int, str] = {}
+        rendered = settled(self.backend.tokenizer, self.template.settings, rows)
+        self.template = Template(self.backend.tokenizer, rendered)
         settings = {**self._settings(), "rows_digest": digest(self._checked(rows, refused))}
         self._tell_of(refused, len(rows))
         log = BlockLog(
@@ -240,6 +252,7 @@ class CoTSelfDistill:
             "model": self.backend.model_id,
             "backend": self.backend.name,
             **self._scale_settings(),
+            **self._template_settings(),
             "num_generations": self.num_generations,
             **asdict(self.sampling),
             "seed": self.seed,
@@ -247,6 +260,12 @@ class CoTSelfDistill:
             "on_failure": self.on_failure,
             "allow_leaks": self.allow_leaks,
             "keep_annotated": self.keep_annotated,
+        }
+
+    def _template_settings(self) -> dict[str, Any]:
+        """What differs from templates without settings, so that runs from before there were any go on."""
+        return {
+            name: value for name, value in self.template.settings.arguments.items() if value not in ({}, "off", None)
         }
 
     def _scale_settings(self) -> dict[str, Any]:
@@ -273,8 +292,8 @@ class CoTSelfDistill:
                     "'raise'"
                 )
             try:
-                prompt_text(self.backend.tokenizer, pair["prompt"])
-            except (TypeError, ValueError, KeyError, TemplateError) as error:
+                self.template.ask(pair)
+            except ScoreNotFoundError as error:
                 refused[number] = str(error)
             yield row
 
@@ -304,9 +323,11 @@ class CoTSelfDistill:
         golds = [self._golds(row, start + number) for number, row in enumerate(rows)]
         self._find_tokens(pairs)
         slots = [(number, sample) for number in range(len(rows)) for sample in range(self.num_generations)]
-        drafts = [Draft(pairs[number], golds[number]) for number, _ in slots]
+        asked = [self._asked(pair) for pair in pairs]
+        drafts = [Draft(pairs[number], asked[number], golds[number]) for number, _ in slots]
         writer = Writer(
             self.backend,
+            self.template,
             self.scales,
             self.sampling,
             num_generations=self.num_generations,
@@ -329,17 +350,22 @@ class CoTSelfDistill:
             )
         return records
 
+    def _asked(self, pair: Row) -> Asked | None:
+        """A prompt as the model is asked; None where the chat template refuses it."""
+        try:
+            return self.template.ask(pair)
+        except ScoreNotFoundError:
+            return None
+
     def _find_tokens(self, pairs: Sequence[Row]) -> None:
         """Look up the scores' tokens, behind which rationales are written, unless they are those of the training."""
-        completion = "".join(scale.format.join("", scale.grid.texts[0]) for scale in self.scales)
         for pair in pairs:
             if self._tokens_found:
                 return
             try:
-                found = resolve_scales(self.backend.tokenizer, with_completion(pair["prompt"], completion), self.scales)
-            except (ScoreNotFoundError, TypeError, KeyError, TemplateError):
+                grids = [here.grid for here in resolve_asked(self.template, pair, self.scales)]
+            except ScoreNotFoundError:
                 continue  # its draft says so
-            grids = [here.grid for here in found]
             self.scales = tuple(replace(scale, grid=grid) for scale, grid in zip(self.scales, grids, strict=True))
             self._tokens_found = True
 
@@ -359,8 +385,10 @@ class CoTSelfDistill:
                 summary.attempts_failed[failure] += count
             if rationales is not None:
                 summary.self_written += 1
-                pieces = zip(self.scales, rationales, self._golds(row, number), strict=True)
-                _replace_completion(row, "".join(scale.format.join(*piece) for scale, *piece in pieces))
+                pieces = list(zip(rationales, self._golds(row, number), strict=True))
+                asked = self._asked(as_prompt_completion(row))
+                frame = Frame() if asked is None else asked.frame
+                _replace_completion(row, written_completion(frame, self.scales, pieces))
                 yield {**row, "rationale_source": "self", **provenance}
                 continue
             last = failures[-1]

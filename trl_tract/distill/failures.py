@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-Failure = Literal["no marker", "length", "prompt too long", "prompt refused", "empty", "repetition", "leak"]
+Failure = Literal["no marker", "length", "prompt too long", "prompt refused", "empty", "repetition", "leak", "thinking"]
 FAILURES: tuple[Failure, ...] = get_args(Failure)
 
 _LOOP_REPEATS = 8

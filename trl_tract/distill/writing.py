@@ -5,13 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from jinja2 import TemplateError
-
-from trl_tract.backends import Backend, Generation, Sampling
+from trl_tract.backends import Backend, Generation, Sampling, Stop
 from trl_tract.distill.failures import Failure, rationale_failure, stated_score
 from trl_tract.files.journal import digest
-from trl_tract.rows.rendering import completion_text
 from trl_tract.rows.row import Row
+from trl_tract.rows.template import Asked, Frame, Template
+from trl_tract.rows.thinking import answered, may_end, own_thinking, read_rationale, scored_text, stop_rules
 from trl_tract.rows.tokens import prefix_ids
 from trl_tract.scale.scale import Scale, locate_scores, scored_within
 from trl_tract.scale.text import ScoreNotFoundError
@@ -24,15 +23,21 @@ class Draft:
 
     Attributes:
         row: The training row, with `prompt` and, if it has one, `completion`.
+        asked: Its prompt as the model is asked; None where the chat template refuses it.
         golds: The gold scores as they are written, one for each scale.
         rationales: Those of the first scales, as far as they are written.
         failures: What was wrong with others.
     """
 
     row: Row
+    asked: Asked | None
     golds: Sequence[str]
     rationales: list[str] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+
+    def frame(self, number: int) -> Frame:
+        """What stands around rationale `number`: thinking is written before the first one alone."""
+        return Frame() if self.asked is None or number else self.asked.frame
 
     def lacks(self, number: int) -> bool:
         """Whether rationale `number` is still to be written, and can be."""
@@ -45,6 +50,7 @@ class Writer:
     """Writes rationales; the fields are arguments of `CoTSelfDistill`, and `scales` have tokens."""
 
     backend: Backend
+    template: Template
     scales: tuple[Scale, ...]
     sampling: Sampling
     num_generations: int
@@ -77,24 +83,28 @@ class Writer:
                 n = self.num_generations if attempt + number == 1 else 1
                 asked = [prompts[place] for place in places[::n]]
                 tell = passes.add if attempt == 1 else None
-                for place, generation in zip(places, self._sample(asked, n, scale, seed, tell), strict=True):
-                    self._take(drafts[place], generation, stated[place])
+                frames = [drafts[place].frame(number) for place in places]
+                stop = Stop.at(scale, **stop_rules(frames))
+                for place, generation in zip(places, self._sample(asked, n, stop, seed, tell), strict=True):
+                    self._take(drafts[place], number, generation, stated[place])
         passes.finish()
 
     def _asked(self, draft: Draft) -> list[int] | None:
         """Tokens that the next rationale is written behind; None where the template refuses them."""
         done = list(zip(draft.rationales, draft.golds, strict=False))
-        try:
-            return prefix_ids(self.backend.tokenizer, draft.row["prompt"], self.scales, done)
-        except (ValueError, TypeError, KeyError, TemplateError):
-            draft.failures.append("prompt refused")
-            return None
+        if draft.asked is not None:
+            try:
+                return prefix_ids(self.template, draft.asked, self.scales, done)
+            except ScoreNotFoundError:
+                pass
+        draft.failures.append("prompt refused")
+        return None
 
     def _sample(
         self,
         asked: Sequence[Sequence[int]],
         n: int,
-        scale: Scale,
+        stop: Stop,
         seed: Sequence[int],
         tell: Callable[[float], None] | None,
     ) -> list[Generation]:
@@ -104,14 +114,18 @@ class Writer:
         """
         on_progress = None if tell is None else lambda count: tell(count * n / self.num_generations)
         settings: dict[str, Any] = {**asdict(self.sampling), "seed": int(digest(list(seed))[:8], 16)}
-        sampled = self.backend.generate(asked, n=n, stop=scale.marker, on_progress=on_progress, **settings)
+        sampled = self.backend.generate(asked, n=n, stop=stop, on_progress=on_progress, **settings)
         return [generation for generations in sampled for generation in generations]
 
-    def _take(self, draft: Draft, generation: Generation, stated: re.Pattern[str] | None) -> None:
-        text = generation.text.rstrip()
+    def _take(self, draft: Draft, number: int, generation: Generation, stated: re.Pattern[str] | None) -> None:
+        frame = draft.frame(number)
+        text = read_rationale(frame, generation.text)
         failure = rationale_failure(text, generation.finish_reason, stated)
-        if failure is None and scored_within(text, self.scales) is not None:
+        if failure is None and scored_within(answered(frame, generation.text), self.scales) is not None:
             failure = "leak"  # it would be found there when the row is trained on
+        thinks = frame.block is not None and not frame.closing and own_thinking(text, frame)[0] is not None
+        if failure is None and (thinks or not may_end(frame, generation.text)):
+            failure = "thinking"
         if failure is None:
             draft.rationales.append(text)
         else:
@@ -124,7 +138,7 @@ class Writer:
         """
         stated = stated_score(self.scales[number].grid.texts)
         try:
-            content = completion_text(draft.row.get("completion"))
+            content = scored_text(draft.row.get("completion"))
             spans = locate_scores(content, self.scales)
         except ScoreNotFoundError:
             return stated

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from trl_tract.backends import Backend, Sampling, TransformersBackend
@@ -14,9 +13,9 @@ from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.judge.judgement import Judgement
 from trl_tract.judge.loop import Loop
 from trl_tract.judge.scoring import Rule, Sampler, grid_probabilities
-from trl_tract.rows.rendering import with_completion
-from trl_tract.rows.row import Prompt
-from trl_tract.rows.tokens import prefix_ids, prompt_ids, resolve_scales
+from trl_tract.rows.row import Prompt, Row
+from trl_tract.rows.template import Asked, Template, TemplateSettings, Thinking
+from trl_tract.rows.tokens import prefix_ids, resolve_asked
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.decisions import Decision, Pool
 from trl_tract.scale.grid import ScoreGrid
@@ -55,9 +54,13 @@ class CoTRAILJudge:
         append_marker: Score a rationale that never reached the marker as if it had. For models that were not trained
             to write it, such as a seed model; otherwise such an item is an error.
         writes_rationale: False for a judge that gives its scores straight after the prompt; nothing is generated then.
+        chat_template_kwargs: Variables that the chat template is rendered with; those of a row go before them.
+        thinking: `off`, or `rationale` for a judge whose rationale is its thinking: see `TRACTConfig.thinking`.
+        template_date: What a chat template that asks for the date is told, YYYY-MM-DD; None: today.
 
     Attributes:
         scales: The scales of a completion in their order; the name of a single one is empty.
+        template_settings: What the chat template is rendered with.
 
     Raises:
         ValueError: An unknown decision or pool, a setting out of range, a grid that the tokenizer cannot tell apart, or
@@ -89,6 +92,9 @@ class CoTRAILJudge:
         max_attempts: int = 3,
         append_marker: bool = False,
         writes_rationale: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        thinking: Thinking = "off",
+        template_date: str | None = None,
     ) -> None:
         for name, count in (("num_generations", num_generations), ("max_attempts", max_attempts)):
             if count < 1:
@@ -105,6 +111,8 @@ class CoTRAILJudge:
             sampling.check(num_generations, self.scales[0].marker)
         self._sampler = Sampler(backend, asdict(sampling), max_attempts, append_marker, writes_rationale)
         self._num_generations = num_generations if writes_rationale else 1  # without one all would be the same
+        self.template_settings = TemplateSettings(chat_template_kwargs or {}, thinking, template_date)
+        self._known_template: tuple[Any, Template] | None = None
         self._tokens_found: set[tuple[int, bool]] = set()  # tokenizers and types of prompt
 
     def __repr__(self) -> str:
@@ -149,7 +157,11 @@ class CoTRAILJudge:
                     f"backend={backend!r} is unknown: give 'transformers', or a backend, such as VLLMBackend(path)"
                 )
             backend = TransformersBackend(str(path), revision=revision)
-        trained = {"normalize_grid": config.normalize_grid, "writes_rationale": config.writes_rationale}
+        trained = {
+            "normalize_grid": config.normalize_grid,
+            "writes_rationale": config.writes_rationale,
+            **config.template.arguments,
+        }
         judge = cls(backend, **config.arguments, **{**trained, **settings})
         judge.scales = config.scales
         return judge
@@ -172,27 +184,27 @@ class CoTRAILJudge:
         if isinstance(rows, str | Mapping):
             raise TypeError(f"rows is one {type(rows).__name__}: put it into a list, as in judge.judge([row])[0]")
         judged: dict[int, Judgement] = {}
-        prompts: dict[int, Prompt] = {}
-        ids: dict[int, list[int]] = {}
+        asked: dict[int, Asked] = {}
         for i, row in enumerate(rows):
             try:
-                prompt = _read_prompt(row)
-                tokens = prompt_ids(self.backend.tokenizer, prompt)
-            except (TypeError, ValueError, KeyError, TemplateError) as error:
+                item = _read_item(row)
+                prompt = self._template.ask(item)
+            except (TypeError, ValueError, KeyError) as error:
                 judged[i] = Judgement(error=f"the prompt cannot be read: {error}")
                 continue
             try:
-                self._find_tokens(prompt)
-            except (ScoreNotFoundError, TemplateError) as error:
+                self._find_tokens(item)
+            except ScoreNotFoundError as error:
                 judged[i] = Judgement(error=f"no score can be written behind the prompt: {error}")
                 continue
-            prompts[i], ids[i] = prompt, tokens
+            asked[i] = prompt
         report = on_progress or (lambda count: None)
         if judged:
             report(len(judged))
-        if ids:
-            loop = Loop(self.scales, self._sampler, self._rule, self._recalibrations(), self._num_generations)
-            judged |= loop.run(prompts, ids, first, report)
+        if asked:
+            recalibrations = self._recalibrations()
+            loop = Loop(self._template, self.scales, self._sampler, self._rule, recalibrations, self._num_generations)
+            judged |= loop.run(asked, first, report)
         return [judged[i] for i in range(len(rows))]
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -216,8 +228,9 @@ class CoTRAILJudge:
         from trl_tract.saved.hub import push_judge
 
         if not (self.grid.token_ids or self.grid.paths):  # nothing was judged yet
-            self._find_tokens([{"role": "user", "content": ""}] if self.backend.tokenizer.chat_template else "")
-        config = JudgeConfig(self.scales, self.normalize_grid, self.writes_rationale)
+            prompt = [{"role": "user", "content": "a"}] if self.backend.tokenizer.chat_template else ""
+            self._find_tokens({"prompt": prompt})
+        config = JudgeConfig(self.scales, self.normalize_grid, self.writes_rationale, self.template_settings)
         return push_judge(self.backend, config, repo_id, recalibrations=self._recalibrations(), **options)
 
     def score_rationales(self, prompts: Sequence[Prompt], rationales: Sequence[str]) -> NDArray[np.float64]:
@@ -236,9 +249,9 @@ class CoTRAILJudge:
             raise ValueError("this judge scores several aspects, and which rationale is whose is not said: use judge()")
         if not prompts:
             return GridProbabilities.exact(np.zeros((0, len(self.grid))))
-        self._find_tokens(prompts[0])
+        self._find_tokens({"prompt": prompts[0]})
         prefixes = [
-            prefix_ids(self.backend.tokenizer, prompt, self.scales, [], rationale)
+            prefix_ids(self._template, prompt, self.scales, [], rationale)
             for prompt, rationale in zip(prompts, rationales, strict=True)
         ]
         return grid_probabilities(self.backend, self.grid, prefixes)
@@ -253,13 +266,21 @@ class CoTRAILJudge:
             raise ValueError(f"recalibration is for {wrong[0] or 'one score'!r}: give {fitting}")
         return given
 
-    def _find_tokens(self, prompt: Prompt) -> None:
+    @property
+    def _template(self) -> Template:
+        """The backend's chat template; what is found out about it is kept as long as it stays what it is."""
+        tokenizer = self.backend.tokenizer
+        if self._known_template is None or self._known_template[0] != (id(tokenizer), tokenizer.chat_template):
+            template = Template(tokenizer, self.template_settings)
+            self._known_template = ((id(tokenizer), tokenizer.chat_template), template)
+        return self._known_template[1]
+
+    def _find_tokens(self, row: Row) -> None:
         """Look the tokens up where scores will stand, and compare with those of the training; once a kind of prompt."""
-        kind = (id(self.backend.tokenizer), isinstance(prompt, str))
+        kind = (id(self.backend.tokenizer), isinstance(row["prompt"], str))
         if kind in self._tokens_found:
             return
-        completion = "".join(scale.format.join("", scale.grid.texts[0]) for scale in self.scales)
-        found = resolve_scales(self.backend.tokenizer, with_completion(prompt, completion), self.scales)
+        found = resolve_asked(self._template, row, self.scales)
         self.scales = tuple(
             replace(scale, grid=_checked(scale.grid, here.grid)) for scale, here in zip(self.scales, found, strict=True)
         )
@@ -280,20 +301,21 @@ def _checked(known: ScoreGrid, here: ScoreGrid) -> ScoreGrid:
     return known
 
 
-def _read_prompt(row: Any) -> Prompt:
-    """The prompt of an item: text, or chat messages.
+def _read_item(row: Any) -> Row:
+    """An item as a row with a prompt, text or chat messages.
 
     Raises:
         TypeError, ValueError: It is neither; what it is is said.
     """
     if isinstance(row, Mapping) and "prompt" not in row:
         raise ValueError(f"the row has no `prompt`; its columns are {', '.join(sorted(map(str, row)))}")
-    prompt: Any = row["prompt"] if isinstance(row, Mapping) else row
+    item: Row = dict(row) if isinstance(row, Mapping) else {"prompt": row}
+    prompt = item["prompt"]
     if isinstance(prompt, str):
-        return prompt
+        return item
     if not isinstance(prompt, Sequence):
         raise TypeError(f"it is {type(prompt).__name__}, not text or a list of chat messages")
     for message in prompt:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise ValueError(f"a chat message needs `role` and `content`, and one is {message!r}")
-    return list(prompt)
+    return item

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 
-from trl_tract.backends import Generation
+from trl_tract.backends import Generation, Stop
 from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.judge.judgement import Judgement
 from trl_tract.judge.scoring import NO_ROOM, Rule, Sampler, grid_probabilities
-from trl_tract.rows.row import Prompt
-from trl_tract.rows.tokens import prefix_ids
+from trl_tract.rows.template import Asked, Frame, Template
+from trl_tract.rows.thinking import answered, may_end, read_rationale, stop_rules
+from trl_tract.rows.tokens import asked_ids, prefix_ids
 from trl_tract.scale.scale import Scale, scored_within
 from trl_tract.scale.text import ScoreNotFoundError
 from trl_tract.text.progress import Passes
@@ -27,7 +27,7 @@ class _Chain:
     """One completion under way: what is written of it, and why it does not go on."""
 
     item: int
-    prompt: Prompt
+    asked: Asked
     done: list[tuple[str, str]] = field(default_factory=list)  # rationale and score text, by scale
     rationale: str = ""
     error: str | None = None
@@ -38,6 +38,7 @@ class Loop:
     """What is the same for all items that are judged.
 
     Attributes:
+        template: Of the prompts.
         scales: In their order, with tokens.
         sampler: Writes the rationales.
         rule: Makes scores of probabilities.
@@ -45,24 +46,23 @@ class Loop:
         num_generations: Completions of each item.
     """
 
+    template: Template
     scales: tuple[Scale, ...]
     sampler: Sampler
     rule: Rule
     recalibrations: Mapping[str, Recalibration]
     num_generations: int
 
-    def run(
-        self, prompts: Mapping[int, Prompt], ids: Mapping[int, Sequence[int]], first: int, report: Callable[[int], None]
-    ) -> dict[int, Judgement]:
+    def run(self, asked: Mapping[int, Asked], first: int, report: Callable[[int], None]) -> dict[int, Judgement]:
         """A judgement for each item.
 
         Args:
-            prompts: Item -> its prompt.
-            ids: Item -> the prompt's tokens.
+            asked: Item -> its prompt.
             first: Number of the first item where the items are a part of more.
             report: Told how many items are done, at each pass over them a part.
         """
-        chains = {item: [_Chain(item, prompts[item]) for _ in range(self.num_generations)] for item in ids}
+        ids = {item: asked_ids(self.template, each) for item, each in asked.items()}
+        chains = {item: [_Chain(item, asked[item]) for _ in range(self.num_generations)] for item in ids}
         judged: dict[int, dict[str, Judgement]] = {item: {} for item in ids}
         passes = Passes(report, len(ids), 2 * len(self.scales))
         for number, scale in enumerate(self.scales):
@@ -81,13 +81,18 @@ class Loop:
     ) -> None:
         """Write the next rationale of each completion that goes on, or the reason why there is none."""
         sampler, scale = self.sampler, self.scales[number]
+        # Thinking stands before the first rationale alone.
+        frames = [chain.asked.frame if number == 0 else Frame() for chain in going]
+        stop = Stop.at(scale, **stop_rules(frames))
         several = [number] if scale.name else []
         options: dict[str, Any] = {
             "seed": lambda attempt: [self.rule.seed, first, attempt, *several],
-            "rejects": lambda text: scored_within(text, self.scales) is not None,
+            "rejects": lambda text: any(
+                not may_end(frame, text) or scored_within(answered(frame, text), self.scales) for frame in frames[:1]
+            ),
         }
         if number == 0:
-            sampled = sampler.sample(ids, scale, n=self.num_generations, on_progress=passes.add, **options)
+            sampled = sampler.sample(ids, stop, n=self.num_generations, on_progress=passes.add, **options)
             generations = [each for own in sampled.values() for each in own]
         else:
             asked = {place: own for place, chain in enumerate(going) if (own := self._prefix(chain, None)) is not None}
@@ -96,15 +101,19 @@ class Loop:
             def tell(count: int) -> None:
                 passes.add(count / self.num_generations)
 
-            generations = [own[0] for own in sampler.sample(asked, scale, n=1, on_progress=tell, **options).values()]
+            generations = [own[0] for own in sampler.sample(asked, stop, n=1, on_progress=tell, **options).values()]
         for chain, generation in zip(going, generations, strict=True):
-            self._take(chain, generation, scale)
+            self._take(chain, generation, number)
 
-    def _take(self, chain: _Chain, generation: Generation, scale: Scale) -> None:
-        chain.rationale = self.sampler.rationale(generation, scale)
-        early = scored_within(chain.rationale, self.scales)
+    def _take(self, chain: _Chain, generation: Generation, number: int) -> None:
+        frame, scale = chain.asked.frame if number == 0 else Frame(), self.scales[number]
+        written = self.sampler.rationale(generation, scale)
+        chain.rationale = read_rationale(frame, written)
+        early = scored_within(answered(frame, written), self.scales)
         if not self.sampler.usable(generation):
             chain.error = self.sampler.reason(generation, scale)
+        elif self.sampler.writes and not may_end(frame, written) and not self.sampler.append_marker:
+            chain.error = "the model was still thinking when it named the marker"
         elif early is not None:
             which = f"a score of aspect {early.name!r}" if early.name else "a score already"
             chain.error = f"the rationale before {scale.marker!r} holds {which}"
@@ -139,8 +148,8 @@ class Loop:
     def _prefix(self, chain: _Chain, rationale: str | None) -> list[int] | None:
         """Tokens up to the next score, or, without a rationale, to where it begins; None if there are none."""
         try:
-            return prefix_ids(self.sampler.backend.tokenizer, chain.prompt, self.scales, chain.done, rationale)
-        except (ScoreNotFoundError, TemplateError) as error:
+            return prefix_ids(self.template, chain.asked, self.scales, chain.done, rationale)
+        except ScoreNotFoundError as error:
             chain.error = f"the rationale cannot be scored: {error}"
             return None
 

@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trl_tract.backends import Backend, Generation
+from trl_tract.backends import Backend, Generation, Stop
 from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.files.journal import digest
 from trl_tract.judge.judgement import Judgement
 from trl_tract.scale.decisions import DECISIONS, POOLS, Decision, Pool, check_quantile, decide, temper
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale
-from trl_tract.scale.text import is_thinking
 from trl_tract.scale.trie import GridProbabilities, walk_trie
 
 Key = TypeVar("Key")
@@ -46,7 +45,7 @@ class Sampler:
     def sample(
         self,
         prompts: Mapping[Key, Sequence[int]],
-        scale: Scale,
+        stop: Stop,
         *,
         n: int,
         seed: Callable[[int], Sequence[Any]],
@@ -57,7 +56,7 @@ class Sampler:
 
         Args:
             prompts: Token ids.
-            scale: Of the score that ends them.
+            stop: The marker that ends them.
             n: Rationales for each.
             seed: What the random numbers of an attempt (1, 2, ...) depend on.
             rejects: Whether a rationale that did reach its score has to be sampled again.
@@ -68,7 +67,7 @@ class Sampler:
         results: dict[Key, list[Generation]] = {}
         open_slots = [(key, sample) for key in prompts for sample in range(n)]
         for attempt in range(1, self.max_attempts + 1):
-            settings: dict[str, Any] = {**self.options, "stop": scale.marker}
+            settings: dict[str, Any] = {**self.options, "stop": stop}
             settings["seed"] = int(digest(list(seed(attempt)))[:8], 16)
             if attempt == 1:
                 first = self.backend.generate(list(prompts.values()), n=n, on_progress=on_progress, **settings)
@@ -84,18 +83,20 @@ class Sampler:
 
     @staticmethod
     def _is_open(generation: Generation, rejects: Callable[[str], bool]) -> bool:
-        if _reached(generation):
+        if generation.finish_reason == "stop":
             return rejects(generation.text)
         return generation.finish_reason != "prompt_too_long"
 
     def usable(self, generation: Generation) -> bool:
         """Whether a score can follow."""
-        return _reached(generation) or (self.append_marker and generation.finish_reason != "prompt_too_long")
+        return generation.finish_reason == "stop" or (
+            self.append_marker and generation.finish_reason != "prompt_too_long"
+        )
 
     def rationale(self, generation: Generation, scale: Scale) -> str:
         """What was written before the score; with `append_marker` perhaps before a marker without one."""
         before, marker, _ = generation.text.rpartition(scale.marker)
-        return (before if marker and not _reached(generation) else generation.text).rstrip()
+        return (before if marker and generation.finish_reason != "stop" else generation.text).rstrip()
 
     def reason(self, last: Generation, scale: Scale) -> str:
         """Why no score can follow a generation that is not usable."""
@@ -104,16 +105,10 @@ class Sampler:
         ending = {
             "length": f"max_new_tokens={self.options['max_new_tokens']} ran out",
             "eos": "the model ended its turn",
-            "stop": "the model was still thinking",
         }
         attempts = f"in {self.max_attempts} attempts: {ending[last.finish_reason]}"
         mentioned = " with a score" if scale.marker in last.text else ""
         return f"no rationale reached {scale.marker!r}{mentioned} {attempts}"
-
-
-def _reached(generation: Generation) -> bool:
-    # An engine that knows no more of a stop text than its characters may have ended within a thinking block.
-    return generation.finish_reason == "stop" and not is_thinking(generation.text)
 
 
 def grid_probabilities(backend: Backend, grid: ScoreGrid, prefixes: Sequence[Sequence[int]]) -> GridProbabilities:

@@ -17,6 +17,7 @@ from trl.trainer.utils import pad
 from trl_tract.rows.encoding import ASPECT_COLUMN, Encoder, score_indices
 from trl_tract.rows.rendering import as_prompt_completion, written_formats
 from trl_tract.rows.row import ROW_NUMBER
+from trl_tract.rows.template import Template
 from trl_tract.rows.tokens import format_from_ids, resolve_from_ids, resolve_scales
 from trl_tract.scale.scale import Scale
 from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, some_scores
@@ -27,7 +28,7 @@ _LOOKED_AT = 1000  # rows whose way of writing scores is counted
 
 
 def find_scales(
-    tokenizer: PreTrainedTokenizerBase,
+    template: Template | PreTrainedTokenizerBase,
     rows: Iterable[Mapping[str, Any]],
     scales: tuple[Scale, ...],
     warn: Callable[[str], None] = logger.warning,
@@ -35,7 +36,7 @@ def find_scales(
     """The scales with their tokens and the rows' way of writing them: the commonest one of the first 1,000 rows.
 
     Args:
-        tokenizer: A fast one.
+        template: Of the rows; a fast tokenizer's own, without settings.
         rows: Of text, or tokenised.
         scales: As configured.
         warn: Told how many rows write marker and score in another way.
@@ -43,6 +44,7 @@ def find_scales(
     Raises:
         ValueError: None of these rows has all the scores.
     """
+    template = Template.of(template)
     problems: list[tuple[int, ScoreNotFoundError]] = []
     ways: dict[tuple[CompletionFormat, ...], list[tuple[int, Mapping[str, Any]]]] = {}
     count = 0
@@ -50,13 +52,13 @@ def find_scales(
         count += 1
         number = row.get(ROW_NUMBER, index)
         try:
-            ways.setdefault(_formats(tokenizer, row, scales), []).append((number, row))
+            ways.setdefault(_formats(template, row, scales), []).append((number, row))
         except ScoreNotFoundError as error:
             problems.append((number, error))
     commonest = sorted(ways, key=lambda way: -len(ways[way]))
     for number, row in itertools.chain.from_iterable(ways[way] for way in commonest):
         try:
-            found = _resolved(tokenizer, row, scales)
+            found = _resolved(template, row, scales)
         except ScoreNotFoundError as error:
             problems.append((number, error))
             continue
@@ -73,22 +75,18 @@ def find_scales(
     )
 
 
-def _formats(
-    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], scales: tuple[Scale, ...]
-) -> tuple[CompletionFormat, ...]:
+def _formats(template: Template, row: Mapping[str, Any], scales: tuple[Scale, ...]) -> tuple[CompletionFormat, ...]:
     """How a row writes each of its scores."""
     if "input_ids" in row:
-        return tuple(format_from_ids(tokenizer, row["input_ids"], *place) for place in _places(row, scales))
-    return written_formats(as_prompt_completion(row), scales)
+        return tuple(format_from_ids(template.tokenizer, row["input_ids"], *place) for place in _places(row, scales))
+    return written_formats(template, as_prompt_completion(row), scales)
 
 
-def _resolved(
-    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], scales: tuple[Scale, ...]
-) -> tuple[Scale, ...]:
+def _resolved(template: Template, row: Mapping[str, Any], scales: tuple[Scale, ...]) -> tuple[Scale, ...]:
     """The scales as a row writes them, with their tokens there."""
     if "input_ids" in row:
-        return tuple(resolve_from_ids(tokenizer, row["input_ids"], *place) for place in _places(row, scales))
-    return resolve_scales(tokenizer, as_prompt_completion(row), scales)
+        return tuple(resolve_from_ids(template.tokenizer, row["input_ids"], *place) for place in _places(row, scales))
+    return resolve_scales(template, as_prompt_completion(row), scales)
 
 
 def _places(row: Mapping[str, Any], scales: Sequence[Scale]) -> Iterator[tuple[int, Scale]]:

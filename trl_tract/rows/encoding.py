@@ -5,6 +5,7 @@ in rubric units. One column carries position and value through shuffling, packin
 truncation ate is seen to be missing. Knows nothing of datasets or models.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from trl_tract.rows.golds import annotator_shares, read_golds
 from trl_tract.rows.rendering import RenderedRow, as_prompt_completion, render_row, without_rationales
 from trl_tract.rows.row import ROW_NUMBER
+from trl_tract.rows.template import NO_SETTINGS, Template, TemplateSettings
 from trl_tract.rows.tokens import tokenise
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale
@@ -107,15 +109,22 @@ class RowEncoder(Encoder):
 
     Attributes:
         tokenizer: A fast one.
+        settings: What its chat template is rendered with.
         completion_only: Whether the prompt is left out of the cross-entropy.
         score_in_ce: Whether the scores are left in it.
         drop_rationale: Whether to leave the rationales out.
     """
 
     tokenizer: PreTrainedTokenizerBase
+    settings: TemplateSettings = NO_SETTINGS
     completion_only: bool = True
     score_in_ce: bool = False
     drop_rationale: bool = False
+
+    @functools.cached_property
+    def template(self) -> Template:
+        """The tokenizer's chat template, with its settings."""
+        return Template(self.tokenizer, self.settings)
 
     def render(self, row: Mapping[str, Any]) -> RenderedRow:
         """The row as the text that is tokenised, with its scores found.
@@ -125,13 +134,13 @@ class RowEncoder(Encoder):
         """
         row = as_prompt_completion(row)
         return render_row(
-            self.tokenizer, without_rationales(row, self.scales) if self.drop_rationale else row, self.scales
+            self.template, without_rationales(row, self.scales) if self.drop_rationale else row, self.scales
         )
 
     def _encode(self, row: Mapping[str, Any]) -> tuple[dict[str, list[Any]], int]:
         rendered = self.render(row)
         golds = read_golds(row, self.scales) or []
-        tokens = tokenise(self.tokenizer, rendered, self.scales)
+        tokens = tokenise(self.template, rendered, self.scales)
         ids = tokens.input_ids
         start = tokens.prompt_length if self.completion_only else 0
         columns: dict[str, list[Any]] = {"input_ids": ids, "labels": [-100] * start + ids[start:]}

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from trl_tract.rows.rendering import as_prompt_completion, completion_text
+from trl_tract.rows.rendering import as_prompt_completion
+from trl_tract.rows.thinking import scored_text
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale, locate_scores
 from trl_tract.scale.text import ScoreNotFoundError, some_scores
@@ -61,7 +62,7 @@ def read_golds(row: Mapping[str, Any], scales: Sequence[Scale]) -> list[list[flo
         completion = as_prompt_completion(row).get("completion")
         if is_missing(completion):
             return None
-        given = [span.text for span in locate_scores(completion_text(completion), scales)]
+        given = [span.text for span in locate_scores(scored_text(completion), scales)]
     golds = []
     for scale, value in zip(scales, given, strict=True):
         try:

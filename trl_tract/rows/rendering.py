@@ -1,19 +1,25 @@
-"""A row -> the text that is tokenised, as SFTTrainer would write it, and the place of its scores in that text.
+"""A row -> the text that is tokenised, and the place of its scores in that text.
 
-Characters only: a tokenizer is asked for its chat template and nothing else. Knows nothing of datasets or models.
+The completion goes on behind what the model is asked with, as it is given: a chat template writes prompts alone. Knows
+characters and templates; nothing of tokens, datasets or models.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import datetime
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import common_prefix_length, is_conversational, maybe_convert_to_chatml
+from trl.data_utils import is_conversational, maybe_convert_to_chatml
 
 from trl_tract.rows.row import Prompt, Row
+from trl_tract.rows.template import Asked, Frame, Template, TemplateSettings
+from trl_tract.rows.thinking import own_thinking, scored_text, thought_and_answer, thought_first
 from trl_tract.scale.scale import Scale, locate_scores
 from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, ScoreSpan
+
+_LOOKED_AT = 1000  # rows that decide whether a rationale is the thinking
 
 
 @dataclass(frozen=True)
@@ -30,18 +36,69 @@ class RenderedRow:
     """A row as the text that is tokenised, with its scores found.
 
     Attributes:
+        asked: The prompt alone, as the model is asked.
         text: Prompt and completion, with the chat template's or the end-of-sequence text.
-        prompt_text: The prompt alone, as the model is asked.
         scores: Its scores, one for each scale, in their order.
         formats: Each score's marker and the whitespace around it; `start` is what stands before its rationale.
-        add_special_tokens: Whether the tokenizer adds its own: True for plain text, False after a chat template.
+        cuts: Where the text is cut before it is tokenised.
     """
 
+    asked: Asked
     text: str
-    prompt_text: str
     scores: tuple[RenderedScore, ...]
     formats: tuple[CompletionFormat, ...]
-    add_special_tokens: bool
+    cuts: tuple[int, ...]
+
+    @property
+    def prompt_text(self) -> str:
+        """The prompt alone, as the model is asked."""
+        return self.asked.text
+
+
+@dataclass
+class _Body:
+    """What stands behind the prompt, as it grows."""
+
+    text: str = ""
+    scores: list[RenderedScore] = field(default_factory=list)
+    real: list[tuple[int, int]] = field(default_factory=list)  # may become control tokens
+
+    def add(self, text: str, *, real: bool = False) -> None:
+        if real:
+            self.real.append((len(self.text), len(self.text) + len(text)))
+        self.text += text
+
+    def add_score(self, text: str) -> None:
+        self.scores.append(RenderedScore(text, len(self.text), len(self.text) + len(text)))
+        self.text += text
+
+    def addown_thinking(self, text: str, frame: Frame) -> None:
+        """Add text; the thinking that it may begin with is marked by control tokens."""
+        tags, end = own_thinking(text, frame)
+        if tags is None or end is None:
+            self.add(text)
+            return
+        opener, closer = tags
+        begin = text.index(opener)
+        self.add(text[:begin])
+        self.add(opener, real=True)
+        self.add(text[begin + len(opener) : end - len(closer)])
+        self.add(closer, real=True)
+        self.add(text[end:])
+
+    def behind(self, asked: Asked, template: Template, formats: Sequence[CompletionFormat]) -> RenderedRow:
+        ending = asked.frame.ending
+        # Plain text may have been written by hand with all its control tokens, its end included.
+        text = self.text + ("" if asked.add_special_tokens and self.text.endswith(ending) else ending)
+        cuts = () if asked.add_special_tokens else template.cuts(self.text, self.real)
+        begin = len(asked.text)
+        return RenderedRow(
+            asked,
+            asked.text + text,
+            tuple(RenderedScore(score.text, begin + score.start, begin + score.end) for score in self.scores),
+            tuple(formats),
+            (*asked.cuts, *(begin + cut for cut in cuts)),
+        )
 
 
 def as_prompt_completion(row: Mapping[str, Any]) -> Row:
@@ -57,7 +114,7 @@ def as_prompt_completion(row: Mapping[str, Any]) -> Row:
 
 def without_rationales(row: Mapping[str, Any], scales: Sequence[Scale]) -> Row:
     """A prompt-completion row whose completion is markers and scores alone."""
-    content = completion_text(row.get("completion"))
+    content = scored_text(row.get("completion"))
     begin, pieces = 0, []
     for span in locate_scores(content, scales):
         before = content[begin : span.marker_start]
@@ -66,90 +123,174 @@ def without_rationales(row: Mapping[str, Any], scales: Sequence[Scale]) -> Row:
     return {**row, **with_completion(row["prompt"], "".join(pieces) + content[begin:])}
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **template: Any) -> tuple[str, bool]:
-    """A prompt as the text that the model is asked with, and whether the tokenizer adds special tokens to it."""
-    if isinstance(prompt, str):
-        return prompt, True
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the rows are chat messages, but this tokenizer has no chat template. Give the prompts as plain text, or "
-            "set chat_template_path"
-        )
-    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **template)), False
-
-
-def render_row(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], scales: Sequence[Scale]) -> RenderedRow:
-    """Write a prompt-completion row as text, as SFTTrainer would, and find the score of each scale.
+def render_row(template: Template, row: Mapping[str, Any], scales: Sequence[Scale]) -> RenderedRow:
+    """Write a prompt-completion row as text, and find the score of each scale.
 
     Raises:
-        ScoreNotFoundError: A score is missing, ambiguous or out of order.
+        ScoreNotFoundError: A score is missing, ambiguous or out of order; or the chat template refuses the prompt.
     """
     prompt, completion = row.get("prompt"), row.get("completion")
     if prompt is None:
         raise ScoreNotFoundError("no prompt", "the prompt is missing")
     if completion is None:
         raise ScoreNotFoundError("empty", "the completion is missing")
-    chat = is_conversational({"prompt": prompt})
-    if chat != is_conversational({"completion": completion}):
+    if is_conversational({"prompt": prompt}) != is_conversational({"completion": completion}):
         raise ScoreNotFoundError("mixed types", "prompt and completion must both be text, or both chat messages")
-    template: dict[str, Any] = dict(row.get("chat_template_kwargs") or {})
-    if row.get("tools"):
-        template.setdefault("tools", json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"])
-    before, add_special_tokens = prompt_text(tokenizer, prompt, **template)
-    if chat:
-        text = str(tokenizer.apply_chat_template([*prompt, *completion], tokenize=False, **template))
-    else:
-        text = before + completion
-        eos = tokenizer.eos_token or ""
-        text += "" if text.endswith(eos) else eos
-    content = completion_text(completion)
-    spans = locate_scores(content, scales)
-    # The template may strip or rewrite the rationale, so markers and scores are looked up in what it rendered, last
-    # one first, and only behind the prompt, which may hold a forged marker of its own.
-    rendered_from, rendered_to = common_prefix_length(before, text), len(text)
-    scores: list[RenderedScore] = []
-    for span in reversed(spans):
-        written = content[span.marker_start : span.end]
-        at = text.rfind(written, rendered_from, rendered_to)
-        if at < 0:
-            raise ScoreNotFoundError(
-                "rewritten", f"the chat template rewrites {written!r}, so the score cannot be found"
-            )
-        scores.insert(0, RenderedScore(span.text, at + span.start - span.marker_start, at + len(written)))
-        rendered_to = at
-    return RenderedRow(
-        text=text,
-        prompt_text=before,
-        scores=tuple(scores),
-        formats=_formats(content, spans),
-        add_special_tokens=add_special_tokens,
-    )
+    asked = template.ask(row)
+    written = _written(completion, asked.frame, scales, template.thinks)
+    body = _Body()
+    if written.thought is not None:
+        body.add(written.thought)
+        body.add(asked.frame.closing, real=True)
+    elif not written.answer[:1].isspace():
+        body.add(asked.frame.start)
+    end = 0
+    for span in written.spans:
+        marker_end = span.start - len(span.separator)
+        before = written.answer[end : span.marker_start]
+        if end == 0 and written.thought is None:
+            body.addown_thinking(before, asked.frame)
+        else:
+            body.add(before)
+        body.add(written.answer[span.marker_start : marker_end], real=True)
+        body.add(span.separator)
+        body.add_score(span.text)
+        end = span.end
+    body.add(written.answer[end:])
+    return body.behind(asked, template, written.formats)
 
 
-def written_formats(row: Mapping[str, Any], scales: Sequence[Scale]) -> tuple[CompletionFormat, ...]:
+def render_pieces(
+    template: Template, asked: Asked, scales: Sequence[Scale], pieces: Sequence[tuple[str, str]]
+) -> RenderedRow:
+    """Rationales and score texts behind a prompt, as a training row with them is written.
+
+    Args:
+        template: Of the prompt.
+        asked: The prompt.
+        scales: One for each piece; more are left for later.
+        pieces: What was written, the rationales as by `read_rationale`.
+    """
+    body = _Body()
+    for number, (scale, (rationale, score)) in enumerate(zip(scales, pieces, strict=False)):
+        thought, answer = thought_first(asked.frame, rationale) if number == 0 else (None, rationale.rstrip())
+        first = answer if thought is None else thought
+        start = "" if first[:1].isspace() else scale.format.start
+        if number == 0 and thought is None and not (start or first)[:1].isspace():
+            start = asked.frame.start + start
+        body.add(start if first or thought is None else "")
+        if thought is not None:
+            body.add(thought)
+            body.add(asked.frame.closing, real=True)
+            body.add(answer)
+        else:
+            body.addown_thinking(answer, asked.frame if number == 0 else Frame())
+        body.add(scale.format.lead if answer else "")
+        body.add(scale.marker, real=True)
+        body.add(scale.format.separator)
+        body.add_score(score)
+    return body.behind(asked, template, [scale.format for scale in scales])
+
+
+def written_completion(frame: Frame, scales: Sequence[Scale], pieces: Sequence[tuple[str, str]]) -> str:
+    """Rationales and score texts as a completion that a row can have; thinking stands in tags.
+
+    Training on such a row is training on what `render_pieces` writes.
+    """
+    texts = [scale.format.join(*piece) for scale, piece in zip(scales, pieces, strict=True)]
+    thought, answer = thought_first(frame, pieces[0][0])
+    if thought is None:
+        return "".join(texts)
+    opener, closer = next(tags for tags in reversed(frame.tags) if tags[1] not in thought)
+    rest = scales[0].format.join(answer, pieces[0][1]).removeprefix(scales[0].format.start)
+    start = "" if thought[:1].isspace() else scales[0].format.start
+    return "".join([f"{opener}\n{start}{thought}\n{closer}\n\n{rest}", *texts[1:]])
+
+
+def written_formats(
+    template: Template, row: Mapping[str, Any], scales: Sequence[Scale]
+) -> tuple[CompletionFormat, ...]:
     """How a prompt-completion row writes the score of each scale.
 
     Raises:
         ScoreNotFoundError: A score is missing, ambiguous or out of order.
     """
-    content = completion_text(row.get("completion"))
-    return _formats(content, locate_scores(content, scales))
+    frame = Frame() if isinstance(row.get("prompt"), str) else template.frame(row)
+    return _written(row.get("completion"), frame, scales, template.thinks).formats
 
 
-def _formats(content: str, spans: Sequence[ScoreSpan]) -> tuple[CompletionFormat, ...]:
-    begins = [0, *(span.end for span in spans)]
-    return tuple(_format(content, begin, span) for begin, span in zip(begins, spans, strict=False))
+def brings_thinking(template: Template, row: Mapping[str, Any]) -> bool:
+    """Whether a prompt-completion row of chat messages brings thinking of its own."""
+    completion = row.get("completion")
+    if isinstance(row.get("prompt"), str) or not completion or isinstance(completion, str):
+        return False
+    return bool(thought_and_answer(completion, template.frame(row))[0])
 
 
-def _format(content: str, begin: int, span: ScoreSpan) -> CompletionFormat:
-    """How the score at `span` is written behind its rationale, which begins at `begin`."""
-    before, rest = content[begin : span.marker_start], content[begin:]
-    return CompletionFormat(
-        content[span.marker_start : span.start - len(span.separator)],
-        # Without a rationale there is nothing that the marker follows.
-        lead=span.lead if before.strip() else " ",
-        separator=span.separator,
-        start=rest[: len(rest) - len(rest.lstrip())],
+@dataclass(frozen=True)
+class _Written:
+    """A completion as its author wrote it.
+
+    Attributes:
+        thought: What stands inside the thinking block; None where nothing does.
+        answer: The rest.
+        spans: The scores, in the answer.
+        formats: How they are written.
+    """
+
+    thought: str | None
+    answer: str
+    spans: tuple[ScoreSpan, ...]
+    formats: tuple[CompletionFormat, ...]
+
+
+def _written(completion: Any, frame: Frame, scales: Sequence[Scale], thinks: bool) -> _Written:
+    thought, answer = thought_and_answer(completion, frame)
+    if thought and not frame.closing:
+        raise ScoreNotFoundError(
+            "thinking",
+            "the row brings thinking, and thinking is off. Set thinking='rationale', or take it out of the row"
+            if thinks
+            else "the row brings thinking, and the chat template has no place for it. Put it into the content",
+        )
+    if thought is None or not frame.closing:  # an empty block is none
+        thought, (tags, end) = None, own_thinking(answer, frame)
+        if tags is not None and end is None:
+            raise ScoreNotFoundError(
+                "thinking", f"the completion begins a thinking block, {tags[0]}, and never ends it"
+            )
+        spans = _moved(locate_scores(answer[end or 0 :], scales), end or 0)
+        if frame.closing:  # the rationale is the thinking
+            marker = spans[0].marker_start
+            thought, answer, spans = answer[:marker].rstrip(), answer[marker:], _moved(spans, -marker)
+    else:
+        spans = locate_scores(answer, scales)
+    if thought is not None and frame.closer in thought:
+        raise ScoreNotFoundError(
+            "thinking", f"the thinking holds {frame.closer!r}, which would end it there. Write it in another way"
+        )
+    formats = []
+    begin = 0
+    for span in spans:
+        before = answer[begin : span.marker_start]
+        first = thought if begin == 0 and thought is not None else answer[begin:]
+        formats.append(
+            CompletionFormat(
+                answer[span.marker_start : span.start - len(span.separator)],
+                # Without a rationale there is nothing that the marker follows.
+                lead=span.lead if before.strip() else " ",
+                separator=span.separator,
+                start=first[: len(first) - len(first.lstrip())],
+            )
+        )
+        begin = span.end
+    return _Written(thought, answer, spans, tuple(formats))
+
+
+def _moved(spans: Sequence[ScoreSpan], by: int) -> tuple[ScoreSpan, ...]:
+    return tuple(
+        ScoreSpan(span.start + by, span.end + by, span.text, span.marker_start + by, span.lead, span.separator)
+        for span in spans
     )
 
 
@@ -161,13 +302,27 @@ def with_completion(prompt: Prompt, completion: str) -> Row:
     }
 
 
-def completion_text(completion: str | Sequence[Mapping[str, Any]] | None) -> str:
-    """What the judge writes: a text completion itself, or the content of the assistant's last turn."""
-    if isinstance(completion, str):
-        return completion
-    if not completion:
-        raise ScoreNotFoundError("empty", "the completion is empty")
-    content = completion[-1].get("content")
-    if not isinstance(content, str):
-        raise ScoreNotFoundError("not text", f"the completion's content is {type(content).__name__}, not text")
-    return content
+def settled(
+    tokenizer: PreTrainedTokenizerBase, settings: TemplateSettings, rows: Iterable[Mapping[str, Any]]
+) -> TemplateSettings:
+    """What training with these rows renders with, and every later use: `auto` decided, the date set.
+
+    The rationale is the thinking if the template has a place for it and half of the first 1,000 rows or more bring
+    thinking of their own; otherwise thinking is off.
+    """
+    template = Template(tokenizer, settings)
+    if settings.thinking == "auto":
+        inside = Template(tokenizer, replace(settings, thinking="rationale"))
+        looked_at = [_brings(inside, row) for row in itertools.islice(rows, _LOOKED_AT)] if template.thinks else []
+        rationale = bool(looked_at) and 2 * sum(looked_at) >= len(looked_at)
+        settings = replace(settings, thinking="rationale" if rationale else "off")
+    if settings.date is None and template.writes_date:
+        settings = replace(settings, date=datetime.date.today().isoformat())
+    return settings
+
+
+def _brings(template: Template, row: Mapping[str, Any]) -> bool:
+    try:
+        return brings_thinking(template, as_prompt_completion(row))
+    except ScoreNotFoundError:
+        return False  # refused by its number later

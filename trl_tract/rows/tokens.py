@@ -1,7 +1,8 @@
 """A rendered row -> its token ids and the place of its scores in them; a grid's tokens, as a row writes its scores.
 
 Training and judging share these functions: a judge is asked with exactly the token prefix that a training row with the
-same rationale has before its score. Knows nothing of datasets or models.
+same rationale has before its score, and a row's first tokens are exactly those that its prompt is asked with. Knows
+nothing of datasets or models.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,10 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import common_prefix_length
 
-from trl_tract.rows.rendering import RenderedRow, prompt_text, render_row, with_completion
+from trl_tract.rows.rendering import RenderedRow, render_pieces, render_row
 from trl_tract.rows.row import Prompt
+from trl_tract.rows.segments import Segments, segment
+from trl_tract.rows.template import NO_SETTINGS, Asked, Template, TemplateSettings
 from trl_tract.scale.grid import ScoreGrid, tokens_covering
 from trl_tract.scale.scale import Scale
 from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, ScoreSpan, some_scores, span_at
@@ -36,14 +38,34 @@ class TokenisedRow:
     score_stops: tuple[int, ...]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids that a prompt is asked with, the same that SFTTrainer trains on."""
-    text, add_special_tokens = prompt_text(tokenizer, prompt)
-    return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, settings: TemplateSettings = NO_SETTINGS
+) -> list[int]:
+    """Token ids that a prompt is asked with: those that every row with it begins with in training."""
+    template = Template(tokenizer, settings)
+    return asked_ids(template, template.ask({"prompt": prompt}))
+
+
+def asked_ids(template: Template, asked: Asked) -> list[int]:
+    """Token ids of a prompt as the model is asked."""
+    special = asked.add_special_tokens
+    return segment(template.tokenizer, asked.text, asked.cuts, add_special_tokens=special).ids
+
+
+def encode(template: Template, rendered: RenderedRow) -> tuple[Segments, int]:
+    """The tokens of a row, and how many of them are those that its prompt is asked with."""
+    tokenizer, asked = template.tokenizer, rendered.asked
+    begin = asked_ids(template, asked)
+    whole = segment(tokenizer, rendered.text, rendered.cuts, add_special_tokens=asked.add_special_tokens)
+    if whole.ids[: len(begin)] != begin:
+        # The first word would melt into the prompt's last token, which the judge is asked with.
+        cuts = sorted({*rendered.cuts, len(asked.text)})
+        whole = segment(tokenizer, rendered.text, cuts, add_special_tokens=asked.add_special_tokens)
+    return whole, len(begin)
 
 
 def tokenise(
-    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
     rendered: RenderedRow,
     scales: Sequence[Scale],
     *,
@@ -52,7 +74,7 @@ def tokenise(
     """Tokenise a rendered row once and find the tokens of each score by the characters they cover.
 
     Args:
-        tokenizer: A fast one.
+        template: Of the row, with a fast tokenizer.
         rendered: The row.
         scales: Of its scores, with tokens.
         check_ends: Whether what follows a score has to be what follows it in the grid's paths.
@@ -61,19 +83,14 @@ def tokenise(
         ScoreNotFoundError: A score has other tokens than in the grid, because the row writes it in another way, or,
             unless `check_ends` is off, is followed by something else where the grid's paths hold what follows.
     """
-    special = rendered.add_special_tokens
-    encoded = tokenizer(rendered.text, add_special_tokens=special, return_offsets_mapping=True)
-    ids = list(encoded["input_ids"])
-    asked = tokenizer(rendered.prompt_text, add_special_tokens=special)["input_ids"]
-    # Some templates render the prompt differently when it stands alone: like SFTTrainer, train where they diverge.
-    prompt_length = common_prefix_length(asked, ids)
+    whole, prompt_length = encode(template, rendered)
     indices, stops = [], []
     for score, scale in zip(rendered.scores, scales, strict=True):
-        covering = tokens_covering(encoded["offset_mapping"], score.start, score.end)
-        start = _score_start(tokenizer, ids, covering, score.text, scale.grid, check_ends)
+        covering = tokens_covering(whole.offsets, score.start, score.end)
+        start = _score_start(template.tokenizer, whole.ids, covering, score.text, scale.grid, check_ends)
         indices.append(start)
         stops.append(covering[-1] + 1)
-    return TokenisedRow(ids, prompt_length, tuple(indices), tuple(stops))
+    return TokenisedRow(whole.ids, prompt_length, tuple(indices), tuple(stops))
 
 
 def _score_start(
@@ -110,26 +127,43 @@ def _score_start(
 
 
 def resolve_scales(
-    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], scales: Sequence[Scale]
+    template: Template | PreTrainedTokenizerBase, row: Mapping[str, Any], scales: Sequence[Scale]
 ) -> tuple[Scale, ...]:
     """Find each scale's tokens where `row` writes its score, and the way it writes it."""
-    if not tokenizer.is_fast:
+    template = Template.of(template)
+    rendered = render_row(template, row, scales)
+    found = resolved_at(template, rendered, scales)
+    return tuple(replace(scale, format=written) for scale, written in zip(found, rendered.formats, strict=True))
+
+
+def resolve_asked(template: Template, row: Mapping[str, Any], scales: Sequence[Scale]) -> tuple[Scale, ...]:
+    """Find each scale's tokens behind the prompt of `row`, written as the scales say."""
+    pieces = [("", scale.grid.texts[0]) for scale in scales]
+    return resolved_at(template, render_pieces(template, template.ask(row), scales, pieces), scales)
+
+
+def resolved_at(template: Template, rendered: RenderedRow, scales: Sequence[Scale]) -> tuple[Scale, ...]:
+    """Find each scale's tokens where a row has its score."""
+    if not template.tokenizer.is_fast:
         raise ValueError(
-            f"{type(tokenizer).__name__} gives no character offsets, which finding the score needs. Load the fast "
-            "tokenizer of this model"
+            f"{type(template.tokenizer).__name__} gives no character offsets, which finding the score needs. Load the "
+            "fast tokenizer of this model"
         )
-    rendered = render_row(tokenizer, row, scales)
-    special = rendered.add_special_tokens
-    return tuple(
-        replace(
-            scale,
-            grid=scale.grid.resolve(
-                tokenizer, rendered.text[: score.start], rendered.text[score.end :], add_special_tokens=special
-            ),
-            format=written,
-        )
-        for scale, score, written in zip(scales, rendered.scores, rendered.formats, strict=True)
-    )
+
+    def encoded(texts: Sequence[str], at: int) -> dict[str, list[Any]]:
+        rows = []
+        for text in texts:
+            moved = len(text) - len(rendered.text)
+            cuts = tuple(cut if cut <= at else cut + moved for cut in rendered.cuts)
+            rows.append(encode(template, replace(rendered, text=text, cuts=cuts))[0])
+        return {"input_ids": [row.ids for row in rows], "offset_mapping": [row.offsets for row in rows]}
+
+    found = []
+    for scale, score in zip(scales, rendered.scores, strict=True):
+        before, after = rendered.text[: score.start], rendered.text[score.end :]
+        grid = scale.grid.resolve(lambda texts, at=score.start, **_: encoded(texts, at), before, after)
+        found.append(replace(scale, grid=grid))
+    return tuple(found)
 
 
 # Tokens around a score that are read back as text: enough to hold the marker and what decides the score's token.
@@ -204,8 +238,8 @@ def _read_back(
 
 
 def prefix_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
+    template: Template | PreTrainedTokenizerBase,
+    prompt: Prompt | Asked,
     scales: Sequence[Scale],
     done: Sequence[tuple[str, str]] = (),
     rationale: str | None = None,
@@ -217,18 +251,18 @@ def prefix_ids(
     way.
 
     Args:
-        tokenizer: A fast one.
-        prompt: Written like the training rows' prompts.
+        template: Of the prompt; a fast tokenizer's own, without settings.
+        prompt: Written like the training rows' prompts, or as it is asked.
         scales: With tokens.
         done: Rationale and score text of the scales that are written already.
         rationale: Of the scale that is next, without its marker.
     """
+    template = Template.of(template)
+    asked = prompt if isinstance(prompt, Asked) else template.ask({"prompt": prompt})
     if not done and rationale is None:
-        return prompt_ids(tokenizer, prompt)
-    asked = scales[: len(done) + 1]
-    pieces = [*done, (rationale or "", asked[-1].grid.texts[0])]
-    completion = "".join(scale.format.join(*piece) for scale, piece in zip(asked, pieces, strict=True))
-    rendered = render_row(tokenizer, with_completion(prompt, completion), asked)
+        return asked_ids(template, asked)
+    pieces = [*done, (rationale or "", scales[len(done)].grid.texts[0])]
+    rendered = render_pieces(template, asked, scales, pieces)
     # A training row may go on behind its score; this one ends there.
-    tokens = tokenise(tokenizer, rendered, asked, check_ends=False)
+    tokens = tokenise(template, rendered, scales[: len(pieces)], check_ends=False)
     return tokens.input_ids[: tokens.score_stops[-2] if rationale is None else tokens.score_indices[-1]]

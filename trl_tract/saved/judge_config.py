@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from trl_tract.rows.template import NO_SETTINGS, TemplateSettings
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale
 from trl_tract.scale.text import CompletionFormat
@@ -22,11 +23,13 @@ class JudgeConfig:
         scales: The scales of a completion in their order, tokens resolved; the name of a single one is empty.
         normalize_grid: Whether the expected score is divided by the mass on the grid.
         writes_rationale: False for a judge that was trained to give its scores straight away.
+        template: What its chat template is rendered with.
     """
 
     scales: tuple[Scale, ...]
     normalize_grid: bool = False
     writes_rationale: bool = True
+    template: TemplateSettings = NO_SETTINGS
 
     @property
     def format(self) -> CompletionFormat:
@@ -54,6 +57,7 @@ class JudgeConfig:
             "normalize_grid": self.normalize_grid,
             "num_scores": len(self.scales),
             "writes_rationale": self.writes_rationale,
+            **self.template.arguments,
         }
         if len(self.scales) > 1:
             saved["aspects"] = {
@@ -79,7 +83,12 @@ class JudgeConfig:
             saved = json.loads(file.read_text(encoding="utf-8"))
             scales = tuple(_read_scale(name, each) for name, each in saved.get("aspects", {"": saved}).items())
             count = int(saved.get("num_scores", 1))
-            config = cls(scales, bool(saved["normalize_grid"]), bool(saved.get("writes_rationale", True)))
+            config = cls(
+                scales,
+                bool(saved["normalize_grid"]),
+                bool(saved.get("writes_rationale", True)),
+                TemplateSettings.from_dict(saved),
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} cannot be read as {FILE_NAME}: {error!r}. Save the model again") from error
         if count != len(scales):

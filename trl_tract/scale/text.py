@@ -16,26 +16,6 @@ _SCORE_GOES_ON = re.compile(r"\w|[.,:-]\d|\s*/\s*\d|\s*%|\s+(?:out\s+)?of\s+\d")
 _WORD_GOES_ON = re.compile(r"[\w+'’-]")
 
 
-_THINKING = {
-    "<think>": "</think>",
-    "<thinking>": "</thinking>",
-    "<seed:think>": "</seed:think>",
-    "[THINK]": "[/THINK]",
-    "<|channel>thought": "<channel|>",
-    "<|START_THINKING|>": "<|END_THINKING|>",
-}
-
-
-def is_thinking(text: str) -> bool:
-    """Whether what a model wrote ends within a thinking block, where it decides nothing.
-
-    Example:
-        >>> is_thinking("<think>Hm."), is_thinking("<think>Hm.</think> So.")
-        (True, False)
-    """
-    return any(text.rfind(opening) > text.rfind(closing) for opening, closing in _THINKING.items())
-
-
 class ScoreNotFoundError(ValueError):
     """A completion has no score, or no single one. `kind` groups rows that share the reason."""
 

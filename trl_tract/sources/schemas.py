@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_tract.rows.golds import aspect_scores, gold_score
-from trl_tract.rows.rendering import as_prompt_completion, completion_text, with_completion
+from trl_tract.rows.rendering import as_prompt_completion, with_completion
 from trl_tract.rows.row import Row
+from trl_tract.rows.thinking import scored_text
 from trl_tract.scale.scale import Scale, locate_scores
 from trl_tract.scale.scales import Scales
 from trl_tract.scale.text import locate_score
@@ -121,7 +122,7 @@ def read_item(
         if "score" in row:
             score = gold_score(grid.in_numbers(row["score"]))
         else:
-            score = grid.value_of(locate_score(completion_text(completion), marker, grid.texts).text)
+            score = grid.value_of(locate_score(scored_text(completion), marker, grid.texts).text)
         group = str(row.get("group") or json.dumps(row["prompt"]))
         reference = {**{name: row[name] for name in row if name != "completion"}, "score": score, "group": group}
         return Item(group, () if completion is None else (row,), reference, converted=_was_written(own))
@@ -176,7 +177,7 @@ def _read_aspect_item(record: Mapping[str, Any], aspects: Sequence[Scale]) -> It
     if golds is None:
         if completion is None:
             raise ValueError("the row has a prompt, but neither a completion nor scores")
-        spans = locate_scores(completion_text(completion), aspects)
+        spans = locate_scores(scored_text(completion), aspects)
         golds = [aspect.grid.value_of(span.text) for aspect, span in zip(aspects, spans, strict=True)]
     scores = {aspect.name: gold_score(gold) for aspect, gold in zip(aspects, golds, strict=True)}
     group = str(row.get("group") or json.dumps(row["prompt"]))

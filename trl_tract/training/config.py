@@ -1,6 +1,7 @@
 """TRACTConfig: the fields that TRACT adds to SFTConfig, and what it refuses. Knows nothing else."""
 
 import copy
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
+from trl_tract.rows.template import TemplateSettings
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import DEFAULT_MARKER, DEFAULT_VALUES, Scale, read_scales
 from trl_tract.text.secrets import without_secrets
@@ -108,6 +110,30 @@ class TRACTConfig(SFTConfig):
         default=0.0,
         metadata={"help": "Weight of `annotator_loss`, a mean over scores in nats. With 0 it is logged, not trained."},
     )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Variables that the chat template is rendered with, at training and whenever the judge is used; a "
+            "row's own `chat_template_kwargs` go before them. On the command line as JSON. None: none."
+        },
+    )
+    thinking: str = field(
+        default="auto",
+        metadata={
+            "help": "What models that think are asked for: `off`, no thinking, by the chat template's own switch or an "
+            "empty block; `rationale`, the rationale stands inside the thinking block and the score behind it; `auto`, "
+            "`rationale` if half of the first 1,000 rows or more bring thinking (`<think>` or `reasoning_content`) and "
+            "the template has a place for it, otherwise `off`.",
+            "choices": ["auto", "off", "rationale"],
+        },
+    )
+    template_date: str | None = field(
+        default=None,
+        metadata={
+            "help": "What a chat template that asks for the date is told, as YYYY-MM-DD. It is saved, so that a judge "
+            "is asked every day as it was trained. None: the day of the training."
+        },
+    )
     invalid_rows: str = field(
         default="raise",
         metadata={
@@ -155,6 +181,18 @@ class TRACTConfig(SFTConfig):
         if self.annotator_loss == "none" and self.annotator_weight:
             raise ValueError(
                 f"annotator_weight={self.annotator_weight:g} weighs nothing: set annotator_loss='distribution' as well"
+            )
+        if isinstance(self.chat_template_kwargs, str):
+            try:
+                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f'chat_template_kwargs is not JSON: {error}. Write it like {{"enable_thinking": false}}'
+                ) from error
+        if self.template_settings.thinking == "rationale" and self.drop_rationale:
+            raise ValueError(
+                "thinking='rationale' puts the rationale into the thinking, and drop_rationale=True leaves it out. "
+                "Leave one of them out"
             )
         if self.invalid_rows not in ("raise", "drop"):
             raise ValueError(f"invalid_rows={self.invalid_rows!r} is unknown: choose 'raise' or 'drop'")
@@ -214,6 +252,13 @@ class TRACTConfig(SFTConfig):
     def scales(self) -> tuple[Scale, ...]:
         """What a completion is scored on: one scale for each aspect, or the only one, whose name is empty."""
         return read_scales(vars(self))
+
+    @property
+    def template_settings(self) -> TemplateSettings:
+        """What chat templates are rendered with, as far as it is known before the rows are."""
+        thinking: Any = "off" if self.drop_rationale and self.thinking == "auto" else self.thinking
+        kwargs: Any = self.chat_template_kwargs or {}
+        return TemplateSettings(kwargs, thinking, self.template_date)
 
     @classmethod
     def from_args(cls, args: TrainingArguments | None, model_name: str) -> "TRACTConfig":

@@ -26,7 +26,8 @@ from trl_tract.rows.encoding import (
     annotator_columns,
     model_columns,
 )
-from trl_tract.rows.rendering import render_row
+from trl_tract.rows.rendering import render_row, settled
+from trl_tract.rows.template import Template
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.saved.model_card import write_model_card
 from trl_tract.saved.training_rows import TrainingRows
@@ -194,8 +195,10 @@ class TRACTTrainer(SFTTrainer):
 
     def _find_scores(self, rows: Dataset | IterableDataset, args: TRACTConfig) -> JudgeConfig:
         """Look up the tokens of the scores, and how the rows write them."""
-        self.scales = find_scales(self._tokenizer, rows, self.scales)
-        return JudgeConfig(self.scales, args.normalize_grid, writes_rationale=not args.drop_rationale)
+        settings = settled(self._tokenizer, args.template_settings, rows)
+        self._template = Template(self._tokenizer, settings)
+        self.scales = find_scales(self._template, rows, self.scales)
+        return JudgeConfig(self.scales, args.normalize_grid, not args.drop_rationale, settings)
 
     def _encoder(self, columns: list[str], args: TRACTConfig) -> Encoder:
         annotators = args.annotator_loss != "none"
@@ -206,6 +209,7 @@ class TRACTTrainer(SFTTrainer):
             args.max_length,
             annotators,
             tokenizer=self._tokenizer,
+            settings=self._template.settings,
             completion_only=self.completion_only_loss or "prompt" not in columns,
             score_in_ce=args.score_in_ce,
             drop_rationale=args.drop_rationale,
@@ -401,7 +405,7 @@ class TRACTTrainer(SFTTrainer):
                 dataset_name=dataset_name,
                 tags=[*self._tag_names, *tags],
                 metrics=next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {}),
-                rows=TrainingRows.of(self._given_rows, lambda row: render_row(self._tokenizer, row, self.scales)),
+                rows=TrainingRows.of(self._given_rows, lambda row: render_row(self._template, row, self.scales)),
                 adapter=self.model.active_peft_config if is_peft_model(self.model) else None,
             )
 

@@ -1,0 +1,55 @@
+"""What a chat template does around a judge's rationale, in words. Knows nothing of files or training."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import trl
+
+from trl_tract.rows.template import Template
+from trl_tract.text.display import visible
+
+_SHOWN = 160  # characters of what a template writes before the first message
+
+
+def template_name(template: Template) -> str:
+    """The name of a tokenizer's chat template among those that TRL ships; `its own` for another one."""
+    source = template.tokenizer.get_chat_template()
+    for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja")):
+        if path.read_text(encoding="utf-8").strip() == source.strip():
+            return f"{path.stem} (as in TRL {trl.__version__})"
+    return "its own"
+
+
+def template_words(template: Template, row: Mapping[str, Any]) -> list[str]:
+    """What the chat template of a row of messages is, what it writes by itself, and where the rationale stands.
+
+    Raises:
+        ScoreNotFoundError: It refuses the row.
+    """
+    asked = template.ask(row)
+    frame = asked.frame
+    words = [f"chat template: {template_name(template)}"]
+    if frame.variables:
+        words.append("rendered with " + ", ".join(f"{name}={value!r}" for name, value in frame.variables.items()))
+    before = template.before(row)
+    if before.strip():
+        shown = before if len(before) <= _SHOWN else f"{before[: _SHOWN // 2]} […] {before[-_SHOWN // 2 :]}"
+        words.append(f"it writes by itself, before the first message: {_quoted(shown)}")
+    if template.writes_date:
+        words.append(f"the date in it is kept for every later use: {template.settings.date or 'that of the training'}")
+    if frame.closing:
+        words.append(
+            f"thinking: the rationale is the thinking; it stands behind {_quoted(frame.opening or asked.text[-20:])}, "
+            f"and {_quoted(frame.closing)} stands between it and the marker"
+        )
+    else:
+        between = _quoted(frame.opening) if frame.opening else "nothing"
+        can = "; the template has a place for it (thinking='rationale')" if template.thinks else ""
+        words.append(f"thinking: off; between the header and the rationale the model is given {between}{can}")
+    words.append(f"behind the score: {_quoted(frame.ending) if frame.ending else 'nothing, the turn is not ended'}")
+    return words
+
+
+def _quoted(text: str) -> str:
+    return visible(repr(text))

@@ -1,0 +1,72 @@
+"""Chat messages as a template takes them: content as text, and what spells control tokens in it set apart.
+
+Knows nothing of templates or tokenizers.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from trl_tract.scale.text import ScoreNotFoundError
+
+# Set around what spells a control token in a message. Noncharacters of the private use planes: in no real text.
+_FROM, _TO = "\U000ffffc", "\U000ffffd"
+
+
+def text_of(content: Any) -> str:
+    """A message's content as text: text itself, or its parts of type text put together.
+
+    Raises:
+        ScoreNotFoundError: It holds something else.
+    """
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise ScoreNotFoundError("not text", f"a message's content is {type(content).__name__}, not text")
+    for part in content:
+        if not isinstance(part, str) and not (isinstance(part, Mapping) and isinstance(part.get("text"), str)):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise ScoreNotFoundError("not text", f"a message holds a part of type {kind!r}; a judge reads text alone")
+    return "".join(part if isinstance(part, str) else part["text"] for part in content)
+
+
+def turn(role: str, text: str, parts: bool) -> dict[str, Any]:
+    """A message of text, as one part where a template needs parts."""
+    return {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
+
+
+def marked(message: Any, control: re.Pattern[str], parts: bool) -> dict[str, Any]:
+    """A message with its content as text, or as one part, and what spells control tokens set apart."""
+    if not isinstance(message, Mapping) or "role" not in message:
+        raise ScoreNotFoundError("template", f"a chat message needs `role` and `content`, and one is {message!r}")
+
+    def mark(value: Any) -> Any:
+        if isinstance(value, str):
+            return control.sub(f"{_FROM}\\g<0>{_TO}", value.replace(_FROM, "").replace(_TO, ""))
+        if isinstance(value, Mapping):
+            return {key: mark(each) for key, each in value.items() if each is not None}
+        return [mark(each) for each in value] if isinstance(value, list | tuple) else value
+
+    rest = {key: mark(value) for key, value in message.items() if key not in ("role", "content") and value is not None}
+    if message.get("content") is None:
+        return {"role": message["role"], **rest}
+    return turn(message["role"], mark(text_of(message["content"])), parts) | rest
+
+
+def cut(text: str, control: re.Pattern[str]) -> tuple[str, tuple[int, ...]]:
+    """Rendered text without the marks around what spells control tokens, and where to cut these."""
+    if _FROM not in text and _TO not in text:
+        return text, ()
+    pieces, cuts, length, inside = [], [], 0, False
+    for piece in re.split(f"({_FROM}|{_TO})", text):
+        if piece in (_FROM, _TO):
+            inside = piece == _FROM
+            cuts.append(length)  # what stands on either side may not join into a token
+            continue
+        if inside:
+            cuts += [length + match.start() + 1 for match in control.finditer(piece)]
+        pieces.append(piece)
+        length += len(piece)
+    return "".join(pieces), tuple(sorted({cut for cut in cuts if 0 < cut < length}))
