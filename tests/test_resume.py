@@ -195,3 +195,16 @@ def test_a_run_that_has_its_last_checkpoint_trains_no_further_step(tmp_path, ste
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in saved.iterdir()} == before
     for name, weight in again.model.state_dict().items():
         assert torch.equal(weight, trainer.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("content", ["", "[", '{"raft_weight": 1.0', "5"])
+def test_a_checkpoint_whose_objective_is_damaged_is_refused(tmp_path, halfway, content):
+    shutil.copytree(halfway, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoint-4" / "tract_objective.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tract_objective\.json"):
+        checkpoint_of(True, trainer_of(tmp_path).args)
+
+
+def test_a_checkpoint_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path):
+    with pytest.raises(ValueError, match="out/checkpoint-7"):
+        trainer_of(tmp_path).train(resume_from_checkpoint="out/checkpoint-7")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_tract.files.checkpoints import last_complete_checkpoint
+from trl_tract.saved.judge_config import FILE_NAME as CONFIG_NAME
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.text import some_scores
 from trl_tract.training.config import TRACTConfig
@@ -47,17 +48,16 @@ def checkpoint_of(resume_from_checkpoint: str | bool | None, args: TRACTConfig) 
 
 def _objective_of(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint was trained towards, as far as it says."""
-    try:
-        saved: dict[str, Any] = json.loads((checkpoint / FILE_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        pass
-    else:
-        return saved
-    try:
-        config = JudgeConfig.load(checkpoint)
-    except FileNotFoundError:
+    file = checkpoint / FILE_NAME
+    if file.is_file():
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file} is damaged ({error}): go on from an earlier checkpoint") from error
+    if not (checkpoint / CONFIG_NAME).is_file():
         return {}
-    saved = {"normalize_grid": config.normalize_grid, "drop_rationale": not config.writes_rationale}
+    config = JudgeConfig.load(checkpoint)
+    saved: dict[str, Any] = {"normalize_grid": config.normalize_grid, "drop_rationale": not config.writes_rationale}
     if len(config.scales) > 1:
         return saved | {"aspects": {scale.name: scale.to_dict() for scale in config.scales}}
     grid = config.scales[0].grid
