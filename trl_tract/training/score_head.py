@@ -81,7 +81,7 @@ class _ScorePass:
         # By its own call, which gathers the weight where FSDP2 or ZeRO-3 hold a shard of it.
         head = self.model.get_output_embeddings()
         logits = logit_transform(self.model)(head(states.to(head.weight.device)))
-        behind = None if inner is None else logits[count:].reshape(*inner.shape[:2], -1)
+        behind = None if inner is None else logits[count:].reshape(*inner.shape[:2], logits.shape[-1])
         roots = logits if inner is None else logits[:count]
         numbers = None if self.numbers is None else self.numbers.to(logits.device)
         self.logprobs = scale_logprobs(roots, behind, self.grids, self.union, numbers)
