@@ -460,7 +460,8 @@ def card(tmp_path_factory) -> tuple[Path, str]:
         "- Marker before the score: `[RESULT]`\n",
         "- `raft_weight`: 2.0\n",
         "https://aclanthology.org/2025.acl-long.147",
-        "Behind annotated rationales; the judge writes its own, and can do worse:\n\n- Held-out score/pearson: ",
+        "Behind annotated rationales; the judge writes its own, and can do worse:\n\n- Held-out score/",
+        "- Held-out score/pearson: ",
     ],
 )
 def test_the_card_says_what_the_judge_does(card, part):
