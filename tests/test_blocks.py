@@ -1,8 +1,9 @@
 """Durable blocks: every record once and in order, whatever is killed, however many workers there are."""
 
 import errno
-import json
 import os
+import random
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from trl_tract.files.blocks import BlockLog, Record, Report, Shard
-from trl_tract.files.journal import JsonlRows, read_jsonl, write_jsonl
+from trl_tract.files.blocks import BlockLog, Record, Report
+from trl_tract.files.journal import JsonlRows, KnownRows, read_json, read_jsonl, write_jsonl
+from trl_tract.files.shards import Shard
 
 HOSTILE = [
     "\x00nul",
@@ -27,21 +29,20 @@ HOSTILE = [
 ]
 
 
-def make_log(directory: Path, rows: int = 10, shard: Shard | None = None, **settings: Any) -> BlockLog:
-    return BlockLog(directory, settings, "a test run", rows=rows, block_size=3, shard=shard)
+def make_log(directory: Path, rows: int | list[Any] = 10, shard: Shard | None = None, **settings: Any) -> BlockLog:
+    known = KnownRows(list(range(rows)) if isinstance(rows, int) else rows)
+    return BlockLog(directory, settings, "a test run", rows=known, block_size=3, shard=shard)
 
 
-def numbered(numbers: range, report: Report) -> list[Record]:
-    return [{"row": number} for number in numbers]
+def numbered(rows: list[Any], first: int, report: Report) -> list[Record]:
+    return [{"row": number} for number in range(first, first + len(rows))]
 
 
 def run(log: BlockLog, work: Any = numbered, **options: Any) -> bool:
-    final = log.directory / "final.jsonl"
-
     def write(records: Iterator[Record]) -> None:
-        write_jsonl(final, records)
+        write_jsonl(log.directory / "final.jsonl", records)
 
-    return log.run(work, final, write, **options)
+    return log.run(work, write, ("final.jsonl",), **options)
 
 
 def final_rows(directory: Path) -> list[int]:
@@ -59,34 +60,215 @@ def test_a_finished_run_does_no_work_again(tmp_path):
     assert run(make_log(tmp_path), work=None)
 
 
-def test_a_journal_cut_at_any_byte_is_continued(tmp_path):
-    run(make_log(tmp_path / "whole"))
-    journal = (tmp_path / "whole" / "blocks" / "worker-1-of-1.jsonl").read_bytes()
-    for cut in range(len(journal) + 1):
-        directory = tmp_path / f"cut-{cut}"
-        log = make_log(directory)
-        log._lock.release()
-        (directory / "blocks" / "worker-1-of-1.jsonl").write_bytes(journal[:cut])
-        run(make_log(directory))
-        assert (directory / "blocks" / "worker-1-of-1.jsonl").read_bytes() == journal, cut
-        assert final_rows(directory) == list(range(10)), cut
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file of a run but its locks, by its path."""
+    paths = (path for path in directory.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
 
 
-def test_a_journal_damaged_in_its_middle_is_named_and_not_guessed(tmp_path):
+def damaged(whole: dict[str, bytes], every: int) -> Iterator[tuple[str, bytes]]:
+    """Each file cut at every n-th byte, and with a flipped bit in every n-th byte."""
+    bits = random.Random(0)
+    for name, content in whole.items():
+        for place in range(bits.randrange(every), len(content), every):
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << bits.randrange(8)
+            yield from ((name, content[:place]), (name, bytes(flipped)))
+
+
+EVERY = pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.slow)])
+
+
+@EVERY
+def test_no_cut_and_no_flipped_bit_changes_the_result(tmp_path, monkeypatch, every):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # nobody cuts the power here
+    run(make_log(tmp_path, model="a"))
+    whole, refused = contents(tmp_path), set()
+    for name, content in damaged(whole, every):
+        (tmp_path / name).write_bytes(content)
+        try:
+            run(make_log(tmp_path, model="a"))
+        except (ValueError, FileExistsError):
+            refused.add(name)
+            (tmp_path / name).write_bytes(whole[name])
+        assert contents(tmp_path)["final.jsonl"] == whole["final.jsonl"], name
+    assert refused == {"settings.json"}
+
+
+@EVERY
+def test_no_cut_and_no_flipped_bit_makes_another_block_of_an_unfinished_run(tmp_path, monkeypatch, every):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     log = make_log(tmp_path)
-    for block in range(3):
-        log.append(block, numbered(log.rows_of(block), int))
+    for block in range(2):
+        log.append(block, numbered(list(log.rows_of(block)), log.rows_of(block).start, int))
     log._lock.release()
-    journal = tmp_path / "blocks" / "worker-1-of-1.jsonl"
-    lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(lines[0] + b"\x00" * (len(lines[1]) - 1) + b"\n" + lines[2])
-    with pytest.raises(ValueError, match=r"worker-1-of-1.jsonl"):
-        make_log(tmp_path)
+    blocks = {name: content for name, content in contents(tmp_path).items() if name.startswith("blocks")}
+    for name, content in damaged(blocks, every):
+        (tmp_path / name).write_bytes(content)
+        assert make_log(tmp_path).finished_rows == 3, name
+        (tmp_path / name).write_bytes(blocks[name])
+    assert make_log(tmp_path).finished_rows == 6
+
+
+def test_a_block_in_the_place_of_another_is_done_again(tmp_path):
+    run(make_log(tmp_path))
+    whole = contents(tmp_path)
+    (tmp_path / "finished.json").unlink()
+    (tmp_path / "blocks" / "000001.jsonl").write_bytes(whole["blocks/000000.jsonl"])
+    assert make_log(tmp_path).finished_rows == 7
+    run(make_log(tmp_path))
+    assert contents(tmp_path) == whole
+
+
+class TestFinished:
+    def test_means_that_the_result_is_there(self, tmp_path, caplog):
+        run(make_log(tmp_path))
+        (tmp_path / "final.jsonl").unlink()
+        assert not make_log(tmp_path).finished
+        assert "final.jsonl missing" in caplog.text
+        run(make_log(tmp_path), work=None)
+        assert final_rows(tmp_path) == list(range(10))
+
+    def test_means_that_the_result_was_not_cut_at_the_end_of_a_line(self, tmp_path):
+        run(make_log(tmp_path))
+        lines = (tmp_path / "final.jsonl").read_bytes().splitlines(keepends=True)
+        (tmp_path / "final.jsonl").write_bytes(b"".join(lines[:7]))
+        run(make_log(tmp_path), work=None)
+        assert final_rows(tmp_path) == list(range(10))
+
+    def test_does_not_need_the_blocks(self, tmp_path):
+        run(make_log(tmp_path))
+        for block in (tmp_path / "blocks").glob("*.jsonl"):
+            block.unlink()
+        assert make_log(tmp_path).finished
+
+
+def test_a_block_that_is_damaged_while_the_result_is_written_is_done_again(tmp_path):
+    log, written = make_log(tmp_path), []
+
+    def write(records: Iterator[Record]) -> None:
+        if not written:
+            (tmp_path / "blocks" / "000002.jsonl").write_bytes(b"")
+        written.append(0)
+        write_jsonl(tmp_path / "final.jsonl", records)
+
+    assert log.run(numbered, write, ("final.jsonl",))
+    assert final_rows(tmp_path) == list(range(10))
+    assert len(written) == 2
+
+
+TEXTS = [f"row {number}" for number in range(10)]
+
+
+class TestRowsThatChange:
+    def worked_on(self, directory: Path, rows: list[Any]) -> list[int]:
+        """The rows that a run over `rows` works on."""
+        done: list[int] = []
+
+        def work(rows: list[Any], first: int, report: Report) -> list[Record]:
+            done.extend(range(first, first + len(rows)))
+            return [{"text": row} for row in rows]
+
+        run(make_log(directory, rows), work)
+        assert [record["text"] for record in read_jsonl(directory / "final.jsonl")] == rows
+        return done
+
+    def test_cost_their_block_and_not_the_run(self, tmp_path, caplog):
+        self.worked_on(tmp_path, TEXTS)
+        assert self.worked_on(tmp_path, [*TEXTS[:4], "mended", *TEXTS[5:]]) == [3, 4, 5]
+        assert (
+            "1 blocks are of rows that have changed since and are made again, the first for rows 3 to 5" in caplog.text
+        )
+
+    def test_are_done_when_they_are_added(self, tmp_path):
+        self.worked_on(tmp_path, TEXTS)
+        assert self.worked_on(tmp_path, [*TEXTS, "added"]) == [9, 10]
+
+    def test_are_no_longer_in_the_result_when_they_are_taken_away(self, tmp_path):
+        self.worked_on(tmp_path, TEXTS)
+        assert self.worked_on(tmp_path, TEXTS[:6]) == []
+
+    @pytest.mark.parametrize("kept", ["blocks", "finished.json"])
+    def test_are_another_run_where_none_is_as_it_was(self, tmp_path, kept):
+        self.worked_on(tmp_path, TEXTS)
+        if kept == "blocks":
+            (tmp_path / "finished.json").unlink()
+        else:
+            shutil.rmtree(tmp_path / "blocks")
+        with pytest.raises(FileExistsError, match="of other rows"):
+            make_log(tmp_path, ["another", *TEXTS])
+
+    @pytest.mark.parametrize("edited", [0, 9])
+    def test_under_the_run_are_noticed_whether_they_were_read_or_not(self, tmp_path, edited):
+        data, out = tmp_path / "rows.jsonl", tmp_path / "out"
+        rows = [{"n": number} for number in range(10)]
+        write_jsonl(data, rows)
+        done: list[int] = []
+
+        def work(given: list[Any], first: int, report: Report) -> list[Record]:
+            if first == 3:
+                rows[edited] = {"n": -1}
+                write_jsonl(data, rows)
+            done.extend(range(first, first + len(given)))
+            return given
+
+        def log() -> BlockLog:
+            return BlockLog(out, {}, "a test run", rows=KnownRows(JsonlRows(data)), block_size=3)
+
+        with pytest.raises(RuntimeError, match=r"rows.jsonl.*changed while the rows were being worked on"):
+            run(log(), work)
+        assert not (out / "final.jsonl").exists()
+        done.clear()
+        run(log(), lambda given, first, report: given)
+        assert list(read_jsonl(out / "final.jsonl")) == rows
+
+
+@pytest.mark.parametrize(
+    "name", ["final.jsonl", "settings.json.partial", "blocks", "blocks/000000.jsonl", "finished.json"]
+)
+def test_nothing_is_written_through_a_link(tmp_path, name):
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    make_log(out)._lock.release()
+    shutil.rmtree(out / "blocks")
+    (out / name).parent.mkdir(exist_ok=True)
+    elsewhere.mkdir() if name == "blocks" else elsewhere.write_text("precious")
+    (out / name).symlink_to(elsewhere)
+    with pytest.raises(FileExistsError, match=f"{Path(name).name} is a symbolic link to {elsewhere}"):
+        make_log(out)
+    assert list(elsewhere.iterdir()) == [] if name == "blocks" else elsewhere.read_text() == "precious"
+
+
+def test_what_killed_workers_left_half_written_is_gone_in_the_end(tmp_path):
+    make_log(tmp_path)._lock.release()
+    for worker in ("1-of-1", "3-of-3", "2-of-2"):
+        (tmp_path / "blocks" / f"000001.worker-{worker}.partial").write_text("half")
+    for file in ("final.jsonl", "finished.json"):
+        (tmp_path / f"{file}.partial").write_text("half")
+    run(make_log(tmp_path))
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_kill_while_the_settings_are_written_leaves_a_directory_that_can_be_used(tmp_path):
+    (tmp_path / "settings.json.partial").write_text("half")
+    run(make_log(tmp_path))
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_directory_deleted_under_the_run_is_not_said_to_be_kept(tmp_path):
+    out = tmp_path / "out"
+
+    def work(rows: list[Any], first: int, report: Report) -> list[Record]:
+        if first == 3:
+            shutil.rmtree(out)
+        return numbered(rows, first, report)
+
+    with pytest.raises(OSError, match="directory was deleted meanwhile: start the same again, it begins anew"):
+        run(make_log(out), work)
 
 
 def test_hostile_text_is_stored_and_read_back_unchanged(tmp_path):
-    def hostile(numbers: range, report: Report) -> list[Record]:
-        return [{"text": HOSTILE[number]} for number in numbers]
+    def hostile(rows: list[Any], first: int, report: Report) -> list[Record]:
+        return [{"text": HOSTILE[number]} for number in rows]
 
     run(make_log(tmp_path, len(HOSTILE)), hostile)
     assert [record["text"] for record in read_jsonl(tmp_path / "final.jsonl")] == HOSTILE
@@ -97,7 +279,7 @@ def test_a_full_disk_keeps_what_was_written_and_says_how_to_go_on(tmp_path, monk
 
     def full(descriptor: int) -> None:
         calls.append(descriptor)
-        if len(calls) == 3:
+        if len(calls) == 5:  # a block is synced, and then its directory
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
@@ -124,7 +306,7 @@ def test_a_disk_that_is_full_for_the_result_alone_says_how_to_go_on(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(OSError, match=r"10 of 10 rows"):
-        make_log(tmp_path).run(numbered, tmp_path / "final.jsonl", full)
+        make_log(tmp_path).run(numbered, full, ("final.jsonl",))
     assert run(make_log(tmp_path), work=None)
 
 
@@ -153,7 +335,7 @@ class TestTwoRuns:
 
     def test_one_after_the_other_are_not(self, tmp_path):
         run(make_log(tmp_path))
-        assert make_log(tmp_path).complete
+        assert make_log(tmp_path).finished
 
     def test_that_start_at_once_agree_on_the_settings(self, tmp_path):
         refused: list[Exception] = []
@@ -189,9 +371,9 @@ class TestShards:
         run(make_log(tmp_path, 40, shard=Shard.parse("1/2")))
         done: list[int] = []
 
-        def work(numbers: range, report: Report) -> list[Record]:
-            done.extend(numbers)
-            return numbered(numbers, report)
+        def work(rows: list[Any], first: int, report: Report) -> list[Record]:
+            done.extend(rows)
+            return numbered(rows, first, report)
 
         assert run(make_log(tmp_path, 40), work)
         assert final_rows(tmp_path) == list(range(40))
@@ -209,11 +391,11 @@ class TestShards:
         def start(index: int) -> None:
             log = make_log(tmp_path, 60, shard=Shard(index, 2, helps=True))
 
-            def work(numbers: range, report: Report) -> list[Record]:
+            def work(rows: list[Any], first: int, report: Report) -> list[Record]:
                 if not done[index]:
                     meet.wait()
-                done[index] += numbers
-                return numbered(numbers, report)
+                done[index] += rows
+                return numbered(rows, first, report)
 
             run(log, work)
 
@@ -240,10 +422,10 @@ class TestSeveralCalls:
     def test_run_at_once(self, tmp_path):
         meet = threading.Barrier(3, timeout=10)
 
-        def work(numbers: range, report: Report) -> list[Record]:
-            if numbers.start < 9:
+        def work(rows: list[Any], first: int, report: Report) -> list[Record]:
+            if first < 9:
                 meet.wait()  # breaks unless three blocks are under way together
-            return numbered(numbers, report)
+            return numbered(rows, first, report)
 
         assert run(make_log(tmp_path), work, max_calls=3)
         assert final_rows(tmp_path) == list(range(10))
@@ -251,7 +433,7 @@ class TestSeveralCalls:
     def test_are_never_more_than_allowed(self, tmp_path):
         running, most, lock = 0, 0, threading.Lock()
 
-        def work(numbers: range, report: Report) -> list[Record]:
+        def work(rows: list[Any], first: int, report: Report) -> list[Record]:
             nonlocal running, most
             with lock:
                 running += 1
@@ -259,7 +441,7 @@ class TestSeveralCalls:
             threading.Event().wait(0.01)
             with lock:
                 running -= 1
-            return numbered(numbers, report)
+            return numbered(rows, first, report)
 
         run(make_log(tmp_path, 60), work, max_calls=4)
         assert most == 4
@@ -267,12 +449,12 @@ class TestSeveralCalls:
     def test_keep_what_was_under_way_when_one_fails(self, tmp_path):
         failed = threading.Event()
 
-        def work(numbers: range, report: Report) -> list[Record]:
-            if numbers.start == 0:
+        def work(rows: list[Any], first: int, report: Report) -> list[Record]:
+            if first == 0:
                 failed.set()
                 raise ValueError("block 0 went wrong")
             failed.wait(10)
-            return numbered(numbers, report)
+            return numbered(rows, first, report)
 
         with pytest.raises(ValueError, match="block 0 went wrong"):
             run(make_log(tmp_path), work, max_calls=2)
@@ -280,10 +462,10 @@ class TestSeveralCalls:
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path, caplog):
-    def interrupted(numbers: range, report: Report) -> list[Record]:
-        if numbers.start == 6:
+    def interrupted(rows: list[Any], first: int, report: Report) -> list[Record]:
+        if first == 6:
             raise KeyboardInterrupt
-        return numbered(numbers, report)
+        return numbered(rows, first, report)
 
     with pytest.raises(KeyboardInterrupt):
         run(make_log(tmp_path), interrupted)
@@ -294,8 +476,8 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, caplog):
 def test_an_interrupted_run_cancels_the_calls_under_way(tmp_path):
     cancelled = threading.Event()
 
-    def work(numbers: range, report: Report) -> list[Record]:
-        if numbers.start == 0:
+    def work(rows: list[Any], first: int, report: Report) -> list[Record]:
+        if first == 0:
             raise KeyboardInterrupt
         assert cancelled.wait(10)
         return []
@@ -331,4 +513,4 @@ def test_settings_that_changed_are_named(tmp_path):
     run(make_log(tmp_path, model="a"))
     with pytest.raises(FileExistsError, match=r"model: 'a' there, 'b' now"):
         make_log(tmp_path, model="b")
-    assert json.loads((tmp_path / "settings.json").read_text()) == {"model": "a", "rows": 10, "block_size": 3}
+    assert read_json(tmp_path / "settings.json") == {"model": "a", "block_size": 3}

@@ -170,7 +170,7 @@ def test_another_runs_directory_is_refused(tmp_path):
     scripted().distill(rows, tmp_path / "out")
     with pytest.raises(FileExistsError, match=r"temperature: 1.0 there, 0.5 now"):
         scripted(temperature=0.5).distill(rows, tmp_path / "out")
-    with pytest.raises(FileExistsError, match="rows_digest"):
+    with pytest.raises(FileExistsError, match="holds the self-distillation of other rows"):
         scripted().distill(Dataset.from_list(make_rows(2, seed=1)), tmp_path / "out")
 
 

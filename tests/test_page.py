@@ -13,7 +13,8 @@ import pytest
 
 from trl_tract.cli import main
 from trl_tract.evaluation.report import compare, score_report
-from trl_tract.files.journal import digest, write_json, write_jsonl
+from trl_tract.files.journal import KnownRows, write_json, write_jsonl
+from trl_tract.files.seal import seal_result
 from trl_tract.page import JudgedItems, OtherJudge, page_html, write_page
 from trl_tract.page.bins import density, gold_bins, prediction_bins
 from trl_tract.page.charts import MAX_POINTS, JudgedScores, score_charts
@@ -381,7 +382,8 @@ def run(tmp_path):
         (tmp_path / folder).mkdir()
     write_jsonl(tmp_path / "eval.jsonl", rows)
     write_jsonl(judged / "judgements.jsonl", RECORDS)
-    write_json(judged / "settings.json", {"model": str(tmp_path / "tract"), "rows_digest": digest(rows), "top_p": 0.9})
+    write_json(judged / "settings.json", {"model": str(tmp_path / "tract"), "top_p": 0.9})
+    seal_result(judged, KnownRows(rows), ["judgements.jsonl"])
     history = [{"step": 1, "loss/score": 2.0}, {"step": 2, "loss/score": 1.0}]
     for stage in ("stage1", "tract"):
         write_json(tmp_path / stage / "trainer_state.json", {"log_history": history})
@@ -396,7 +398,6 @@ def test_a_report_in_a_run_finds_prompts_curves_and_settings(run, capsys):
     assert "stage two from 2.000 to 1.000" in page
     assert "top_p" in page
     assert date.today().isoformat() in page
-    assert "rows_digest" not in page
 
 
 def test_prompts_are_shown_only_if_they_are_those_that_were_judged(run):
@@ -420,7 +421,8 @@ def test_the_grid_is_read_from_the_judge(run):
 
 
 def test_a_folder_of_judgements_alone_has_a_page(run):
-    (run / "judged-tract" / "settings.json").unlink()
+    for name in ("settings.json", "finished.json"):
+        (run / "judged-tract" / name).unlink()
     judged = judged_items(Judged(run / "judged-tract").scales[""], items(RECORDS).report)
     assert (judged.grid, judged.prompts, judged.settings) == (None, None, {})
     assert page_html(judged)

@@ -1,8 +1,12 @@
 """Both stages from one call, on disk, resumable, each from the seed model."""
 
 import json
+import random
 import re
+import shutil
 import sys
+from pathlib import Path
+from typing import Any
 
 import processes
 import pytest
@@ -12,10 +16,12 @@ from safetensors.torch import load_file
 
 from trl_tract import CoTRAILJudge, run_tract
 from trl_tract.cli import COMMANDS, main
-from trl_tract.files.journal import read_jsonl, write_jsonl
+from trl_tract.files.journal import digest, read_json, read_jsonl, write_jsonl
 from trl_tract.runs.judged import Judged
-from trl_tract.runs.pipeline import JUDGED, Run
+from trl_tract.runs.pipeline import JUDGED, STEPS
 from trl_tract.runs.results import write_run_page
+from trl_tract.runs.run import Run
+from trl_tract.runs.spec import RunSpec
 
 TRAINING = {
     "max_steps": 2,
@@ -27,6 +33,7 @@ TRAINING = {
     "save_strategy": "no",
     "disable_tqdm": True,
 }
+TITLES = {"one": "One", "two": "Two"}
 GENERATION = {"max_new_tokens": 6, "max_attempts": 1}
 
 
@@ -138,40 +145,42 @@ def test_a_run_goes_on_at_the_first_unfinished_step(tmp_path):
     def fail() -> None:
         raise RuntimeError("power cut")
 
-    run = Run(tmp_path, {"a": 1}, total=2, say=lambda line: None)
-    run.step("one", "One", lambda: done.append("one"))
+    run = Run(tmp_path, {"a": 1}, titles=TITLES, say=lambda line: None)
+    run.step("one", lambda: done.append("one"), makes=[])
     with pytest.raises(RuntimeError):
-        run.step("two", "Two", fail)
-    run = Run(tmp_path, {"a": 1}, total=2, say=lambda line: None)
-    run.step("one", "One", lambda: done.append("one"))
-    run.step("two", "Two", lambda: done.append("two"))
+        run.step("two", fail, makes=[])
+    run = Run(tmp_path, {"a": 1}, titles=TITLES, say=lambda line: None)
+    run.step("one", lambda: done.append("one"), makes=[])
+    run.step("two", lambda: done.append("two"), makes=[])
     assert done == ["one", "two"]
 
 
 def test_two_processes_do_not_work_in_one_directory(tmp_path):
     def work() -> None:
         # What a second process would find while this step is being done.
-        same = Run(tmp_path, {"a": 1}, total=1, say=lambda line: None)
+        same = Run(tmp_path, {"a": 1}, titles=TITLES, say=lambda line: None)
         with pytest.raises(RuntimeError, match="another process is at work in"):
-            same.step("one", "One", lambda: done.append("twice"))
+            same.step("one", lambda: done.append("twice"), makes=[])
         with pytest.raises(RuntimeError, match="another process is at work in"):
-            Run(tmp_path, {"a": 2}, total=1, say=lambda line: None)  # nothing is trained yet, so it would start anew
+            Run(
+                tmp_path, {"a": 2}, titles=TITLES, say=lambda line: None
+            )  # nothing is trained yet, so it would start anew
         done.append("once")
 
     done: list[str] = []
-    Run(tmp_path, {"a": 1}, total=1, say=lambda line: None).step("one", "One", work)
+    Run(tmp_path, {"a": 1}, titles=TITLES, say=lambda line: None).step("one", work, makes=[])
     assert done == ["once"]
-    assert json.loads((tmp_path / "settings.json").read_text()) == {"a": 1}
+    assert read_json(tmp_path / "settings.json") == {"a": 1}
 
 
 def test_what_another_process_finished_meanwhile_is_not_done_again(tmp_path):
     done: list[str] = []
-    first, second = (Run(tmp_path, {"a": 1}, total=2, say=lambda line: None) for _ in range(2))
-    first.step("one", "One", lambda: done.append("one"))
-    second.step("one", "One", lambda: done.append("again"))
-    second.step("two", "Two", lambda: done.append("two"))
+    first, second = (Run(tmp_path, {"a": 1}, titles=TITLES, say=lambda line: None) for _ in range(2))
+    first.step("one", lambda: done.append("one"), makes=[])
+    second.step("one", lambda: done.append("again"), makes=[])
+    second.step("two", lambda: done.append("two"), makes=[])
     assert done == ["one", "two"]
-    assert json.loads((tmp_path / "steps.json").read_text()).keys() == {"one", "two"}
+    assert read_json(tmp_path / "steps.json").keys() == {"one", "two"}
 
 
 def test_another_runs_directory_is_refused(finished, seed_model):
@@ -186,6 +195,125 @@ def test_another_runs_directory_is_refused(finished, seed_model):
             generation=GENERATION,
             on_failure="drop",
         )
+
+
+@pytest.fixture
+def again(finished, seed_model, tmp_path):
+    """A copy of the finished run, and a function that starts it again and gives what it says."""
+    out = tmp_path / "out"
+    shutil.copytree(finished[0] / "out", out)
+
+    def start(model: str = seed_model, data: Path = finished[0] / "rows.jsonl", **settings: Any) -> list[str]:
+        said: list[str] = []
+        options = {"training": TRAINING, "generation": GENERATION, "eval_fraction": 0.34, **settings}
+        run_tract(model, str(data), out, **options, say=said.append)
+        return said
+
+    return out, start
+
+
+def results(out: Path) -> dict[str, Any]:
+    """What a run comes to: its judgements, stage-two rows and figures."""
+    files = ("judged-stage1/judgements.jsonl", "judged-tract/judgements.jsonl", "self-generated/rows.jsonl")
+    figures = json.loads((out / "report.json").read_text())
+    return {name: (out / name).read_bytes() for name in files} | {"judges": figures["judges"]}
+
+
+def test_a_run_whose_model_was_deleted_makes_it_again(again):
+    out, start = again
+    weights = load_file(out / "tract" / "model.safetensors")
+    shutil.rmtree(out / "tract")
+    said = start()
+    assert sum("finished before" in line for line in said) == 6
+    assert all(
+        torch.equal(weight, weights[name]) for name, weight in load_file(out / "tract/model.safetensors").items()
+    )
+
+
+def files_that_count(out: Path) -> list[Path]:
+    """Every file that a run leaves but locks, cards, the specs of steps, and blocks of a finished result."""
+    names = {"README.md", "training_args.bin"}
+    specs = {f"{step}.json" for step in STEPS}
+    return [
+        path
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+        and path.suffix != ".lock"
+        and path.name not in names | specs | {".lock"}
+        and path.parent.name != "blocks"
+    ]
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(1200, marks=pytest.mark.slow)])
+def test_no_cut_and_no_flipped_bit_in_any_file_of_a_run_changes_its_results(again, count):
+    out, start = again
+    expected, chance = results(out), random.Random(0)
+    paths = files_that_count(out)
+    for number in range(count):
+        path = chance.choice(paths)
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        place = chance.randrange(len(damaged))
+        if number % 6:
+            damaged[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged if number % 6 else damaged[:place])
+        try:
+            said = start()
+        except (ValueError, FileExistsError) as error:
+            if path.name not in ("settings.json", "steps.json") or path.parent != out:
+                raise AssertionError(path) from error
+            path.write_bytes(whole)
+            continue
+        assert results(out) == expected, path
+        assert any(f"{path.relative_to(out)}: missing, cut or changed since" in line for line in said), path
+
+
+@pytest.mark.parametrize("touched", ["seed model", "rows"])
+def test_a_run_goes_on_with_its_own_seed_model_and_rows_alone(again, finished, seed_model, tmp_path, touched):
+    _, start = again
+    model, data = tmp_path / "seed", tmp_path / "rows.jsonl"
+    shutil.copytree(seed_model, model)
+    shutil.copy(finished[0] / "rows.jsonl", data)
+    assert sum("finished before" in line for line in start(str(model), data)) == 7
+    if touched == "seed model":
+        make_model(seed=1).save_pretrained(model)
+    else:
+        write_jsonl(data, make_rows(12, seed=1))
+    name = {"seed model": "model weights", "rows": "contents.data"}[touched]
+    with pytest.raises(FileExistsError, match=rf"holds another run \({name}: '\w+' there, '\w+' now\)"):
+        start(str(model), data)
+
+
+def test_an_option_of_training_is_told_by_its_name_with_both_values(again):
+    _, start = again
+    with pytest.raises(FileExistsError, match=r"\(training.learning_rate: 0.001 there, 0.002 now\)"):
+        start(training={**TRAINING, "learning_rate": 2e-3})
+
+
+def test_secrets_among_the_options_are_not_written_down(seed_model, tmp_path):
+    spec = RunSpec(seed_model, "rows.jsonl", training={"hub_token": "hf_planted"})
+    assert "hf_planted" not in json.dumps(spec.settings())
+
+
+def test_a_run_without_rationales_has_one_stage_and_writes_none(seed_model, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", make_rows(9))
+    said: list[str] = []
+    training = {**TRAINING, "drop_rationale": True}
+    out = tmp_path / "out"
+    result = run_tract(seed_model, str(tmp_path / "rows.jsonl"), out, eval_fraction=0.34, training=training,
+                       say=said.append)  # fmt: skip
+    assert [line[:5] for line in said if line.startswith("[")] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    assert set(result.reports) == {"TRACT"}
+    assert {record["error"] for record in read_jsonl(out / "judged-tract" / "judgements.jsonl")} == {None}
+    assert not (out / "stage1").exists()
+    assert not (out / "self-generated").exists()
+    assert (out / "report.json").is_file()
+
+
+def test_figures_know_what_they_were_made_of(finished):
+    made_of = json.loads((finished[0] / "out" / "report.json").read_text())["made_of"]["TRACT"]
+    assert "model weights" in made_of["fingerprint"]
+    assert made_of["rows_digest"] == digest(read_jsonl(finished[0] / "out" / "eval.jsonl"))
 
 
 def test_the_judge_of_a_run_loads_and_judges(finished):

@@ -195,8 +195,10 @@ def memory_child(rows: Path) -> None:
     script = ScriptedBackend(lambda prompt, seed: f"It is polite . {MARKER} 3", word_tokenizer(), record_calls=False)
     before = peak_rss_bytes()
     with tempfile.TemporaryDirectory() as folder:
-        CoTSelfDistill(script).distill_file(rows, folder)
-    print(json.dumps({"imports_bytes": before, "peak_bytes": peak_rss_bytes()}))
+        spent = cost(lambda: CoTSelfDistill(script).distill_file(rows, folder))
+        sizes = [path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()]
+    left = {"files": len(sizes), "bytes": sum(sizes)}
+    print(json.dumps({"imports_bytes": before, "peak_bytes": peak_rss_bytes(), **spent, **left}))
 
 
 def peak_rss_bytes() -> int:
@@ -214,13 +216,10 @@ def ask_memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             file = Path(folder) / "rows.jsonl"
             with file.open("w", encoding="utf-8") as lines:
                 lines.writelines(f"{json.dumps(row)}\n" for row in made_up_rows(count, 40))
-            start = time.perf_counter()
             child = subprocess.run(
                 [sys.executable, __file__, "--memory-child", str(file)], stdout=subprocess.PIPE, text=True, check=True
             )
-            results.append(
-                {"rows": count, **json.loads(child.stdout.splitlines()[-1]), "seconds": time.perf_counter() - start}
-            )
+            results.append({"rows": count, **json.loads(child.stdout.splitlines()[-1])})
         report(f"{count} rows: {results[-1]}")
     return results
 
@@ -231,9 +230,17 @@ def report(line: str) -> None:
 
 def table(question: str, results: list[dict[str, Any]]) -> str:
     if question == "memory":
-        header = ["rows", "peak, MB", "above the imports, MB", "seconds"]
+        header = ["rows", "peak, MB", "above the imports, MB", "seconds", "CPU seconds", "files", "on disk, MB"]
         rows = [
-            [f"{r['rows']:,}", r["peak_bytes"] / 1e6, (r["peak_bytes"] - r["imports_bytes"]) / 1e6, r["seconds"]]
+            [
+                f"{r['rows']:,}",
+                r["peak_bytes"] / 1e6,
+                (r["peak_bytes"] - r["imports_bytes"]) / 1e6,
+                r["seconds"],
+                r["cpu_seconds"],
+                f"{r['files']:,}",
+                r["bytes"] / 1e6,
+            ]
             for r in results
         ]
     else:

@@ -30,7 +30,8 @@ from trl_tract.commands.estimate import (
 from trl_tract.commands.token_view import labelled, legend, painted, view_row
 from trl_tract.files.journal import changed_settings
 from trl_tract.rows.encoding import RowEncoder
-from trl_tract.runs.pipeline import STEPS, finished_steps, nothing_trained
+from trl_tract.runs.pipeline import steps_of
+from trl_tract.runs.run import finished_steps, nothing_trained
 from trl_tract.runs.spec import RunSpec
 from trl_tract.scale.scales import Scales
 from trl_tract.sources.columns import OwnColumns
@@ -128,15 +129,17 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
     speed, size = _measured(spec.model, spec.model_args, training, say)
     # The stage-one model's own rationales are taken to be as long as the annotated ones.
     plan = Plan.of(report.tokens, training, _processes()) if report.tokens else None
-    stage_two = Plan.of(report.tokens * spec.num_generations, training, _processes()) if plan else None
-    for number, (name, title) in enumerate(STEPS.items(), start=1):
-        lines = [f"[{number}/{len(STEPS)}] {title}"]
+    again = spec.num_generations if spec.writes_rationales else 1
+    stage_two = Plan.of(report.tokens * again, training, _processes()) if plan else None
+    steps = steps_of(spec)
+    for number, (name, title) in enumerate(steps.items(), start=1):
+        lines = [f"[{number}/{len(steps)}] {title}"]
         if name in done:
             lines[0] += f": finished before, in {done[name]:.0f} s"
         elif plan and stage_two and name in ("stage1", "stage2"):
             this = plan if name == "stage1" else stage_two
             lines += [str(this), _training_time(size, speed, this, report, training)]
-        elif report.tokens and name in ("distill", "judge-stage1", "judge-tract"):
+        elif spec.writes_rationales and report.tokens and name in ("distill", "judge-stage1", "judge-tract"):
             rows = report.trained if name == "distill" else len(held_out)
             each = (spec.num_generations if name == "distill" else 1) * max(len(scales.aspects), 1)
             batch = int(spec.backend.get("batch_size", 8))

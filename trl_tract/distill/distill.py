@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from datasets import Dataset, Features, Value
 
@@ -16,8 +16,10 @@ from trl_tract.backends import Backend, Sampling, TransformersBackend
 from trl_tract.distill.failures import Failure
 from trl_tract.distill.summary import DistillSummary, read_summary
 from trl_tract.distill.writing import Draft, Writer
-from trl_tract.files.blocks import BlockLog, Record, Report, Shard
-from trl_tract.files.journal import JsonlRows, digest, write_json, write_jsonl
+from trl_tract.files.blocks import BlockLog, Record, Report
+from trl_tract.files.fingerprint import made_by
+from trl_tract.files.journal import JsonlRows, KnownRows, Rows, write_json, write_jsonl
+from trl_tract.files.shards import Shard
 from trl_tract.rows.golds import is_missing, mean_golds
 from trl_tract.rows.rendering import as_prompt_completion, settled, written_completion
 from trl_tract.rows.row import Row
@@ -34,14 +36,6 @@ logger = logging.getLogger(__name__)
 ON_FAILURE = ("keep_gold", "drop", "raise")
 PROVENANCE = {"rationale_source": Value("string"), "finish_reason": Value("string"), "attempts": Value("int64")}
 _MANY_FAILED = 0.2
-
-
-class Rows(Protocol):
-    """Rows by number: a `Dataset`, `JsonlRows`, a list."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Any: ...
-    def __iter__(self) -> Iterator[Any]: ...
 
 
 class CoTSelfDistill:
@@ -223,26 +217,25 @@ class CoTSelfDistill:
         return push_rows(Path(output_dir), repo_id, **options)
 
     def _distill(self, rows: Rows, directory: Path, shard: Shard | None) -> bool:
-        refused: dict[int, str] = {}
         rendered = settled(self.backend.tokenizer, self.template.settings, rows)
         self.template = Template(self.backend.tokenizer, rendered)
-        settings = {**self._settings(), "rows_digest": digest(self._checked(rows, refused))}
-        self._tell_of(refused, len(rows))
-        log = BlockLog(
-            directory, settings, "self-distillation", rows=len(rows), block_size=self.block_size, shard=shard
-        )
+        refused: dict[int, str] = {}
+        known = KnownRows(rows, lambda row, number: self._check(row, number, refused))
+        self._tell_of(refused, len(known))
+        settings = {**self._settings(), **made_by(self.backend)}
+        log = BlockLog(directory, settings, "self-distillation", rows=known, block_size=self.block_size, shard=shard)
 
         def write(records: Iterator[Record]) -> None:
-            summary = DistillSummary(len(rows), len(rows) * self.num_generations)
-            write_jsonl(directory / "rows.jsonl", self._stage_two_rows(rows, records, summary))
-            write_json(directory / "summary.json", summary.to_dict())  # last: where it stands, the run is over
+            summary = DistillSummary(len(known), len(known) * self.num_generations)
+            write_jsonl(directory / "rows.jsonl", self._stage_two_rows(known, records, summary))
+            write_json(directory / "summary.json", summary.to_dict())
             if sum(summary.failed.values()) > _MANY_FAILED * summary.rationales:
                 logger.warning("many rationales failed:\n%s", summary)
 
         return log.run(
-            lambda numbers, report: self._block([rows[i] for i in numbers], numbers.start, report),
-            directory / "summary.json",
+            self._block,
             write,
+            ("rows.jsonl", "summary.json"),
             max_calls=self.backend.max_calls,
             cancel=lambda: self.backend.cancel(),
         )
@@ -275,27 +268,24 @@ class CoTSelfDistill:
         values, texts = list(scale.grid.values), list(scale.grid.texts)
         return {"score_values": values, "score_texts": texts, "format": scale.format.to_dict()}
 
-    def _checked(self, rows: Rows, refused: dict[int, str]) -> Iterator[Row]:
-        """The rows, after a look at what they need; `refused` receives the prompts that a chat template refuses."""
+    def _check(self, row: Row, number: int, refused: dict[int, str]) -> None:
+        """Look at what a row needs; `refused` receives the prompts that a chat template refuses."""
+        self._golds(row, number)
+        try:
+            pair = as_prompt_completion(row)
+        except ScoreNotFoundError as error:
+            raise ValueError(f"row {number}: {error}") from error
+        if is_missing(pair.get("prompt")):
+            raise ValueError(f"row {number} has no prompt: its columns are {', '.join(sorted(row))}")
         keeps_completions = self.on_failure == "keep_gold" or self.keep_annotated
-        for number, row in enumerate(rows):
-            self._golds(row, number)
-            try:
-                pair = as_prompt_completion(row)
-            except ScoreNotFoundError as error:
-                raise ValueError(f"row {number}: {error}") from error
-            if is_missing(pair.get("prompt")):
-                raise ValueError(f"row {number} has no prompt: its columns are {', '.join(sorted(row))}")
-            if keeps_completions and is_missing(pair.get("completion")):
-                raise ValueError(
-                    f"row {number} has no completion to keep if its rationale fails: set on_failure to 'drop' or "
-                    "'raise'"
-                )
-            try:
-                self.template.ask(pair)
-            except ScoreNotFoundError as error:
-                refused[number] = str(error)
-            yield row
+        if keeps_completions and is_missing(pair.get("completion")):
+            raise ValueError(
+                f"row {number} has no completion to keep if its rationale fails: set on_failure to 'drop' or 'raise'"
+            )
+        try:
+            self.template.ask(pair)
+        except ScoreNotFoundError as error:
+            refused[number] = str(error)
 
     def _tell_of(self, refused: Mapping[int, str], count: int) -> None:
         if not refused:

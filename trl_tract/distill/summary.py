@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_tract.distill.failures import FAILURES
+from trl_tract.files.seal import check_result
 
 
 @dataclass
@@ -53,4 +54,5 @@ class DistillSummary:
 
 def read_summary(directory: Path) -> DistillSummary:
     """The summary of a finished self-distillation."""
+    check_result(directory / "summary.json")
     return DistillSummary(**json.loads((directory / "summary.json").read_text(encoding="utf-8")))

@@ -1,1 +1,1 @@
-"""What outlives a killed process: JSON written whole, journals of blocks, checkpoints to go on from."""
+"""What outlives a killed process: JSON written whole, blocks of work, fingerprints of models, checkpoints."""

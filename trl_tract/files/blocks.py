@@ -1,88 +1,48 @@
-"""Work in numbered blocks that outlives its process: one journal for each worker, one directory for each run.
+"""Work in numbered blocks that outlives its process: one file for each block, one directory for each run.
 
-A finished block is one line of its worker's journal, flushed to the disk. Killed at any instant and started again,
-with any number of workers, a run goes on with the blocks that no journal holds. Knows nothing of rationales, scores or
-models.
+A block is finished when its file is there and whole: its first line is a checksum over all that follows, its second has
+the block's number and the digests of its rows, its third the records. Killed at any instant and started again, with any
+number of workers, a run goes on with the blocks that are not finished; one whose rows have changed since is done anew.
+Knows nothing of rationales, scores or models.
 """
 
+import hashlib
 import json
 import logging
 import os
 import queue
-import re
 import threading
 import time
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from trl_tract.files.journal import guard
+from trl_tract.files.journal import KnownRows, guard, sync_directory, whole_file
+from trl_tract.files.seal import OTHER_ROWS, seal_result, wrong_with_result
+from trl_tract.files.shards import Shard
 from trl_tract.text.progress import progress
 
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 Report = Callable[[int], None]
-Work = Callable[[range, Report], list[Record]]
+Work = Callable[[list[Any], int, Report], list[Record]]
 
-_LINE_START = re.compile(rb'\{"block": (\d+), "records": \[')
 _POLL_SECONDS = 0.2
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Which of the blocks a worker does.
-
-    Attributes:
-        index: Number of the worker, from 0.
-        count: Workers there are.
-        helps: Whether it goes on with the blocks of slower workers when its own are done, and waits for the last of
-            them. So do the processes of one launcher; the jobs of an array end when their share is done.
-    """
-
-    index: int = 0
-    count: int = 1
-    helps: bool = False
-
-    @classmethod
-    def parse(cls, text: str) -> "Shard":
-        """Read `i/n`, i from 1 to n, as on the command line.
-
-        Raises:
-            ValueError: It is not of that form.
-
-        Example:
-            >>> Shard.parse("2/8")
-            Shard(index=1, count=8, helps=False)
-        """
-        found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
-        if not found or not 1 <= int(found[1]) <= int(found[2]):
-            raise ValueError(f"shard {text!r} is not i/n with i from 1 to n, such as 1/8 for the first of eight jobs")
-        return cls(int(found[1]) - 1, int(found[2]))
-
-    @classmethod
-    def from_launcher(cls) -> "Shard":
-        """This process among those that `torchrun` or `accelerate launch` started; without them, the only one."""
-        count = int(os.environ.get("WORLD_SIZE", "1"))
-        return cls(int(os.environ.get("RANK", "0")), count, helps=count > 1)
-
-    def owns(self, block: int) -> bool:
-        """Whether the block is in this worker's share."""
-        return block % self.count == self.index
-
-    def __str__(self) -> str:
-        return f"{self.index + 1}/{self.count}"
+class _NotWhole(Exception):
+    """A block's file that is missing, damaged, or of other rows."""
 
 
 class BlockLog:
-    """The finished blocks of a run, in the journals of all its workers.
+    """The finished blocks of a run, and the result that is made of them.
 
     Args:
-        directory: Holds one run; `blocks/` in it has the journals.
+        directory: Holds one run; `blocks/` in it has the blocks.
         settings: Whatever changes the results; a directory with other settings is refused. The number of workers is
             not among them.
         what: Names the run in messages, such as `self-distillation`.
@@ -90,10 +50,13 @@ class BlockLog:
         block_size: Rows that are worked on together; a block is on disk whole or not at all.
         shard: This worker.
 
+    Attributes:
+        finished: Whether the result is there, whole, and of these rows.
+
     Raises:
-        FileExistsError: The directory holds another run, or files that are not of a run.
+        FileExistsError: The directory holds another run, the results of other rows, or files that are not of a run.
         RuntimeError: Another process is at work in the directory.
-        ValueError: A journal was damaged in its middle.
+        ValueError: Its settings are damaged.
     """
 
     def __init__(
@@ -102,7 +65,7 @@ class BlockLog:
         settings: Mapping[str, Any],
         what: str,
         *,
-        rows: int,
+        rows: KnownRows,
         block_size: int,
         shard: Shard | None = None,
     ) -> None:
@@ -113,41 +76,34 @@ class BlockLog:
         self.rows = rows
         self.block_size = block_size
         self.directory = directory
-        guard(directory, {**settings, "rows": rows, "block_size": block_size}, what)
+        guard(directory, {**settings, "block_size": block_size}, what)
         self._folder = directory / "blocks"
         self._folder.mkdir(exist_ok=True)
-        self._path = self._folder / f"worker-{self.shard.index + 1}-of-{self.shard.count}.jsonl"
+        sync_directory(directory)
+        self._worker = f"worker-{self.shard.index + 1}-of-{self.shard.count}"
         self._lock = self._claim()
-        self._journals: list[Path] = []
-        self._scanned: dict[Path, int] = {}  # bytes of each journal that are known
-        blocks = -(-rows // block_size)
-        self._journal_of = array("i", [-1]) * blocks
-        self._offset_of = array("q", [0]) * blocks
+        blocks = -(-len(rows) // block_size)
+        self._done = bytearray(blocks)
         self._handed_out = bytearray(blocks)
         self.finished_rows = 0
-        self.refresh()
-        self._cut_torn_line()
+        wrong = self._wrong()
+        self.finished = wrong is None
+        if not self.finished:
+            self._look_at_all(wrong == OTHER_ROWS)
+        if wrong:
+            logger.warning("%s: %s; the result is made again from the blocks", directory, wrong)
 
     def __len__(self) -> int:
-        return len(self._journal_of)
+        return len(self._done)
 
     @property
     def complete(self) -> bool:
         """Whether every block is on disk, as far as was seen."""
-        return self.finished_rows == self.rows
+        return self.finished_rows == len(self.rows)
 
     def rows_of(self, block: int) -> range:
         """Row numbers of a block."""
-        return range(block * self.block_size, min((block + 1) * self.block_size, self.rows))
-
-    def refresh(self) -> None:
-        """Look for blocks that other workers have finished."""
-        for path in sorted(self._folder.glob("worker-*.jsonl")):
-            if path not in self._scanned:
-                self._journals.append(path)
-                self._scanned[path] = 0
-            if path.stat().st_size > self._scanned[path]:
-                self._scan(path)
+        return range(block * self.block_size, min((block + 1) * self.block_size, len(self.rows)))
 
     def append(self, block: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Write a finished block and wait until it is on disk.
@@ -156,67 +112,66 @@ class BlockLog:
             OSError: It could not be written, for example since the disk is full. What was complete before stays.
         """
         # ASCII escapes: control characters and line separators in model text then stay inside their line.
-        line = json.dumps({"block": block, "records": list(records)}).encode("ascii") + b"\n"
-        size = self._path.stat().st_size if self._path.exists() else 0
+        head = {"block": block, "rows": [self.rows.digest_of(number) for number in self.rows_of(block)]}
+        body = f"{json.dumps(head)}\n{json.dumps(list(records))}\n".encode("ascii")
+        path = self._path(block)
         try:
-            with self._path.open("ab") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            with whole_file(path, path.with_suffix(f".{self._worker}.partial")) as file:
+                file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
         except OSError as error:
-            if self._path.exists():
-                os.truncate(self._path, size)
-            raise self._kept(error, self._path) from error
-        self.refresh()
+            raise self._kept(error, path) from error
+        self._note(block)
 
     def records(self) -> Iterator[Record]:
         """The records of all blocks in order, from disk, one block in memory at a time.
 
         Raises:
-            RuntimeError: A block is missing.
-            ValueError: A block cannot be read.
+            _NotWhole: A block is missing or damaged; it then counts as still to be done.
         """
-        files = [path.open("rb") for path in self._journals]
-        try:
-            for block in range(len(self)):
-                journal = self._journal_of[block]
-                if journal < 0:
-                    raise RuntimeError(f"block {block} of {self.directory} is not finished: start the run again")
-                files[journal].seek(self._offset_of[block])
-                try:
-                    yield from json.loads(files[journal].readline())["records"]
-                except ValueError as error:
-                    raise ValueError(_damaged(self._journals[journal], f"block {block}")) from error
-        finally:
-            for file in files:
-                file.close()
+        for block in range(len(self)):
+            try:
+                _, records = self._read(block)
+            except _NotWhole:
+                self._handed_out[block] = 0
+                if self._done[block]:
+                    self._done[block] = 0
+                    self.finished_rows -= len(self.rows_of(block))
+                raise
+            yield from json.loads(records)
 
     def run(
         self,
         work: Work,
-        final: Path,
         write: Callable[[Iterator[Record]], None],
+        result: Sequence[str],
         *,
         max_calls: int = 1,
         cancel: Callable[[], None] | None = None,
     ) -> bool:
-        """Do this worker's blocks and, when all blocks are there, write the final file.
+        """Do this worker's blocks and, when all blocks are there, write the result.
 
         Args:
-            work: Makes the records of a range of rows; told of a function to report finished rows to. It is called
-                from `max_calls` threads.
-            final: What `write` writes, whole or not at all; where it exists the run is over.
-            write: Given all records in order. Of several workers, one is asked to.
+            work: Makes the records of some rows, the first of which has the given number; told of a function to report
+                finished rows to. It is called from `max_calls` threads.
+            write: Writes the result. Given all records in order. Of several workers, one is asked to.
+            result: Names of the files that it writes into the directory.
             max_calls: Blocks that are worked on at once.
             cancel: Ends the calls under way, after Ctrl-C.
 
         Returns:
-            Whether `final` is there. False after a share of an array of jobs whose other shares are not done.
+            Whether the result is there. False after a share of an array of jobs whose other shares are not done.
+
+        Raises:
+            RuntimeError: The rows were changed meanwhile.
         """
         try:
-            if not final.exists():
+            while not self.finished:
                 self._work(work, max_calls)
-                self._write(final, write)
+                try:
+                    self._write(write, result)
+                    break
+                except _NotWhole as error:
+                    logger.warning("%s: made again", error)
         except KeyboardInterrupt:
             if cancel is not None:
                 cancel()
@@ -224,87 +179,91 @@ class BlockLog:
                 "%s stopped with %d of %d rows on disk in %s. Start the same again to go on from there",
                 self.what,
                 self.finished_rows,
-                self.rows,
+                len(self.rows),
                 self.directory,
             )
             raise
         finally:
             self._lock.release()
-        return final.exists()
+        return self.finished
 
     def _work(self, work: Work, max_calls: int) -> None:
         hidden = self.shard.helps and self.shard.index > 0  # one bar for a launcher's processes
-        with progress(total=self.rows, initial=self.finished_rows, desc=self.what, unit="row", hidden=hidden) as shown:
+        done, rows = self.finished_rows, len(self.rows)
+        with progress(total=rows, initial=done, desc=self.what, unit="row", hidden=hidden) as shown:
 
-            def report(rows: int) -> None:
+            def report(count: int) -> None:
                 if max_calls == 1:
-                    shown.update(rows)
+                    shown.update(count)
 
             def do(block: int) -> list[Record]:
-                return work(self.rows_of(block), report)
+                numbers = self.rows_of(block)
+                return work([self.rows[number] for number in numbers], numbers.start, report)
 
             for block, records in _in_threads(do, self._to_do(), max_calls):
                 self.append(block, records)
+                if self.shard.count > 1:
+                    self._refresh()
                 shown.n = self.finished_rows
                 shown.refresh()
 
-    def _write(self, final: Path, write: Callable[[Iterator[Record]], None]) -> None:
-        self.refresh()
-        while self.shard.helps and not ((self.complete and self.shard.index == 0) or final.exists()):
+    def _write(self, write: Callable[[Iterator[Record]], None], result: Sequence[str]) -> None:
+        self._refresh()
+        while self.shard.helps and not (self.complete and self.shard.index == 0) and self._wrong() is not None:
             time.sleep(_POLL_SECONDS)
-            self.refresh()
+            self._refresh()
+        self.rows.check()
         if self.complete:
             with FileLock(self._folder / "final.lock"):  # two jobs of an array may end at once
-                if not final.exists():
-                    for left_by_a_kill in final.parent.glob(f"{final.name}.*.partial"):
-                        left_by_a_kill.unlink()
+                if self._wrong() is not None:
                     try:
                         write(self.records())
+                        seal_result(self.directory, self.rows, result)
                     except OSError as error:
-                        raise self._kept(error, final) from error
-        elif not final.exists():
+                        raise self._kept(error, self.directory / result[0]) from error
+                self._sweep()
+        self.finished = self._wrong() is None
+        if not self.finished:
             logger.warning(
                 "shard %s is done; %d of %d rows are on disk in %s. The shard that ends last writes %s",
                 self.shard,
                 self.finished_rows,
-                self.rows,
+                len(self.rows),
                 self.directory,
-                final.name,
+                result[0],
             )
 
+    def _wrong(self) -> str | None:
+        return wrong_with_result(self.directory, self.rows.digest)
+
     def _kept(self, error: OSError, path: Path) -> OSError:
-        return OSError(
-            error.errno,
-            f"{error.strerror} with {self.finished_rows} of {self.rows} rows done. They are kept: mend the cause and "
-            "start the same again, it goes on from there",
-            str(path),
-        )
+        kept = "They are kept: remove the cause and start the same again, it goes on from there"
+        if not self._folder.is_dir():
+            kept = "But their directory was deleted meanwhile: start the same again, it begins anew"
+        rows = f"{self.finished_rows} of {len(self.rows)} rows done"
+        return OSError(error.errno, f"{error.strerror} with {rows}. {kept}", str(path))
 
     def _to_do(self) -> Iterator[int]:
         mine = (block for block in range(len(self)) if self.shard.owns(block))
         yield from filter(self._take, mine)
         if self.shard.helps:
-            left = [block for block in range(len(self)) if self._journal_of[block] < 0]
+            left = [block for block in range(len(self)) if not self._done[block]]
             # Each helper starts elsewhere, and at the far end of what the owner has before it.
             first = len(left) * self.shard.index // self.shard.count
             yield from filter(self._take, reversed(left[first:] + left[:first]))
 
     def _take(self, block: int) -> bool:
         """Whether the block is still to be done; it then counts as handed out."""
-        if self.shard.count > 1:
-            self.refresh()
-        if self._journal_of[block] >= 0 or self._handed_out[block]:
+        if self.shard.count > 1 and not self._done[block]:
+            self._look(block)
+        if self._done[block] or self._handed_out[block]:
             return False
         self._handed_out[block] = 1
         return True
 
     def _claim(self) -> Any:
-        """Lock this worker's journal; refuse to work beside a run with another number of workers."""
-        busy = (
-            f"another process is at work in {self.directory}. Wait until it ends, or stop it: two runs would do the "
-            "same rows twice"
-        )
-        lock = FileLock(self._path.with_suffix(".lock"), blocking=False)
+        """Lock this worker's share; refuse to work beside a run with another number of workers."""
+        lock = FileLock(self._folder / f"{self._worker}.lock", blocking=False)
         try:
             lock.acquire()
             for other in self._folder.glob("worker-*.lock"):
@@ -312,38 +271,90 @@ class BlockLog:
                     with FileLock(other, blocking=False):
                         pass
         except Timeout as error:
-            raise RuntimeError(busy) from error
+            raise RuntimeError(
+                f"another process is at work in {self.directory}. Wait until it ends, or stop it: two runs would do "
+                "the same rows twice"
+            ) from error
         return lock
 
-    def _scan(self, path: Path) -> None:
-        """Note the whole lines that were added to a journal."""
-        journal, offset = self._journals.index(path), self._scanned[path]
-        with path.open("rb") as file:
-            file.seek(offset)
-            for line in file:
-                start = _LINE_START.match(line)
-                if not line.endswith(b"]}\n") or start is None:
-                    if line.endswith(b"\n") and file.read(1):
-                        raise ValueError(_damaged(path, f"byte {offset}"))
-                    break  # being written, or cut short when its process ended
-                block = int(start[1])
-                if block < len(self) and self._journal_of[block] < 0:
-                    self._journal_of[block], self._offset_of[block] = journal, offset
-                    self.finished_rows += len(self.rows_of(block))
-                offset += len(line)
-        self._scanned[path] = offset
+    def _sweep(self) -> None:
+        """Delete what killed workers left of blocks that they were writing."""
+        for partial in self._folder.glob("*.partial"):
+            worker = partial.name.split(".")[1]
+            lock = FileLock(self._folder / f"{worker}.lock", blocking=False)
+            with suppress(Timeout), nullcontext() if worker == self._worker else lock:  # who has its lock is alive
+                partial.unlink(missing_ok=True)
 
-    def _cut_torn_line(self) -> None:
-        known = self._scanned.get(self._path, 0)
-        if self._path.exists() and self._path.stat().st_size > known:
-            os.truncate(self._path, known)
+    def _path(self, block: int) -> Path:
+        return self._folder / f"{block:06d}.jsonl"
 
+    def _blocks_there(self) -> list[int]:
+        names = (entry.name.removesuffix(".jsonl") for entry in os.scandir(self._folder))
+        return sorted(block for name in names if name.isdigit() and (block := int(name)) < len(self))
 
-def _damaged(path: Path, where: str) -> str:
-    return (
-        f"{path}: {where} is damaged, as after a failure of the disk. Move this file away and start the same again: "
-        "its blocks are made anew"
-    )
+    def _read(self, block: int) -> tuple[list[str], bytes]:
+        """The digests of a block's rows, and its records as JSON.
+
+        Raises:
+            _NotWhole: The file is missing or damaged.
+        """
+        path = self._path(block)
+        try:
+            checksum, body = path.read_bytes().split(b"\n", 1)
+            head, records = body.split(b"\n", 1)
+            named = json.loads(head)
+        except (FileNotFoundError, ValueError) as error:
+            raise _NotWhole(f"{path} is missing or damaged") from error
+        if checksum != hashlib.sha256(body).hexdigest().encode() or named["block"] != block:
+            raise _NotWhole(f"{path} is damaged")
+        return named["rows"], records
+
+    def _look(self, block: int) -> list[int] | None:
+        """Note a block that is finished; otherwise the numbers of its rows that are as they were, if it is whole."""
+        try:
+            rows, _ = self._read(block)
+        except _NotWhole:
+            return None
+        same = [
+            number for number, row in zip(self.rows_of(block), rows, strict=False) if row == self.rows.digest_of(number)
+        ]
+        if len(same) == len(rows) == len(self.rows_of(block)):
+            self._note(block)
+        return same
+
+    def _note(self, block: int) -> None:
+        if not self._done[block]:
+            self._done[block] = 1
+            self.finished_rows += len(self.rows_of(block))
+
+    def _refresh(self) -> None:
+        """Look for blocks that other workers have finished."""
+        for block in self._blocks_there():
+            if not self._done[block]:
+                self._look(block)
+
+    def _look_at_all(self, other_rows: bool) -> None:
+        """Find the finished blocks; those that are damaged, or whose rows have changed, are deleted and named."""
+        seen = {block: self._look(block) for block in self._blocks_there()}
+        damaged = [block for block, same in seen.items() if same is None]
+        changed = [block for block, same in seen.items() if same is not None and not self._done[block]]
+        if not any(seen.values()) and (other_rows or sum(len(self.rows_of(block)) for block in changed) > 1):
+            raise FileExistsError(
+                f"{self.directory} holds the {self.what} of other rows: none of those that are done is at its place in "
+                "the rows given now. Choose another output directory, or give the rows that it was started with"
+            )
+        for blocks, why in ((damaged, "damaged"), (changed, "of rows that have changed since")):
+            if blocks:
+                logger.warning(
+                    "%s: %d blocks are %s and are made again, the first for rows %d to %d",
+                    self.directory,
+                    len(blocks),
+                    why,
+                    self.rows_of(blocks[0])[0],
+                    self.rows_of(blocks[0])[-1],
+                )
+            for block in blocks:
+                self._path(block).unlink(missing_ok=True)
 
 
 def _in_threads(

@@ -1,47 +1,92 @@
-"""JSON files that are written whole or not at all, JSONL files of any size, and a guard that a directory holds one run.
+"""JSON and JSONL files that are written whole or not at all, rows whose edits are noticed, and a guard of directories.
 
-Knows nothing of rationales, scores or models.
+A file is written beside its place, synced, renamed and its directory synced. Knows nothing of rationales, scores or
+models.
 """
 
 import hashlib
 import json
 import os
-import threading
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
+
+from filelock import FileLock
+
+CHECKSUM = "sha256"
+_LOCK = ".lock"
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    partial = _partial(path)
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+@contextmanager
+def whole_file(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
+    """A new file to write to, which takes the name `path` once all of it is on disk; on an error nothing is left.
+
+    Args:
+        path: What was there is replaced, a link too.
+        partial: Where it is written. Of two processes that may write one path at once, each names its own.
+    """
+    partial = partial or path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)  # left by a kill
+    try:
+        with partial.open("xb") as file:  # x: not through a link either
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_directory(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)  # of a full disk, say
+
+
+def sync_directory(directory: Path) -> None:
+    """Wait until the names in a directory are on disk, where the system can do that."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path: Path, content: Any, *, checked: bool = False) -> None:
+    """Write a JSON file whole or not at all; `checked`: an object, with a checksum that `read_json` looks at."""
+    if checked:
+        content = json.loads(json.dumps(content, default=str))
+        content = {**content, CHECKSUM: digest([content])}
+    with whole_file(path) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, without the checksum; one without a checksum is taken as it is.
+
+    Raises:
+        ValueError: The file is damaged; it is named.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"{type(content).__name__} instead of an object")
+        if content.pop(CHECKSUM, None) not in (None, digest([content])):
+            raise ValueError("it does not match its checksum")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}). Restore it from a copy, or choose another output directory"
+        ) from error
+    return content
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write rows as JSONL, whole or not at all; how many there were."""
-    partial = _partial(path)
     count = 0
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            for row in rows:
-                # ASCII escapes: control characters and line separators in model text then stay inside their line.
-                file.write(json.dumps(row) + "\n")
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)  # of a full disk, say
+    with whole_file(path) as file:
+        for row in rows:
+            # ASCII escapes: control characters and line separators in model text then stay inside their line.
+            file.write(json.dumps(row).encode() + b"\n")
+            count += 1
     return count
-
-
-def _partial(path: Path) -> Path:
-    """Where a file is written before it takes its name; another one for each thread of each process."""
-    return path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -89,14 +134,82 @@ class JsonlRows(Sequence[dict[str, Any]]):
         return read_jsonl(self.path)
 
 
-def _write_new(path: Path, content: Any) -> None:
-    """Write a JSON file whole, unless there is one already."""
-    partial = _partial(path)
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    try:
-        os.link(partial, path)
-    finally:
-        partial.unlink()
+class Rows(Protocol):
+    """Rows by number: a `Dataset`, `JsonlRows`, a list."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class KnownRows(Sequence[Any]):
+    """Rows that are looked at once at the start, so that an edit is noticed when one is read later.
+
+    Args:
+        rows: They; each costs 8 bytes here.
+        check: Called with each row and its number, to refuse rows before any work is done.
+
+    Attributes:
+        digest: Of all rows, as `digest(rows)`.
+    """
+
+    def __init__(self, rows: Rows, check: Callable[[Any, int], object] = lambda row, number: None) -> None:
+        self._rows = rows
+        self._file = rows.path if isinstance(rows, JsonlRows) else None
+        self._stat = self._now()
+        self._digests = bytearray()
+        whole = hashlib.sha256()
+        for number, row in enumerate(rows):
+            check(row, number)
+            encoded = _encoded(row)
+            whole.update(encoded)
+            self._digests += hashlib.sha256(encoded).digest()[:8]
+        self.digest = whole.hexdigest()[:32]
+
+    def __len__(self) -> int:
+        return len(self._digests) // 8
+
+    def __getitem__(self, number: Any) -> Any:
+        """A row.
+
+        Raises:
+            RuntimeError: It is not what it was at the start.
+        """
+        try:
+            row = self._rows[number]
+        except (ValueError, IndexError):
+            if self._now() == self._stat:
+                raise
+            raise self._edited(number) from None
+        if hashlib.sha256(_encoded(row)).hexdigest()[:16] != self.digest_of(number):
+            raise self._edited(number)
+        return row
+
+    def digest_of(self, number: int) -> str:
+        """16 hexadecimal digits that tell a row from others."""
+        return self._digests[8 * number : 8 * number + 8].hex()
+
+    def check(self) -> None:
+        """Look whether the rows' file is still what it was at the start.
+
+        Raises:
+            RuntimeError: It is not.
+        """
+        if self._now() != self._stat and digest(self._rows) != self.digest:
+            raise self._edited(None)
+
+    def _now(self) -> tuple[int, ...]:
+        if self._file is None:
+            return ()
+        stat = self._file.stat()
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+    def _edited(self, number: int | None) -> RuntimeError:
+        row = "" if number is None else f", row {number}"
+        return RuntimeError(
+            f"{self._file or 'the rows'}{row}: changed while the rows were being worked on. Start the same again: what "
+            "was done of rows that are as they were stays, the others are done anew"
+        )
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
@@ -109,12 +222,15 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
+def _encoded(item: Any) -> bytes:
+    return json.dumps(item, sort_keys=True, default=str).encode() + b"\0"
+
+
 def digest(items: Iterable[Any]) -> str:
     """A fingerprint of JSON-serialisable items, order included."""
     state = hashlib.sha256()
     for item in items:
-        state.update(json.dumps(item, sort_keys=True, default=str).encode())
-        state.update(b"\0")
+        state.update(_encoded(item))
     return state.hexdigest()[:32]
 
 
@@ -127,36 +243,77 @@ def guard(directory: Path, settings: Mapping[str, Any], what: str) -> None:
         what: Names the run in errors, such as `self-distillation`.
 
     Raises:
-        FileExistsError: The directory holds another run, or files that are not of a run.
+        FileExistsError: The directory holds another run, files that are not of a run, or a link.
+        ValueError: Its `settings.json` is damaged.
     """
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file: give a directory for the {what}")
     directory.mkdir(parents=True, exist_ok=True)
+    refuse_links(directory)
     file = directory / "settings.json"
-    wanted = json.loads(json.dumps(settings))
-    if not file.exists():
-        names = sorted(entry.name for entry in directory.iterdir())
-        strangers = [name for name in names if not name.endswith(".partial")]
-        if strangers and not file.exists():
-            raise FileExistsError(
-                f"{directory} already holds {', '.join(strangers[:5])}, which is not of a {what} that can be "
-                "continued. Choose an empty output directory"
-            )
-        # Of the workers that start at once, the first one's settings stand, and the others are compared with them.
-        with suppress(FileExistsError):
-            _write_new(file, wanted)
+    with FileLock(directory / _LOCK):  # of workers that start at once, the first one's settings stand
+        if not file.exists():
+            strangers = sorted({entry.name for entry in directory.iterdir()} - {_LOCK, f"{file.name}.partial"})
+            if strangers:
+                raise FileExistsError(
+                    f"{directory} already holds {', '.join(strangers[:5])}, which is not of a {what} that can be "
+                    "continued. Choose an empty output directory"
+                )
+            write_json(file, settings, checked=True)
     changed = changed_settings(directory, settings)
     if changed:
-        differences = "; ".join(changed[:5])
         raise FileExistsError(
-            f"{directory} holds another {what} ({differences}). Choose another output directory, or go on with the "
-            "settings that it was started with"
+            f"{directory} holds another {what} ({'; '.join(changed[:5])}). Choose another output directory, go back to "
+            "what it was started with, or delete it to begin anew"
         )
+
+
+def refuse_links(directory: Path) -> None:
+    """Look for symbolic links inside an output directory: what is written there must not land elsewhere.
+
+    Raises:
+        FileExistsError: There is one.
+    """
+    for folder, folders, files in os.walk(directory):
+        for name in (*folders, *files):
+            if (link := Path(folder, name)).is_symlink():
+                raise FileExistsError(
+                    f"{link} is a symbolic link to {os.readlink(link)}, and nothing is written through links inside an "
+                    "output directory. Delete the link, or choose another output directory"
+                )
 
 
 def changed_settings(directory: Path, settings: Mapping[str, Any]) -> list[str]:
     """What differs between these settings and those that `directory` was claimed with; empty where nothing does."""
-    held = json.loads((directory / "settings.json").read_text(encoding="utf-8"))
-    wanted = json.loads(json.dumps(settings))
-    changed = [name for name in {**held, **wanted} if held.get(name) != wanted.get(name)]
-    return [f"{name}: {held.get(name)!r} there, {wanted.get(name)!r} now" for name in changed]
+    return differences(read_json(directory / "settings.json"), settings)
+
+
+def differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Which settings are others than they were, with both values; those inside settings by names with a dot.
+
+    What is told by its content, a model with a `fingerprint` and files with `contents`, may lie elsewhere now.
+    """
+    one, other = (_flat(json.loads(json.dumps(each, default=str))) for each in (held, wanted))
+    by_content = {*wanted.get("contents", ()), *(("model",) if wanted.get("fingerprint") else ())}
+    changed = [name for name in {**one, **other} if not _same(one.get(name), other.get(name))]
+    return [
+        f"{name.removeprefix('fingerprint.')}: {one.get(name)!r} there, {other.get(name)!r} now"
+        for name in changed
+        if name not in by_content
+    ]
+
+
+def _same(held: Any, wanted: Any) -> bool:
+    """Whether two settings are equal; text that begins with "~ " is numbers, which an engine moves a little (nats)."""
+    texts = (held, wanted)
+    if not all(isinstance(text, str) and text.startswith("~ ") for text in texts):
+        return bool(held == wanted)
+    one, other = ([float(number) for number in text.split()[1:]] for text in texts)
+    return len(one) == len(other) and all(abs(a - b) <= 0.25 for a, b in zip(one, other, strict=True))
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

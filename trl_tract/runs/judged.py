@@ -1,6 +1,5 @@
 """A folder of judgements, read once. Knows the layout of the folder, nothing of models, cards or pages."""
 
-import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,10 +12,11 @@ import numpy as np
 
 from trl_tract.evaluation.pairs import Floats, Ints
 from trl_tract.evaluation.report import Comparison, ScoreReport, compare, score_report
-from trl_tract.files.journal import JsonlRows, digest
+from trl_tract.files.journal import JsonlRows, digest, read_json
+from trl_tract.files.seal import check_result, sealed_rows
 from trl_tract.saved.judge_config import JudgeConfig
 
-_INTERNAL = {"rows_digest", "block_size", "aspects"}
+_INTERNAL = {"block_size", "aspects", "fingerprint", "trl_tract"}
 _COLUMNS = ("score", "reference", "grid_mass", "raters")
 _KEYS = ("id", "group", "side", "subset")
 
@@ -36,13 +36,15 @@ class Judged:
 
     Raises:
         FileNotFoundError: The folder holds no judgements.
+        ValueError: They were cut or changed since they were written, or their settings are damaged.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         settings = self.directory / "settings.json"
-        self.settings: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        self.settings: dict[str, Any] = read_json(settings) if settings.is_file() else {}
         self.rows = JsonlRows(self.directory / "judgements.jsonl")
+        check_result(self.rows.path)
         self.keys: list[dict[str, Any]] = []
         columns: dict[str, dict[str, list[Any]]] = {}
         errors: dict[str, Counter[str]] = {}
@@ -87,6 +89,12 @@ class Judged:
         return {label: value for label, value in self.settings.items() if label not in _INTERNAL}
 
     @property
+    def made_of(self) -> dict[str, Any]:
+        """What the judgements were made of: the parts of the model, the rows, the version of this package."""
+        made_by = {name: self.settings.get(name) for name in ("fingerprint", "trl_tract")}
+        return {**made_by, "rows_digest": sealed_rows(self.directory)}
+
+    @property
     def holds_pairs(self) -> bool:
         """Whether the items are chosen and rejected responses in turn."""
         return bool(self.keys) and all("side" in key for key in self.keys)
@@ -114,7 +122,7 @@ class Judged:
         if found is None:
             return None
         rows = JsonlRows(found)
-        if self.settings.get("rows_digest") == digest(rows):
+        if sealed_rows(self.directory) == digest(rows):
             return Lazy(rows, range(len(rows)), lambda row: row["prompt"])
         if data is None:
             return None

@@ -1,25 +1,21 @@
 """Both stages in order, resumable: each step's result is on disk, and a run goes on at the first unfinished one."""
 
-import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from filelock import FileLock, Timeout
 from transformers import AutoTokenizer
 
 from trl_tract.backends.loading import check_model
 from trl_tract.evaluation.report import ScoreReport
-from trl_tract.files.journal import guard, write_json, write_jsonl
+from trl_tract.files.journal import changed_settings, write_json, write_jsonl
 from trl_tract.runs.judged import Judged
 from trl_tract.runs.results import finish_card, write_run_page
+from trl_tract.runs.run import Run
 from trl_tract.runs.spec import RunSpec
-from trl_tract.runs.steps import DistillStep, JudgeStep, Step, TrainStep, run_step
+from trl_tract.runs.steps import DistillStep, JudgeStep, TrainStep
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.schemas import Item, load_items, split_items, written_rows
 
@@ -36,105 +32,13 @@ STEPS: Mapping[str, str] = {
     "report": "Writing the report",
 }
 """The steps of a run in their order, and what they are called."""
-
-
-class Run:
-    """A directory of finished steps.
-
-    Args:
-        directory: Made if it is missing.
-        settings: Whatever changes the results: a directory with other settings is refused.
-        isolate: Run each step in a process of its own; by default on a GPU.
-        total: Steps there will be, for the headings.
-        say: Prints the headings.
-
-    Raises:
-        FileExistsError: The directory holds another run, of which something is finished.
-        RuntimeError: It holds another one, which is being done.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        settings: Mapping[str, Any],
-        *,
-        isolate: bool | None = None,
-        total: int,
-        say: Callable[[str], None] = say_now,
-    ) -> None:
-        try:
-            guard(directory, settings, "run")
-        except FileExistsError:
-            if not nothing_trained(directory):
-                raise
-            # A mistake in the options, mended: nothing is lost, and another directory would only be a nuisance.
-            with _alone(directory):
-                say("The settings changed before anything was trained: starting anew")
-                (directory / "steps.json").unlink(missing_ok=True)
-                write_json(directory / "settings.json", settings)
-        self.directory = directory
-        self.isolate = torch.cuda.is_available() if isolate is None else isolate
-        self.total = total
-        self.say = say
-        self._file = directory / "steps.json"
-        self.seconds = finished_steps(directory)
-        self._met = 0
-
-    def step(self, name: str, title: str, work: Step | Callable[[], None]) -> None:
-        """Do `work` unless it is finished, and write down how long it took.
-
-        Raises:
-            RuntimeError: Another process is at work in the directory.
-        """
-        self._met += 1
-        heading = f"[{self._met}/{self.total}] {title}"
-        with _alone(self.directory):
-            self.seconds = finished_steps(self.directory)  # another process may have gone on meanwhile
-            if name in self.seconds:
-                self.say(f"{heading}: finished before, in {self.seconds[name]:.0f} s")
-                return
-            self.say(heading)
-            started = time.monotonic()
-            if callable(work):
-                work()
-            else:
-                run_step(work, self.directory / f"{name}.json", isolate=self.isolate)
-            self.seconds[name] = time.monotonic() - started
-            write_json(self._file, self.seconds)
-
-
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Keep other processes out of a run's directory.
-
-    Raises:
-        RuntimeError: One is at work there.
-    """
-    lock = FileLock(directory / "run.lock", blocking=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise RuntimeError(
-            f"another process is at work in {directory}. Wait until it ends, or stop it: two runs would write the same "
-            "files"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def nothing_trained(directory: Path) -> bool:
-    """Whether a run was begun in the directory, but came to no result that would be missed."""
-    if not (directory / "settings.json").exists():
-        return False
-    return not finished_steps(directory).keys() - {"prepare"} and not any(directory.glob("*/checkpoint-*"))
-
-
-def finished_steps(directory: Path) -> dict[str, float]:
-    """The steps of a run that are finished, with the seconds that each took."""
-    file = directory / "steps.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+ONE_STAGE: Mapping[str, str] = {
+    "prepare": STEPS["prepare"],
+    "stage2": "Training: the seed model on prompts and scores (drop_rationale: no rationales, so no second stage)",
+    "judge-tract": "Judging the held-out items",
+    "report": STEPS["report"],
+}
+"""The same with `drop_rationale`."""
 
 
 @dataclass(frozen=True)
@@ -224,12 +128,14 @@ def carry_out(
         raise ValueError(
             "a server cannot serve models that a run has yet to train: use the backend vllm or transformers"
         )
-    run = Run(directory, spec.settings(), isolate=isolate, total=len(STEPS), say=say)
+    check_model(spec.model)
+    titles = steps_of(spec)
+    settings = spec.settings()
+    run = Run(directory, settings, isolate=isolate, titles=titles, say=say)
     train_file, eval_file = directory / "train.jsonl", directory / "eval.jsonl"
     scales = spec.scales
 
     def prepare() -> None:
-        check_model(spec.model)
         items = load_items(spec.data, scales, spec.own)
         if spec.eval_data is None:
             items, held_out = split_items(items, spec.eval_fraction, spec.seed)
@@ -238,7 +144,7 @@ def carry_out(
         tokenizer = AutoTokenizer.from_pretrained(spec.model)
         write_items(items, held_out, train_file, eval_file, chat=bool(tokenizer.chat_template))
 
-    run.step("prepare", STEPS["prepare"], prepare)
+    run.step("prepare", prepare, makes=["train.jsonl", "eval.jsonl"])
     say(f"    {_count(train_file)} training rows, {_count(eval_file)} held-out items")
 
     def train(rows: Path, name: str) -> TrainStep:
@@ -246,41 +152,56 @@ def carry_out(
             spec.model, str(rows), str(directory / name), training=dict(spec.training), model_args=dict(spec.model_args)
         )
 
-    def judge(name: str) -> JudgeStep:
-        judged = directory / f"judged-{name}"
-        return JudgeStep(str(directory / name), str(eval_file), str(judged), dict(spec.generation), dict(spec.backend))
+    def judge(stage: str, name: str) -> None:
+        folder = f"judged-{name}"
+        step = JudgeStep(
+            str(directory / name), str(eval_file), str(directory / folder), dict(spec.generation), dict(spec.backend)
+        )
+        run.step(f"judge-{name}", step, makes=[folder], of=["prepare", stage])
 
-    run.step("stage1", STEPS["stage1"], train(train_file, "stage1"))
-    distill = DistillStep(
-        str(directory / "stage1"),
-        str(train_file),
-        str(directory / "self-generated"),
-        {
-            **spec.generation,
-            "num_generations": spec.num_generations,
-            "on_failure": spec.on_failure,
-            "keep_annotated": spec.keep_annotated,
-        },
-        dict(spec.backend),
-    )
-    run.step("distill", STEPS["distill"], distill)
-    stage_two_rows = directory / "self-generated" / "rows.jsonl"
-    run.step("stage2", STEPS["stage2"], train(stage_two_rows, "tract"))
-    run.step("judge-stage1", STEPS["judge-stage1"], judge("stage1"))
-    run.step("judge-tract", STEPS["judge-tract"], judge("tract"))
-    judges = {name: Judged(directory / folder) for name, folder in JUDGED.items()}
+    judged = dict(JUDGED)
+    if spec.writes_rationales:
+        run.step("stage1", train(train_file, "stage1"), makes=["stage1"], of=["prepare"])
+        distill = DistillStep(
+            str(directory / "stage1"),
+            str(train_file),
+            str(directory / "self-generated"),
+            {
+                **spec.generation,
+                "num_generations": spec.num_generations,
+                "on_failure": spec.on_failure,
+                "keep_annotated": spec.keep_annotated,
+            },
+            dict(spec.backend),
+        )
+        run.step("distill", distill, makes=["self-generated"], of=["prepare", "stage1"])
+        run.step("stage2", train(directory / "self-generated" / "rows.jsonl", "tract"), makes=["tract"], of=["distill"])
+        judge("stage1", "stage1")
+    else:
+        del judged["stage one"]
+        run.step("stage2", train(train_file, "tract"), makes=["tract"], of=["prepare"])
+    judge("stage2", "tract")
+    judges = {name: Judged(directory / folder) for name, folder in judged.items()}
     result = summarise(directory, judges, run.seconds)
 
     def report() -> None:
-        write_report(directory, result)
+        write_report(directory, result, judges)
         for scale in judges["TRACT"].scales:
-            judged = {name: judge.scales[scale] for name, judge in judges.items()}
-            write_run_page(directory, judged, result.reports, say)
-            own = result.reports[judged["TRACT"].called("TRACT")]
-            finish_card(directory, judged["TRACT"], own, data=spec.data, held_out=spec.eval_data or spec.data)
+            on_scale = {name: judge.scales[scale] for name, judge in judges.items()}
+            write_run_page(directory, on_scale, result.reports, say)
+            own = result.reports[on_scale["TRACT"].called("TRACT")]
+            finish_card(directory, on_scale["TRACT"], own, data=spec.data, held_out=spec.eval_data or spec.data)
 
-    run.step("report", STEPS["report"], report)
+    before = [name for name in titles if name.startswith("judge-")]
+    run.step("report", report, makes=["report.json", "report*.html", "report*-plots/*"], of=before)
+    if changed := changed_settings(directory, spec.settings()):
+        say(f"    changed while the run was at work, which began with what was there before: {'; '.join(changed[:5])}")
     return result
+
+
+def steps_of(spec: RunSpec) -> Mapping[str, str]:
+    """The steps that a run will have, and what they are called."""
+    return STEPS if spec.writes_rationales else ONE_STAGE
 
 
 def write_items(training: list[Item], held_out: list[Item], train_file: Path, eval_file: Path, *, chat: bool) -> None:
@@ -308,18 +229,17 @@ def summarise(directory: Path, judges: Mapping[str, Judged], seconds: dict[str, 
     )
 
 
-def write_report(directory: Path, result: RunResult) -> None:
-    """Write `report.json`: every judge's figures."""
-    write_json(
-        directory / "report.json",
-        {
-            "judges": {
-                name: {**report.to_dict(), "grid_mass": result.grid_mass[name], "errors": result.errors[name]}
-                for name, report in result.reports.items()
-            },
-            "seconds": result.seconds,
+def write_report(directory: Path, result: RunResult, judges: Mapping[str, Judged]) -> None:
+    """Write `report.json`: every judge's figures, and what they were made of."""
+    content = {
+        "judges": {
+            name: {**report.to_dict(), "grid_mass": result.grid_mass[name], "errors": result.errors[name]}
+            for name, report in result.reports.items()
         },
-    )
+        "made_of": {name: judge.made_of for name, judge in judges.items()},
+        "seconds": result.seconds,
+    }
+    write_json(directory / "report.json", content)
 
 
 def _count(file: Path) -> int:

@@ -110,9 +110,10 @@ def finish_card(run: Path, judged: JudgedScale, report: ScoreReport, *, data: st
         held_out: File or hub id of the items that were judged.
     """
     card, summary = run / "tract" / "README.md", run / "self-generated" / "summary.json"
-    add_training_run(
-        card, run / "stage1" / "README.md", data=data, summary=json.loads(summary.read_text(encoding="utf-8"))
-    )
+    if summary.is_file():
+        add_training_run(
+            card, run / "stage1" / "README.md", data=data, summary=json.loads(summary.read_text(encoding="utf-8"))
+        )
     on_disk = Path(held_out).exists()
     settings = {name: value for name, value in judged.folder.shown_settings.items() if name != "model"}
     sampling = ", ".join(f"{name} {value}" for name, value in settings.items())

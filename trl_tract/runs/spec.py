@@ -2,11 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from trl_tract.files.journal import digest
+from trl_tract.files.fingerprint import made_by
+from trl_tract.files.seal import counted
 from trl_tract.scale.scales import Scales
 from trl_tract.sources.columns import OwnColumns
+from trl_tract.text.secrets import without_secrets
+
+_ASIDE = {"output_dir", "hub_token", "push_to_hub_token"}  # of training, what changes no result
 
 
 @dataclass(frozen=True)
@@ -51,19 +56,27 @@ class RunSpec:
         """Of the split and of training."""
         return int(self.training.get("seed", 42))
 
+    @property
+    def writes_rationales(self) -> bool:
+        """Whether judges write rationales; without any there is nothing to self-generate, and one stage alone."""
+        return not self.training.get("drop_rationale")
+
     def settings(self) -> dict[str, Any]:
         """Whatever changes the results of the run, by which its directory is recognised."""
+        files = {name: Path(file) for name, file in (("data", self.data), ("eval_data", self.eval_data)) if file}
         settings = {
             "model": self.model,
             "data": self.data,
             "eval_data": self.eval_data,
+            "contents": {name: counted(file)["sha256"][:16] for name, file in files.items() if file.is_file()},
             "eval_fraction": self.eval_fraction,
-            "training": digest([{name: value for name, value in self.training.items() if name != "output_dir"}]),
-            "model_args": digest([self.model_args]),
+            "training": without_secrets({name: self.training[name] for name in self.training if name not in _ASIDE}),
+            "model_args": without_secrets(self.model_args),
             "generation": dict(self.generation),
             "num_generations": self.num_generations,
             "on_failure": self.on_failure,
             "keep_annotated": self.keep_annotated,
             "backend": self.backend.get("name", "transformers"),
+            **made_by(None, self.model),
         }
         return settings if self.own is None else settings | {"own_columns": asdict(self.own)}

@@ -12,19 +12,31 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from datasets import Dataset
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_tract.backends import make_backend
 from trl_tract.distill.distill import CoTSelfDistill
-from trl_tract.files.blocks import BlockLog, Record, Report, Shard
-from trl_tract.files.checkpoints import last_complete_checkpoint
-from trl_tract.files.journal import JsonlRows, digest, read_jsonl, write_json, write_jsonl
+from trl_tract.files.blocks import BlockLog, Record, Report
+from trl_tract.files.checkpoints import checkpoint_made_of, last_complete_checkpoint, seal_checkpoint
+from trl_tract.files.fingerprint import made_by
+from trl_tract.files.journal import (
+    JsonlRows,
+    KnownRows,
+    differences,
+    read_jsonl,
+    refuse_links,
+    write_json,
+    write_jsonl,
+)
+from trl_tract.files.seal import counted
+from trl_tract.files.shards import Shard
 from trl_tract.judge.judge import CoTRAILJudge
 from trl_tract.judge.judgement import Judgement
-from trl_tract.rows.golds import gold_score
+from trl_tract.rows.golds import read_golds
 from trl_tract.saved.judge_config import JudgeConfig
-from trl_tract.scale.scale import Scale
+from trl_tract.scale.scale import Scale, read_scales
+from trl_tract.scale.text import ScoreNotFoundError
 from trl_tract.text.secrets import without_secrets
 from trl_tract.text.terminal import hide_host_warnings
 from trl_tract.training.config import TRACTConfig
@@ -55,6 +67,10 @@ class TrainStep:
 
     def run(self) -> None:
         """Train and save."""
+        files = {"data": self.train_data, "eval_data": self.eval_data}
+        contents = {name: counted(Path(file)).get("sha256", "")[:16] for name, file in files.items() if file}
+        made_of = {"model": self.model, "contents": contents, **made_by(None, self.model)}
+        checkpoint = self._last_checkpoint(made_of)
         args = TRACTConfig(**{**self.training, "output_dir": self.output_dir})
         model_args = ModelConfig(**{**self.model_args, "model_name_or_path": self.model})
         init: dict[str, Any] = {
@@ -72,10 +88,36 @@ class TrainStep:
             quantization_config=get_quantization_config(model_args),
         )
         write_lines_in_logs(trainer)
-        trainer.train(resume_from_checkpoint=last_complete_checkpoint(self.output_dir) is not None)
+        trainer.add_callback(_SealCheckpoints(made_of))
+        trainer.train(resume_from_checkpoint=checkpoint is not None)
         trainer.save_model()
         trainer.save_state()
         trainer.create_model_card()
+
+    def _last_checkpoint(self, made_of: Mapping[str, Any]) -> Path | None:
+        """The checkpoint to go on from.
+
+        Raises:
+            FileExistsError: It was made of another model or other rows; or a link is in the directory.
+        """
+        refuse_links(Path(self.output_dir))
+        checkpoint = last_complete_checkpoint(self.output_dir)
+        held = {} if checkpoint is None else checkpoint_made_of(checkpoint)
+        if held and (changed := differences(held, made_of)):
+            raise FileExistsError(
+                f"{checkpoint} is of another training ({'; '.join(changed)}). Choose another output directory, or "
+                "delete the checkpoints to begin anew"
+            )
+        return checkpoint
+
+
+class _SealCheckpoints(TrainerCallback):
+    def __init__(self, made_of: Mapping[str, Any]) -> None:
+        self.made_of = made_of
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.made_of)
 
 
 @dataclass
@@ -137,50 +179,49 @@ class JudgeStep:
     def run(self) -> Path | None:
         """Judge, or go on judging; the judgements, or None if other shards still have to be done."""
         settings = dict(self.settings)
-        if not self.untrained:
+        if self.untrained:
+            scales = read_scales(settings)
+        else:
             # What is missing is said before the directory is claimed for this model.
             scales = JudgeConfig.load(self.model).scales
-            if len(scales) > 1:
+            if scales[0].name:
                 settings.setdefault("aspects", {scale.name: scale.to_dict() for scale in scales})
             else:
                 settings.setdefault("score_values", list(scales[0].grid.values))
-        rows = JsonlRows(Path(self.data))
+        engine = {name: value for name, value in self.backend.items() if name in ("dtype", "merge_adapter", "revision")}
         name = self.backend.get("name", "transformers")
-        directory, final = Path(self.output_dir), Path(self.output_dir) / "judgements.jsonl"
+        # Files are looked at before they are loaded, and a finished result without loading them; a server can be asked.
+        backend = make_backend(self.model, **self.backend) if name == "server" else None
+        directory = Path(self.output_dir)
+        final = directory / "judgements.jsonl"
         log = BlockLog(
             directory,
-            {**settings, "model": self.model, "backend": name, "rows_digest": digest(rows)},
+            {**settings, **engine, "model": self.model, "backend": name, **made_by(backend, self.model)},
             "judging",
-            rows=len(rows),
+            rows=KnownRows(JsonlRows(Path(self.data)), lambda row, number: _references(row, number, scales)),
             block_size=self.block_size,
             shard=Shard.parse(self.shard) if self.shard else None,
         )
-        if final.exists():
+        if log.finished:
             return final
-        backend = make_backend(self.model, **self.backend)
+        backend = backend or make_backend(self.model, **self.backend)
         if self.untrained:
             judge = CoTRAILJudge(backend, **self.settings)
         else:
             judge = CoTRAILJudge.from_pretrained(self.model, backend, **self.settings)
 
-        def work(numbers: range, report: Report) -> list[Record]:
-            block = [rows[i] for i in numbers]
-            judgements = judge.judge(block, first=numbers.start, on_progress=report)
+        def work(rows: list[Any], first: int, report: Report) -> list[Record]:
+            judgements = judge.judge(rows, first=first, on_progress=report)
             return [
-                {
-                    "reference": None if row.get("score") is None else gold_score(row["score"]),
-                    **{name: row[name] for name in ("id", "group", "side", "subset") if name in row},
-                    **_with_references(judgement.to_dict(), row, [scale for scale in judge.scales if scale.name]),
-                    "backend": backend.name,
-                }
-                for row, judgement in zip(block, judgements, strict=True)
+                _record(row, _references(row, number, scales), judgement, scales) | {"backend": backend.name}
+                for number, (row, judgement) in enumerate(zip(rows, judgements, strict=True), start=first)
             ]
 
         def write(records: Iterator[Record]) -> None:
             write_jsonl(final, records)
 
-        done = log.run(work, final, write, max_calls=backend.max_calls, cancel=backend.cancel)
-        return final if done else None
+        cancel = backend.cancel
+        return final if log.run(work, write, (final.name,), max_calls=backend.max_calls, cancel=cancel) else None
 
 
 Step = TrainStep | DistillStep | JudgeStep
@@ -212,17 +253,42 @@ def run_step(step: Step, spec_file: Path, *, isolate: bool) -> None:
         )
 
 
-def _with_references(judged: Record, row: Mapping[str, Any], aspects: Sequence[Scale]) -> Record:
-    """The aspects' judgements with the gold scores of the row, where it has them."""
-    golds = row.get("scores") or {}
-    for aspect in aspects:
-        # An item whose prompt could not be read has an error and no aspects.
-        own = judged.setdefault("aspects", {}).setdefault(
-            aspect.name, {**Judgement().to_dict(), "error": judged["error"]}
-        )
-        gold = aspect.grid.in_numbers(golds.get(aspect.name))
-        own["reference"] = None if gold is None else gold_score(gold)
-    return judged
+def _references(row: Mapping[str, Any], number: int, scales: Sequence[Scale]) -> list[list[float]] | None:
+    """The gold scores of a row, for each scale its annotators', where it has them.
+
+    Raises:
+        ValueError: One of them cannot be read; the row is named.
+    """
+    try:
+        return read_golds(row, scales)
+    except ScoreNotFoundError as error:
+        raise ValueError(f"row {number}: {error}") from error
+    except (ValueError, KeyError, TypeError):
+        return None  # a prompt that cannot be read is the item's error
+
+
+def _record(
+    row: Mapping[str, Any], golds: list[list[float]] | None, judgement: Judgement, scales: Sequence[Scale]
+) -> Record:
+    """A line of `judgements.jsonl`: a judgement, what tells its item, and gold scores or None in their place."""
+    judged = judgement.to_dict()
+    given = [_reference(scores) for scores in golds or [[]] * len(scales)]
+    keys = {name: row[name] for name in ("id", "group", "side", "subset") if name in row}
+    if not scales[0].name:
+        return {**given[0], **keys, **judged}
+    # An item whose prompt could not be read has an error and no aspects.
+    empty = {**Judgement().to_dict(), "error": judged["error"]}
+    aspects = judged.get("aspects", {})
+    judged["aspects"] = {
+        scale.name: {**aspects.get(scale.name, empty), **own} for scale, own in zip(scales, given, strict=True)
+    }
+    return {"reference": None, **keys, **judged}
+
+
+def _reference(scores: list[float]) -> Record:
+    if len(scores) < 2:
+        return {"reference": scores[0] if scores else None}
+    return {"reference": sum(scores) / len(scores), "raters": scores}
 
 
 def _dataset(path: str) -> Dataset:

@@ -15,7 +15,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
 from trl_tract.backends import Backend
 from trl_tract.evaluation.recalibration import Recalibration
-from trl_tract.files.journal import write_json
+from trl_tract.files.journal import read_json, write_json
+from trl_tract.files.seal import check_result
 from trl_tract.saved.dataset_card import rows_card
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.saved.model_card import model_card, with_hub_id
@@ -97,10 +98,12 @@ def push_rows(
             f"{missing[0]} is missing: {directory} holds no finished self-distillation. Finish it first, by starting "
             "it again with the same settings"
         )
+    for path in files.values():
+        check_result(path)
     with TemporaryDirectory() as made:
         card = rows_card(
             _json(files["summary.json"]),
-            _json(directory / "settings.json"),
+            read_json(directory / "settings.json"),
             repo_id=repo_id,
             source=source,
             model=model,

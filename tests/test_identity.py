@@ -1,0 +1,219 @@
+"""Nothing made by one model, of one set of rows or under one set of settings passes for the result of another."""
+
+import json
+import random
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model, make_rows, make_tokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_tract import CoTSelfDistill, TransformersBackend
+from trl_tract.files.fingerprint import file_digests, made_by, model_fingerprint
+from trl_tract.files.journal import read_json, read_jsonl, write_json, write_jsonl
+from trl_tract.runs.steps import DistillStep, JudgeStep
+from trl_tract.saved.judge_config import JudgeConfig
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.scale import Scale
+from trl_tract.scale.text import CompletionFormat
+
+TOKENIZER = make_tokenizer()
+
+
+def save_judge(directory: Path, values: tuple[int, ...] = (1, 2, 3, 4, 5)) -> None:
+    TOKENIZER.save_pretrained(directory)
+    grid = ScoreGrid.from_values(values).resolve(TOKENIZER, " the [RESULT] ", "")
+    JudgeConfig((Scale("", grid, CompletionFormat("[RESULT]")),)).save(directory)
+
+
+@pytest.fixture
+def judge(tmp_path) -> Path:
+    """An adapter with all that a judge is made of; its base is in `base` beside it."""
+    make_model().save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False)).save_pretrained(
+        tmp_path / "judge"
+    )
+    save_judge(tmp_path / "judge")
+    return tmp_path / "judge"
+
+
+def retrain(file: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: weight + 0.01 for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def edit_json(file: Path, **fields: Any) -> None:
+    write_json(file, {**json.loads(file.read_text()), **fields})
+
+
+def another_template(judge: Path) -> None:
+    file = judge / "chat_template.jinja"
+    file.write_text(file.read_text() + " ")
+
+
+def another_tokenizer(judge: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(judge)
+    tokenizer.add_tokens(["<another>"])
+    tokenizer.save_pretrained(judge)
+
+
+CHANGES: dict[str, Callable[[Path], None]] = {
+    "adapter weights": lambda judge: retrain(judge / "adapter_model.safetensors"),
+    "adapter configuration": lambda judge: edit_json(judge / "adapter_config.json", lora_alpha=3),
+    "base model's weights": lambda judge: retrain(judge.parent / "base" / "model.safetensors"),
+    "base model's configuration": lambda judge: edit_json(judge.parent / "base" / "config.json", rms_norm_eps=0.1),
+    "chat template": another_template,
+    "tokenizer": another_tokenizer,
+    "judge settings": lambda judge: save_judge(judge, (1, 2, 3, 4, 5, 6)),
+}
+
+
+@pytest.mark.parametrize("part", CHANGES)
+def test_what_changed_in_a_model_is_told_by_its_name(judge, part):
+    before = model_fingerprint(judge)
+    CHANGES[part](judge)
+    after = model_fingerprint(judge)
+    assert {name for name in {**before, **after} if before.get(name) != after.get(name)} == {part}
+
+
+def test_a_model_that_was_not_touched_is_the_same_wherever_it_lies(judge, tmp_path):
+    import shutil
+
+    shutil.copytree(judge, tmp_path / "copy")
+    for name in ("README.md", "trainer_state.json", "tract_calibration.json", "checkpoint-2"):
+        (tmp_path / "copy" / name).write_text("no part of the model")
+    assert model_fingerprint(tmp_path / "copy") == model_fingerprint(judge)
+
+
+def test_a_hub_id_that_nobody_has_is_told_by_nothing(monkeypatch):
+    assert made_by(None, "nobody/nothing")["fingerprint"] == {}
+
+
+def judged(judge: Path, out: Path, rows: list[Any], **settings: Any) -> None:
+    write_jsonl(out.parent / "rows.jsonl", rows)
+    settings = {"append_marker": True, "max_new_tokens": 2, "num_generations": 1, **settings}
+    JudgeStep(str(judge), str(out.parent / "rows.jsonl"), str(out), settings).run()
+
+
+def distilled(judge: Path, out: Path, rows: list[Any], **settings: Any) -> None:
+    write_jsonl(out.parent / "rows.jsonl", rows)
+    settings = {"max_new_tokens": 2, "max_attempts": 1, **settings}
+    DistillStep(str(judge), str(out.parent / "rows.jsonl"), str(out), settings).run()
+
+
+@pytest.mark.parametrize("make", [judged, distilled])
+@pytest.mark.parametrize("part", CHANGES)
+def test_results_of_another_model_are_refused_by_the_part_that_changed(judge, tmp_path, make, part):
+    make(judge, tmp_path / "out", make_rows(2))
+    CHANGES[part](judge)
+    with pytest.raises(FileExistsError, match=rf"{part}: '\w+' there, '\w+' now"):
+        make(judge, tmp_path / "out", make_rows(2))
+
+
+@pytest.mark.parametrize("make", [judged, distilled])
+def test_results_under_another_setting_are_refused_by_its_name(judge, tmp_path, make):
+    make(judge, tmp_path / "out", make_rows(2))
+    with pytest.raises(FileExistsError, match=r"seed: \w+ there, 7 now"):
+        make(judge, tmp_path / "out", make_rows(2), seed=7)
+
+
+@pytest.mark.parametrize(("make", "result"), [(judged, "judgements.jsonl"), (distilled, "rows.jsonl")])
+def test_a_row_that_was_corrected_has_its_own_result(judge, tmp_path, make, result):
+    rows = make_rows(3)
+    make(judge, tmp_path / "out", rows)
+    rows[1] = {**rows[1], "prompt": "another prompt ->"}
+    make(judge, tmp_path / "out", rows)
+    make(judge, tmp_path / "fresh", rows)
+    assert (tmp_path / "out" / result).read_bytes() == (tmp_path / "fresh" / result).read_bytes()
+
+
+def test_results_know_what_they_were_made_by(judge, tmp_path):
+    judged(judge, tmp_path / "out", make_rows(2))
+    settings = read_json(tmp_path / "out" / "settings.json")
+    assert {"adapter weights", "base model's weights", "tokenizer", "judge settings"} <= settings["fingerprint"].keys()
+    assert settings["trl_tract"]
+
+
+def test_a_gold_score_that_cannot_be_read_is_told_before_anything_is_done(judge, tmp_path):
+    with pytest.raises(ValueError, match="row 1: "):
+        judged(judge, tmp_path / "out", [make_rows(1)[0], {**make_rows(1)[0], "score": "n/a"}])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_dtype_is_one_of_the_settings(judge, tmp_path):
+    judged(judge, tmp_path / "out", make_rows(1))
+    step = JudgeStep(str(judge), str(tmp_path / "rows.jsonl"), str(tmp_path / "out"), {"append_marker": True})
+    step.settings |= {"max_new_tokens": 2, "num_generations": 1}
+    step.backend = {"dtype": "bfloat16"}
+    with pytest.raises(FileExistsError, match="dtype: None there, 'bfloat16' now"):
+        step.run()
+
+
+def write_weights(file: Path, tensors: dict[str, int]) -> dict[str, int]:
+    """A file of weights as safetensors lays them out, all zero and taking no disk; where each tensor begins."""
+    begins, offset = {}, 0
+    for name, size in tensors.items():
+        begins[name], offset = offset, offset + size
+    header = {name: {"dtype": "U8", "shape": [size], "data_offsets": [begins[name], begins[name] + size]}
+              for name, size in tensors.items()}  # fmt: skip
+    text = json.dumps(header).encode()
+    with file.open("wb") as content:
+        content.write(struct.pack("<Q", len(text)) + text)
+        content.truncate(8 + len(text) + offset)
+    return {name: 8 + len(text) + begin for name, begin in begins.items()}
+
+
+LAYERS = {f"layer.{number}.{part}": size for number in range(24) for part, size in (("norm", 8192), ("weight", 2**25))}
+
+
+def test_large_weights_are_read_at_the_ends_of_every_tensor_and_in_every_mebibyte(tmp_path):
+    file, places = tmp_path / "model.safetensors", random.Random(0)
+    begins = write_weights(file, LAYERS)
+    before = file_digests([file])
+    for name in places.sample(sorted(begins), 12):
+        middle = begins[name] + LAYERS[name] // 2
+        for place in (begins[name], begins[name] + LAYERS[name] - 1, middle - middle % 2**20):
+            with file.open("r+b") as content:
+                content.seek(place)
+                content.write(b"\x01")
+                content.flush()
+                assert file_digests([file]) != before, (name, place)
+                content.seek(place)
+                content.write(b"\x00")
+    assert file_digests([file]) == before
+
+
+@pytest.mark.slow
+def test_16_gb_of_weights_take_five_seconds_at_most(tmp_path):
+    for shard in range(4):
+        write_weights(tmp_path / f"model-{shard}.safetensors", {f"{shard}.{i}": 2**27 for i in range(32)})
+    started = time.monotonic()
+    model_fingerprint(tmp_path)
+    assert time.monotonic() - started < 5
+
+
+def test_a_loaded_model_that_was_trained_on_is_another_one(tmp_path):
+    model = make_model()
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, make_rows(2))
+
+    def distil() -> None:
+        backend = TransformersBackend(model, TOKENIZER)
+        CoTSelfDistill(backend, max_new_tokens=2, max_attempts=1).distill_file(data, tmp_path / "out")
+
+    distil()
+    distil()
+    with torch.no_grad():
+        next(model.parameters()).add_(0.01)
+    with pytest.raises(FileExistsError, match=r"there, .* now"):
+        distil()
+    assert len(list(read_jsonl(tmp_path / "out" / "rows.jsonl"))) == 2
