@@ -175,9 +175,8 @@ def render_pieces(
     for number, (scale, (rationale, score)) in enumerate(zip(scales, pieces, strict=False)):
         thought, answer = thought_first(asked.frame, rationale) if number == 0 else (None, rationale.rstrip())
         first = answer if thought is None else thought
-        start = "" if first[:1].isspace() else scale.format.start
-        if number == 0 and thought is None and not (start or first)[:1].isspace():
-            start = asked.frame.start + start
+        own = asked.frame.start if number == 0 and thought is None else ""
+        start = "" if first[:1].isspace() else own + scale.format.start
         body.add(start if first or thought is None else "")
         if thought is not None:
             body.add(thought)
@@ -200,7 +199,8 @@ def written_completion(frame: Frame, scales: Sequence[Scale], pieces: Sequence[t
     texts = [scale.format.join(*piece) for scale, piece in zip(scales, pieces, strict=True)]
     thought, answer = thought_first(frame, pieces[0][0])
     if thought is None:
-        return "".join(texts)
+        own = frame.start if scales[0].format.start and not answer[:1].isspace() else ""
+        return own + "".join(texts)
     opener, closer = next(tags for tags in reversed(frame.tags) if tags[1] not in thought)
     rest = scales[0].format.join(answer, pieces[0][1]).removeprefix(scales[0].format.start)
     start = "" if thought[:1].isspace() else scales[0].format.start
@@ -273,7 +273,8 @@ def _written(completion: Any, frame: Frame, scales: Sequence[Scale], thinks: boo
     begin = 0
     for span in spans:
         before = answer[begin : span.marker_start]
-        first = thought if begin == 0 and thought is not None else answer[begin:]
+        # What the template writes before an answer is not the rows' own.
+        first = answer[begin:] if begin else answer.removeprefix(frame.start) if thought is None else thought
         formats.append(
             CompletionFormat(
                 answer[span.marker_start : span.start - len(span.separator)],
