@@ -276,3 +276,13 @@ class ScoreCollator(DataCollatorForLanguageModeling):
         if self.padding_free:
             rows = [torch.cat(rows)]
         return pad(rows, padding_value=math.nan, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)  # type: ignore[no-any-return]
+
+
+def score_mask(batch: dict[str, Any]) -> torch.Tensor:
+    """Where the batch's scores stand, bool `(B, L - 1)`, aligned with labels that are shifted by one."""
+    if "score_labels" not in batch:
+        raise ValueError(
+            "the batch has no score_labels, so there is nothing to regress on. A custom data collator has to pad that "
+            "column with NaN to the shape of input_ids; leave data_collator out for one that does"
+        )
+    return ~batch["score_labels"][:, 1:].isnan()  # type: ignore[no-any-return]

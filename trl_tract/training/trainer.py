@@ -16,8 +16,7 @@ from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names, pack_dataset
 
 from trl_tract.backends.branches import several_tokens, why_not_one_forward
-from trl_tract.backends.loading import check_model
-from trl_tract.rows.dataset import ScoreCollator, check_columns, find_scales, prepare_rows
+from trl_tract.rows.dataset import ScoreCollator, check_columns, find_scales, prepare_rows, score_mask
 from trl_tract.rows.encoding import (
     ASPECT_COLUMN,
     Encoder,
@@ -32,11 +31,11 @@ from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.saved.model_card import write_model_card
 from trl_tract.saved.training_rows import TrainingRows
 from trl_tract.scale.trie import TokenTrie
-from trl_tract.training.adapters import check_adapters, mark_base, only_the_trained_adapter
+from trl_tract.training.adapters import mark_base, only_the_trained_adapter
+from trl_tract.training.arguments import check_arguments
 from trl_tract.training.config import TRACTConfig
 from trl_tract.training.early_warnings import EarlyWarnings
 from trl_tract.training.losses import score_terms
-from trl_tract.training.neighbours import changed_class
 from trl_tract.training.resuming import checkpoint_of, save_objective
 from trl_tract.training.score_head import add_score_head
 from trl_tract.training.score_metrics import ScoreMetrics
@@ -93,19 +92,7 @@ class TRACTTrainer(SFTTrainer):
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         **kwargs: Any,
     ) -> None:
-        if kwargs.get("compute_loss_func") is not None:
-            raise ValueError("compute_loss_func: TRACTTrainer computes the CoT-RAFT loss itself. Leave it out")
-        if kwargs.get("formatting_func") is not None:
-            raise ValueError(
-                "formatting_func makes one text of a row, but TRACT needs prompt and completion apart. Leave it out, "
-                "and make rows with `prompt` and `completion` beforehand: dataset.map(...)"
-            )
-        check_adapters(model, kwargs.get("peft_config"))
-        if isinstance(model, str):
-            check_model(model)
-        changed = changed_class(SFTTrainer)
-        if changed is not None:
-            logger.warning(changed)
+        check_arguments(model, **kwargs)
         model_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
         args = TRACTConfig.from_args(args, model_name.rstrip("/").split("/")[-1])
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
@@ -224,7 +211,7 @@ class TRACTTrainer(SFTTrainer):
     ) -> tuple[list[Any], torch.Tensor | int | None]:
         """Count the scores of the accumulated batch where Trainer counts its tokens."""
         samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        num_scores = sum((_score_mask(batch).sum() for batch in samples), torch.zeros((), dtype=torch.int64))
+        num_scores = sum((score_mask(batch).sum() for batch in samples), torch.zeros((), dtype=torch.int64))
         num_scores = num_scores.to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             num_scores = self.accelerator.gather(num_scores).sum() // self.get_tp_size()
@@ -240,7 +227,7 @@ class TRACTTrainer(SFTTrainer):
     ) -> Any:
         """CoT-RAFT: TRL's own cross-entropy, and the squared error of the expected score, from one forward pass."""
         inputs = dict(inputs)
-        score_positions = _score_mask(inputs)  # (B, L - 1), aligned with the shifted labels
+        score_positions = score_mask(inputs)  # (B, L - 1), aligned with the shifted labels
         gold = inputs.pop("score_labels")[:, 1:][score_positions]  # (S,)
         annotators = inputs.pop("annotator_labels", None)  # (B, L, K)
         values, raft_weight, numbers = self._values[0], self._raft_weights[0], None
@@ -408,13 +395,3 @@ class TRACTTrainer(SFTTrainer):
                 rows=TrainingRows.of(self._given_rows, lambda row: render_row(self._template, row, self.scales)),
                 adapter=self.model.active_peft_config if is_peft_model(self.model) else None,
             )
-
-
-def _score_mask(batch: dict[str, Any]) -> torch.Tensor:
-    """Where the batch's scores stand, bool `(B, L - 1)`, aligned with labels that are shifted by one."""
-    if "score_labels" not in batch:
-        raise ValueError(
-            "the batch has no score_labels, so there is nothing to regress on. A custom data collator has to pad that "
-            "column with NaN to the shape of input_ids; leave data_collator out for one that does"
-        )
-    return ~batch["score_labels"][:, 1:].isnan()  # type: ignore[no-any-return]
