@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 from conftest import make_model, make_tokenizer
@@ -14,10 +13,9 @@ from trl_tract.files.journal import read_jsonl, write_jsonl
 from trl_tract.runs.judged import Judged
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import read_aspects
-from trl_tract.scale.scales import Scales
 from trl_tract.sources.columns import OwnColumns
-from trl_tract.sources.onramp import as_jsonl
-from trl_tract.sources.schemas import judged_rows, load_items
+from trl_tract.sources.door import Source
+from trl_tract.sources.schemas import read_items
 
 TRAINING = {
     "max_steps": 1,
@@ -120,7 +118,7 @@ def test_a_rows_file_is_read_with_a_score_for_each_aspect(tmp_path):
     rows = make_rows(ASPECTS, 2)
     del rows[1]["scores"]  # then those in the completion count
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    items = load_items(str(tmp_path / "rows.jsonl"), Scales(GRID, "", aspects))
+    items = [item for _, item in Source(str(tmp_path / "rows.jsonl"), aspects).items()]
     assert items[0].reference["scores"] == rows[0]["scores"]
     written = rows[1]["completion"].replace("\n", " ").split()
     assert items[1].reference["scores"] == {
@@ -128,45 +126,33 @@ def test_a_rows_file_is_read_with_a_score_for_each_aspect(tmp_path):
         "facts": float(written[-1]),
     }
     write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "scores": {"tone": 1}}])
-    with pytest.raises(ValueError, match=r"row 0: .*'facts'"):
-        load_items(str(tmp_path / "rows.jsonl"), Scales(GRID, "", aspects))
+    ((number, refusal),) = Source(str(tmp_path / "rows.jsonl"), aspects).found()
+    assert (number, refusal.kind) == (0, "aspect missing")
 
 
-@pytest.fixture(scope="module")
-def seed(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("seed")
-    make_tokenizer().save_pretrained(directory)
-    return str(directory)
-
-
-def test_columns_of_ones_own_may_hold_aspects(tmp_path, seed):
-    scales, rows = Scales(GRID, "", read_aspects(ASPECTS)), make_rows(ASPECTS, 3)
+def test_columns_of_ones_own_may_hold_aspects(tmp_path):
+    rows = make_rows(ASPECTS, 3)
     renamed = [{"ask": row["prompt"], "reply": row["completion"], "scores": row["scores"]} for row in rows]
     write_jsonl(tmp_path / "own.jsonl", renamed)
     own = OwnColumns.parse(["prompt=ask", "completion=reply"], None)
-    with as_jsonl(str(tmp_path / "own.jsonl"), seed, scales, own) as file:
-        assert list(read_jsonl(Path(file))) == rows
+    source = Source(str(tmp_path / "own.jsonl"), read_aspects(ASPECTS), own)
+    assert [row for _, row in source.training_rows(chat=False)] == rows
 
 
-def test_a_rubric_is_for_rows_with_one_score(tmp_path, seed):
-    scales = Scales(GRID, "", read_aspects(ASPECTS))
+def test_a_rubric_is_for_rows_with_one_score(tmp_path):
     write_jsonl(tmp_path / "own.jsonl", [{"ask": "a", "note": "b", "stars": 3}])
     own = OwnColumns.parse(["prompt=ask", "rationale=note", "score=stars"], None)
-    with (
-        pytest.raises(ValueError, match="row 0: --rubric"),
-        as_jsonl(str(tmp_path / "own.jsonl"), seed, scales, own),
-    ):
-        pass
+    with pytest.raises(ValueError, match="--rubric"):
+        next(Source(str(tmp_path / "own.jsonl"), read_aspects(ASPECTS), own).found())
 
 
-def test_rows_without_gold_scores_are_judged_on_their_aspects(tmp_path, seed):
-    scales = Scales(GRID, "", read_aspects(ASPECTS))
+def test_rows_without_gold_scores_are_judged_on_their_aspects(tmp_path):
+    aspects = read_aspects(ASPECTS)
     write_jsonl(tmp_path / "own.jsonl", [{"ask": "a"}, {"ask": "b"}])
-    own = OwnColumns.parse(["prompt=ask"], None)
-    with as_jsonl(str(tmp_path / "own.jsonl"), seed, scales, own, judged=True) as file:
-        assert [row["prompt"] for row in read_jsonl(Path(file))] == ["a", "b"]
+    source = Source(str(tmp_path / "own.jsonl"), aspects, OwnColumns.parse(["prompt=ask"], None))
+    assert [row["prompt"] for _, row in source.judged_rows(chat=False)] == ["a", "b"]
     # As a Parquet or CSV file has them: the columns of another row, empty here.
-    (item,) = judged_rows({"prompt": "a", "completion": None, "scores": None}, scales)
+    (item,) = read_items({"prompt": "a", "completion": None, "scores": None}, aspects, judged=True)
     assert item.reference == {"prompt": "a"}
-    (item,) = judged_rows({"prompt": "a", "scores": {"tone": 2, "facts": 30}}, scales)
+    (item,) = read_items({"prompt": "a", "scores": {"tone": 2, "facts": 30}}, aspects, judged=True)
     assert item.reference["scores"] == {"tone": 2, "facts": 30}

@@ -16,9 +16,8 @@ from trl_tract.files.journal import write_jsonl
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.tokens import resolve_scales
 from trl_tract.scale.grid import ScoreGrid
-from trl_tract.scale.scale import read_aspects
-from trl_tract.scale.scales import Scales
-from trl_tract.sources.schemas import try_items
+from trl_tract.scale.scale import read_aspects, read_scales
+from trl_tract.sources.door import Source
 
 GRID = ScoreGrid.from_values([1, 2, 3, 4, 5])
 TOKENIZER = make_tokenizer()
@@ -109,7 +108,7 @@ def test_lengths_are_those_of_the_trained_rows(tmp_path):
     rows = make_rows(20)
     write_jsonl(tmp_path / "rows.jsonl", rows)
     report, _ = examine(
-        enumerate(try_items(str(tmp_path / "rows.jsonl"), Scales(GRID))), "rows.jsonl", TOKENIZER, {"max_length": None}
+        Source(str(tmp_path / "rows.jsonl"), read_scales({})).found(), "rows.jsonl", TOKENIZER, {"max_length": None}
     )
     lengths = sorted(len(row["input_ids"]) for row in make_trainer(tmp_path, rows).train_dataset)
     # Inverted distribution function: the 10th of 20 at one half, the 19th at 95 %.
@@ -161,7 +160,7 @@ def test_records_that_cannot_be_read_are_counted_with_the_rest(tmp_path, model, 
     rows = [*make_rows(3), {"prompt": "ask"}, {"prompt": "ask"}]
     code, printed = checked(tmp_path, model, rows, capsys)
     assert code == 1
-    assert "2 of 5 rows.jsonl rows refused (not understood; first: row 3): the row has a prompt, but neither" in printed
+    assert "2 of 5 rows.jsonl rows refused (no score; first: row 3): the row has a prompt, but neither" in printed
 
 
 def test_rows_without_completions_are_nothing_to_train_on(tmp_path, model, capsys):

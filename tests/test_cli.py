@@ -338,8 +338,9 @@ def test_completion_without_its_library_says_how_to_get_it(monkeypatch, capsys):
     assert 'pip install "trl-tract[completion]"' in capsys.readouterr().err
 
 
-def test_rows_of_the_known_schema_are_read_as_they_are(folder, tmp_path):
-    write_jsonl(tmp_path / "rows.jsonl", make_rows(2))
+def test_the_rows_that_were_judged_lie_beside_the_judgements(folder, tmp_path):
+    rows = make_rows(2)
+    write_jsonl(tmp_path / "rows.jsonl", rows)
     data = ["--model", str(folder / "judge"), "--data", str(tmp_path / "rows.jsonl")]
     assert main(["judge", *data, "--output_dir", str(tmp_path / "out"), *SAMPLING]) == 0
-    assert not (tmp_path / "out" / "rows.jsonl").exists()
+    assert [row["prompt"] for row in read_jsonl(tmp_path / "out" / "rows.jsonl")] == [row["prompt"] for row in rows]

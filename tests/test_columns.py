@@ -1,13 +1,17 @@
 """A user's own rubric and columns become the rows that are understood, and a mistake in them is named."""
 
+import json
+
 import pytest
 
 from trl_tract.scale.grid import ScoreGrid
-from trl_tract.scale.scales import Scales
-from trl_tract.sources.columns import OwnColumns, Rubric
-from trl_tract.sources.schemas import load_items, read_item
+from trl_tract.scale.scale import read_scales
+from trl_tract.sources.columns import OwnColumns
+from trl_tract.sources.door import Source
+from trl_tract.sources.rubric import Rubric
+from trl_tract.sources.schemas import read_items
 
-GRID = ScoreGrid.from_values([1, 2, 3, 4, 5])
+SCALES = read_scales({})
 RUBRIC = """\
 criterion: Does the answer solve the question?
 scores:
@@ -21,6 +25,12 @@ RECORD = {"question": "1 + 1?", "answer": "2", "feedback": "That is right.", "st
 COLUMNS = ["instruction=question", "response=answer", "rationale=feedback", "score=stars"]
 
 
+def read_item(record, scales, own):
+    own.check(scales)
+    (item,) = read_items(record, scales, own)
+    return item
+
+
 @pytest.fixture
 def rubric(tmp_path):
     (tmp_path / "rubric.yaml").write_text(RUBRIC)
@@ -28,7 +38,7 @@ def rubric(tmp_path):
 
 
 def test_a_csv_record_becomes_a_training_row(rubric):
-    item = read_item(RECORD, Scales(GRID), OwnColumns.parse(COLUMNS, rubric))
+    item = read_item(RECORD, SCALES, OwnColumns.parse(COLUMNS, rubric))
     (row,) = item.training
     assert row["completion"] == "That is right. [RESULT] 5"
     assert row["score"] == 5.0
@@ -38,25 +48,25 @@ def test_a_csv_record_becomes_a_training_row(rubric):
 
 
 def test_prompts_of_a_rubric_may_become_chat_messages_and_own_prompts_may_not(rubric):
-    assert read_item(RECORD, Scales(GRID), OwnColumns.parse(COLUMNS, rubric)).converted
+    assert read_item(RECORD, SCALES, OwnColumns.parse(COLUMNS, rubric)).converted
     own = OwnColumns.parse(["prompt=question", "rationale=feedback", "score=stars"], None)
-    assert not read_item(RECORD, Scales(GRID), own).converted
+    assert not read_item(RECORD, SCALES, own).converted
 
 
 def test_a_mean_over_annotators_is_kept_and_its_nearest_score_is_written(rubric):
     own = OwnColumns.parse(COLUMNS, rubric)
-    (row,) = read_item(RECORD | {"stars": "3.67"}, Scales(GRID), own).training
+    (row,) = read_item(RECORD | {"stars": "3.67"}, SCALES, own).training
     assert (row["score"], row["completion"]) == (3.67, "That is right. [RESULT] 4")
 
 
 def test_columns_that_bear_the_roles_names_need_not_be_named(rubric):
     record = {"instruction": "ask", "response": "answer", "rationale": "Fine.", "score": 4, "other": "left out"}
-    (row,) = read_item(record, Scales(GRID), OwnColumns.parse(None, rubric)).training
+    (row,) = read_item(record, SCALES, OwnColumns.parse(None, rubric)).training
     assert row.keys() == {"prompt", "completion", "score", "group"}
 
 
 def test_a_record_without_a_rationale_can_be_judged_but_not_trained_on(rubric):
-    item = read_item(RECORD | {"feedback": None}, Scales(GRID), OwnColumns.parse(COLUMNS, rubric))
+    item = read_item(RECORD | {"feedback": None}, SCALES, OwnColumns.parse(COLUMNS, rubric))
     assert (item.training, item.reference["score"]) == ((), 5.0)
 
 
@@ -88,7 +98,6 @@ def test_a_mistake_in_columns_is_named(columns, wanted):
 @pytest.mark.parametrize(
     ("columns", "record", "wanted"),
     [
-        (["response=reply"], RECORD, "there is no column reply. The columns are answer, feedback, question, stars"),
         (["score=stars"], RECORD, r"no column is named for the response .*add --columns response=COLUMN"),
         (COLUMNS, RECORD | {"answer": None}, r"the column answer \(the text to be judged\) is empty"),
         (COLUMNS, RECORD | {"stars": None}, r"the column stars \(the gold score\) is empty"),
@@ -98,7 +107,7 @@ def test_a_mistake_in_columns_is_named(columns, wanted):
 )
 def test_a_record_that_does_not_fit_its_columns_is_named(columns, record, wanted, rubric):
     with pytest.raises(ValueError, match=wanted):
-        read_item(record, Scales(GRID), OwnColumns.parse(columns, rubric))
+        read_item(record, SCALES, OwnColumns.parse(columns, rubric))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +132,7 @@ def test_a_mistake_in_a_rubric_is_named(text, wanted, tmp_path):
 
 def test_a_rubric_of_other_scores_says_which_option_to_set(rubric):
     with pytest.raises(ValueError, match=r"describes the scores 1, 2, 3, 4, 5, but the grid is 1, 2, 3: give "):
-        read_item(RECORD, Scales(ScoreGrid.from_values([1, 2, 3])), OwnColumns.parse(COLUMNS, rubric))
+        read_item(RECORD, read_scales({"score_values": [1, 2, 3]}), OwnColumns.parse(COLUMNS, rubric))
 
 
 SOME = """\
@@ -131,7 +140,7 @@ criterion: Does the answer solve the question?
 scores: {SCORES}
 scale: any whole number from 0 to 100
 """
-HUNDRED = ScoreGrid.from_values("0..100")
+HUNDRED = read_scales({"score_values": "0..100"})
 
 
 @pytest.mark.parametrize(
@@ -141,7 +150,7 @@ HUNDRED = ScoreGrid.from_values("0..100")
 def test_a_rubric_may_describe_some_scores_of_a_scale(tmp_path, scores):
     (tmp_path / "r.yaml").write_text(SOME.replace("SCORES", scores))
     own = OwnColumns.parse(COLUMNS, tmp_path / "r.yaml")
-    (row,) = read_item(RECORD | {"stars": "37"}, Scales(HUNDRED), own).training
+    (row,) = read_item(RECORD | {"stars": "37"}, HUNDRED, own).training
     assert row["completion"] == "That is right. [RESULT] 37"
     assert "Then write [RESULT] and one score: any whole number from 0 to 100. Treat" in row["prompt"]
     assert "Score rubric: [Does the answer solve the question?]\nScore 0" in row["prompt"]
@@ -168,13 +177,13 @@ def test_a_scale_stands_in_an_own_template(tmp_path):
 def test_a_scale_describes_scores_of_the_grid_in_its_order(tmp_path, scores, wanted):
     (tmp_path / "r.yaml").write_text(SOME.replace("SCORES", scores))
     with pytest.raises(ValueError, match=wanted):
-        read_item(RECORD, Scales(HUNDRED), OwnColumns.parse(COLUMNS, tmp_path / "r.yaml"))
+        read_item(RECORD, HUNDRED, OwnColumns.parse(COLUMNS, tmp_path / "r.yaml"))
 
 
 def test_a_rubric_of_some_scores_without_a_scale_is_told_of_it(tmp_path):
     (tmp_path / "r.yaml").write_text(SOME.replace("SCORES", "0: a, 100: b").rsplit("scale", 1)[0])
     with pytest.raises(ValueError, match=r"but the grid is 0, 1, .*`scale: any score from 0 to 100` in it"):
-        read_item(RECORD, Scales(HUNDRED), OwnColumns.parse(COLUMNS, tmp_path / "r.yaml"))
+        read_item(RECORD, HUNDRED, OwnColumns.parse(COLUMNS, tmp_path / "r.yaml"))
 
 
 def test_ranges_of_negative_numbers_and_words_are_read():
@@ -187,5 +196,37 @@ def test_ranges_of_negative_numbers_and_words_are_read():
 def test_a_file_of_own_columns_is_read_to_its_end(tmp_path, rubric):
     lines = ["question,answer,feedback,stars", *(f"q{i // 2},a{i},Fine.,{1 + i % 5}" for i in range(50))]
     (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
-    items = load_items(str(tmp_path / "rows.csv"), Scales(GRID), OwnColumns.parse(COLUMNS, rubric))
+    items = [item for _, item in Source(str(tmp_path / "rows.csv"), SCALES, OwnColumns.parse(COLUMNS, rubric)).items()]
     assert (len(items), len({item.group for item in items})) == (50, 25)
+
+
+def test_a_column_that_no_record_has_is_named(tmp_path, rubric):
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b", "score": 4}\n{"question": "a"}\n')
+    own = OwnColumns.parse(["instruction=question", "response=answer", "reference=ideal"], rubric)
+    with pytest.raises(ValueError, match=r"there is no column ideal. The columns are answer, question, score"):
+        list(Source(str(tmp_path / "rows.jsonl"), SCALES, own).found())
+
+
+def test_a_column_that_some_records_lack_is_missing_there(tmp_path, rubric):
+    records = [{"instruction": "a", "response": "b", "score": 4}, {"instruction": "a", "response": "b", "score": 2}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [records[0], records[1] | {"ideal": "c"}])))
+    own = OwnColumns.parse(["reference=ideal"], rubric)
+    first, second = (item for _, item in Source(str(tmp_path / "rows.jsonl"), SCALES, own).items())
+    assert ["Reference answer" in item.reference["prompt"] for item in (first, second)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("cells", "golds"),
+    [({"a": "4", "b": "3", "c": "3"}, [4.0, 3.0, 3.0]), ({"a": "4", "b": None, "c": "nan"}, [4.0])],
+)
+def test_several_annotators_have_a_column_each(cells, golds):
+    own = OwnColumns.parse(["prompt=ask", "score=a,b,c"], None)
+    row = own.convert({"ask": "?", **cells}, SCALES)
+    assert row["score"] == (golds if len(golds) > 1 else golds[0])
+
+
+@pytest.mark.parametrize("scores", ["no: a\n  yes: b", "01: a\n  02: b", "~: a\n  5: b", "010: a\n  8: b"])
+def test_scores_that_yaml_reads_as_something_else_are_to_be_quoted(tmp_path, scores):
+    (tmp_path / "r.yaml").write_text(f"criterion: c\nscores:\n  {scores}\n")
+    with pytest.raises(ValueError, match="quotes"):
+        Rubric.load(tmp_path / "r.yaml")

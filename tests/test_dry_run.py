@@ -5,19 +5,12 @@ import re
 
 import pytest
 from conftest import make_model, make_rows, make_tokenizer, make_trainer
-from peft import LoraConfig, get_peft_model
 from test_aspects import ASPECTS
 from test_aspects import make_rows as aspect_rows
 
 from trl_tract.cli import main
-from trl_tract.commands.check import examine
-from trl_tract.commands.dry_run import Plan, _largest_batch
-from trl_tract.commands.estimate import Batch, count, training_memory, training_operations
+from trl_tract.commands.dry_run import Plan
 from trl_tract.files.journal import write_json, write_jsonl
-from trl_tract.scale.scales import Scales
-from trl_tract.sources.schemas import try_items
-
-BATCH = Batch(rows=2, length=50, labelled=30, score_rows=2)
 
 
 @pytest.fixture(scope="module")
@@ -74,78 +67,11 @@ def test_processes_share_the_updates():
     assert [Plan.of(lengths, {"num_train_epochs": 1}, processes).updates for processes in (1, 2, 4)] == [4, 2, 1]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "qwen3_moe"])
-def test_parameters_are_counted_without_weights(family, tmp_path):
-    network = make_model(family)
-    network.config.save_pretrained(tmp_path)
-    size = count(str(tmp_path), {"dtype": "float32"})
-    assert size.total == size.trainable == sum(p.numel() for p in network.parameters())
-    assert (size.layers, size.hidden, size.stored) == (2, 32, 4)
-
-
-def test_of_a_mixture_a_token_meets_the_chosen_experts_alone(tmp_path):
-    make_model("qwen3_moe").config.save_pretrained(tmp_path)
-    size = count(str(tmp_path), {"dtype": "float32"})
-    experts = 2 * 6 * 3 * 32 * 16  # layers, experts, three matrices
-    table = 384 * 32
-    assert size.active < size.total - table - experts + experts * 2 / 6 + 1
-
-
-def test_an_adapters_parameters_are_those_that_are_trained(model):
-    adapted = get_peft_model(make_model(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    options = {"dtype": "float32", "use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
-    assert count(model, options).trainable == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-
-
-def test_memory_of_weights_gradients_and_adam_by_hand(model):
-    size = count(model, {"dtype": "float32"})
-    memory = training_memory(size, {"optim": "adamw_torch", "gradient_checkpointing": True}, {}, BATCH)
-    found = [memory.terms[name] for name in ("weights", "gradients", "optimiser")]
-    assert found == [4 * size.total, 4 * size.total, 8 * size.total]
-
-
-def test_activations_by_hand(model):
-    # Two blocks, 32 wide, 4 heads of 8 and as many for the keys or half, 64 in the feed-forward part, 384 tokens.
-    size = count(model, {"dtype": "float32"})
-    assert (size.hidden, size.inner, size.vocabulary) == (32, make_model().config.intermediate_size, 384)
-    tokens, rows, length = 2 * 50, 2, 50
-    terms = training_memory(size, {"bf16": True}, {}, Batch(rows, length, labelled=30, score_rows=2)).terms
-    assert terms["layer inputs"] == 2 * 2 * tokens * 32
-    assert terms["one layer"] == tokens * (18 * 32 + 8 * size.query + 10 * size.key + 14 * size.inner)
-    assert terms["mask"] == 3 * rows * length**2
-    assert terms["fused head"] == 2 * 384 * 30 + 6 * 30 * 32
-    assert terms["score rows"] == 16 * 2 * 384
-    everything = training_memory(size, {"gradient_checkpointing": False}, {}, Batch(rows, length, 30, 2)).terms
-    assert everything["layers"] == 2 * 2 * terms["one layer"]  # both blocks, in float32
-
-
-def test_sharded_weights_are_shared_out_and_gathered_two_blocks_at_a_time(model):
-    size = count(model, {"dtype": "float32"})
-    alone, shared = (training_memory(size, {"bf16": True}, {}, BATCH, devices).terms for devices in (1, 2))
-    for name in ("weights", "gradients", "optimiser"):
-        assert shared[name] == alone[name] / 2
-    assert shared["gathered"] == 2 * (size.embeddings + 2 * size.layer) + 2 * (size.embeddings + size.layer)
-
-
-def test_four_bits_shrink_the_linear_layers_alone(model):
-    size = count(model, {"dtype": "float32"})
-    whole, small = (training_memory(size, {}, {"load_in_4bit": four}, BATCH).terms["weights"] for four in (False, True))
-    assert whole - small == pytest.approx(size.linear * (4 - 0.5625))
-
-
-def test_operations_of_full_training_are_six_a_parameter_and_token(model):
-    size = count(model, {"dtype": "float32"})
-    found = training_operations(size, 1000, 0.0, {"gradient_checkpointing": False})
-    assert found == 6 * size.active * 1000
-
-
 def test_a_dry_run_prints_the_steps_and_writes_nothing(tmp_path, model, capsys):
     code, printed = dry(tmp_path, model, make_rows(12), capsys)
     assert code == 0
     assert re.findall(r"^\[(\d)/7\] (\w+)", printed, re.MULTILINE)[0] == ("1", "Reading")
     assert "11 rows to train on, 1 held-out items" in printed
-    assert "Memory of training on one device, an estimate:" in printed
-    assert "no step was run" in printed
     assert not (tmp_path / "out").exists()
 
 
@@ -211,14 +137,3 @@ def test_a_dry_run_says_what_training_would_warn_of(command, tmp_path, model, ca
     assert "raft_weight=0.0016 gives it the same weight" in printed
     options = ["--score_values", "0..100", "--raft_weight", "0.0016"]
     assert "would warn" not in dry(tmp_path, model, make_rows(12), capsys, *options, command=command)[1]
-
-
-@pytest.mark.parametrize("scores", [1, 3])
-def test_memory_counts_every_score_of_a_row(scores, tmp_path):
-    markers = ["[RESULT]", "[B]", "[C]"][:scores]
-    rows = [{"prompt": "Judge.", "completion": "".join(f" Fine. {marker} 2" for marker in markers)}] * 12
-    training = {"aspects": {marker: {"marker": marker} for marker in markers}} if scores > 1 else {}
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    items = try_items(str(tmp_path / "rows.jsonl"), Scales.of(training), only_trained=True)
-    report, encoder = examine(enumerate(items), "rows", make_tokenizer(), training)
-    assert _largest_batch(Plan.of(report.tokens, {}, 1), report, encoder).score_rows == 8 * scores

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from trl_tract.scale.grid import ScoreGrid
-from trl_tract.scale.scales import Scales
-from trl_tract.sources.columns import OwnColumns, Rubric
+from trl_tract.scale.scale import read_scales
+from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.preferences import pair_report, pair_rows
-from trl_tract.sources.schemas import judged_rows, read_item
+from trl_tract.sources.rubric import Rubric
+from trl_tract.sources.schemas import read_items
 
-GRID = ScoreGrid.from_values([1, 2])
+SCALES = read_scales({"score_values": [1, 2]})
 RUBRIC = Rubric("Polite?", {"1": "no", "2": "yes"}, "{instruction} | {response}")
 PAIR = {"prompt": "ask", "chosen": "please", "rejected": "now", "subset": "chat", "id": 7}
 
@@ -29,7 +29,7 @@ def judged(*scores, groups=None, subsets=None):
 
 
 def test_a_pair_becomes_two_rows_that_differ_in_the_response_alone():
-    rows = pair_rows(PAIR, RUBRIC, Scales(GRID))
+    rows = pair_rows(PAIR, RUBRIC, "[RESULT]")
     assert [row["prompt"] for row in rows] == ["ask | please", "ask | now"]
     assert [row["side"] for row in rows] == ["chosen", "rejected"]
     assert all((row["group"], row["subset"], row["id"]) == ("ask", "chat", 7) for row in rows)
@@ -40,31 +40,31 @@ def test_a_pair_of_chat_messages_may_hold_its_prompt():
     pair = {
         side: [user, {"role": "assistant", "content": text}] for side, text in (("chosen", "yes"), ("rejected", "no"))
     }
-    assert [row["prompt"] for row in pair_rows(pair, RUBRIC, Scales(GRID))] == ["ask | yes", "ask | no"]
+    assert [row["prompt"] for row in pair_rows(pair, RUBRIC, "[RESULT]")] == ["ask | yes", "ask | no"]
 
 
 def test_whole_prompts_need_no_rubric():
     text = "###Task\n###Response to evaluate: {}\n###Feedback: "
     pair = {"chosen_instruction": text.format("a"), "rejected_instruction": text.format("b")}
-    rows = pair_rows(pair, None, Scales(GRID))
+    rows = pair_rows(pair, None, "[RESULT]")
     assert rows[0]["prompt"].endswith("a\n###Feedback:")
     assert rows[0]["group"] == rows[1]["group"] == "###Task"
 
 
 def test_own_columns_name_the_two_responses():
     own = OwnColumns({"instruction": "q", "chosen": "good", "rejected": "bad"}, RUBRIC)
-    items = judged_rows({"q": "ask", "good": "please", "bad": "now"}, Scales(GRID), own)
+    items = read_items({"q": "ask", "good": "please", "bad": "now"}, SCALES, own, judged=True)
     assert [item.reference["prompt"] for item in items] == ["ask | please", "ask | now"]
 
 
 def test_pairs_without_a_rubric_say_what_is_missing():
     with pytest.raises(ValueError, match="--rubric"):
-        judged_rows(PAIR, Scales(GRID))
+        read_items(PAIR, SCALES, judged=True)
 
 
 def test_pairs_are_no_training_rows_and_the_error_says_what_is():
     with pytest.raises(ValueError, match=r"says which is better but not how good.*Score the responses one by one"):
-        read_item(PAIR, Scales(GRID))
+        read_items(PAIR, SCALES)
 
 
 def test_the_share_counts_a_tie_as_half():

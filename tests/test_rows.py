@@ -5,12 +5,12 @@ import json
 import pytest
 from conftest import make_rows
 
-from trl_tract.scale.grid import ScoreGrid
-from trl_tract.scale.scales import Scales
+from trl_tract.scale.scale import read_scales
+from trl_tract.sources.door import Source, held_out
 from trl_tract.sources.prompts import from_feedback_collection
-from trl_tract.sources.schemas import Item, load_items, read_item, split_items
+from trl_tract.sources.schemas import Item, read_items
 
-GRID = ScoreGrid.from_values([1, 2, 3, 4, 5])
+SCALES = read_scales({})
 PROMETHEUS = {
     "instruction": "Question one\n###Response to evaluate: fine\n###Feedback: ",
     "gpt4_score": [4, 5, 5],
@@ -32,8 +32,12 @@ def write(path, rows, *, as_list=False):
     return str(path)
 
 
+def load_items(source):
+    return [item for _, item in Source(source, SCALES).items()]
+
+
 def test_prometheus_items_give_three_training_rows_and_their_mean(tmp_path):
-    (item,) = load_items(write(tmp_path / "v.json", [PROMETHEUS], as_list=True), Scales(GRID))
+    (item,) = load_items(write(tmp_path / "v.json", [PROMETHEUS], as_list=True))
     assert [row["completion"] for row in item.training] == [
         "good [RESULT] 4",
         "very good [RESULT] 5",
@@ -54,37 +58,42 @@ def test_feedback_collection_becomes_a_rubric_prompt():
 
 def test_prompt_completion_rows_pass_through(tmp_path):
     rows = make_rows(3)
-    items = load_items(write(tmp_path / "r.jsonl", rows), Scales(GRID))
+    items = load_items(write(tmp_path / "r.jsonl", rows))
     assert [item.training[0] for item in items] == rows
     assert [item.reference["score"] for item in items] == [row["score"] for row in rows]
 
 
 def test_rows_without_a_completion_are_evaluation_only(tmp_path):
-    (item,) = load_items(write(tmp_path / "r.jsonl", [{"prompt": "a", "score": 3}]), Scales(GRID))
+    (item,) = load_items(write(tmp_path / "r.jsonl", [{"prompt": "a", "score": 3}]))
     assert item.training == ()
     assert item.reference["score"] == 3.0
 
 
 def test_unknown_columns_are_listed_beside_those_that_are_understood(tmp_path):
     file = write(tmp_path / "r.jsonl", [{"question": "a", "rating": 3}])
-    with pytest.raises(ValueError, match=r"r.jsonl, row 0: .*question, rating"):
-        load_items(file, Scales(GRID))
+    with pytest.raises(ValueError, match=r"first: row 0\): the columns question, rating.*orig_instruction"):
+        load_items(file)
 
 
 @pytest.mark.parametrize(
     ("name", "text", "wanted"),
     [
-        ("r.jsonl", "", "holds no rows"),
+        ("r.jsonl", "", "is empty"),
+        ("r.jsonl", "\n", "holds no rows"),
         ("r.json", '{"a": 1}', "holds a JSON dict; a list of objects"),
         ("r.json", '{"a": 1}\n{"a": 2}', "not JSON.*JSONL"),
         ("r.xlsx", "a,b", "no file that is read here: give one of .jsonl, .json, .csv, .tsv, .parquet"),
-        ("r.jsonl", '{"prompt": "a", "completion": "no score"}', "row 0: the completion does not hold the marker"),
+        (
+            "r.jsonl",
+            '{"prompt": "a", "completion": "no score"}',
+            r"first: row 0\): the completion does not hold the marker",
+        ),
     ],
 )
 def test_files_that_cannot_be_read_say_why(tmp_path, name, text, wanted):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=wanted):
-        load_items(str(tmp_path / name), Scales(GRID))
+        load_items(str(tmp_path / name))
 
 
 def items(groups: list[str]) -> list[Item]:
@@ -93,19 +102,17 @@ def items(groups: list[str]) -> list[Item]:
 
 def test_a_group_is_never_split():
     every = items([f"q{i // 4}" for i in range(80)])
-    training, held_out = split_items(every, 0.25, seed=1)
-    assert len({item.group for item in held_out}) == 5
-    assert not {item.group for item in training} & {item.group for item in held_out}
-    assert len(training) + len(held_out) == 80
+    is_held_out = held_out(every, 0.25, seed=1)
+    assert len({item.group for item in every if is_held_out(item)}) == 5
 
 
 def test_too_few_groups_to_split_are_an_error():
     with pytest.raises(ValueError, match=r"holding out 0\.1 of 1 group"):
-        split_items(items(["q"] * 8), 0.1, seed=1)
+        held_out(items(["q"] * 8), 0.1, seed=1)
 
 
 def test_a_benchmark_item_without_feedback_can_be_judged_and_not_trained_on():
-    item = read_item({"instruction": "Judge. ", "gpt4_score": [4, 5, 5]}, Scales(GRID))
+    (item,) = read_items({"instruction": "Judge. ", "gpt4_score": [4, 5, 5]}, SCALES)
     assert item.training == ()
     assert item.reference["score"] == pytest.approx(14 / 3)
     assert item.reference["prompt"] == "Judge."

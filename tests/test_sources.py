@@ -45,7 +45,8 @@ def test_parquet_has_its_own_types(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "wanted"),
     [
-        ("a.csv", "", "the first line has to name every column, each once. It names: nothing"),
+        ("a.csv", "", "is empty"),
+        ("a.csv", "a,b\n", "names the columns a, b, and no rows"),
         ("a.csv", "a,,b\n1,2,3\n", "It names: 'a', '', 'b'"),
         ("a.csv", "a,a\n1,2\n", "It names: 'a', 'a'"),
         ("a.csv", "a,b\n1,2\nx,y,z\n", "line 3: 3 cells, but the first line names 2 columns"),

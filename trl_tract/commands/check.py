@@ -1,10 +1,13 @@
 """What training would make of rows, before anything is trained: lengths, scores, refusals. Loads a tokenizer, no model.
 
-Every refusal is `data.py`'s or `schemas.py`'s own; none is decided here.
+Every refusal is that of the door or of the encoder; none is decided here.
 """
 
+import itertools
+import math
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +19,51 @@ from trl_tract.backends.loading import load_tokenizer
 from trl_tract.commands.token_view import around_score, view_row
 from trl_tract.rows.dataset import find_scales, refusal_summary
 from trl_tract.rows.encoding import RowEncoder
+from trl_tract.rows.golds import is_missing, read_golds
 from trl_tract.rows.row import Row
 from trl_tract.scale.grid import ScoreGrid
-from trl_tract.scale.scale import read_scales
-from trl_tract.scale.scales import Scales
-from trl_tract.scale.text import ScoreNotFoundError
+from trl_tract.scale.scale import Scale, read_scales
 from trl_tract.sources.columns import OwnColumns
-from trl_tract.sources.schemas import Item, as_chat, try_items
+from trl_tract.sources.door import Refusal, Source, written_rows
+from trl_tract.sources.schemas import Item
 from trl_tract.text.display import visible
 from trl_tract.text.terminal import aligned, bars
 
-Refusal = tuple[int, str, str, int]
-"""`(number of the record, kind, message, tokens)`, as `data.refusal_summary` takes them."""
-
 _EXAMPLES = 5  # rows that are kept to be shown
+
+
+@dataclass
+class Agreement:
+    """Gold scores of a column, and the scores that the same rows' completions have; rubric units."""
+
+    golds: "array[float]" = field(default_factory=lambda: array("d"))
+    written: "array[float]" = field(default_factory=lambda: array("d"))
+
+    def __str__(self) -> str:
+        nearest, difference, correlation = self._measures()
+        return (
+            f"{len(self.golds):,} completions say a score as well: the mean difference is {difference:.2f}, the "
+            f"correlation {correlation:.2f}; {nearest:,} are less than one apart"
+        )
+
+    def contradiction(self, grid: ScoreGrid) -> str | None:
+        """What is to be said where the two cannot both be right; None where they may be."""
+        if len(self.golds) < 5:
+            return None
+        _, difference, correlation = self._measures()
+        if correlation >= 0 and difference <= (grid.values[-1] - grid.values[0]) / 4:
+            return None
+        kind = "run against each other" if correlation < 0 else f"are {difference:.2f} apart in the mean"
+        return (
+            f"the gold scores and the scores in the completions {kind}. Is the column reversed, on another scale, or "
+            "of other rows? The rationale would be trained on one score, and the squared error on the other"
+        )
+
+    def _measures(self) -> tuple[int, float, float]:
+        golds, written = np.array(self.golds), np.array(self.written)
+        gaps = np.abs(golds - written)
+        vary = len(golds) > 1 and golds.std() > 0 and written.std() > 0
+        return int((gaps < 1).sum()), float(gaps.mean()), float(np.corrcoef(golds, written)[0, 1]) if vary else math.nan
 
 
 @dataclass
@@ -46,6 +80,7 @@ class RowsReport:
         completion_tokens: Of each trained row.
         tokens: Of each trained row, as it is trained on.
         golds: Gold scores of the trained rows by aspect, rubric units; of rows with one score, by the empty name.
+        agreement: By aspect likewise, where rows have a gold score in a column and another one in the completion.
         refused: Whatever would not be trained on, and why.
         longest: Tokens of the longest row, one that is cut included: the `max_length` that cuts none.
         examples: The first rows that are trained on, with the numbers of their records.
@@ -56,10 +91,11 @@ class RowsReport:
     trained: int = 0
     judged_only: int = 0
     groups: int = 0
-    prompt_tokens: list[int] = field(default_factory=list)
-    completion_tokens: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    golds: dict[str, list[float]] = field(default_factory=dict)
+    prompt_tokens: "array[int]" = field(default_factory=lambda: array("l"))
+    completion_tokens: "array[int]" = field(default_factory=lambda: array("l"))
+    tokens: "array[int]" = field(default_factory=lambda: array("l"))
+    golds: dict[str, "array[float]"] = field(default_factory=dict)
+    agreement: dict[str, Agreement] = field(default_factory=dict)
     refused: list[Refusal] = field(default_factory=list)
     longest: int = 0
     examples: list[tuple[int, Row]] = field(default_factory=list)
@@ -71,17 +107,17 @@ class RowsReport:
 
 
 def examine(
-    found: Iterable[tuple[int, Item | ValueError]],
+    found: Iterable[tuple[int, Item | Refusal]],
     name: str,
     tokenizer: PreTrainedTokenizerBase,
     training: Mapping[str, Any],
     *,
     examples: Sequence[int] | None = None,
 ) -> tuple[RowsReport, RowEncoder | None]:
-    """Tokenise all rows as training would.
+    """Tokenise all rows as training would, one at a time.
 
     Args:
-        found: The records' numbers and items, or why there is none: see `schemas.try_items`.
+        found: The records' numbers and items, or why there is none: see `door.Source.found`.
         name: What the source is called.
         tokenizer: Of the model that is to be trained.
         training: Fields of TRACTConfig; those that are left out have its defaults.
@@ -90,25 +126,14 @@ def examine(
     Returns:
         The report, and the encoder, which shows rows; None where no row has a score that can be found.
     """
-    max_length = training.get("max_length", 3000)
+    scales, max_length = read_scales(training), training.get("max_length", 3000)
     report = RowsReport(name)
-    rows: list[tuple[int, Row]] = []
-    groups: set[str] = set()
-    for number, item in found:
-        report.records += 1
-        if isinstance(item, ValueError):
-            kind = item.kind if isinstance(item, ScoreNotFoundError) else "not understood"
-            report.refused.append((number, kind, str(item), 0))
-            continue
-        report.judged_only += not item.training
-        groups.update([item.group] if item.training else [])
-        chat = item.converted and bool(tokenizer.chat_template)
-        rows += [(number, as_chat(row) if chat else row) for row in item.training]
-    report.groups = len(groups)
-    if not rows:
+    rows = _rows(found, report, bool(tokenizer.chat_template))
+    first = list(itertools.islice(rows, 1000))
+    if not first:
         return report, None
     encoder = RowEncoder(
-        find_scales(tokenizer, (row for _, row in rows), read_scales(training)),
+        find_scales(tokenizer, (row for _, row, _ in first), scales),
         max_length,
         tokenizer=tokenizer,
         score_in_ce=bool(training.get("score_in_ce")),
@@ -116,7 +141,7 @@ def examine(
     )
     whole = replace(encoder, max_length=None)
     shown: set[int] = set()
-    for number, row in rows:
+    for number, row, converted in itertools.chain(first, rows):
         columns = whole(row)
         length = columns["num_tokens"]
         report.longest = max(report.longest, length)
@@ -125,11 +150,17 @@ def examine(
         if not columns["refusal_kind"] and max_length is not None and length > max_length:
             columns = encoder(row)  # which of them lose their score is the encoder's to say
         if columns["refusal_kind"]:
-            report.refused.append((number, columns["refusal_kind"], columns["refusal"], columns["num_tokens"]))
+            report.refused.append(Refusal(number, columns["refusal_kind"], columns["refusal"], columns["num_tokens"]))
             continue
         report.trained += 1
-        for scale, gold in zip(encoder.scales, golds, strict=True):
-            report.golds.setdefault(scale.name, []).append(gold)
+        for scale, gold in zip(scales, golds, strict=True):
+            report.golds.setdefault(scale.name, array("d")).append(gold)
+        if not converted and not (is_missing(row.get("score")) and is_missing(row.get("scores"))):
+            written = read_golds({"completion": row["completion"]}, scales) or []
+            for scale, gold, (score,) in zip(scales, golds, written, strict=True):
+                agreement = report.agreement.setdefault(scale.name, Agreement())
+                agreement.golds.append(gold)
+                agreement.written.append(score)
         report.tokens.append(len(columns["input_ids"]))
         report.prompt_tokens.append(prompt)
         report.completion_tokens.append(length - prompt)
@@ -138,8 +169,24 @@ def examine(
         if len(report.examples) < _EXAMPLES if examples is None else number in examples:
             shown.add(number)
             report.examples.append((number, row))
-    report.refused.sort(key=lambda refusal: refusal[0])
+    report.refused.sort(key=lambda refusal: refusal.number)
     return report, encoder
+
+
+def _rows(
+    found: Iterable[tuple[int, Item | Refusal]], report: RowsReport, chat: bool
+) -> Iterator[tuple[int, Row, bool]]:
+    """The training rows, with the numbers of their records and whether they were converted; the rest is counted."""
+    groups: set[int] = set()
+    for number, item in found:
+        report.records += 1
+        if isinstance(item, Refusal):
+            report.refused.append(item)
+            continue
+        report.judged_only += not item.training
+        groups.update([hash(item.group)] if item.training else [])
+        report.groups = len(groups)
+        yield from ((number, row, item.converted) for row in written_rows(item, item.training, chat))
 
 
 def lengths_table(report: RowsReport) -> list[str]:
@@ -193,20 +240,23 @@ def check(
     Raises:
         FileNotFoundError, ValueError: The source as a whole cannot be read.
     """
-    tokenizer, scales, max_length = load_tokenizer(model), Scales.of(training), training.get("max_length", 3000)
-    found = enumerate(try_items(source, scales, own, only_trained=True))
-    report, encoder = examine(found, Path(source).name, tokenizer, training, examples=rows)
+    tokenizer, scales, max_length = load_tokenizer(model), read_scales(training), training.get("max_length", 3000)
+    report, encoder = examine(
+        Source(source, scales, own).found(), Path(source).name, tokenizer, training, examples=rows
+    )
     say(_counts(report))
     if encoder is not None and report.trained:
         say("\n" + "\n".join(lengths_table(report)))
-        grids = {scale.name: scale.grid for scale in encoder.scales}
-        for name, golds in report.golds.items():
-            fractions = sum(gold not in grids[name].values for gold in golds)
+        for scale in scales:
+            golds = report.golds[scale.name]
+            fractions = sum(gold not in scale.grid.values for gold in golds)
             between = f", {fractions:,} of them between two scores of the grid" if fractions else ""
-            say(f"\n{len(golds):,} gold scores{f' of {name}' if name else ''}{between}")
-            say("\n".join(score_histogram(golds, grids[name], mark=mark)))
+            say(f"\n{len(golds):,} gold scores{f' of {scale.name}' if scale.name else ''}{between}")
+            say("\n".join(score_histogram(golds, scale.grid, mark=mark)))
+            if scale.name in report.agreement:
+                say(str(report.agreement[scale.name]))
         for number, row in report.examples:
-            say(f"\nrow {number}, token by token from shortly before the {'first ' if len(grids) > 1 else ''}marker")
+            say(f"\nrow {number}, token by token from shortly before the {'first ' if scales[0].name else ''}marker")
             say(around_score(view_row(encoder, row)))
         for number in sorted(set(rows) - {number for number, _ in report.examples}):
             say(f"\nrow {number} is not shown: there is no such row that would be trained on")
@@ -215,10 +265,22 @@ def check(
         say("\nNothing to train on: no row has a completion (rationale, marker and score)")
     if report.refused:
         say(f"\nRefused: {what_is_refused(report, max_length)}")
-        say("Training stops at them; with invalid_rows='drop' it goes on without those that it can read")
+        say("Training stops at them; with invalid_rows='drop' it goes on without them")
     else:
         say("\nNo row would be refused")
+    for line in contradictions(report, scales):
+        say(line)
     return report.usable
+
+
+def contradictions(report: RowsReport, scales: Sequence[Scale]) -> list[str]:
+    """A warning for each scale whose gold scores and written scores cannot both be right."""
+    found = {
+        scale: report.agreement[scale.name].contradiction(scale.grid)
+        for scale in scales
+        if scale.name in report.agreement
+    }
+    return [f"Warning: {scale.about}{problem}" for scale, problem in found.items() if problem]
 
 
 def _counts(report: RowsReport) -> str:

@@ -1,45 +1,35 @@
-"""What a run would do, before it does it: steps, tokens, an estimate of time and memory, five rows. Writes nothing.
+"""What a run would do, before it does it: steps, updates, tokens, five rows. Writes nothing.
 
 Knows nothing of how steps are done; what is in a row, and what is refused, comes from `check`.
 """
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from trl_tract.backends.loading import load_tokenizer
-from trl_tract.commands.check import RowsReport, examine, what_is_refused
-from trl_tract.commands.estimate import (
-    Batch,
-    ModelSize,
-    Speed,
-    count,
-    generation_memory,
-    generation_seconds,
-    measure_speed,
-    time_range,
-    training_memory,
-    training_operations,
-)
+from trl_tract.commands.check import RowsReport, contradictions, examine, what_is_refused
 from trl_tract.commands.token_view import labelled, legend, painted, view_row
 from trl_tract.files.journal import changed_settings
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.runs.pipeline import steps_of
 from trl_tract.runs.run import finished_steps, nothing_trained
 from trl_tract.runs.spec import RunSpec
-from trl_tract.scale.scales import Scales
+from trl_tract.scale.scale import read_scales
 from trl_tract.sources.columns import OwnColumns
-from trl_tract.sources.schemas import Item, load_items, split_items, try_items
+from trl_tract.sources.door import Refusal, Source
+from trl_tract.sources.schemas import Item
 from trl_tract.training.config import TRACTConfig
 from trl_tract.training.early_warnings import EarlyWarnings
 
 Say = Callable[[str], None]
+_GENERATED = {"distill", "judge-stage1", "judge-tract"}
 
 
 @dataclass(frozen=True)
@@ -111,43 +101,48 @@ class Plan:
 
 def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = print) -> bool:
     """Print what `run_tract` would do with the same arguments; whether it would take all rows."""
-    training, scales = spec.training, spec.scales
+    training = spec.training
     done = _finished(Path(output_dir), spec.settings())
-    tokenizer = load_tokenizer(spec.model)
-    numbered = list(enumerate(try_items(spec.data, scales, spec.own)))
-    items = [item for _, item in numbered if isinstance(item, Item)]
-    held_out: list[Item] = []
-    kept = numbered
-    if spec.eval_data is not None:
-        held_out = load_items(spec.eval_data, scales, spec.own)
-    elif len(items) == len(numbered) and items:
-        _, held_out = split_items(items, spec.eval_fraction, spec.seed)
-        out = set(map(id, held_out))
-        kept = [(number, item) for number, item in numbered if id(item) not in out]
-    report, encoder = examine(kept, Path(spec.data).name, tokenizer, training)
+    data, held_out = spec.source(spec.data), 0
+    split = None
+    if spec.eval_data is None:
+        # Refusals are told below, all together.
+        split = spec.split(replace(data, invalid_rows="drop", say=_silent))
+    else:
+        held_out = sum(1 for _ in spec.source(spec.eval_data, say).items())
+
+    def to_train_on() -> Iterator[tuple[int, Item | Refusal]]:
+        nonlocal held_out
+        for number, item in data.found():
+            if split is not None and isinstance(item, Item) and split(item):
+                held_out += 1
+            else:
+                yield number, item
+
+    report, encoder = examine(to_train_on(), data.title, load_tokenizer(spec.model), training)
     say(f"Dry run: nothing is trained or written. trl-tract run would do this in {output_dir}:")
-    speed, size = _measured(spec.model, spec.model_args, training, say)
-    # The stage-one model's own rationales are taken to be as long as the annotated ones.
-    plan = Plan.of(report.tokens, training, _processes()) if report.tokens else None
-    again = spec.num_generations if spec.writes_rationales else 1
-    stage_two = Plan.of(report.tokens * again, training, _processes()) if plan else None
     steps = steps_of(spec)
     for number, (name, title) in enumerate(steps.items(), start=1):
         lines = [f"[{number}/{len(steps)}] {title}"]
         if name in done:
             lines[0] += f": finished before, in {done[name]:.0f} s"
-        elif plan and stage_two and name in ("stage1", "stage2"):
-            this = plan if name == "stage1" else stage_two
-            lines += [str(this), _training_time(size, speed, this, report, training)]
-        elif spec.writes_rationales and report.tokens and name in ("distill", "judge-stage1", "judge-tract"):
-            rows = report.trained if name == "distill" else len(held_out)
-            each = (spec.num_generations if name == "distill" else 1) * max(len(scales.aspects), 1)
-            batch = int(spec.backend.get("batch_size", 8))
-            lines += _generation(size, speed, report, rows, each, spec.generation, batch, len(scales.aspects))
-        say("\n    ".join(line for line in lines if line))
-    say(f"\n{report.trained:,} rows to train on, {len(held_out):,} held-out items")
+        elif report.tokens and name in ("stage1", "stage2"):
+            # The stage-one model's own rationales are taken to be as long as the annotated ones.
+            times = spec.num_generations if name == "stage2" and spec.writes_rationales else 1
+            lines.append(str(Plan.of(report.tokens * times, training, _processes())))
+        elif spec.writes_rationales and report.tokens and name in _GENERATED:
+            prompts, each = (report.trained, spec.num_generations) if name == "distill" else (held_out, 1)
+            most = int(spec.generation.get("max_new_tokens", 1024))
+            total = prompts * each * len(spec.scales)
+            lines.append(f"{total:,} rationales for {prompts:,} prompts, at most {most:,} tokens each")
+        say("\n    ".join(lines))
+    say(f"\n{report.trained:,} rows to train on, {held_out:,} held-out items")
     _warn(training, output_dir, say)
-    return _rest(report, encoder, plan, size, speed, training, spec.model_args, colour, say)
+    return _rest(report, encoder, training, colour, say)
+
+
+def _silent(_: str) -> None:
+    pass
 
 
 def _finished(directory: Path, settings: Mapping[str, Any]) -> dict[str, float]:
@@ -176,114 +171,66 @@ def dry_train(
     *,
     own: OwnColumns | None,
     training: Mapping[str, Any],
-    model_args: Mapping[str, Any],
     colour: bool,
+    eval_data: str | None = None,
     say: Say = print,
 ) -> bool:
     """Print what `trl-tract train` would do with the same arguments; whether it would take all rows."""
-    found = enumerate(try_items(data, Scales.of(training), own, only_trained=True))
-    report, encoder = examine(found, Path(data).name, load_tokenizer(model), training)
+    tokenizer, scales = load_tokenizer(model), read_scales(training)
     say(f"Dry run: nothing is trained or written. trl-tract train would train one stage in {output_dir}:")
-    speed, size = _measured(model, model_args, training, say)
-    plan = Plan.of(report.tokens, training, _processes()) if report.tokens else None
+    taken = True
+    if eval_data is not None:
+        report, _ = examine(Source(eval_data, scales, own).found(), Path(eval_data).name, tokenizer, training)
+        say(f"{report.trained:,} rows to evaluate on")
+        taken = _rest(report, None, training, colour, say)
+    report, encoder = examine(Source(data, scales, own).found(), Path(data).name, tokenizer, training)
     say(f"{report.trained:,} rows to train on")
-    if plan:
-        say(f"{plan}\n{_training_time(size, speed, plan, report, training)}")
+    if report.tokens:
+        say(str(Plan.of(report.tokens, training, _processes())))
     _warn(training, output_dir, say)
-    return _rest(report, encoder, plan, size, speed, training, model_args, colour, say)
+    return _rest(report, encoder, training, colour, say) and taken
 
 
 def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _measured(
-    model: str, model_args: Mapping[str, Any], training: Mapping[str, Any], say: Say
-) -> tuple[Speed | None, ModelSize | None]:
-    """What the estimates need; without it they are left out, and why is said."""
-    try:
-        size = count(model, dict(model_args))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        say(f"No estimate of time and memory: the model cannot be counted ({' '.join(str(error).split())})")
-        return None, None
-    computed = "bfloat16" if training.get("bf16") or training.get("fp16") else "float32"
-    speed = measure_speed(computed)
-    if computed != "float32" and not torch.accelerator.is_available():
-        faster = measure_speed("float32").operations / speed.operations
-        if faster > 1.5:
-            say(f"bfloat16 is slow on this processor, float32 {faster:.0f} times as fast: add --bf16 false")
-    return speed, size
-
-
-def _training_time(
-    size: ModelSize | None, speed: Speed | None, plan: Plan, report: RowsReport, training: Mapping[str, Any]
-) -> str:
-    if size is None or speed is None:
-        return ""
-    tokens = plan.updates * plan.mean_tokens / _processes()
-    seconds = training_operations(size, tokens, float(np.mean(report.tokens)), dict(training)) / speed.operations
-    return f"time, an estimate: {time_range(seconds)}"
-
-
 def _warn(training: Mapping[str, Any], output_dir: str | Path, say: Say) -> None:
     """What training would warn of at its start, while it costs nothing to change it."""
     for warning in EarlyWarnings(TRACTConfig(**{**training, "output_dir": str(output_dir)})).at_start():
         say(f"\nTraining would warn: {warning}")
+    if (training.get("bf16") or training.get("fp16")) and not torch.accelerator.is_available():
+        slow, fast = (_seconds(dtype) for dtype in (torch.bfloat16, torch.float32))
+        if slow > 1.5 * fast:
+            say(f"bfloat16 is slow on this processor, float32 {slow / fast:.0f} times as fast: add --bf16 false")
 
 
-def _generation(
-    size: ModelSize | None,
-    speed: Speed | None,
-    report: RowsReport,
-    rows: int,
-    each: int,
-    generation: Mapping[str, Any],
-    batch: int,
-    aspects: int,
-) -> list[str]:
-    """Lines about `each` rationales for every one of `rows` prompts; with aspects a completion has several."""
-    most = int(generation.get("max_new_tokens", 1024))
-    # A batch goes on until its longest rationale ends.
-    length = min(float(np.percentile(report.completion_tokens, 95)) / max(aspects, 1), most)
-    lines = [f"{rows * each:,} rationales for {rows:,} prompts, at most {most:,} tokens each"]
-    if size is not None and speed is not None:
-        seconds = generation_seconds(
-            size,
-            speed,
-            rows=rows * each,
-            prompt_tokens=float(np.mean(report.prompt_tokens)),
-            new_tokens=length,
-            batch=batch,
-        )
-        longest = max(report.prompt_tokens) + most
-        lines.append(f"memory, an estimate: {generation_memory(size, batch=batch, tokens=longest)}")
-        lines.append(
-            f"time, an estimate: {time_range(seconds / _processes())}, if rationales are as long as the annotated ones"
-        )
-    return lines
+def _seconds(dtype: torch.dtype) -> float:
+    """The least time of a matrix product on this processor."""
+    matrix, taken = torch.ones(512, 512, dtype=dtype), []
+    for _ in range(5):
+        started = time.perf_counter()
+        matrix @ matrix
+        taken.append(time.perf_counter() - started)
+    return min(taken)
 
 
 def _rest(
     report: RowsReport,
     encoder: RowEncoder | None,
-    plan: Plan | None,
-    size: ModelSize | None,
-    speed: Speed | None,
     training: Mapping[str, Any],
-    model_args: Mapping[str, Any],
     colour: bool,
     say: Say,
 ) -> bool:
-    """Refusals, memory, how it was estimated, and five rows."""
+    """Refusals, what is doubtful, and five rows; whether all rows would be taken."""
+    if report.judged_only:
+        say(f"{report.judged_only:,} rows have a score but no completion: they are not trained on")
     if report.refused:
         say(f"Refused: {what_is_refused(report, training.get('max_length', 3000))}")
     elif not report.trained:
         say("Refused: none of the rows has a completion (rationale, marker and score), so there is none to train on")
-    if plan and size and speed:
-        batch = _largest_batch(plan, report, encoder)
-        say(f"\nMemory of training on one device, an estimate: {training_memory(size, training, model_args, batch)}")
-        for line in _how(size, speed, batch):
-            say(f"    {line}")
+    for line in contradictions(report, read_scales(training)):
+        say(line)
     for number, row in report.examples[:5] if encoder else ():
         assert encoder is not None
         tokens = view_row(encoder, row)
@@ -291,27 +238,3 @@ def _rest(
         say(f"\nrow {number}, gold score {gold}: {legend(tokens, colour=colour)}")
         say(painted(tokens) if colour else labelled(tokens))
     return report.trained > 0 and (not report.refused or training.get("invalid_rows") == "drop")
-
-
-def _largest_batch(plan: Plan, report: RowsReport, encoder: RowEncoder | None) -> Batch:
-    """The batch that decides how much memory training needs."""
-    grids = [scale.grid for scale in encoder.scales] if encoder else []
-    # A score needs a whole softmax at its own position, and one more at each inner node of its grid's trie.
-    nodes = [len(grid.trie.nodes) if grid.paths else 1 for grid in grids]
-    share = sum(report.completion_tokens) / max(sum(report.tokens), 1)
-    length = plan.longest + sum(nodes) - len(nodes)
-    return Batch(plan.batch_rows, length, round(plan.batch_rows * plan.longest * share), plan.batch_rows * sum(nodes))
-
-
-def _how(size: ModelSize, speed: Speed, batch: Batch) -> Iterator[str]:
-    """How the estimates came about, so that nobody takes them for more."""
-    yield (
-        f"counted: {size.total / 1e6:,.1f} million parameters, {size.trainable / 1e6:,.1f} million of them trained; "
-        f"activations for {batch.rows:,} rows of {batch.length:,} tokens, the largest batch; context and allocator are "
-        "rules of thumb, 0.6 GiB and a tenth of the activations"
-    )
-    yield (
-        f"time: operations counted from parameters and tokens, over the speed of a matrix product in {speed.dtype} "
-        f"measured here just now ({speed.operations / 1e9:,.3g} GFLOP/s on {speed.device}) and, the upper end, a third "
-        "of it; no step was run"
-    )

@@ -7,9 +7,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +50,7 @@ one step at a time:
   completion   a script that completes commands and options: trl-tract completion bash | zsh | fish
 
 Every option can also stand in a YAML file: --config FILE. With run and train, --dry-run shows what would be done and
-how long it might take. --verbose, or TRL_TRACT_DEBUG=1: with an error, also where it arose.
+what would be refused. --verbose, or TRL_TRACT_DEBUG=1: with an error, also where it arose.
 
 exit codes: 0 done; 1 failed, or rows would be refused; 2 wrong usage; 130 stopped by Ctrl-C
 """
@@ -128,9 +127,9 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _train(arguments: Sequence[str]) -> int:
+    from trl_tract.backends.loading import load_tokenizer
     from trl_tract.runs.steps import TrainStep
-    from trl_tract.scale.scales import Scales
-    from trl_tract.sources.onramp import as_jsonl
+    from trl_tract.sources.door import Source, rows_file
     from trl_tract.training.config import field_values
 
     rows, columns, training, model = _parse("train", arguments)
@@ -145,25 +144,30 @@ def _train(arguments: Sequence[str]) -> int:
                 training.output_dir,
                 own=own,
                 training=fields,
-                model_args=asdict(model),
+                eval_data=rows.eval_data,
                 colour=uses_colour(sys.stdout),
             )
         )
     _tell_of_neighbours()
-    read = partial(as_jsonl, model=name, scales=Scales.of(fields), own=own)
+    chat = bool(load_tokenizer(name).chat_template)
+
+    def read(source: str) -> AbstractContextManager[Path]:
+        return rows_file(Source(source, training.scales, own, training.invalid_rows).training_rows(chat))
+
     with read(rows.data) as data, read(rows.eval_data) if rows.eval_data else nullcontext() as eval_data:
-        TrainStep(name, data, training.output_dir, eval_data, fields, asdict(model)).run()
+        evaluated = None if eval_data is None else str(eval_data)
+        TrainStep(name, str(data), training.output_dir, evaluated, fields, asdict(model)).run()
     if _is_first_process():
         print(f"The model is in {training.output_dir}")
     return 0
 
 
 def _distill(arguments: Sequence[str]) -> int:
+    from trl_tract.backends.loading import load_tokenizer
     from trl_tract.distill.summary import read_summary
     from trl_tract.runs.steps import DistillStep
     from trl_tract.saved.judge_config import JudgeConfig
-    from trl_tract.scale.scales import Scales
-    from trl_tract.sources.onramp import as_jsonl
+    from trl_tract.sources.door import Source, rows_file
 
     rows, columns, generation, worker = _parse("distill", arguments)
     settings = {
@@ -174,9 +178,13 @@ def _distill(arguments: Sequence[str]) -> int:
         "keep_annotated": rows.keep_annotated,
         "block_size": worker.block_size,
     }
-    scales = Scales.written(JudgeConfig.load(rows.model).scales)
-    with as_jsonl(rows.data, rows.model, scales, _own(columns)) as data:
-        step = DistillStep(rows.model, data, rows.output_dir, settings, worker.engine(generation), worker.shard)
+    source = Source(rows.data, JudgeConfig.load(rows.model).scales, _own(columns), rows.invalid_rows)
+    chat = bool(load_tokenizer(rows.model).chat_template)
+    # Where no annotated rationale is fallen back on, none is needed.
+    needed = rows.on_failure == "keep_gold" or rows.keep_annotated
+    given = source.training_rows(chat) if needed else source.rows(chat, lambda item: item.training or [item.reference])
+    with rows_file(given) as data:
+        step = DistillStep(rows.model, str(data), rows.output_dir, settings, worker.engine(generation), worker.shard)
         written = step.run()
     if written is not None and _is_first_process():
         print(f"{read_summary(Path(rows.output_dir))}\nThe stage-two rows are in {written}")
@@ -184,13 +192,12 @@ def _distill(arguments: Sequence[str]) -> int:
 
 
 def _judge(arguments: Sequence[str]) -> int:
-    from trl_tract.files.journal import write_jsonl
+    from trl_tract.backends.loading import load_tokenizer
+    from trl_tract.files.journal import read_jsonl, write_jsonl
     from trl_tract.runs.judged import Judged
     from trl_tract.runs.steps import JudgeStep
     from trl_tract.saved.judge_config import JudgeConfig
-    from trl_tract.scale.scales import Scales
-    from trl_tract.sources.files import read_records
-    from trl_tract.sources.onramp import as_jsonl
+    from trl_tract.sources.door import Source, rows_file
     from trl_tract.sources.preferences import pair_report
 
     rows, columns, generation, worker = _parse("judge", arguments)
@@ -199,11 +206,11 @@ def _judge(arguments: Sequence[str]) -> int:
         "num_generations": generation.num_generations,
         **rows.rules(),
     }
-    scales = Scales.written(JudgeConfig.load(rows.model).scales)
-    with as_jsonl(rows.data, rows.model, scales, _own(columns), judged=True) as data:
+    source = Source(rows.data, JudgeConfig.load(rows.model).scales, _own(columns))
+    with rows_file(source.judged_rows(bool(load_tokenizer(rows.model).chat_template))) as data:
         step = JudgeStep(
             rows.model,
-            data,
+            str(data),
             rows.output_dir,
             settings,
             worker.engine(generation),
@@ -211,9 +218,9 @@ def _judge(arguments: Sequence[str]) -> int:
             block_size=worker.block_size,
         )
         written = step.run()
-        if written is not None and _is_first_process() and data != rows.data:
+        if written is not None and _is_first_process():
             # The report page shows the prompts, and the temporary file is about to go.
-            write_jsonl(written.with_name("rows.jsonl"), read_records(data))
+            write_jsonl(written.with_name("rows.jsonl"), read_jsonl(data))
     if written is not None and _is_first_process():
         judged = Judged(rows.output_dir)
         if judged.holds_pairs:

@@ -9,7 +9,7 @@ ROWS = (
     "--columns and --rubric."
 )
 DRY_RUN = (
-    "Train nothing: print what would run, how many tokens, an estimate of time and memory, and five rows with the "
+    "Train nothing: print what would run, how many updates and tokens, what would be refused, and five rows with the "
     "terms of the loss."
 )
 BACKENDS = ("transformers", "vllm", "server")
@@ -151,6 +151,14 @@ class DistillArguments:
     )
     keep_annotated: bool = field(
         default=False, metadata={"help": "Stage two on annotated and self-written rationales, not on the latter alone."}
+    )
+    invalid_rows: str = field(
+        default="raise",
+        metadata={
+            "help": "What happens to rows that cannot be read or have no gold score: stop before anything is "
+            "generated, or go on without them.",
+            "choices": ["raise", "drop"],
+        },
     )
 
 

@@ -13,7 +13,7 @@ from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.judge.judgement import Judgement
 from trl_tract.judge.loop import Loop
 from trl_tract.judge.scoring import Rule, Sampler, grid_probabilities
-from trl_tract.rows.row import Prompt, Row
+from trl_tract.rows.row import REFUSED, Prompt, Row
 from trl_tract.rows.template import Asked, Template, TemplateSettings, Thinking
 from trl_tract.rows.tokens import prefix_ids, resolve_asked
 from trl_tract.saved.judge_config import JudgeConfig
@@ -186,6 +186,9 @@ class CoTRAILJudge:
         judged: dict[int, Judgement] = {}
         asked: dict[int, Asked] = {}
         for i, row in enumerate(rows):
+            if isinstance(row, Mapping) and row.get(REFUSED):
+                judged[i] = Judgement(error=str(row[REFUSED]))
+                continue
             try:
                 item = _read_item(row)
                 prompt = self._template.ask(item)

@@ -10,14 +10,14 @@ from transformers import AutoTokenizer
 
 from trl_tract.backends.loading import check_model
 from trl_tract.evaluation.report import ScoreReport
-from trl_tract.files.journal import changed_settings, write_json, write_jsonl
+from trl_tract.files.journal import changed_settings, write_json
 from trl_tract.runs.judged import Judged
 from trl_tract.runs.results import finish_card, write_run_page
 from trl_tract.runs.run import Run
 from trl_tract.runs.spec import RunSpec
 from trl_tract.runs.steps import DistillStep, JudgeStep, TrainStep
 from trl_tract.sources.columns import OwnColumns
-from trl_tract.sources.schemas import Item, load_items, split_items, written_rows
+from trl_tract.sources.door import write_rows
 
 say_now: Callable[[str], None] = partial(print, flush=True)
 JUDGED = {"stage one": "judged-stage1", "TRACT": "judged-tract"}
@@ -133,16 +133,17 @@ def carry_out(
     settings = spec.settings()
     run = Run(directory, settings, isolate=isolate, titles=titles, say=say)
     train_file, eval_file = directory / "train.jsonl", directory / "eval.jsonl"
-    scales = spec.scales
 
     def prepare() -> None:
-        items = load_items(spec.data, scales, spec.own)
+        chat = bool(AutoTokenizer.from_pretrained(spec.model).chat_template)
+        data = spec.source(spec.data, say)
         if spec.eval_data is None:
-            items, held_out = split_items(items, spec.eval_fraction, spec.seed)
+            split = spec.split(data)
+            write_rows(train_file, data.training_rows(chat, lambda item: not split(item)))
+            write_rows(eval_file, data.rows(chat, lambda item: [item.reference] if split(item) else []))
         else:
-            held_out = load_items(spec.eval_data, scales, spec.own)
-        tokenizer = AutoTokenizer.from_pretrained(spec.model)
-        write_items(items, held_out, train_file, eval_file, chat=bool(tokenizer.chat_template))
+            write_rows(train_file, data.training_rows(chat))
+            write_rows(eval_file, spec.source(spec.eval_data, say).rows(chat, lambda item: [item.reference]))
 
     run.step("prepare", prepare, makes=["train.jsonl", "eval.jsonl"])
     say(f"    {_count(train_file)} training rows, {_count(eval_file)} held-out items")
@@ -202,19 +203,6 @@ def carry_out(
 def steps_of(spec: RunSpec) -> Mapping[str, str]:
     """The steps that a run will have, and what they are called."""
     return STEPS if spec.writes_rationales else ONE_STAGE
-
-
-def write_items(training: list[Item], held_out: list[Item], train_file: Path, eval_file: Path, *, chat: bool) -> None:
-    """Write the training rows and the evaluation rows of items.
-
-    Raises:
-        ValueError: There is no row to train on.
-    """
-    rows = written_rows(training, lambda item: item.training, chat=chat)
-    if not rows:
-        raise ValueError("none of the rows has a completion, so there is no rationale to train on")
-    write_jsonl(train_file, rows)
-    write_jsonl(eval_file, written_rows(held_out, lambda item: (item.reference,), chat=chat))
 
 
 def summarise(directory: Path, judges: Mapping[str, Judged], seconds: dict[str, float]) -> RunResult:

@@ -1,14 +1,16 @@
 """What a run is asked for, as `run_tract` and the dry run share it. Knows nothing of how a run is done."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trl_tract.files.fingerprint import made_by
 from trl_tract.files.seal import counted
-from trl_tract.scale.scales import Scales
+from trl_tract.scale.scale import Scale, read_scales
 from trl_tract.sources.columns import OwnColumns
+from trl_tract.sources.door import Source, held_out
+from trl_tract.sources.schemas import Item
 from trl_tract.text.secrets import without_secrets
 
 _ASIDE = {"output_dir", "hub_token", "push_to_hub_token"}  # of training, what changes no result
@@ -47,9 +49,17 @@ class RunSpec:
     backend: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def scales(self) -> Scales:
+    def scales(self) -> tuple[Scale, ...]:
         """How the rows write their scores."""
-        return Scales.of(self.training)
+        return read_scales(self.training)
+
+    def source(self, name: str, say: Callable[[str], None] = print) -> Source:
+        """The rows of `data` or `eval_data`, as the run reads them."""
+        return Source(name, self.scales, self.own, str(self.training.get("invalid_rows", "raise")), say)
+
+    def split(self, data: Source) -> Callable[[Item], bool]:
+        """Whether an item of `data` is held out."""
+        return held_out((item for _, item in data.items()), self.eval_fraction, self.seed)
 
     @property
     def seed(self) -> int:

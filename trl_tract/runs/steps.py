@@ -4,6 +4,7 @@ GPU memory is not given back inside a process, so on a GPU every step gets one.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,6 @@ from trl_tract.files.journal import (
     JsonlRows,
     KnownRows,
     differences,
-    read_jsonl,
     refuse_links,
     write_json,
     write_jsonl,
@@ -34,14 +34,19 @@ from trl_tract.files.shards import Shard
 from trl_tract.judge.judge import CoTRAILJudge
 from trl_tract.judge.judgement import Judgement
 from trl_tract.rows.golds import read_golds
+from trl_tract.rows.row import REFUSED
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.scale import Scale, read_scales
 from trl_tract.scale.text import ScoreNotFoundError
+from trl_tract.sources.arrow import training_dataset
 from trl_tract.text.secrets import without_secrets
 from trl_tract.text.terminal import hide_host_warnings
 from trl_tract.training.config import TRACTConfig
 from trl_tract.training.log_lines import write_lines_in_logs
 from trl_tract.training.trainer import TRACTTrainer
+
+ROWS = "_rows"
+"""Folder of a model's directory where its rows are while it is trained; the hub's client leaves `_*` alone."""
 
 
 @dataclass
@@ -82,8 +87,8 @@ class TrainStep:
         trainer = TRACTTrainer(
             self.model,
             args,
-            train_dataset=_dataset(self.train_data),
-            eval_dataset=_dataset(self.eval_data) if self.eval_data else None,
+            train_dataset=_dataset(self.train_data, args, "train"),
+            eval_dataset=_dataset(self.eval_data, args, "eval") if self.eval_data else None,
             peft_config=get_peft_config(model_args),
             quantization_config=get_quantization_config(model_args),
         )
@@ -93,6 +98,8 @@ class TrainStep:
         trainer.save_model()
         trainer.save_state()
         trainer.create_model_card()
+        if args.process_index == 0:
+            shutil.rmtree(Path(self.output_dir) / ROWS, ignore_errors=True)
 
     def _last_checkpoint(self, made_of: Mapping[str, Any]) -> Path | None:
         """The checkpoint to go on from.
@@ -259,6 +266,8 @@ def _references(row: Mapping[str, Any], number: int, scales: Sequence[Scale]) ->
     Raises:
         ValueError: One of them cannot be read; the row is named.
     """
+    if row.get(REFUSED):
+        return None  # what is wrong with the row is the item's error
     try:
         return read_golds(row, scales)
     except ScoreNotFoundError as error:
@@ -291,8 +300,12 @@ def _reference(scores: list[float]) -> Record:
     return {"reference": sum(scores) / len(scores), "raters": scores}
 
 
-def _dataset(path: str) -> Dataset:
-    return Dataset.from_list(list(read_jsonl(Path(path))))
+def _dataset(path: str, args: TRACTConfig, name: str) -> Dataset:
+    """The rows of a file on disk beside the model, under a name that no upload takes along."""
+    with args.main_process_first(desc=f"reading the {name} rows"):
+        return training_dataset(
+            Path(path), args.scales, Path(str(args.output_dir)) / ROWS / name, reuse=args.local_process_index > 0
+        )
 
 
 if __name__ == "__main__":

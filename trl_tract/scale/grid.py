@@ -176,12 +176,6 @@ class ScoreGrid:
         """The value of a score by how it is written, rubric units."""
         return self.values[self.texts.index(text)]
 
-    def in_numbers(self, score: Any) -> Any:
-        """A gold score, or a list of them, with the grid's texts replaced by their values; others as they are."""
-        if isinstance(score, list | tuple):
-            return [self.in_numbers(each) for each in score]
-        return self.value_of(score) if isinstance(score, str) and score in self.texts else score
-
     def same_tokens(self, other: "ScoreGrid") -> bool:
         """Whether another resolved grid has the tokens of this one, whatever follows the scores."""
         if self.paths or other.paths:

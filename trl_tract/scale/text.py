@@ -77,44 +77,6 @@ class CompletionFormat:
         return asdict(self)
 
 
-def locate_score(completion: str, marker: str, score_texts: Sequence[str]) -> ScoreSpan:
-    """Find the score of a completion: the score text that follows the last marker.
-
-    Only the completion is searched. The prompt quotes the marker in its instructions, and the text to be judged may
-    hold a forged `[RESULT] 5`.
-
-    Args:
-        completion: Rationale, marker and score.
-        marker: Text that stands before the score, such as `[RESULT]`.
-        score_texts: The admissible scores as they are written.
-
-    Raises:
-        ScoreNotFoundError: No marker, nothing or no admissible score behind it, or more than one score.
-
-    Example:
-        >>> locate_score("3 of 5 points are met. [RESULT] 4", "[RESULT]", ["1", "2", "3", "4", "5"]).text
-        '4'
-    """
-    if not completion.strip():
-        raise ScoreNotFoundError("empty", "the completion is empty")
-    marker_start = completion.rfind(marker)
-    if marker_start < 0:
-        raise ScoreNotFoundError("no marker", f"the completion does not hold the marker {marker!r}")
-    span = span_at(completion, marker_start, marker, score_texts)
-    if holds_score(completion[span.end :], score_texts):
-        raise ScoreNotFoundError(
-            "two scores", f"score {span.text!r} is followed by another one: {completion[span.start :][:60]!r}"
-        )
-    earlier = _earlier_score(completion[:marker_start], marker, score_texts)
-    if earlier is not None:
-        raise ScoreNotFoundError(
-            "two scores",
-            f"the completion holds {marker!r} with a score twice: {earlier!r} and {span.text!r}. If both are meant, "
-            "give one gold score for each in a column `scores`",
-        )
-    return span
-
-
 def locate_scores(completion: str, marker: str, score_texts: Sequence[str], count: int) -> tuple[ScoreSpan, ...]:
     """Find the scores of a completion that has several, one behind each marker, in their order.
 
@@ -197,15 +159,6 @@ def holds_score(text: str, score_texts: Sequence[str]) -> bool:
         score in numbers if _NUMBER.fullmatch(score) else re.search(rf"(?<!\w){re.escape(score)}(?!\w)", text)
         for score in score_texts
     )
-
-
-def _earlier_score(text: str, marker: str, score_texts: Sequence[str]) -> str | None:
-    """A score that follows an earlier marker: two of them leave open which one is meant."""
-    for piece in text.split(marker)[1:]:
-        found = _leading_score(piece.lstrip(), score_texts)
-        if found is not None:
-            return found
-    return None
 
 
 def some_scores(score_texts: Sequence[str]) -> str:

@@ -1,14 +1,17 @@
-"""Files and hub datasets -> records, one mapping of columns a row. Knows nothing of judging, tokens or models."""
+"""Files and hub datasets -> records, one mapping of columns a row, read one at a time.
+
+Knows nothing of judging, tokens or models.
+"""
 
 import csv
-import itertools
+import datetime
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
-
-from trl_tract.files.journal import read_jsonl
 
 FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 BENCHMARKS = {
@@ -21,10 +24,15 @@ _BENCHMARK_FILES = {
     name: f"eval/benchmark/data/{name.replace('-', '_')}_eval.json" for name in ("flask", "vicuna", "mt-bench")
 }
 _DELIMITERS = ",;\t"
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')
+_BETWEEN = re.compile(r"[\s,]*")
+_CHUNK = 2**20  # characters of a .json file that are looked at together
+
+Record = Mapping[str, Any]
 
 
-def read_records(source: str) -> Iterable[Mapping[str, Any]]:
-    """The records of a file, or of a hub dataset.
+def read_records(source: str) -> Iterable[Record | ValueError]:
+    """The records of a file, or of a hub dataset; in place of a line of JSONL that is none, what is wrong with it.
 
     Args:
         source: A file (`.jsonl`; `.json` with a list of objects; `.csv` or `.tsv` with a header; `.parquet`), one of
@@ -35,15 +43,12 @@ def read_records(source: str) -> Iterable[Mapping[str, Any]]:
         ValueError: The file is of another kind, or a part of it cannot be read; the line is named.
     """
     path = Path(source)
-    if path.is_file():
-        if path.suffix == ".jsonl":
-            return read_jsonl(path)
-        if path.suffix == ".json":
-            return _read_json(path)
-        if path.suffix in (".csv", ".tsv"):
-            return _read_csv(path)
-        if path.suffix == ".parquet":
-            return _read_parquet(path)
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv}
+    readers[".parquet"] = _read_parquet
+    if path.is_file() and path.suffix in readers:
+        if not path.stat().st_size:
+            raise ValueError(f"{source} is empty: it holds 0 bytes")
+        return readers[path.suffix](path)
     if path.exists():
         raise ValueError(f"{source} is no file that is read here: give one of {', '.join(FILES)}, or a hub id")
     if path.suffix in FILES or source.startswith((".", "~", os.sep)) or source.count("/") > 1:
@@ -57,34 +62,114 @@ def read_records(source: str) -> Iterable[Mapping[str, Any]]:
     return _read_hub(BENCHMARKS.get(source, source))
 
 
-def _read_json(path: Path) -> list[Mapping[str, Any]]:
+def plain(value: Any) -> Any:
+    """A cell as JSON has it: NaN as None, dates as text, decimals as numbers.
+
+    Raises:
+        TypeError: It holds something that JSON has no way of writing, such as bytes or an image.
+
+    Example:
+        >>> plain([float("nan"), Decimal("4.50"), datetime.date(2024, 5, 1)])
+        [None, 4.5, '2024-05-01']
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, Decimal):
+        value = float(value)
+    if isinstance(value, float):
+        return value if value == value else None
+    if isinstance(value, Mapping):
+        return {str(name): plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta):
+        return str(value)
+    if hasattr(value, "tolist"):  # of numpy
+        return plain(value.tolist())
+    raise TypeError(f"holds {type(value).__name__}")
+
+
+def _integer(digits: str) -> int | str:
+    """An integer of JSON; Python makes no number of thousands of digits, and a text is refused where one is needed."""
+    return int(digits) if len(digits) < 1000 else digits
+
+
+_DECODER = json.JSONDecoder(parse_int=_integer)
+
+
+def _read_jsonl(path: Path) -> Iterator[Record | ValueError]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = _DECODER.decode(line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
+            except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+                yield ValueError(f"line {number} is not JSON ({error}). Each line has to be one object")
+                continue
+            if isinstance(record, dict):
+                yield record
+            else:
+                yield ValueError(f"line {number} is {type(record).__name__} instead of an object")
+
+
+def _read_json(path: Path) -> Iterator[Record]:
+    """The objects of a list, decoded one after the other."""
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(_CHUNK).lstrip()
+            if text[:1] != "[":
+                kind = type(_DECODER.decode(text + file.read())).__name__
+                raise _NotRowsError(f"{path} holds a JSON {kind}; a list of objects is needed")
+            at, number = 1, 0
+            while True:
+                at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
+                if text[at : at + 1] == "]":
+                    break
+                try:
+                    record, at = _DECODER.raw_decode(text, at)
+                except ValueError:
+                    more = file.read(max(_CHUNK, len(text)))
+                    if not more:
+                        raise
+                    text, at = text[at:] + more, 0
+                    continue
+                if not isinstance(record, dict):
+                    raise _NotRowsError(f"{path}, row {number}: {type(record).__name__} instead of an object")
+                yield record
+                number += 1
+    except _NotRowsError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}. One object a line is JSONL: name it .jsonl") from error
-    if not isinstance(records, list):
-        raise ValueError(f"{path} holds a JSON {type(records).__name__}; a list of objects is needed")
-    for number, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, row {number}: {type(record).__name__} instead of an object")
-    return records
 
 
-def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
+class _NotRowsError(ValueError):
+    """A file is JSON, but no list of objects."""
+
+
+def _read_csv(path: Path) -> Iterator[Record]:
     """Rows of a CSV file in UTF-8, its columns named in the first line; an empty cell is None.
 
-    The delimiter is the comma, semicolon or tab that the first line has most of.
+    The delimiter is the comma, semicolon or tab that parts the first line into most names. Between tabs, a quotation
+    mark is a character like any other unless every cell that begins with one is quoted as a whole.
     """
     csv.field_size_limit(2**31 - 1)  # a response may be longer than the 128 KiB that Python allows a cell
+    number = 0
     try:
         # `utf-8-sig`: spreadsheets put a mark before the first column's name.
         with path.open(encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
-            file.seek(0)
-            delimiter = "\t" if path.suffix == ".tsv" else max(_DELIMITERS, key=first.count)
-            lines = csv.reader(file, delimiter=delimiter, strict=True)
+            delimiter = "\t" if path.suffix == ".tsv" else _delimiter(file)
+            quoted = delimiter != "\t" or _is_quoted(file)
+            lines = csv.reader(
+                file, delimiter=delimiter, strict=True, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+            )
             names = [name.strip() for name in next(lines, [])]
-            if not names or not all(names) or len(set(names)) < len(names):
+            # pandas leaves its index in a first column without a name.
+            index = 1 if names[:1] == [""] and len(names) > 1 else 0
+            if not all(names[index:]) or len(set(names)) < len(names):
                 raise ValueError(
                     f"{path}: the first line has to name every column, each once. It names: "
                     f"{', '.join(repr(name) for name in names) or 'nothing'}"
@@ -97,14 +182,44 @@ def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
                         f"{path}, line {lines.line_num}: {len(cells)} cells, but the first line names {len(names)} "
                         "columns. A cell that holds the delimiter, a quote or a line end has to stand in quotes"
                     )
-                yield {name: cell if cell.strip() else None for name, cell in zip(names, cells, strict=True)}
+                number += 1
+                columns = zip(names[index:], cells[index:], strict=True)
+                yield {name: cell if cell.strip() else None for name, cell in columns}
+            if not number:
+                raise ValueError(f"{path} has a first line, which names the columns {', '.join(names)}, and no rows")
     except csv.Error as error:
         raise ValueError(f"{path}, line {lines.line_num}: {error}. Write the file again as CSV") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}. Save it as 'CSV UTF-8'") from error
 
 
-def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+def _delimiter(file: Any) -> str:
+    """What parts the first line into most names, inside quotes left alone."""
+    counts = {}
+    for delimiter in _DELIMITERS:
+        file.seek(0)
+        try:
+            counts[delimiter] = len(next(csv.reader(file, delimiter=delimiter, strict=True), []))
+        except csv.Error:
+            counts[delimiter] = 0
+    file.seek(0)
+    return max(counts, key=counts.__getitem__)
+
+
+def _is_quoted(file: Any) -> bool:
+    """Whether the cells between tabs that begin with a quotation mark are quoted as CSV's are."""
+    file.seek(0)
+    rows: Iterator[Sequence[str]] = (line.rstrip("\r\n").split("\t") for line in file if line.strip())
+    width, quoted = len(next(rows, [])), True
+    for cells in rows:
+        if len(cells) != width:  # a line's end or a tab inside quotes, then; or a mistake, which the reader names
+            break
+        quoted = quoted and all(_QUOTED.fullmatch(cell) for cell in cells if cell.startswith('"'))
+    file.seek(0)
+    return quoted
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -116,7 +231,7 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
 
 
-def _read_hub(source: str) -> Iterable[Mapping[str, Any]]:
+def _read_hub(source: str) -> Iterable[Record]:
     from datasets import load_dataset
 
     name, _, split = source.partition(":")
@@ -128,8 +243,3 @@ def _read_hub(source: str) -> Iterable[Mapping[str, Any]]:
         raise FileNotFoundError(
             f"{source} is no file here, and could not be read as a hub dataset: {reason}.{advice}"
         ) from error
-
-
-def first_record(source: str) -> Mapping[str, Any] | None:
-    """The first record, or None if there is none."""
-    return next(itertools.islice(iter(read_records(source)), 1), None)

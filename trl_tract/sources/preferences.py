@@ -15,9 +15,8 @@ import numpy as np
 from trl_tract.evaluation.intervals import Interval, bootstrap, interval
 from trl_tract.evaluation.pairs import METRICS, Floats
 from trl_tract.rows.row import Row
-from trl_tract.scale.scales import Scales
-from trl_tract.sources.columns import Rubric
 from trl_tract.sources.prompts import cleaned_instruction, prometheus_question
+from trl_tract.sources.rubric import Rubric
 from trl_tract.text.display import prompt_text
 
 SIDES = ("chosen", "rejected")
@@ -29,18 +28,17 @@ def is_pair(record: Mapping[str, Any]) -> bool:
     return set(SIDES) <= record.keys() or set(_WHOLE) <= record.keys()
 
 
-def pair_rows(record: Mapping[str, Any], rubric: Rubric | None, scales: Scales) -> list[Row]:
+def pair_rows(record: Mapping[str, Any], rubric: Rubric | None, marker: str) -> list[Row]:
     """The two rows of a pair: `prompt`, `group`, `side`, and the pair's `id` and `subset` if it has them.
 
     Args:
         record: `prompt`, `chosen` and `rejected`, text or chat messages (in which the prompt may stand, as in TRL's
             preference datasets); or `chosen_instruction` and `rejected_instruction`, which are whole prompts.
         rubric: What both are judged by; not needed for whole prompts.
-        scales: The grid that the rubric has to describe, and the marker that the judge is asked to write before its
-            score.
+        marker: What the judge is asked to write before its score.
 
     Raises:
-        ValueError: No rubric where one is needed, or one of other scores; or a response is missing.
+        ValueError: No rubric where one is needed; or a response is missing.
     """
     carried = {name: record[name] for name in ("id", "subset") if record.get(name) is not None}
     if set(_WHOLE) <= record.keys():
@@ -52,7 +50,6 @@ def pair_rows(record: Mapping[str, Any], rubric: Rubric | None, scales: Scales) 
                 "this is a pair of responses (chosen, rejected): say what they are to be judged by, with --rubric "
                 "RUBRIC.yaml"
             )
-        rubric.check(scales.grid)
         asked, responses = record.get("prompt"), [record[side] for side in SIDES]
         if any(response is None or response == [] for response in responses):
             raise ValueError("one of `chosen` and `rejected` is empty")
@@ -60,7 +57,7 @@ def pair_rows(record: Mapping[str, Any], rubric: Rubric | None, scales: Scales) 
             asked = responses[0][:-1]
         question, reference = _text(asked or ""), record.get("reference")
         texts = [response if isinstance(response, str) else str(response[-1]["content"]) for response in responses]
-        prompts = [rubric.prompt(question, text, reference, scales.marker) for text in texts]
+        prompts = [rubric.prompt(question, text, reference, marker) for text in texts]
         group = str(record.get("group") or question)
     return [
         {"prompt": prompt, "group": group, "side": side, **carried} for prompt, side in zip(prompts, SIDES, strict=True)

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from trl_tract.rows.golds import gold_score
+from trl_tract.rows.golds import mean_golds
 from trl_tract.rows.row import Row
-from trl_tract.scale.text import CompletionFormat, score_text
+from trl_tract.scale.scale import read_scales
+from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, score_text
 
 RUBRIC_PROMPT = """\
 {instructions}
@@ -80,7 +81,7 @@ def from_feedback_collection(row: Mapping[str, Any], *, marker: str = "[RESULT]"
         reference=row.get("orig_reference_answer"),
         marker=marker,
     )
-    score = score_text(gold_score(row["orig_score"]))
+    score = score_text(_gold(row["orig_score"]))
     completion = CompletionFormat(marker).join(str(row["orig_feedback"]), score)
     return {"prompt": prompt, "completion": completion, "score": float(score), "group": row["orig_instruction"]}
 
@@ -95,8 +96,8 @@ def from_prometheus_eval(item: Mapping[str, Any], *, marker: str = "[RESULT]") -
     return [
         {
             "prompt": prompt,
-            "completion": format_.join(feedback, score_text(gold_score(score))),
-            "score": gold_score(score),
+            "completion": format_.join(feedback, score_text(_gold(score))),
+            "score": _gold(score),
             "group": prometheus_question(prompt),
         }
         for feedback, score in zip(feedbacks, scores, strict=True)
@@ -106,7 +107,7 @@ def from_prometheus_eval(item: Mapping[str, Any], *, marker: str = "[RESULT]") -
 def prometheus_eval_reference(item: Mapping[str, Any]) -> Row:
     """An item of the prometheus-eval benchmark JSON as one evaluation row: its gold score is the mean of all."""
     prompt = cleaned_instruction(str(item["instruction"]))
-    return {"prompt": prompt, "score": gold_score(list(item["gpt4_score"])), "group": prometheus_question(prompt)}
+    return {"prompt": prompt, "score": _gold(list(item["gpt4_score"])), "group": prometheus_question(prompt)}
 
 
 def cleaned_instruction(instruction: str) -> str:
@@ -124,3 +125,11 @@ def cleaned_instruction(instruction: str) -> str:
 def prometheus_question(prompt: str) -> str:
     """The question of a prometheus-eval prompt: items that share it belong to one side of a split."""
     return prompt.split("###Response to evaluate")[0].strip()
+
+
+def _gold(score: Any) -> float:
+    """A gold score of the benchmarks, 1 to 5; the mean of several."""
+    golds = mean_golds({"score": score}, read_scales({}))
+    if golds is None:
+        raise ScoreNotFoundError("no score", "the gold score is missing")
+    return golds[0]

@@ -1,23 +1,17 @@
-"""Records -> judge items, recognised by their columns; splitting them by question.
-
-Knows nothing of tokens or models.
-"""
+"""A record of any schema that is understood -> a judge item. Knows nothing of files, tokens or models."""
 
 import json
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl_tract.rows.golds import aspect_scores, gold_score
+from trl_tract.rows.golds import read_golds
 from trl_tract.rows.rendering import as_prompt_completion, with_completion
 from trl_tract.rows.row import Row
-from trl_tract.rows.thinking import scored_text
-from trl_tract.scale.scale import Scale, locate_scores
-from trl_tract.scale.scales import Scales
-from trl_tract.scale.text import locate_score
-from trl_tract.sources.columns import OwnColumns
-from trl_tract.sources.files import read_records
+from trl_tract.scale.scale import Scale
+from trl_tract.scale.text import ScoreNotFoundError
+from trl_tract.sources.columns import ROLES, OwnColumns
+from trl_tract.sources.files import plain
 from trl_tract.sources.preferences import is_pair, pair_rows
 from trl_tract.sources.prompts import from_feedback_collection, from_prometheus_eval, prometheus_eval_reference
 
@@ -29,6 +23,15 @@ UNDERSTOOD = (
     "instruction, gpt4_score and gpt4_feedback (prometheus-eval benchmark JSON); "
     "any others with --columns and --rubric"
 )
+_FEEDBACK = ("instruction", "response", "criteria", *(f"score{score}_description" for score in range(1, 6)), "score")
+KNOWN = {
+    *ROLES,
+    *("scores", "messages", "conversations", "tools", "chat_template_kwargs", "gpt4_score", "gpt4_feedback"),
+    *(f"orig_{name}" for name in (*_FEEDBACK, "feedback", "reference_answer")),
+    *("chosen_instruction", "rejected_instruction"),
+}
+"""Columns whose meaning is known: what stands in them is read, or the row is refused."""
+TOKENS = ("input_ids", "labels", "score_labels", "score_aspects")
 
 
 @dataclass(frozen=True)
@@ -48,159 +51,143 @@ class Item:
     converted: bool = False
 
 
-def load_items(source: str, scales: Scales, own: OwnColumns | None = None, *, only_trained: bool = False) -> list[Item]:
-    """Read judge items from a file or a hub dataset: see `sources.read_records`.
+def read_items(
+    record: Mapping[str, Any], scales: Sequence[Scale], own: OwnColumns | None = None, *, judged: bool = False
+) -> list[Item]:
+    """What a record holds: one item, or the two sides of a pair.
 
     Args:
-        source: The file or hub id.
+        record: Columns as a file has them.
         scales: How its rows write their scores.
         own: The user's rubric and column names; None: a schema that is known.
-        only_trained: Whether nothing will be generated for them: then they may have several scores behind one marker.
+        judged: Whether it is only to be judged: then it may be a pair, and need not have a gold score.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: A row cannot be understood; it is named, with the columns that were found.
+        ValueError, KeyError, TypeError: It cannot be understood; a ScoreNotFoundError says of what kind the fault is.
     """
-    items: list[Item] = []
-    for number, found in enumerate(try_items(source, scales, own, only_trained=only_trained)):
-        if isinstance(found, ValueError):
-            raise ValueError(f"{source}, row {number}: {found}") from found
-        items.append(found)
-    if not items:
-        raise ValueError(f"{source} holds no rows")
-    return items
-
-
-def try_items(
-    source: str, scales: Scales, own: OwnColumns | None = None, *, only_trained: bool = False
-) -> Iterator[Item | ValueError]:
-    """Each record's item, or why there is none: for whoever wants to hear of every bad row."""
-    for record in read_records(source):
-        try:
-            yield read_item(record, scales, own, only_trained=only_trained)
-        except (KeyError, TypeError) as error:
-            yield ValueError(f"column {error} is missing" if isinstance(error, KeyError) else str(error))
-        except ValueError as error:
-            yield error
-
-
-def read_item(
-    record: Mapping[str, Any],
-    scales: Scales,
-    own: OwnColumns | None = None,
-    *,
-    only_trained: bool = False,
-) -> Item:
-    """Turn a record of any schema that is understood into an item; see `load_items`."""
+    row = _cleaned(record, KNOWN if own is None else KNOWN.union(*(name.split(",") for name in own.columns.values())))
     if own is not None:
-        record = own.convert(record, scales)
-    columns = set(record)
-    if is_pair(record):
-        raise ValueError(
-            "this is a pair of responses (chosen, rejected), and says which is better but not how good either is: "
-            "TRACT trains on scores. Score the responses one by one, with a rationale each, and train on those rows. "
-            "With pairs a finished judge can be tested: trl-tract judge --data PAIRS --rubric RUBRIC"
+        row = own.convert(row, scales)
+    if is_pair(row):
+        if not judged:
+            raise ScoreNotFoundError(
+                "pair",
+                "this is a pair of responses (chosen, rejected), and says which is better but not how good either is: "
+                "TRACT trains on scores. Score the responses one by one, with a rationale each, and train on those "
+                "rows. With pairs a finished judge can be tested: trl-tract judge --data PAIRS --rubric RUBRIC",
+            )
+        try:
+            sides = pair_rows(row, None if own is None else own.rubric, scales[0].marker)
+        except (ValueError, TypeError, LookupError) as error:
+            raise ScoreNotFoundError("pair", str(error)) from error
+        return [Item(side["group"], (), side, converted=True) for side in sides]
+    if "input_ids" in row and not judged:
+        return [Item("", (row,), {})]
+    if not scales[0].name and {"instruction", "gpt4_score"} <= row.keys():
+        reference = prometheus_eval_reference(row)
+        annotated = from_prometheus_eval(row, marker=scales[0].marker) if row.get("gpt4_feedback") else []
+        return [Item(reference["group"], tuple(annotated), reference, converted=True)]
+    if not scales[0].name and {"orig_instruction", "orig_score"} <= row.keys():
+        _need(row, [f"orig_{name}" for name in _FEEDBACK])
+        annotation = from_feedback_collection(row, marker=scales[0].marker)
+        reference = {name: annotation[name] for name in ("prompt", "score", "group")}
+        training = () if row.get("orig_feedback") is None else (annotation,)
+        return [Item(annotation["group"], training, reference, converted=True)]
+    return [_read_item(row, scales, judged, converted=own is not None and own.rubric is not None)]
+
+
+def _read_item(row: Row, scales: Sequence[Scale], judged: bool, converted: bool) -> Item:
+    if not row.keys() & {"prompt", "messages", "conversations"}:
+        kinds = "several aspects are read from prompt, completion and scores" if scales[0].name else UNDERSTOOD
+        raise ScoreNotFoundError(
+            "not understood",
+            f"the columns {', '.join(sorted(map(str, row)))} are not understood. Understood are: {kinds}",
         )
-    if scales.aspects:
-        return _read_aspect_item(record, scales.aspects)
-    grid, marker = scales.grid, scales.marker
-    if {"instruction", "gpt4_score"} <= columns:
-        reference = prometheus_eval_reference(record)
-        annotated = from_prometheus_eval(record, marker=marker) if record.get("gpt4_feedback") else []
-        return Item(reference["group"], tuple(annotated), reference, converted=True)
-    if {"orig_instruction", "orig_score"} <= columns:
-        row = from_feedback_collection(record, marker=marker)
-        reference = {name: row[name] for name in ("prompt", "score", "group")}
-        return Item(row["group"], (row,), reference, converted=True)
-    if columns & {"messages", "conversations"} or "prompt" in columns:
-        row = as_prompt_completion(record)
-        completion = row.get("completion")
-        if row.get("scores") is not None:
-            return _read_several(row, only_trained)
-        if completion is None and "score" not in row:
-            raise ValueError("the row has a prompt, but neither a completion nor a score")
-        if "score" in row:
-            score = gold_score(grid.in_numbers(row["score"]))
-        else:
-            score = grid.value_of(locate_score(scored_text(completion), marker, grid.texts).text)
-        group = str(row.get("group") or json.dumps(row["prompt"]))
-        reference = {**{name: row[name] for name in row if name != "completion"}, "score": score, "group": group}
-        return Item(group, () if completion is None else (row,), reference, converted=_was_written(own))
-    raise ValueError(
-        f"the columns {', '.join(sorted(map(str, columns)))} are not understood. Understood are: {UNDERSTOOD}"
-    )
+    row = as_prompt_completion({name: cell for name, cell in row.items() if name not in _CHATS or cell is not None})
+    _check_chat(row)
+    golds = read_golds(row, scales)
+    if golds is None and not judged:
+        raise ScoreNotFoundError("no score", "the row has a prompt, but neither a completion nor a score")
+    missing = {name for name in ("id", "group", "subset") if row.get(name) is None}
+    scored: Row = {}
+    if golds is not None:
+        # A judge's records keep the annotators apart; an item that is held out has their mean.
+        each = [list(scores) if judged and len(scores) > 1 else sum(scores) / len(scores) for scores in golds]
+        several = dict(zip([scale.name for scale in scales], each, strict=True))
+        scored = {"scores": several} if scales[0].name else {"score": each[0]}
+    left_out = {"completion", "score", "scores"} - scored.keys() | missing
+    given = {name: cell for name, cell in row.items() if name not in left_out} | scored
+    if judged:
+        return Item("", (), given, converted)
+    given["group"] = json.dumps(row["prompt"]) if "group" in missing else str(row["group"])
+    return Item(given["group"], () if row.get("completion") is None else (row,), given, converted)
 
 
-def judged_rows(record: Mapping[str, Any], scales: Scales, own: OwnColumns | None = None) -> list[Item]:
-    """What a judge is asked of a record: one prompt, whether or not its score is known, or the two of a pair.
-
-    Raises:
-        ValueError: The record cannot be understood.
-    """
-    converted = record if own is None else own.convert(record, scales)
-    if is_pair(converted):
-        rows = pair_rows(converted, None if own is None else own.rubric, scales)
-        return [Item(row["group"], (), row, converted=True) for row in rows]
-    if "prompt" in converted and all(converted.get(name) is None for name in ("completion", "score", "scores")):
-        row = {name: value for name, value in converted.items() if name not in ("completion", "score", "scores")}
-        return [Item(str(row.get("group") or json.dumps(row["prompt"])), (), row, converted=_was_written(own))]
-    return [read_item(record, scales, own)]
+_CHATS = ("messages", "conversations")
 
 
-def _was_written(own: OwnColumns | None) -> bool:
-    """Whether the prompts are ours, and may become chat messages: a user's own prompts stay as they are."""
-    return own is not None and own.rubric is not None
+def _cleaned(record: Mapping[str, Any], used: Collection[str]) -> Row:
+    """A record as JSON has it; a column that nobody uses and that JSON cannot hold is left out."""
+    row: Row = {}
+    for name, cell in record.items():
+        if name in TOKENS:
+            row[name] = cell
+            continue
+        try:
+            value = plain(cell)
+        except TypeError as error:
+            if name in used:
+                raise ScoreNotFoundError(
+                    "unreadable", f"the column {name} {error}, which is no text, number or list"
+                ) from error
+            continue
+        if name in used:
+            try:
+                json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise ScoreNotFoundError(
+                    "no Unicode",
+                    f"the column {name} holds half a character ({error.object[error.start]!r}), as text does that was "
+                    "cut in the middle of an emoji",
+                ) from error
+            value = None if isinstance(value, str) and not value.strip() else value
+        row[str(name)] = value
+    return row
 
 
-def _read_several(row: Row, only_trained: bool) -> Item:
-    """An item with several scores behind one marker; what they are is the encoder's to find."""
-    if not only_trained:
-        raise ValueError(
-            "the row has `scores`. Completions with several scores behind one marker can be trained on (trl-tract "
-            "train), but generation stops at the first score: name the scores in `aspects`, each with its own marker"
-        )
-    group = str(row.get("group") or json.dumps(row["prompt"]))
-    reference = {**{name: row[name] for name in row if name != "completion"}, "group": group}
-    return Item(group, () if row.get("completion") is None else (row,), reference)
+def _need(row: Row, names: Iterable[str]) -> None:
+    missing = [name for name in names if row.get(name) is None]
+    if missing:
+        raise ScoreNotFoundError("empty column", f"the column {missing[0]} is empty, or not there")
 
 
-def _read_aspect_item(record: Mapping[str, Any], aspects: Sequence[Scale]) -> Item:
-    """An item whose gold scores are one for each aspect: those in `scores`, or in its completion."""
-    if not set(record) & {"prompt", "messages", "conversations"}:
-        raise ValueError(
-            f"the columns {', '.join(sorted(record))} are not understood with several aspects: give prompt, completion "
-            "and scores"
-        )
-    row = as_prompt_completion(record)
-    completion = row.get("completion")
-    golds = aspect_scores(row.get("scores"), aspects)
-    if golds is None:
-        if completion is None:
-            raise ValueError("the row has a prompt, but neither a completion nor scores")
-        spans = locate_scores(scored_text(completion), aspects)
-        golds = [aspect.grid.value_of(span.text) for aspect, span in zip(aspects, spans, strict=True)]
-    scores = {aspect.name: gold_score(gold) for aspect, gold in zip(aspects, golds, strict=True)}
-    group = str(row.get("group") or json.dumps(row["prompt"]))
-    reference = {**{name: row[name] for name in row if name != "completion"}, "scores": scores, "group": group}
-    return Item(group, () if completion is None else (row,), reference)
-
-
-def split_items(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """Hold out about `fraction` of the groups; a group is never split.
-
-    Raises:
-        ValueError: There are too few groups for both sides to have one.
-    """
-    groups = list(dict.fromkeys(item.group for item in items))
-    held_out = round(len(groups) * fraction)
-    if not 0 < held_out < len(groups):
-        raise ValueError(
-            f"holding out {fraction:g} of {len(groups)} group(s) leaves one side empty: give an evaluation file, or "
-            "another fraction"
-        )
-    random.Random(seed).shuffle(groups)
-    evaluation = set(groups[:held_out])
-    return [item for item in items if item.group not in evaluation], [i for i in items if i.group in evaluation]
+def _check_chat(row: Row) -> None:
+    """Refuse a prompt or completion that is neither text nor chat messages, and options that no template can read."""
+    if row.get("prompt") is None:
+        raise ScoreNotFoundError("no prompt", "the prompt is missing")
+    for name in ("prompt", "completion"):
+        value = row.get(name)
+        if value is None or isinstance(value, str):
+            continue
+        if not isinstance(value, list) or not value:
+            shown = "an empty list" if value == [] else type(value).__name__
+            raise ScoreNotFoundError("not text", f"the {name} is {shown}, not text or a list of chat messages")
+        for message in value:
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise ScoreNotFoundError("not text", f"a chat message of the {name} needs a `role`: {message!r:.80}")
+    if row.get("completion") is not None and isinstance(row["prompt"], str) != isinstance(row["completion"], str):
+        raise ScoreNotFoundError("mixed types", "prompt and completion must both be text, or both chat messages")
+    for name, kind in (("tools", list), ("chat_template_kwargs", dict)):
+        value = row.get(name)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise ScoreNotFoundError("unreadable", f"the column {name} is not JSON: {error}") from error
+            if name == "chat_template_kwargs":
+                row[name] = value
+        if value is not None and not isinstance(value, kind):
+            raise ScoreNotFoundError("unreadable", f"the column {name} is {type(value).__name__}, not {kind.__name__}")
 
 
 def as_chat(row: Row) -> Row:
@@ -211,8 +198,3 @@ def as_chat(row: Row) -> Row:
     if "completion" in row:
         chat["completion"] = with_completion([], row["completion"])["completion"]
     return chat
-
-
-def written_rows(items: Iterable[Item], select: Callable[[Item], Iterable[Row]], *, chat: bool) -> list[Row]:
-    """The rows of items, converted prompts as chat messages if the model's tokenizer has a template."""
-    return [as_chat(row) if chat and item.converted else row for item in items for row in select(item)]

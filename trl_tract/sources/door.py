@@ -1,0 +1,213 @@
+"""The door: whatever `--data` names -> the same items or refusals for every command, under the file's row numbers.
+
+Rows are read when they are asked for; none are kept. Knows nothing of tokens, or of what is done with the rows.
+"""
+
+import hashlib
+import random
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from trl_tract.files.journal import write_json, write_jsonl
+from trl_tract.rows.dataset import refusal_summary
+from trl_tract.rows.row import REFUSED, Row
+from trl_tract.scale.scale import Scale
+from trl_tract.scale.text import ScoreNotFoundError
+from trl_tract.sources.columns import OwnColumns
+from trl_tract.sources.files import read_records
+from trl_tract.sources.preferences import SIDES
+from trl_tract.sources.schemas import Item, as_chat, read_items
+
+
+class Refusal(NamedTuple):
+    """Why a record gives no item; in the order that `refusal_summary` takes.
+
+    Attributes:
+        number: Of the record in its file, from 0.
+        kind: Groups records that share the reason.
+        message: What is wrong, and what to do.
+        tokens: Of its row, where they were counted.
+    """
+
+    number: int
+    kind: str
+    message: str
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that can be gone through again and again, each time from their file.
+
+    Attributes:
+        name: A file or hub id: see `files.read_records`.
+        scales: How its rows write their scores.
+        own: The user's rubric and column names; None: a schema that is known.
+        invalid_rows: `raise`, or `drop` to go on without the records that are refused.
+        say: Told what was dropped, once.
+    """
+
+    name: str
+    scales: tuple[Scale, ...]
+    own: OwnColumns | None = None
+    invalid_rows: str = "raise"
+    say: Callable[[str], None] = print
+    _said: list[str] = field(default_factory=list, compare=False)
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return Path(self.name).name
+
+    def found(self, *, judged: bool = False) -> Iterator[tuple[int, Item | Refusal]]:
+        """Each record's number with its item, or why there is none; a pair has two items.
+
+        Args:
+            judged: Whether the rows are only to be judged: see `schemas.read_items`.
+
+        Raises:
+            FileNotFoundError: No such file or dataset.
+            ValueError: It cannot be read as a whole, holds no rows, or lacks a column that was named.
+        """
+        if self.own is not None:
+            self.own.check(self.scales)
+        number, seen = -1, set[str]()
+        for number, record in enumerate(read_records(self.name)):
+            if isinstance(record, ValueError):
+                yield number, Refusal(number, "not JSON", str(record))
+                continue
+            seen.update(record)
+            try:
+                items = read_items(record, self.scales, self.own, judged=judged)
+            except ScoreNotFoundError as error:
+                yield number, Refusal(number, error.kind, str(error))
+            except KeyError as error:
+                yield number, Refusal(number, "not understood", f"column {error} is missing")
+            except (ValueError, TypeError, AttributeError, IndexError) as error:
+                yield number, Refusal(number, "not understood", str(error))
+            else:
+                yield from ((number, item) for item in items)
+        if number < 0:
+            raise ValueError(f"{self.name} holds no rows")
+        absent = [] if self.own is None else self.own.absent(seen)
+        if absent:
+            raise ValueError(
+                f"{self.name}: there is no column {', '.join(absent)}. The columns are {', '.join(sorted(seen))}"
+            )
+
+    def items(self) -> Iterator[tuple[int, Item]]:
+        """The items with their records' numbers; what is refused ends this, or is left out and said.
+
+        Raises:
+            FileNotFoundError, ValueError: See `found`; or a record is refused, or none is left. All are counted first.
+        """
+        refused, taken = [], 0
+        for number, item in self.found():
+            if isinstance(item, Refusal):
+                refused.append(item)
+            else:
+                taken += 1
+                yield number, item
+        if not refused:
+            return
+        summary = refusal_summary(refused, taken + len(refused), self.title, None)
+        if self.invalid_rows == "raise":
+            raise ValueError(f"{summary} Or set invalid_rows='drop' to go on without them.")
+        if not taken:
+            raise ValueError(f"No row is left. {summary}")
+        self._tell(f"Going on without them: {summary}")
+
+    def training_rows(self, chat: bool, keep: Callable[[Item], bool] = lambda item: True) -> Iterator[tuple[int, Row]]:
+        """The training rows of the items that `keep` takes; those without a rationale are counted and said."""
+        taken = without = 0
+        for number, item in self.items():
+            if keep(item):
+                taken += len(item.training)
+                without += not item.training
+                yield from ((number, row) for row in written_rows(item, item.training, chat))
+        if not taken:
+            raise ValueError(
+                f"{self.name}: none of the rows has a completion (or rationale), so there is none to train on"
+            )
+        if without:
+            self._tell(f"{without:,} rows of {self.title} have a score but no completion: they are not trained on")
+
+    def rows(self, chat: bool, select: Callable[[Item], Iterable[Row]]) -> Iterator[tuple[int, Row]]:
+        """The rows of each item that `select` takes."""
+        for number, item in self.items():
+            yield from ((number, row) for row in written_rows(item, select(item), chat))
+
+    def judged_rows(self, chat: bool) -> Iterator[tuple[int, Row]]:
+        """What a judge is asked: a row for each record, or two for a pair; a refused one says so in `REFUSED`."""
+        for number, item in self.found(judged=True):
+            if isinstance(item, Refusal):
+                refused: Row = {"prompt": "", REFUSED: f"row {number}: {item.message}"}
+                sides = [{"side": side} for side in SIDES] if item.kind == "pair" else [{}]
+                yield from ((number, refused | side) for side in sides)
+            else:
+                yield from ((number, row) for row in written_rows(item, [item.reference], chat))
+
+    def _tell(self, what: str) -> None:
+        if what not in self._said:
+            self._said.append(what)
+            self.say(what)
+
+
+def held_out(items: Iterable[Item], fraction: float, seed: int) -> Callable[[Item], bool]:
+    """Whether an item is held out, if about `fraction` of the groups are; a group is never split.
+
+    Raises:
+        ValueError: There are too few groups for both sides to have one.
+    """
+    groups = list(dict.fromkeys(_digest(item.group) for item in items))
+    count = round(len(groups) * fraction)
+    if not 0 < count < len(groups):
+        raise ValueError(
+            f"holding out {fraction:g} of {len(groups)} group(s) leaves one side empty: give an evaluation file, or "
+            "another fraction"
+        )
+    random.Random(seed).shuffle(groups)
+    chosen = set(groups[:count])
+    return lambda item: _digest(item.group) in chosen
+
+
+def _digest(group: str) -> bytes:
+    """A group in 16 bytes: there may be as many of them as rows, and as long as prompts."""
+    return hashlib.blake2b(group.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def written_rows(item: Item, rows: Iterable[Row], chat: bool) -> Iterator[Row]:
+    """Rows of an item, a converted prompt as chat messages if the model's tokenizer has a template."""
+    return (as_chat(row) if chat and item.converted else row for row in rows)
+
+
+def write_rows(path: Path, rows: Iterable[tuple[int, Row]]) -> int:
+    """Write rows as JSONL and, beside it, the numbers of their records; how many there were."""
+    numbers: list[int] = []
+
+    def each() -> Iterator[Row]:
+        for number, row in rows:
+            numbers.append(number)
+            yield row
+
+    count = write_jsonl(path, each())
+    write_json(number_file(path), numbers)
+    return count
+
+
+def number_file(path: Path) -> Path:
+    """Where the numbers stand that the rows of a JSONL file have in the file they came from."""
+    return path.with_name(f"{path.stem}.numbers.json")
+
+
+@contextmanager
+def rows_file(rows: Iterable[tuple[int, Row]]) -> Iterator[Path]:
+    """A JSONL file of rows for as long as a step needs it."""
+    with tempfile.TemporaryDirectory(prefix="trl-tract-") as folder:
+        path = Path(folder) / "rows.jsonl"
+        write_rows(path, rows)
+        yield path

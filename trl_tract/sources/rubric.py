@@ -1,0 +1,161 @@
+"""A user's own rubric: the scores it describes, and the prompts it makes. Knows nothing of rows, files or models."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl_tract.scale.grid import ScoreGrid
+from trl_tract.scale.text import score_text, some_scores
+from trl_tract.sources.prompts import rubric_prompt
+
+_PLACES = ("instruction", "response", "reference", "criterion", "descriptions", "scores", "marker")
+
+
+@dataclass(frozen=True)
+class Rubric:
+    """A criterion, what earns each score, and optionally the user's own wording of the prompt.
+
+    Attributes:
+        criterion: What the rubric asks.
+        descriptions: Score text -> what earns it, in the order of the grid. With a `scale` some of the scores do, and
+            ranges of them, such as `0-20`.
+        template: The prompt with `{response}` and the other places of it to fill; None: `prompts.rubric_prompt`.
+        scale: What scores there are, in words; None: those that are described.
+    """
+
+    criterion: str
+    descriptions: Mapping[str, str]
+    template: str | None = None
+    scale: str | None = None
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Rubric":
+        """Read a YAML file with `criterion`, `scores` (score: description) and, if wanted, `scale` and `template`.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: It is not YAML, or lacks something, or has something that is not understood.
+        """
+        import yaml
+
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            content, as_written = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"--rubric {path}: no such file") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"--rubric {path} is not YAML: {' '.join(str(error).split())}") from error
+        wanted = "a rubric is YAML with `criterion: text` and `scores:`, under it `1: text`, `2: text` and so on"
+        if not isinstance(content, dict) or not {"criterion", "scores"} <= content.keys():
+            raise ValueError(f"--rubric {path}: {wanted}")
+        unknown = sorted(map(str, content.keys() - {"criterion", "scores", "scale", "template"}))
+        if unknown:
+            raise ValueError(
+                f"--rubric {path}: {', '.join(unknown)} is not understood; {wanted}; `scale: text` and "
+                "`template: text` may stand beside them"
+            )
+        if not isinstance(content["scores"], dict) or len(as_written["scores"]) < 2:
+            raise ValueError(f"--rubric {path}: `scores` has to describe two scores or more; {wanted}")
+        if len(content["scores"]) < len(as_written["scores"]):
+            raise ValueError(f"--rubric {path}: under `scores`, YAML reads two scores as one. Put them in quotes")
+        rubric = cls(
+            str(content["criterion"]),
+            {
+                _written(path, raw, score): str(text)
+                for raw, (score, text) in zip(as_written["scores"], content["scores"].items(), strict=True)
+            },
+            content.get("template"),
+            str(content.get("scale") or "").strip() or None,
+        )
+        rubric._check_template(path)
+        return rubric
+
+    def _check_template(self, path: str | Path) -> None:
+        if self.template is None:
+            return
+        places = re.findall(r"\{(\w+)\}", str(self.template))
+        unknown = sorted(set(places) - set(_PLACES))
+        if unknown or "response" not in places:
+            wrong = f"{{{unknown[0]}}} is not understood" if unknown else "it has no place for the {response}"
+            known = ", ".join(f"{{{place}}}" for place in _PLACES)
+            raise ValueError(f"--rubric {path}: in `template`, {wrong}. Places are: {known}")
+
+    def check(self, grid: ScoreGrid) -> None:
+        """Refuse a rubric that describes other scores than the grid has.
+
+        Raises:
+            ValueError: It does.
+        """
+        described, known = list(self.descriptions), list(grid.texts)
+        if self.scale is not None:
+            self._check_some(grid)
+        elif described != known:
+            if sorted(described) == sorted(known):
+                raise ValueError(f"the rubric describes the scores in the order {described}: write them as {known}")
+            numeric = all(re.fullmatch(r"[-+]?\d+(\.\d+)?", text) for text in described)
+            options = f"--score_values {' '.join(described)}" if numeric else "--score_values and --score_texts"
+            scale = ""
+            if set(described) < set(known):
+                scale = f"; or, if it describes some of them, `scale: any score from {known[0]} to {known[-1]}` in it"
+            raise ValueError(
+                f"the rubric describes the scores {', '.join(described)}, but the grid is {some_scores(known)}: give "
+                f"{options}, or another rubric{scale}. A trained judge keeps the grid that it was trained on"
+            )
+
+    def _check_some(self, grid: ScoreGrid) -> None:
+        """Of a rubric with a scale: what is described has to be on the grid, in its order."""
+        before = -1
+        for text in self.descriptions:
+            ends = [text] if text in grid.texts else re.split(r"(?<=\w)(?:\s*[-–]\s*|\s+to\s+)", text, maxsplit=1)
+            for end in ends:
+                if end not in grid.texts:
+                    raise ValueError(
+                        f"the rubric describes {text!r}: that is neither a score of the grid, which is "
+                        f"{some_scores(grid.texts)}, nor a range of them, such as 0-20. Give --score_values, such as "
+                        "0..100, or another rubric. A trained judge keeps the grid that it was trained on"
+                    )
+                place = grid.texts.index(end)
+                if place < before:
+                    raise ValueError(f"the rubric describes {text!r} behind a higher score: put the lowest first")
+                before = place
+
+    def prompt(self, instruction: str, response: str, reference: str | None, marker: str) -> str:
+        """The judge's prompt of one response.
+
+        Example:
+            >>> rubric = Rubric("Polite?", {"1": "no", "2": "yes"}, "{criterion} {response}")
+            >>> rubric.prompt("ask", "{marker}", None, "#")
+            'Polite? {marker}'
+        """
+        if self.template is None:
+            return rubric_prompt(
+                instruction,
+                response,
+                self.criterion,
+                self.descriptions,
+                reference=reference,
+                scale=self.scale,
+                marker=marker,
+            )
+        filled = {
+            "instruction": instruction,
+            "response": response,
+            "reference": reference or "",
+            "criterion": self.criterion,
+            "descriptions": "\n".join(f"Score {score}: {text}" for score, text in self.descriptions.items()),
+            "scores": ", ".join(self.descriptions) if self.scale is None else self.scale,
+            "marker": marker,
+        }
+        # One pass: what is filled in is text, also where it holds braces.
+        return re.sub(r"\{(\w+)\}", lambda place: filled[place[1]], self.template)
+
+
+def _written(path: str | Path, raw: str, score: Any) -> str:
+    """A YAML key as score text: 5 and 5.0 as `5`; what YAML makes something else of is refused."""
+    if isinstance(score, str):
+        return score
+    if isinstance(score, bool) or str(score) != raw:
+        raise ValueError(f'--rubric {path}: under `scores`, YAML reads {raw} as {score}. Put it in quotes: "{raw}"')
+    return score_text(score)
