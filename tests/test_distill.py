@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHATML, make_rows, make_tokenizer
+from conftest import CHATML, make_rows, make_tokenizer, make_trainer
 from datasets import Dataset
 
 from trl_tract import CoTSelfDistill
@@ -163,6 +163,25 @@ def test_refused_prompts_end_a_run_before_it_generates_where_nothing_else_can_co
     with pytest.raises(ValueError, match=r"row [02]"):
         distiller.distill(rows if settings else rows.select([2]), tmp_path / "out")
     assert distiller.backend.generate_calls == []
+
+
+def test_a_mention_of_the_marker_stays_in_the_rationale(tmp_path):
+    row, _ = distil_one(tmp_path, [" i end with [RESULT] and a score. it is short [RESULT] 1"])
+    assert row["completion"] == " i end with [RESULT] and a score. it is short [RESULT] 4"
+    (trained,) = make_trainer(tmp_path / "stage2", [row], tokenizer=TOKENIZER).train_dataset["score_labels"]
+    assert [label for label in trained if label == label] == [4.0]
+
+
+@pytest.mark.parametrize("text", [" i end with [RESULT] and a score", "<think> so [RESULT] 4"])
+def test_a_marker_that_no_score_follows_or_within_a_thought_is_none(tmp_path, text):
+    row, summary = distil_one(tmp_path, [text] * 3)
+    assert row["rationale_source"] == "annotated"
+    assert summary["attempts_failed"]["no marker"] == 3
+
+
+def test_a_score_within_a_thought_would_be_a_second_one(tmp_path):
+    row, _ = distil_one(tmp_path, ["<think> so [RESULT] 4 </think> fine [RESULT] 4"] * 3)
+    assert row["finish_reason"] == "leak"
 
 
 def test_another_runs_directory_is_refused(tmp_path):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_rows, make_tokenizer
+from conftest import make_model, make_rows, make_tokenizer, make_trainer
 
 from trl_tract import CoTRAILJudge, TransformersBackend
 from trl_tract.backends import ScriptedBackend
@@ -94,6 +94,57 @@ def test_a_prompt_that_the_template_refuses_is_an_error_on_that_item_alone():
     assert "no system" in refused.error
     assert judged.score == pytest.approx(3.35)
     assert progress == [1, 1]
+
+
+MENTION = " i end with [RESULT] and a score. it is short [RESULT] 4"
+
+
+def test_a_mention_of_the_marker_ends_no_rationale():
+    instance = judge(MENTION)
+    (judgement,) = instance.judge(["a prompt"])
+    assert judgement.rationales == [" i end with [RESULT] and a score. it is short"]
+    (asked,) = instance.backend.logprob_calls[-1]
+    assert TOKENIZER.decode(asked) == f"a prompt{MENTION[:-1]}"
+
+
+@pytest.mark.parametrize("text", [" i end with [RESULT] and a score", "<think> so [RESULT] 4 is fine"])
+def test_a_marker_that_no_score_follows_or_within_a_thought_is_an_error(text):
+    (judgement,) = judge(text).judge(["a"])
+    assert math.isnan(judgement.score)
+    assert "[RESULT]" in judgement.error
+
+
+def test_a_thought_may_name_the_marker_before_it_ends():
+    (judgement,) = judge("<think> i end with [RESULT]. </think> so [RESULT] 4").judge(["a"])
+    assert judgement.rationales == ["<think> i end with [RESULT]. </think> so"]
+
+
+def test_an_engine_that_stops_within_a_thought_gives_no_score():
+    class Foreign(ScriptedBackend):
+        """Knows a stop text as characters alone."""
+
+        def generate(self, prompts, *, stop=None, **settings):
+            return super().generate(prompts, stop=str(stop), **settings)
+
+    backend = Foreign(lambda prompt, seed: "<think> so [RESULT] 4 </think> [RESULT] 5", TOKENIZER, probs=PROBS)
+    assert "thinking" in CoTRAILJudge(backend).judge(["a"])[0].error
+
+
+def test_a_trained_judge_goes_on_past_a_mention(tmp_path):
+    # Every row names the marker first; a model that knows the rows by heart is judged on the whole rationale.
+    rows = [
+        {"prompt": f"{word} ->", "completion": f" i end with [RESULT] and a score. it is {word} [RESULT] {score}"}
+        for word, score in (("short", 2), ("long", 4))
+    ]
+    trainer = make_trainer(
+        tmp_path, rows * 4, tokenizer=TOKENIZER, learning_rate=1e-2, optim="adamw_torch", max_steps=60, score_in_ce=True
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "judge"))
+    backend = TransformersBackend(trainer.model, TOKENIZER)
+    judged = CoTRAILJudge.from_pretrained(tmp_path / "judge", backend, temperature=0.0, max_new_tokens=60).judge(rows)
+    assert [one.rationales[0] for one in judged] == [row["completion"].rsplit(" [RESULT]", 1)[0] for row in rows]
+    assert min(one.grid_mass for one in judged) > 0.9
 
 
 def test_progress_counts_an_item_when_it_is_scored():

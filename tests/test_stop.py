@@ -8,20 +8,25 @@ from transformers import LlamaForCausalLM
 
 from trl_tract import ServerBackend
 from trl_tract.backends import Generation, ScriptedBackend, Stop, TransformersBackend
+from trl_tract.rows.tokens import resolve_scales
+from trl_tract.scale.scale import read_scales
 
 SCORES = ["1", "2", "3", "4", "5"]
 
 
 class Writer(LlamaForCausalLM):
-    """Writes `script` behind a prompt of one token."""
+    """Writes `script` behind a prompt of one token; of each token of `expected` it says that it is e^-2 as probable."""
 
     script: list[int]
+    expected: tuple[int, ...] = ()
 
     def forward(self, input_ids=None, position_ids=None, **kwargs):
         output = super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
         kept = position_ids[:, -output.logits.shape[1] :]
         following = torch.tensor(self.script)[kept.clamp(max=len(self.script) - 1)]
-        output.logits = torch.nn.functional.one_hot(following, output.logits.shape[-1]).float() * 1e4
+        logits = torch.full_like(output.logits, -1e4)
+        logits[..., list(self.expected)] = -2.0
+        output.logits = logits.scatter(-1, following[..., None], 0.0)
         return output
 
 
@@ -121,3 +126,87 @@ def test_who_knows_strings_alone_stops_at_the_first_occurrence():
 
 def test_a_grid_of_many_scores_needs_few_strings():
     assert len(Stop("[RESULT]", [str(score) for score in range(101)]).strings) == 30
+
+
+# What a model samples at a score's place
+
+TOKENIZER, JOINING = make_tokenizer(), make_tokenizer(split_digits=False)
+ROW = {"prompt": "a", "completion": " b [RESULT] 3"}
+
+
+def scale_of(tokenizer):
+    return resolve_scales(tokenizer, ROW, read_scales({}))[0]
+
+
+def sampled(pieces: list[str], tokenizer=TOKENIZER, *, expects: bool = False) -> Generation:
+    """What comes of a model that writes the pieces, each in tokens of its own, and then ends its turn."""
+    ids = [token for piece in pieces for token in tokenizer(piece, add_special_tokens=False)["input_ids"]]
+    scale = scale_of(tokenizer)
+    model = Writer(make_model(vocab=len(tokenizer)).config).eval()
+    model.script = [*ids, tokenizer.eos_token_id]
+    model.expected = scale.grid.token_ids if expects else ()
+    backend = TransformersBackend(model, tokenizer)
+    ((generation,),) = backend.generate([[5]], stop=Stop.at(scale), temperature=0)
+    return generation
+
+
+def test_a_word_where_the_tokens_of_a_score_begin_is_no_mention():
+    # " a" is one token: a space by itself and then "a" is written by a model that is at a score's place alone.
+    generation = sampled([" fine [RESULT]", " ", "and", " reply is long [RESULT] 4"])
+    assert (generation.text, generation.finish_reason) == (" fine ", "stop")
+    assert TOKENIZER.decode(generation.token_ids) == " fine [RESULT] a"
+
+
+@pytest.mark.parametrize(("expects", "text"), [(True, " fine "), (False, " fine [RESULT] just so ")])
+def test_where_a_text_leaves_it_open_the_probability_of_the_scores_decides(expects, text):
+    # " j" is two tokens here in any text: this may be a score's place, or the word "just".
+    generation = sampled([" fine [RESULT] just so [RESULT] 4"], expects=expects)
+    assert (generation.text, generation.finish_reason) == (text, "stop")
+
+
+@pytest.mark.parametrize(("expects", "text"), [(True, " fine "), (False, " fine [RESULT] so ")])
+def test_where_scores_hold_the_space_before_them_their_probability_decides(expects, text):
+    generation = sampled([" fine [RESULT] so [RESULT] 4"], JOINING, expects=expects)
+    assert (generation.text, generation.finish_reason) == (text, "stop")
+
+
+@pytest.mark.parametrize("write", ["server"], indirect=True)
+def test_a_server_is_asked_for_the_probability_of_the_scores(write):
+    # This one gives e^-1 to the first token that it is asked for, whichever that is.
+    stop = Stop.at(scale_of(TOKENIZER))
+    assert write(" fine [RESULT] just so [RESULT] 4", stop).text == " fine "
+    assert write(" fine [RESULT] and so [RESULT] 4", stop).text == " fine [RESULT] and so "
+
+
+def test_a_score_s_place_counts_where_nothing_better_comes():
+    assert sampled([" fine [RESULT] just"]).text == " fine "
+    assert sampled([" fine [RESULT] so"], JOINING).finish_reason == "eos"
+
+
+def test_a_sequence_that_goes_on_past_a_mention_leaves_the_others_as_they_are():
+    # The second prompt's text is drawn in a batch of its own, with the same random numbers in both runs.
+    class Mixed(Writer):
+        def forward(self, input_ids=None, position_ids=None, **kwargs):
+            output = super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
+            if self.sampling:
+                output.logits = torch.zeros_like(output.logits)
+            return output
+
+    texts = []
+    for text in (" fine [RESULT] just so [RESULT] 4", " fine [RESULT] 4"):
+        model = Mixed(make_model(vocab=len(TOKENIZER)).config).eval()
+        ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+        model.script = [*ids, TOKENIZER.eos_token_id]
+        model.sampling = False
+
+        class Backend(TransformersBackend):
+            def _extend(self, batch, *args):
+                self.model.sampling = batch[0].prompt_ids != [5]
+                super()._extend(batch, *args)
+
+        backend = Backend(model, TOKENIZER, batch_size=1)
+        first, second = backend.generate([[5], [6]], stop=Stop.at(scale_of(TOKENIZER)), seed=3, max_new_tokens=40)
+        texts.append((first[0].text, second[0].text))
+    (one, drawn), (other, again) = texts
+    assert (one, other) == (" fine [RESULT] just so ", " fine ")
+    assert drawn == again

@@ -49,6 +49,9 @@ class Stop(str):
         followed_by: Texts, one of which has to follow it, behind white space or at once. None: anything may.
         counts: Told the text before an occurrence: whether that one counts. By default all do.
         shows: Texts whose special tokens are not left out of what was written, such as the tags of thinking.
+        separator: Text between it and what follows, as the model was taught to write it.
+        begins: The first token of each of `followed_by` behind it. A model that is taught their mean alone, and no
+            cross-entropy on them, often samples another token there: then the engine is asked for their probability.
 
     Example:
         >>> stop = Stop("[RESULT]", ["1", "2"])
@@ -60,6 +63,8 @@ class Stop(str):
     followed_by: tuple[str, ...]
     counts: Callable[[str], bool] | None
     shows: tuple[str, ...]
+    separator: str
+    begins: tuple[int, ...]
 
     def __new__(
         cls,
@@ -67,16 +72,23 @@ class Stop(str):
         followed_by: Sequence[str] = (),
         counts: Callable[[str], bool] | None = None,
         shows: Sequence[str] = (),
+        separator: str = "",
+        begins: Sequence[int] = (),
     ) -> Self:
         """See the class."""
         stop = super().__new__(cls, text)
         stop.followed_by, stop.counts, stop.shows = tuple(followed_by), counts, tuple(shows)
+        stop.separator, stop.begins = separator, tuple(begins)
         return stop
 
     @classmethod
-    def at(cls, scale: Scale, counts: Callable[[str], bool], shows: Sequence[str]) -> Self:
-        """The marker of a scale."""
-        return cls(scale.marker, counts=counts, shows=shows)
+    def at(
+        cls, scale: Scale, counts: Callable[[str], bool] | None = None, shows: Sequence[str] = ()
+    ) -> Self:
+        """The marker of a scale with tokens, where one of its scores follows."""
+        grid = scale.grid
+        begins = grid.token_ids or [path.token_ids[0] for path in grid.paths]
+        return cls(scale.marker, grid.texts, counts, shows, scale.format.separator, begins)
 
     def place_in(self, text: str, *, whole: bool = False) -> int | None:
         """Where the first occurrence that counts begins; None without one.
@@ -85,14 +97,19 @@ class Stop(str):
             text: What was written.
             whole: Nothing will be added, so an occurrence that the text broke off behind counts too.
         """
-        for found in re.finditer(re.escape(self), text):
-            after = text[found.end() :].strip()
-            follows = not self.followed_by or any(
-                after.startswith(one) or (whole and one.startswith(after)) for one in self.followed_by
-            )
-            if follows and (self.counts is None or self.counts(text[: found.start()])):
-                return found.start()
-        return None
+        return next((place for place in self.places_in(text) if self.follows(text[place:], whole=whole)), None)
+
+    def places_in(self, text: str) -> list[int]:
+        """Where the occurrences begin that count if something fitting follows."""
+        found = (match.start() for match in re.finditer(re.escape(self), text))
+        return [place for place in found if self.counts is None or self.counts(text[:place])]
+
+    def follows(self, text: str, *, whole: bool = False) -> bool | None:
+        """Whether what has to follow does so in `text`, which begins with an occurrence; None if that is still open."""
+        after = text[len(self) :].strip()
+        if not self.followed_by or any(after.startswith(one) for one in self.followed_by):
+            return True
+        return (True if whole else None) if any(one.startswith(after) for one in self.followed_by) else False
 
     @functools.cached_property
     def strings(self) -> list[str]:

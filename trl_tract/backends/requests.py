@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_tract.backends.base import Backend, Generation, Sampling, SamplingOptions
 from trl_tract.backends.request_loop import RequestLoop
-from trl_tract.backends.stop_text import Ending
+from trl_tract.backends.stop_text import LEAST_MASS, Doubt, Ending
 from trl_tract.backends.tokens import checked_ids
 
 MAX_LOGPROB_IDS = 128  # vLLM's bound on `logprob_token_ids` of one request.
@@ -210,12 +210,26 @@ class RequestBackend(Backend):
                 (one,) = more
                 ids = [*ids, *one.token_ids]
             at_stop = _at(strings, one)
-            generation = ending.finish(ids, at_eos=one.finish_reason == "stop" and not at_stop)
+            at_eos = one.finish_reason == "stop" and not at_stop
+            taken = await self._taken(prompt, ids[:-1] if at_eos else ids, ending)
+            generation = ending.finish(ids, at_eos=at_eos, taken=taken)
             if at_stop and generation.finish_reason != "stop" and not self._is_mention(ids, ending):
                 # The ids spell the stop text only behind the prompt's last token: the engine saw it, take its cut.
                 generation = Generation(one.text, "stop", len(ids), tuple(ids))
             generations.append(generation)
         return generations
+
+    async def _taken(self, prompt: list[int], ids: list[int], ending: Ending) -> int | None:
+        """Where the stop text counts although another text was sampled behind it, since a score was to be expected."""
+        for place, follows in ending.occurrences(ids, ending.decode(ids), whole=True):
+            if follows is True or ending.stop is None:
+                break
+            if isinstance(follows, Doubt):
+                asked = sorted(set(ending.stop.begins))[:MAX_LOGPROB_IDS]
+                scored = await self._score([*prompt, *ids[: follows.count]], asked)
+                if scored is None or sum(map(math.exp, scored.values())) >= LEAST_MASS:
+                    return place
+        return None
 
     @staticmethod
     def _is_mention(ids: Sequence[int], ending: Ending) -> bool:

@@ -3,8 +3,10 @@
 Knows a tokenizer and what `model.generate` asks at each step; knows nothing of batches or of how a token was drawn.
 """
 
+import bisect
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +15,21 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 from trl_tract.backends.base import Generation, Stop
 
 _SLACK_TOKENS = 8  # Read before the stop text's own tokens: the first token of a window may lose its leading space.
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """The model stood where a score stands, and sampled something else: only its probabilities tell what it meant.
+
+    Attributes:
+        count: How many of the tokens reach to that place.
+    """
+
+    count: int
+
+
+LEAST_MASS = 0.02
+"""Probability of the scores from which on a `Doubt` is decided in favour of one."""
 
 
 class Ending:
@@ -36,11 +53,13 @@ class Ending:
         self._shown = {token for token in own if self._is_special(token)}
         self.shows_special = bool(self._shown)
         follows = () if self.stop is None else self.stop.followed_by
-        self._last = {text[-1] for text in follows or [stop] if text}
+        # The stop text itself, behind which each token is looked at, and what has to follow it.
+        self._last = {text[-1] for text in (stop, *follows) if text}
         # A token holds a byte or more.
         self.window = len((stop or "").encode()) + max((len(text.encode()) for text in follows), default=0)
         self.window += _SLACK_TOKENS
         self.may_end = functools.cache(self._may_end)
+        self._gap = self._find_gap()
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, as the tokens spell it, without special tokens that the stop text does not show."""
@@ -48,7 +67,7 @@ class Ending:
             return self._text(ids, True)
         return self._text([token for token in ids if token in self._shown or not self._is_special(token)], False)
 
-    def finish(self, written: Sequence[int], *, at_eos: bool) -> Generation:
+    def finish(self, written: Sequence[int], *, at_eos: bool, taken: int | None = None) -> Generation:
         """A continuation that is finished, cut at the stop text.
 
         The text is decoded from the ids here, whatever text an engine reports: engines differ in the spaces around a
@@ -57,19 +76,56 @@ class Ending:
         Args:
             written: Every token sampled.
             at_eos: The last of them is an end of sequence.
+            taken: Where a `Doubt` was decided in favour.
         """
-        text = self.decode(written[:-1] if at_eos else written)
-        place = None if self.stop is None else self.stop.place_in(text, whole=True)
         ids = tuple(written)
+        read = ids[:-1] if at_eos else ids
+        text = self.decode(read)
+        found = self.occurrences(read, text, whole=True)
+        # Where the model stood at a score's place and nothing better came, it meant that one.
+        place = next((place for place, follows in found if follows is True or place == taken), None)
+        if place is None and self._gap:
+            place = next((place for place, follows in found if isinstance(follows, Doubt)), None)
         if place is not None:
             return Generation(text[:place], "stop", len(ids), ids)
         return Generation(text, "eos" if at_eos else "length", len(ids), ids)
 
-    def is_reached(self, ids: Sequence[int]) -> bool:
-        """Whether a continuation of these tokens holds the stop text near its end."""
-        window = self.decode(ids[-self.window :])
-        # Most windows do not hold it; what stands before it, in the rest of the text, may make it a mention.
-        return self.stop is not None and self.stop in window and self.stop.place_in(self.decode(ids)) is not None
+    def occurrences(
+        self, ids: Sequence[int], text: str, *, whole: bool = False
+    ) -> list[tuple[int, "bool | Doubt | None"]]:
+        """Where the stop text stands in the text of `ids`, and whether it counts: None where that is still open."""
+        if self.stop is None or self.stop not in text:
+            return []
+        return [(place, self._follows(ids, text, place, whole)) for place in self.stop.places_in(text)]
+
+    def _follows(self, ids: Sequence[int], text: str, place: int, whole: bool) -> "bool | Doubt | None":
+        assert self.stop is not None
+        follows = self.stop.follows(text[place:], whole=whole)
+        if follows is not False or self._gap is None:
+            return follows
+        # Tokens up to where a score would stand, if the model went there.
+        end = place + len(self.stop) + len(self._gap)
+        count = bisect.bisect_left(range(len(ids)), end, key=lambda length: len(self.decode(ids[:length])))
+        if count == len(ids) or self.decode(ids[:count]) != text[: end - len(self._gap)] + self._gap:
+            return False
+        if self._gap:
+            # A word's own token would hold the space before it: a space by itself is written at a score's place alone.
+            piece = self.decode(ids[: count + 1])[end:]
+            joined = self.tokenizer(f"{self.stop}{self._gap}{piece}", add_special_tokens=False)["input_ids"]
+            if piece[:1].isspace() or joined[-2:] != list(ids[count - 1 : count + 1]):
+                return True
+        return Doubt(count)
+
+    def _find_gap(self) -> str | None:
+        """Text between the stop text and a score's first token; None where no tokens of scores are known."""
+        stop = self.stop
+        if stop is None or not stop.begins:
+            return None
+        before = f"{stop}{stop.separator}"
+        encoded = self.tokenizer(f"{before}{stop.followed_by[0]}", add_special_tokens=False)["input_ids"]
+        places = [place for place, token in enumerate(encoded) if token == stop.begins[0]]
+        read = self.decode(encoded[: places[-1]]) if places else ""
+        return read[len(stop) :] if read in (before, stop) else None
 
     def _may_end(self, token: int) -> bool:
         """Whether a continuation that has `token` as its last may end with what it has to end with."""
@@ -94,22 +150,39 @@ class StopText(StoppingCriteria):
         ending: The stop text.
         starts: Where each row's continuation starts in the batch's token ids, `(B,)`.
 
+        mentions: By row, where the stop text was found not to count.
+
     Attributes:
         ended_at: By row, the length of the batch's token ids when that row's stop text was complete.
+        doubts: By row that ended so, where the stop text stands, and the doubt.
     """
 
-    def __init__(self, ending: Ending, starts: list[int]) -> None:
+    def __init__(self, ending: Ending, starts: list[int], mentions: list[set[int]]) -> None:
         self.ending = ending
         self.starts = starts
+        self.mentions = mentions
         self.ended_at: dict[int, int] = {}
+        self.doubts: dict[int, tuple[int, Doubt]] = {}
+        self._open: set[int] = set()  # rows whose last tokens were the stop text's
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         """Which rows have ended, `(B,)` bool."""
         length = input_ids.shape[1]
         for row, token in enumerate(input_ids[:, -1].tolist()):
-            if row in self.ended_at or not self.ending.may_end(token):
+            if row in self.ended_at or not (row in self._open or self.ending.may_end(token)):
                 continue
-            if self.ending.is_reached(input_ids[row, self.starts[row] :].tolist()):
-                self.ended_at[row] = length
+            self._open.discard(row)
+            ids = input_ids[row, self.starts[row] :].tolist()
+            window = self.ending.decode(ids[-self.ending.window :])
+            if self.ending.stop is None or self.ending.stop not in window:  # most do not hold it
+                continue
+            for place, follows in self.ending.occurrences(ids, self.ending.decode(ids)):
+                if follows is None:
+                    self._open.add(row)
+                elif follows and place not in self.mentions[row]:
+                    self.ended_at[row] = length
+                    if isinstance(follows, Doubt):
+                        self.doubts[row] = (place, follows)
+                    break
         ended = [row in self.ended_at for row in range(len(input_ids))]
         return torch.tensor(ended, device=input_ids.device)

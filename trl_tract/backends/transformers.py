@@ -9,7 +9,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any, TypeVar, Unpack
 
@@ -21,10 +20,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from trl_tract.backends.base import Backend, Generation, Sampling, SamplingOptions
 from trl_tract.backends.branches import Branches, why_not_one_forward
+from trl_tract.backends.continuation import Continuation
 from trl_tract.backends.forward import common_prefixes, exact_head, innermost, last_logits, left_padded, shared_cache
 from trl_tract.backends.loading import load, load_tokenizer, loaded_fingerprint
 from trl_tract.backends.seeding import seeded
-from trl_tract.backends.stop_text import Ending, StopText
+from trl_tract.backends.stop_text import LEAST_MASS, Ending, StopText
 from trl_tract.backends.tokens import checked_ids
 from trl_tract.scale.logprobs import trie_logprobs
 from trl_tract.scale.trie import TokenTrie
@@ -138,14 +138,15 @@ class TransformersBackend(Backend):
         settings.check(n, stop)
         rows = self._checked(prompts, "prompts")
         results: list[list[Generation]] = [[] for _ in rows]
-        pending: deque[_Sequence] = deque()
+        pending: deque[Continuation] = deque()
+        resumed: deque[Continuation] = deque()
         for prompt in sorted(range(len(rows)), key=lambda row: -len(rows[row])):
             room = math.inf if self._context is None else self._context - len(rows[prompt])
             if room < 2:
                 results[prompt] = [Generation("", "prompt_too_long", 0)] * n
             else:
                 limit = int(min(settings.max_new_tokens, room))
-                pending.extend(_Sequence(prompt, rows[prompt], limit) for _ in range(n))
+                pending.extend(Continuation(prompt, rows[prompt], limit) for _ in range(n))
         _report(on_progress, sum(bool(done) for done in results))
 
         decoding: dict[str, Any] = {"do_sample": False}
@@ -163,22 +164,29 @@ class TransformersBackend(Backend):
         eos = self._eos_ids()
         batches = 0
 
-        def step(batch: list[_Sequence]) -> list[_Sequence]:
+        def step(batch: list[Continuation]) -> list[Continuation]:
             nonlocal batches
             batches += 1
             with seeded(self.model.device, f"{seed}/{batches}"):
                 self._extend(batch, decoding, eos, ending)
+            doubted = [sequence for sequence in batch if sequence.doubt is not None]
+            self._settle(doubted, ending)
             finished = 0
             for sequence in batch:
-                if sequence.ended or len(sequence.written) == sequence.limit:
+                if not sequence.goes_on:
                     at_eos = bool(sequence.written) and sequence.written[-1] in eos
-                    results[sequence.prompt].append(ending.finish(sequence.written, at_eos=at_eos))
+                    written = ending.finish(sequence.written, at_eos=at_eos, taken=sequence.taken)
+                    results[sequence.prompt].append(written)
                     finished += len(results[sequence.prompt]) == n
             _report(on_progress, finished)
-            return [sequence for sequence in batch if not sequence.ended and len(sequence.written) < sequence.limit]
+            resumed.extend(sequence for sequence in doubted if sequence.goes_on)
+            return [sequence for sequence in batch if sequence.goes_on and sequence not in doubted]
 
         with self._borrowed_model():
             self._in_batches(pending, step)
+            while resumed:  # last, so that the random numbers of the others do not depend on them
+                pending, resumed = resumed, deque()
+                self._in_batches(pending, step)
         return results
 
     def next_token_logprobs(
@@ -275,13 +283,14 @@ class TransformersBackend(Backend):
         """Digests of a model that came loaded, as it is now; of one that was loaded here, `model_id` tells."""
         return loaded_fingerprint(self.model, self.tokenizer) if self._is_borrowed else {}
 
-    def _extend(self, batch: list["_Sequence"], decoding: dict[str, Any], eos: list[int], ending: Ending) -> None:
+    def _extend(self, batch: list[Continuation], decoding: dict[str, Any], eos: list[int], ending: Ending) -> None:
         """Write on every sequence until it ends, or until the first of them has no room left."""
         rows = [sequence.prompt_ids + sequence.written for sequence in batch]
         input_ids, attention_mask = left_padded(rows, self._pad_id(), self.model.device)
         length = input_ids.shape[1]
         criteria = StoppingCriteriaList()
-        watch = StopText(ending, [length - len(sequence.written) for sequence in batch])
+        starts = [length - len(sequence.written) for sequence in batch]
+        watch = StopText(ending, starts, [sequence.mentions for sequence in batch])
         if ending.stop is not None:
             criteria.append(watch)
         output = self.model.generate(
@@ -304,6 +313,16 @@ class TransformersBackend(Backend):
                 ends.append(watch.ended_at[row] - length)
             sequence.ended = bool(ends)
             sequence.written += new[: min(ends, default=len(new))]
+            sequence.doubt = watch.doubts.get(row)
+
+    def _settle(self, doubted: Sequence[Continuation], ending: Ending) -> None:
+        """Ask whether a score was to be expected where something else was sampled; where none was, the text goes on."""
+        if not doubted or ending.stop is None:
+            return
+        rows = [each.prompt_ids + each.written[: each.doubt[1].count] for each in doubted if each.doubt is not None]
+        masses = np.exp(self.next_token_logprobs(rows, sorted(set(ending.stop.begins)))).sum(axis=1)
+        for each, mass in zip(doubted, masses, strict=True):
+            each.settle(float(mass), LEAST_MASS)
 
     def _in_batches(self, pending: deque[_Item], step: Callable[[list[_Item]], list[_Item]]) -> None:
         """Hand batches from the left of `pending` to `step`, and put back what it returns, until nothing is left."""
@@ -364,21 +383,6 @@ class TransformersBackend(Backend):
             if token is not None and token < self.model.config.get_text_config().vocab_size:
                 return int(token)
         return 0  # Any id does: padding is masked, and cut off behind the end of a text.
-
-
-@dataclass
-class _Sequence:
-    """One continuation under way.
-
-    Near the end of the context window the rows of a batch have room for different numbers of tokens. A batch then
-    stops where its shortest room ends, and the other rows go on in a later batch.
-    """
-
-    prompt: int
-    prompt_ids: list[int]
-    limit: int
-    written: list[int] = field(default_factory=list)
-    ended: bool = False
 
 
 def _report(on_progress: Callable[[int], None] | None, finished: int) -> None:
