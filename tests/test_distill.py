@@ -179,9 +179,11 @@ def test_a_marker_that_no_score_follows_or_within_a_thought_is_none(tmp_path, te
     assert summary["attempts_failed"]["no marker"] == 3
 
 
-def test_a_score_within_a_thought_would_be_a_second_one(tmp_path):
-    row, _ = distil_one(tmp_path, ["<think> so [RESULT] 4 </think> fine [RESULT] 4"] * 3)
-    assert row["finish_reason"] == "leak"
+def test_a_score_within_a_thought_is_a_part_of_the_thought(tmp_path):
+    row, _ = distil_one(tmp_path, ["<think> so [RESULT] 2 </think> fine [RESULT] 1"])
+    assert row["completion"] == "<think> so [RESULT] 2 </think> fine [RESULT] 4"
+    (trained,) = make_trainer(tmp_path / "stage2", [row], tokenizer=TOKENIZER).train_dataset["score_labels"]
+    assert [label for label in trained if label == label] == [4.0]
 
 
 def test_another_runs_directory_is_refused(tmp_path):

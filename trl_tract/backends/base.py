@@ -82,9 +82,7 @@ class Stop(str):
         return stop
 
     @classmethod
-    def at(
-        cls, scale: Scale, counts: Callable[[str], bool] | None = None, shows: Sequence[str] = ()
-    ) -> Self:
+    def at(cls, scale: Scale, counts: Callable[[str], bool] | None = None, shows: Sequence[str] = ()) -> Self:
         """The marker of a scale with tokens, where one of its scores follows."""
         grid = scale.grid
         begins = grid.token_ids or [path.token_ids[0] for path in grid.paths]
