@@ -14,6 +14,7 @@ from fake_server import FakeServer, changed, says
 
 from trl_tract import CoTRAILJudge, ServerBackend
 from trl_tract.backends import server as server_module
+from trl_tract.backends.answers import same_answers
 from trl_tract.scale.trie import GridProbabilities
 
 ASKED = [9, 11]
@@ -52,8 +53,14 @@ def shown(**fields):
     return changed(lambda answer: answer["choices"][0]["logprobs"]["top_logprobs"][0].update(fields))
 
 
-def packed(pack, name, size=300_000_000):
-    return says(200, pack(b" " * size), Content_Encoding=name)
+def bomb(pack=bytes, **headers):
+    """The truth, with white space behind it that no one has room for."""
+
+    def fault(server, request):
+        raw = json.dumps(server.answer(request)).encode() + b" " * 30_000_000
+        return 200, headers, pack(raw)
+
+    return fault
 
 
 def drip(server, request):
@@ -79,9 +86,9 @@ OF_ANY = {
     "a choice that is numbered otherwise": choice(index=1),
     "a choice too many": changed(lambda a: a["choices"].append({**a["choices"][0], "index": 1})),
     "no choice": answer(choices=[]),
-    "a bomb": says(200, b" " * 50_000_000),
-    "a bomb of gzip": packed(gzip.compress, "gzip", 30_000_000),
-    "a bomb of deflate": packed(zlib.compress, "deflate", 30_000_000),
+    "a bomb": bomb(),
+    "a bomb of gzip": bomb(gzip.compress, **{"Content-Encoding": "gzip"}),
+    "a bomb of deflate": bomb(zlib.compress, **{"Content-Encoding": "deflate"}),
     "an unknown packing": says(200, b"\x28\xb5\x2f\xfd", Content_Encoding="zstd"),
     "a number of many digits": says(200, b'{"usage": {"prompt_tokens": ' + b"1" * 10_000 + b"}}"),
     "a slow drip": drip,
@@ -219,8 +226,8 @@ def test_a_fingerprint_is_the_models_whatever_noise_moves_it(server, tokenizer):
     server.always = other_model
     other = look()
     assert first.keys() == noise.keys() == other.keys()
-    assert server_module.same_answers(first["answers"], noise["answers"])
-    assert not server_module.same_answers(first["answers"], other["answers"])
+    assert same_answers(first["answers"], noise["answers"])
+    assert not same_answers(first["answers"], other["answers"])
 
 
 @pytest.mark.parametrize(
@@ -245,10 +252,15 @@ def test_probabilities_that_are_none_are_that_items_error(server, tokenizer, log
     assert math.isnan(bad.score)
 
 
-def test_a_server_that_speculates_is_refused_in_words(server, tokenizer):
-    server.always = OF_SCORES["an empty list, as of a server that speculates"]
-    with pytest.raises(ValueError, match="--speculative-config"):
-        ServerBackend(server.url, "judge", tokenizer=tokenizer)
+@pytest.mark.parametrize(
+    "answer",
+    [OF_SCORES["an empty list, as of a server that speculates"], says(400), says(500)],
+    ids=["[]", "400", "500"],
+)
+def test_a_server_that_speculates_is_refused_in_words(server, tokenizer, answer):
+    server.always = answer
+    with pytest.raises((ValueError, ConnectionError), match="--speculative-config"):
+        ServerBackend(server.url, "judge", tokenizer=tokenizer, retry_seconds=0.05, retry_delay=0.01)
 
 
 def test_the_probe_at_the_start_is_one_request(server, tokenizer):

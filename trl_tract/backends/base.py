@@ -209,7 +209,10 @@ class Backend(Protocol):
             seed: The same seed, prompts and settings give the same text on the same machine, where the engine's
                 batches do not depend on what else it does.
             on_progress: Called with the number of prompts that have just been finished.
-            **sampling: Fields of `Sampling`.
+            **sampling: Fields of `Sampling`. A continuation never has more tokens than the context window has left.
+
+        Raises:
+            ValueError: A setting out of range, or a prompt that is empty or holds an id outside the vocabulary.
         """
         ...
 
@@ -220,6 +223,9 @@ class Backend(Protocol):
 
         Under the softmax over the whole vocabulary, untouched by temperature, top-p or penalties; a row of NaN where
         the ids do not fit the context window. A backend that knows only the top k, or renormalises, raises instead.
+
+        Raises:
+            ValueError: A row that is empty, or an id outside the vocabulary.
         """
         ...
 

@@ -99,16 +99,9 @@ class RequestBackend(Backend):
     ) -> list[list[Generation]]:
         """Sample `n` continuations of each prompt; see `Backend.generate`.
 
-        Args:
-            prompts: Token ids, one sequence a prompt.
-            n: Continuations per prompt.
-            stop: Text that ends a continuation; it is not part of the result. A `Stop` says where it counts: one that
-                was only mentioned costs a request more.
-            seed: Used only with `request_seeds`. Otherwise the engine's own seed decides, and the text also depends
-                on what else the engine does at the time.
-            on_progress: Called, in the caller's thread, with the number of prompts that have just been finished.
-            **sampling: Fields of `Sampling`. A continuation never has more tokens than the context window has left.
-                vLLM raises temperatures between 0 and 0.01 to 0.01.
+        A `stop` that was only mentioned costs a request more. `seed` is used with `request_seeds` alone: otherwise the
+        engine's own seed decides, and what else it does at the time. vLLM raises temperatures between 0 and 0.01 to
+        0.01.
 
         Raises:
             ValueError: A setting out of range, or a prompt that is empty or holds an id outside the vocabulary.
@@ -146,16 +139,7 @@ class RequestBackend(Backend):
     ) -> NDArray[np.float64]:
         """Log-probabilities of `token_ids` as the next token; see `Backend.next_token_logprobs`.
 
-        Args:
-            token_id_lists: Token ids, one sequence a row.
-            token_ids: The tokens asked for, `K` of them. More than 128 take several requests a row.
-
-        Returns:
-            `(len(token_id_lists), K)`, nats. A row that leaves no room for one more token is NaN.
-
-        Raises:
-            ValueError: A row that is empty, or an id outside the vocabulary.
-            RuntimeError: The engine failed, or `cancel` or `close` was called.
+        More than 128 tokens take several requests a row.
         """
         rows = checked_ids(token_id_lists, "token_id_lists", self._vocabulary)
         (wanted,) = checked_ids([token_ids], "token_ids", self._vocabulary)

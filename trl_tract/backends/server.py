@@ -1,10 +1,9 @@
 """Generation and exact log-probabilities from a server with vLLM's OpenAI-compatible completions.
 
-Knows the requests and how answers are taken apart; `http.py` sends and repeats them.
+Knows the requests; `http.py` sends and repeats them, `answers.py` takes the answers apart.
 """
 
 import asyncio
-import json
 import math
 import re
 import weakref
@@ -14,6 +13,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from trl_tract.backends.answers import (
+    NO_PROBABILITY,
+    context_length_of,
+    json_object,
+    read_scores,
+    read_written,
+    same_answers,
+    served_models,
+)
 from trl_tract.backends.base import Sampling
 from trl_tract.backends.http import JSONServer, Refused
 from trl_tract.backends.loading import load_tokenizer
@@ -22,7 +30,6 @@ from trl_tract.backends.requests import RequestBackend, Written
 
 _PROBE = "Score the reply from 1 to 5."
 _PROBED = 16  # tokens whose log-probabilities behind the probe tell one model from another
-_MOVES = 0.25  # nats by which batches, kernels and 16 bits may move them
 _PROBE_EVERY = 60.0  # seconds
 _RESTART = 1.0  # seconds that no server needs less of to come back with another model
 _UPGRADE = (
@@ -36,7 +43,6 @@ _BYTES_A_TOKEN = 64  # of an answer, at most: its id, its text, and its part of 
 _TOO_LONG = re.compile(
     r"context (length|window)|max(imum)?[_ ]model[_ ]len|max_tokens must be at least 1, got 0", re.IGNORECASE
 )
-_NO_PROBABILITY = -9999.0  # How vLLM writes minus infinity, which JSON lacks.
 
 
 class ServerBackend(RequestBackend):
@@ -116,9 +122,9 @@ class ServerBackend(RequestBackend):
         loop = RequestLoop(max_concurrency)
         self._closing = weakref.finalize(self, _shut, loop, self._server)
         try:
-            served = loop.wait_for(self._ask_once("GET", "/models", None, _served_models))
+            served = loop.wait_for(self._ask_once("GET", "/models", None, served_models))
             card = self._card(served)
-            context_length = context_length or _context_length(card, served)
+            context_length = context_length or context_length_of(card, served)
             if context_length is None:
                 raise ValueError(f"{self._server.url} does not say how long {model}'s context is: pass context_length=")
             tokenizer = tokenizer or _find_tokenizer(model, card, served)
@@ -139,7 +145,7 @@ class ServerBackend(RequestBackend):
             raise
 
     def fingerprint(self) -> dict[str, str]:
-        """What the server said of the model at the start, and what it answered to the probe: see `same_answers`."""
+        """What the server said of the model at the start, and answered to the probe; compare with `same_answers`."""
         return dict(self._fingerprint)
 
     def close(self) -> None:
@@ -163,13 +169,13 @@ class ServerBackend(RequestBackend):
             body["skip_special_tokens"] = False
         if seed is not None:
             body["seed"] = seed
-        read = partial(_read_written, prompt, n, settings.max_new_tokens, self._vocabulary)
+        read = partial(read_written, prompt, n, settings.max_new_tokens, self._vocabulary)
         written: list[Written] | None = await self._complete(body, read)
         return written
 
     async def _score(self, prompt: list[int], token_ids: list[int]) -> Mapping[int, float] | None:
         def read(model: str, answer: Any) -> dict[int, float]:
-            scores = _read_scores(prompt, token_ids, model, answer)
+            scores = read_scores(prompt, token_ids, model, answer)
             self._check_likeliest(answer["choices"][0], scores)
             return scores
 
@@ -248,7 +254,7 @@ class ServerBackend(RequestBackend):
             if self._server.longest_silence < _RESTART and clock() < self._probed_at + _PROBE_EVERY:
                 return
             self._server.longest_silence = 0.0
-            card = self._card(await self._ask_once("GET", "/models", None, _served_models))
+            card = self._card(await self._ask_once("GET", "/models", None, served_models))
             now = {
                 "served model": self.model,
                 "root": self._server.public(str(card.get("root"))),
@@ -277,17 +283,21 @@ class ServerBackend(RequestBackend):
         body = {**self._scoring(_PROBE, chosen), "add_special_tokens": False}
         url, public = self._server.url, self._server.public
         try:
-            answer = await self._ask_once("POST", "/completions", body, _is_json_object)
+            answer = await self._ask_once("POST", "/completions", body, json_object)
             choice = answer["choices"][0]
             seen, (written,) = choice["prompt_token_ids"], choice["token_ids"]
             (best,) = choice["logprobs"]["token_logprobs"]
-            scores = _read_scores(seen, chosen, self.model, answer)
+            scores = read_scores(seen, chosen, self.model, answer)
             # The likeliest token has at least the mean probability, and no token more: logits rarely look like that.
             is_likely = -math.log(size) - 1 <= best <= 1e-3 and max(scores.values()) <= best + 1e-3
         except Refused as refused:
             if refused.status not in (400, 422):
                 raise
             raise ValueError(f"{refused}: {_UPGRADE}") from None
+        except ConnectionError as error:
+            if "HTTP 500" not in str(error) or self._fingerprint:
+                raise
+            raise ConnectionError(f"{error}. A request for scores has to be answered: {_UPGRADE}") from None
         except (LookupError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{url} answers a probe without what a judge needs ({public(repr(error))}): {_UPGRADE}"
@@ -302,7 +312,7 @@ class ServerBackend(RequestBackend):
                 f"{url} reads {_PROBE!r} as the tokens {public(str(seen))}, the tokenizer here as {expected}: pass "
                 f"tokenizer=, the one that {self.model} was trained with, and serve the model with it"
             )
-        return "~ " + " ".join(f"{max(score, _NO_PROBABILITY):.3f}" for score in scores.values())
+        return "~ " + " ".join(f"{max(score, NO_PROBABILITY):.3f}" for score in scores.values())
 
     def _card(self, served: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         if self.model not in served:
@@ -311,35 +321,10 @@ class ServerBackend(RequestBackend):
         return served[self.model]
 
 
-def same_answers(one: str, other: str) -> bool:
-    """Whether two values of a fingerprint agree: the numbers of a probe ("~ ...") up to what noise moves them."""
-    if not (one.startswith("~ ") and other.startswith("~ ")):
-        return one == other
-    pairs = zip(one.split()[1:], other.split()[1:], strict=False)
-    return len(one.split()) == len(other.split()) and all(abs(float(a) - float(b)) <= _MOVES for a, b in pairs)
-
-
 def _shut(loop: RequestLoop, server: JSONServer) -> None:
     loop.cancel()
     loop.wait_for(server.close())
     loop.close()
-
-
-def _is_json_object(answer: Any) -> dict[str, Any]:
-    if not isinstance(answer, dict):
-        raise ValueError("not a JSON object")
-    return answer
-
-
-def _served_models(answer: Any) -> dict[str, dict[str, Any]]:
-    return {str(card["id"]): card for card in answer["data"]}
-
-
-def _context_length(card: Mapping[str, Any], served: Mapping[str, Mapping[str, Any]]) -> int | None:
-    """An adapter's card leaves it to its base's."""
-    base: Mapping[str, Any] = served.get(str(card.get("parent")), {})
-    length = card.get("max_model_len") or base.get("max_model_len")
-    return length if type(length) is int and length > 0 else None
 
 
 def _find_tokenizer(
@@ -353,45 +338,3 @@ def _find_tokenizer(
         except (OSError, ValueError):
             continue
     raise ValueError(f"no tokenizer can be loaded from {', '.join(places)}: pass tokenizer=, the one of {model}")
-
-
-def _choices(prompt: list[int], n: int, model: str, answer: Any) -> list[Any]:
-    """The continuations of an answer that belongs to its request: the model, the prompt, their number."""
-    read = answer["usage"]["prompt_tokens"]
-    if read != len(prompt):
-        raise ValueError(f"it read {read} tokens of a prompt of {len(prompt)}")
-    if answer.get("model", model) != model:
-        raise ValueError(f"it is an answer of the model {answer['model']!r}, not of {model!r}")
-    choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-    if [choice["index"] for choice in choices] != list(range(n)):
-        raise ValueError(f"it holds {len(choices)} continuations of {n}")
-    if any(choice["prompt_token_ids"] != prompt for choice in choices):
-        raise ValueError("it is an answer to another prompt: its prompt_token_ids are not those that were sent")
-    return choices
-
-
-def _read_written(prompt: list[int], n: int, limit: int, size: int, model: str, answer: Any) -> list[Written]:
-    written = []
-    for choice in _choices(prompt, n, model, answer):
-        one = Written(choice["token_ids"], choice["text"], choice["finish_reason"], choice.get("stop_reason"))
-        if one.finish_reason not in ("stop", "length") or not isinstance(one.text, str):
-            raise ValueError(f"a continuation ended with {json.dumps(one.finish_reason)}")
-        if not 0 < len(one.token_ids) <= limit:
-            raise ValueError(f"a continuation has {len(one.token_ids)} tokens of at most {limit}")
-        wrong = [token for token in one.token_ids if type(token) is not int or not 0 <= token < size]
-        if wrong:
-            raise ValueError(f"a continuation holds the token {wrong[0]!r}, outside the vocabulary of {size}")
-        if type(one.stop_reason) is int and one.stop_reason != one.token_ids[-1]:
-            raise ValueError(f"a continuation ended with token {one.token_ids[-1]}, for the token {one.stop_reason}")
-        written.append(one)
-    return written
-
-
-def _read_scores(prompt: list[int], token_ids: list[int], model: str, answer: Any) -> dict[int, float]:
-    (choice,) = _choices(prompt, 1, model, answer)
-    (shown,) = choice["logprobs"]["top_logprobs"]
-    scores = {token: float(shown[f"token_id:{token}"]) for token in token_ids}
-    for token, logprob in scores.items():
-        if not logprob <= 1e-3:  # Also true of NaN.
-            raise ValueError(f"token {token} has the log-probability {logprob}")
-    return {token: -math.inf if logprob <= _NO_PROBABILITY else min(logprob, 0.0) for token, logprob in scores.items()}

@@ -120,19 +120,8 @@ class TransformersBackend(Backend):
 
         Longest prompts run first, `batch_size` sequences at a time, so that padding is small and memory runs out early
         or never. Only the settings given here shape the text: those that the checkpoint brings (top-k, penalties,
-        suppressed tokens) are set aside, but for its end-of-sequence tokens.
-
-        Args:
-            prompts: Token ids, one sequence a prompt.
-            n: Continuations per prompt.
-            stop: Text that ends a continuation; it is not part of the result. A `Stop` says where it counts.
-            seed: Text is the same for the same seed, prompts, settings, batch size and machine.
-            on_progress: Called with the number of prompts that have just been finished.
-            **sampling: Fields of `Sampling`. A continuation never has more tokens than the context window has left;
-                the repetition penalty counts the prompt's tokens too.
-
-        Raises:
-            ValueError: A setting out of range, or a prompt that is empty or holds an id outside the vocabulary.
+        suppressed tokens) are set aside, but for its end-of-sequence tokens. The repetition penalty counts the
+        prompt's tokens too. The text also depends on the batch size.
         """
         settings = Sampling(**sampling)
         settings.check(n, stop)
@@ -197,16 +186,6 @@ class TransformersBackend(Backend):
         One forward pass of the model itself, so that logits which it caps or scales are capped or scaled; head and
         softmax are computed in float32. Rows that follow each other and begin alike, as the rationales of one prompt
         do, share the computation of their beginning.
-
-        Args:
-            token_id_lists: Token ids, one sequence a row.
-            token_ids: The tokens asked for, `K` of them.
-
-        Returns:
-            `(len(token_id_lists), K)`, nats. A row longer than the context window is NaN.
-
-        Raises:
-            ValueError: A row that is empty, or an id outside the vocabulary.
         """
         rows = self._checked(token_id_lists, "token_id_lists")
         (wanted,) = self._checked([token_ids], "token_ids")
@@ -228,18 +207,10 @@ class TransformersBackend(Backend):
         return logprobs
 
     def trie_logprobs(self, token_id_lists: Sequence[Sequence[int]], trie: TokenTrie) -> NDArray[np.float64] | None:
-        """Log-probabilities of whole scores of several tokens, in one forward pass a batch.
+        """Log-probabilities of whole scores, in one forward pass a batch; see `Backend.trie_logprobs`.
 
-        The trie's inner nodes are appended as branches; see `branches.py`. Head and softmax are
-        computed in float32.
-
-        Args:
-            token_id_lists: Token ids up to the trie's root, one sequence a row.
-            trie: Of the score grid.
-
-        Returns:
-            `(len(token_id_lists), K)`, nats; a row that does not fit the context window with its branches is NaN. None
-            if this model cannot be given branches: `walk_trie` asks for the same with `next_token_logprobs`.
+        The trie's inner nodes are appended as branches; see `branches.py`. A row that does not fit the context window
+        with its branches is NaN. None if this model cannot be given branches.
         """
         rows = self._checked(token_id_lists, "token_id_lists")
         owner = innermost(self.model)
