@@ -33,7 +33,6 @@ TRAINING = {
     "save_strategy": "no",
     "disable_tqdm": True,
 }
-TITLES = {"one": "One", "two": "Two"}
 GENERATION = {"max_new_tokens": 6, "max_attempts": 1}
 
 
@@ -145,40 +144,38 @@ def test_a_run_goes_on_at_the_first_unfinished_step(tmp_path):
     def fail() -> None:
         raise RuntimeError("power cut")
 
-    run = Run(tmp_path, {"a": 1}, titles=TITLES, say=lambda line: None)
-    run.step("one", lambda: done.append("one"), makes=[])
+    run = Run(tmp_path, {"a": 1}, total=2, say=lambda line: None)
+    run.step("one", "one", lambda: done.append("one"), makes=[])
     with pytest.raises(RuntimeError):
-        run.step("two", fail, makes=[])
-    run = Run(tmp_path, {"a": 1}, titles=TITLES, say=lambda line: None)
-    run.step("one", lambda: done.append("one"), makes=[])
-    run.step("two", lambda: done.append("two"), makes=[])
+        run.step("two", "two", fail, makes=[])
+    run = Run(tmp_path, {"a": 1}, total=2, say=lambda line: None)
+    run.step("one", "one", lambda: done.append("one"), makes=[])
+    run.step("two", "two", lambda: done.append("two"), makes=[])
     assert done == ["one", "two"]
 
 
 def test_two_processes_do_not_work_in_one_directory(tmp_path):
     def work() -> None:
         # What a second process would find while this step is being done.
-        same = Run(tmp_path, {"a": 1}, titles=TITLES, say=lambda line: None)
+        same = Run(tmp_path, {"a": 1}, total=2, say=lambda line: None)
         with pytest.raises(RuntimeError, match="another process is at work in"):
-            same.step("one", lambda: done.append("twice"), makes=[])
+            same.step("one", "one", lambda: done.append("twice"), makes=[])
         with pytest.raises(RuntimeError, match="another process is at work in"):
-            Run(
-                tmp_path, {"a": 2}, titles=TITLES, say=lambda line: None
-            )  # nothing is trained yet, so it would start anew
+            Run(tmp_path, {"a": 2}, total=2, say=lambda line: None)  # nothing is trained yet, so it would start anew
         done.append("once")
 
     done: list[str] = []
-    Run(tmp_path, {"a": 1}, titles=TITLES, say=lambda line: None).step("one", work, makes=[])
+    Run(tmp_path, {"a": 1}, total=2, say=lambda line: None).step("one", "one", work, makes=[])
     assert done == ["once"]
     assert read_json(tmp_path / "settings.json") == {"a": 1}
 
 
 def test_what_another_process_finished_meanwhile_is_not_done_again(tmp_path):
     done: list[str] = []
-    first, second = (Run(tmp_path, {"a": 1}, titles=TITLES, say=lambda line: None) for _ in range(2))
-    first.step("one", lambda: done.append("one"), makes=[])
-    second.step("one", lambda: done.append("again"), makes=[])
-    second.step("two", lambda: done.append("two"), makes=[])
+    first, second = (Run(tmp_path, {"a": 1}, total=2, say=lambda line: None) for _ in range(2))
+    first.step("one", "one", lambda: done.append("one"), makes=[])
+    second.step("one", "one", lambda: done.append("again"), makes=[])
+    second.step("two", "two", lambda: done.append("two"), makes=[])
     assert done == ["one", "two"]
     assert read_json(tmp_path / "steps.json").keys() == {"one", "two"}
 

@@ -41,10 +41,10 @@ class Steps:
     def run(self) -> list[str]:
         """Which steps were done."""
         self.done, self.said = [], []
-        run = Run(self.directory, {"a": {"b": 1}}, isolate=False, titles=TITLES, say=self.said.append)
-        run.step("rows", self.rows, makes=["train.jsonl"])
-        run.step("model", self.model, makes=["tract"], of=["rows"])
-        run.step("judging", self.judging, makes=["judged"], of=["model"])
+        run = Run(self.directory, {"a": {"b": 1}}, isolate=False, total=3, say=self.said.append)
+        run.step("rows", TITLES["rows"], self.rows, makes=["train.jsonl"])
+        run.step("model", TITLES["model"], self.model, makes=["tract"], of=["rows"])
+        run.step("judging", TITLES["judging"], self.judging, makes=["judged"], of=["model"])
         return self.done
 
 
@@ -137,7 +137,7 @@ def test_damaged_notes_are_named(steps, name, damage):
 
 def test_a_setting_inside_another_is_told_by_its_name_with_both_values(steps):
     with pytest.raises(FileExistsError, match=r"holds another run \(a.b: 1 there, 2 now\)"):
-        Run(steps.directory, {"a": {"b": 2}}, titles=TITLES, say=print)
+        Run(steps.directory, {"a": {"b": 2}}, total=3, say=print)
 
 
 def test_a_link_in_the_directory_is_refused(steps, tmp_path):

@@ -14,10 +14,11 @@ from trl_tract.demo.seed_model import fastest_dtype, save_seed_model
 from trl_tract.demo.task import ONE_TO_FIVE, SCALES, Scale, make_rows
 from trl_tract.evaluation.pairs import Floats
 from trl_tract.evaluation.report import ScoreReport, comparison_table, score_report
+from trl_tract.files.fingerprint import made_by
 from trl_tract.files.journal import write_jsonl
 from trl_tract.runs.judged import Judged
-from trl_tract.runs.pipeline import Run
 from trl_tract.runs.results import write_run_page
+from trl_tract.runs.run import Run
 from trl_tract.runs.steps import DistillStep, JudgeStep, TrainStep
 
 
@@ -74,7 +75,7 @@ def run_demo(
     settings = {"demo": "full" if full else "quick", "seed": seed, "model": model or "default", **vars(size)}
     if scores != ONE_TO_FIVE:
         settings["scale"] = scale
-    run = Run(directory, settings, total=9)
+    run = Run(directory, settings | made_by(None, model), total=9)
     print(
         f"This takes about {size.minutes} minutes on two CPU cores. An interrupted run goes on with the same command."
     )
@@ -87,7 +88,8 @@ def run_demo(
             dtype = fastest_dtype()
             print(f"    seed model: {save_seed_model(seed_model, dtype)}, {dtype}")
 
-    run.step("prepare", f"{size.training_rows} training rows, {size.held_out_items} held-out items", prepare)
+    title = f"{size.training_rows} training rows, {size.held_out_items} held-out items"
+    run.step("prepare", title, prepare, makes=["train.jsonl", "eval.jsonl", "seed-model"])
     start = model or str(seed_model)
     config = AutoConfig.from_pretrained(start)
     # A model that was saved in bfloat16 is also trained in it; a float32 one is, on most CPUs, faster as it is.
@@ -110,8 +112,14 @@ def run_demo(
             untrained=trained is None,
         )
 
-    run.step("ce", "Baseline: cross-entropy on rationale and score", train("ce", train_file, CROSS_ENTROPY))
-    run.step("stage1", "Stage one: CoT-RAFT on the given rationales", train("stage1", train_file, COT_RAFT))
+    def train_step(name: str, title: str, rows: Path, objective: dict[str, Any], of: list[str]) -> None:
+        run.step(name, title, train(name, rows, objective), makes=[name], of=["prepare", *of])
+
+    def judge_step(name: str, title: str, step: JudgeStep, of: list[str]) -> None:
+        run.step(name, f"Judging: {title}", step, makes=[Path(step.output_dir).name], of=["prepare", *of])
+
+    train_step("ce", "Baseline: cross-entropy on rationale and score", train_file, CROSS_ENTROPY, [])
+    train_step("stage1", "Stage one: CoT-RAFT on the given rationales", train_file, COT_RAFT, [])
     distill = DistillStep(
         str(directory / "stage1"),
         str(train_file),
@@ -119,18 +127,18 @@ def run_demo(
         {**SAMPLING, "seed": seed},
         GENERATION,
     )
-    run.step("distill", "Self-generation: the stage-one model writes its own rationales", distill)
+    title = "Self-generation: the stage-one model writes its own rationales"
+    run.step("distill", title, distill, makes=["self-generated"], of=["prepare", "stage1"])
     stage_two_rows = directory / "self-generated" / "rows.jsonl"
-    run.step(
-        "tract", "Stage two: the seed model again, on its own rationales", train("tract", stage_two_rows, COT_RAFT)
-    )
+    title = "Stage two: the seed model again, on its own rationales"
+    train_step("tract", title, stage_two_rows, COT_RAFT, ["distill"])
     # The seed model does not write the marker, so it is put behind whatever it wrote.
     untrained = judge("seed model", None, append_marker=True, score_values=scores.values())
-    run.step("judge-seed", "Judging: seed model", untrained)
+    judge_step("judge-seed", "seed model", untrained, [])
     sampled = judge("cross-entropy, sampled score", "ce", decision="sampled")
-    run.step("judge-ce", "Judging: cross-entropy judge, its score sampled", sampled)
-    run.step("judge-stage1", "Judging: stage-one model", judge("stage one, expected score", "stage1"))
-    run.step("judge-tract", "Judging: TRACT", judge("TRACT", "tract"))
+    judge_step("judge-ce", "cross-entropy judge, its score sampled", sampled, ["ce"])
+    judge_step("judge-stage1", "stage-one model", judge("stage one, expected score", "stage1"), ["stage1"])
+    judge_step("judge-tract", "TRACT", judge("TRACT", "tract"), ["tract"])
     return _report(directory, run, scores)
 
 

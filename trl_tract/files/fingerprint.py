@@ -39,7 +39,7 @@ def made_by(backend: Any, model: str | None = None) -> dict[str, Any]:
     """
     # A double of a user's own, made before backends said anything, need not have the method.
     said: dict[str, str] = {} if backend is None else getattr(backend, "fingerprint", dict)()
-    files = model if model is not None else backend.model_id if not said else None
+    files = model or (None if said or backend is None else backend.model_id)
     return {"fingerprint": (model_fingerprint(files) if files else {}) | said, "trl_tract": __version__}
 
 

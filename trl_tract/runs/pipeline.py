@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,12 @@ from trl_tract.evaluation.report import ScoreReport
 from trl_tract.files.journal import changed_settings, write_json
 from trl_tract.runs.judged import Judged
 from trl_tract.runs.results import finish_card, write_run_page
-from trl_tract.runs.run import Run
+from trl_tract.runs.run import Run, say_now
 from trl_tract.runs.spec import RunSpec
 from trl_tract.runs.steps import DistillStep, JudgeStep, TrainStep
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.door import write_rows
 
-say_now: Callable[[str], None] = partial(print, flush=True)
 JUDGED = {"stage one": "judged-stage1", "TRACT": "judged-tract"}
 """The judges of a run, the one that is compared with the others last, and their folders of judgements."""
 STEPS: Mapping[str, str] = {
@@ -131,7 +129,7 @@ def carry_out(
     check_model(spec.model)
     titles = steps_of(spec)
     settings = spec.settings()
-    run = Run(directory, settings, isolate=isolate, titles=titles, say=say)
+    run = Run(directory, settings, isolate=isolate, total=len(titles), say=say)
     train_file, eval_file = directory / "train.jsonl", directory / "eval.jsonl"
 
     def prepare() -> None:
@@ -145,7 +143,7 @@ def carry_out(
             write_rows(train_file, data.training_rows(chat))
             write_rows(eval_file, spec.source(spec.eval_data, say).rows(chat, lambda item: [item.reference]))
 
-    run.step("prepare", prepare, makes=["train.jsonl", "eval.jsonl"])
+    run.step("prepare", titles["prepare"], prepare, makes=["train.jsonl", "eval.jsonl"])
     say(f"    {_count(train_file)} training rows, {_count(eval_file)} held-out items")
 
     def train(rows: Path, name: str) -> TrainStep:
@@ -158,11 +156,11 @@ def carry_out(
         step = JudgeStep(
             str(directory / name), str(eval_file), str(directory / folder), dict(spec.generation), dict(spec.backend)
         )
-        run.step(f"judge-{name}", step, makes=[folder], of=["prepare", stage])
+        run.step(f"judge-{name}", titles[f"judge-{name}"], step, makes=[folder], of=["prepare", stage])
 
     judged = dict(JUDGED)
     if spec.writes_rationales:
-        run.step("stage1", train(train_file, "stage1"), makes=["stage1"], of=["prepare"])
+        run.step("stage1", titles["stage1"], train(train_file, "stage1"), makes=["stage1"], of=["prepare"])
         distill = DistillStep(
             str(directory / "stage1"),
             str(train_file),
@@ -175,12 +173,18 @@ def carry_out(
             },
             dict(spec.backend),
         )
-        run.step("distill", distill, makes=["self-generated"], of=["prepare", "stage1"])
-        run.step("stage2", train(directory / "self-generated" / "rows.jsonl", "tract"), makes=["tract"], of=["distill"])
+        run.step("distill", titles["distill"], distill, makes=["self-generated"], of=["prepare", "stage1"])
+        run.step(
+            "stage2",
+            titles["stage2"],
+            train(directory / "self-generated" / "rows.jsonl", "tract"),
+            makes=["tract"],
+            of=["distill"],
+        )
         judge("stage1", "stage1")
     else:
         del judged["stage one"]
-        run.step("stage2", train(train_file, "tract"), makes=["tract"], of=["prepare"])
+        run.step("stage2", titles["stage2"], train(train_file, "tract"), makes=["tract"], of=["prepare"])
     judge("stage2", "tract")
     judges = {name: Judged(directory / folder) for name, folder in judged.items()}
     result = summarise(directory, judges, run.seconds)
@@ -194,7 +198,7 @@ def carry_out(
             finish_card(directory, on_scale["TRACT"], own, data=spec.data, held_out=spec.eval_data or spec.data)
 
     before = [name for name in titles if name.startswith("judge-")]
-    run.step("report", report, makes=["report.json", "report*.html", "report*-plots/*"], of=before)
+    run.step("report", titles["report"], report, makes=["report.json", "report*.html", "report*-plots/*"], of=before)
     if changed := changed_settings(directory, spec.settings()):
         say(f"    changed while the run was at work, which began with what was there before: {'; '.join(changed[:5])}")
     return result

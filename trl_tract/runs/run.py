@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from trl_tract.files.fingerprint import file_digests, model_files
 from trl_tract.files.journal import digest, guard, read_json, refuse_links, write_json
 from trl_tract.runs.steps import Step, run_step
 
+say_now: Callable[[str], None] = partial(print, flush=True)
 _BESIDE = {"trainer_state.json", "settings.json", "finished.json", "summary.json"}
 
 
@@ -27,7 +29,7 @@ class Run:
         directory: Made if it is missing.
         settings: Whatever changes the results: a directory with other settings is refused.
         isolate: Run each step in a process of its own; by default on a GPU.
-        titles: Name -> heading of each step there will be.
+        total: Steps there will be, for the headings.
         say: Prints the headings.
 
     Attributes:
@@ -45,8 +47,8 @@ class Run:
         settings: Mapping[str, Any],
         *,
         isolate: bool | None = None,
-        titles: Mapping[str, str],
-        say: Callable[[str], None],
+        total: int,
+        say: Callable[[str], None] = say_now,
     ) -> None:
         refuse_links(directory)
         try:
@@ -61,20 +63,24 @@ class Run:
                 write_json(directory / "settings.json", settings, checked=True)
         self.directory = directory
         self.isolate = torch.cuda.is_available() if isolate is None else isolate
-        self.titles = titles
+        self.total = total
         self.say = say
         self.steps = _steps(directory)
+        self._met = 0
 
     @property
     def seconds(self) -> dict[str, float]:
         """The steps that are finished, with the seconds that each took."""
         return _seconds(self.steps)
 
-    def step(self, name: str, work: Step | Callable[[], None], *, makes: Sequence[str], of: Sequence[str] = ()) -> None:
+    def step(
+        self, name: str, title: str, work: Step | Callable[[], None], *, makes: Sequence[str], of: Sequence[str] = ()
+    ) -> None:
         """Do `work`, unless it is finished and what it made is there, whole, and made of what is there now.
 
         Args:
-            name: Of the step, one of the titles.
+            name: Of the step.
+            title: Its heading.
             work: Does it; what it finds half done, it goes on with.
             makes: Patterns of the files and folders that it makes.
             of: The steps on whose results it works.
@@ -82,8 +88,8 @@ class Run:
         Raises:
             RuntimeError: Another process is at work in the directory.
         """
-        place = list(self.titles).index(name) + 1
-        heading = f"[{place}/{len(self.titles)}] {self.titles[name]}"
+        self._met += 1
+        heading = f"[{self._met}/{self.total}] {title}"
         with _alone(self.directory):
             self.steps = _steps(self.directory)  # another process may have gone on meanwhile
             origin = digest([self._result(each) for each in of])

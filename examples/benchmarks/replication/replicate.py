@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 from trl_tract.demo.seed_model import save_seed_model
 from trl_tract.files.journal import guard, write_jsonl
-from trl_tract.runs.pipeline import Run
+from trl_tract.runs.run import Run
 from trl_tract.runs.steps import DistillStep, JudgeStep, TrainStep
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale
@@ -124,20 +124,23 @@ def run_seed(
         folder = directory / (f"written-by-{name}" + ("-mixed" if keep_annotated else ""))
         settings = {**generation, "keep_annotated": keep_annotated}
         step = DistillStep(str(directory / name), str(train_file), str(folder), settings, config.backend)
-        run.step(folder.name, f"seed {seed}: {name} writes its own rationales", step)
+        title = f"seed {seed}: {name} writes its own rationales"
+        run.step(folder.name, title, step, makes=[folder.name], of=[name])
         return folder / "rows.jsonl"
 
     def train(name: str) -> None:
         model, source = MODELS[name], writer(name)
         rows = train_file if source is None else distill(source, keep_annotated=model.rows.endswith("+annotated"))
-        start = seed_model
+        start, of = seed_model, [] if source is None else [rows.parent.name]
         if model.start is not None:
             merged = directory / f"{model.start}-merged"
-            run.step(merged.name, f"seed {seed}: merging {model.start}", lambda: merge(directory / model.start, merged))
+            title, parts = f"seed {seed}: merging {model.start}", directory / model.start
+            run.step(merged.name, title, lambda: merge(parts, merged), makes=[merged.name], of=[model.start])
             start = str(merged)
+            of.append(merged.name)
         objective = {**training, **model.objective}
         step = TrainStep(start, str(rows), str(directory / name), None, objective, config.model_args)
-        run.step(name, f"seed {seed}: training {name}", step)
+        run.step(name, f"seed {seed}: training {name}", step, makes=[name], of=of)
 
     for name in judges:
         if name != SEED:
@@ -147,7 +150,8 @@ def run_seed(
             settings = {**generation, **({"append_marker": True} if name == SEED or config.append_marker else {})}
             path = seed_model if name == SEED else str(directory / name)
             step = JudgeStep(path, str(items), str(folder), settings, config.backend, untrained=name == SEED)
-            run.step(folder.name, f"seed {seed}: {name} judges {test}", step)
+            of = [] if name == SEED else [name]
+            run.step(folder.name, f"seed {seed}: {name} judges {test}", step, makes=[folder.name], of=of)
 
 
 def prepare(config: Replication, seed_model: str, directory: Path) -> tuple[Path, dict[str, Path]]:
