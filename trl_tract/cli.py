@@ -62,7 +62,10 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, ValueError | OSError | RuntimeError | ImportError) and message:
         return message  # written for the user
     kind = type(error).__name__
-    return f"{kind}: {message}. This was not foreseen: --verbose shows where it arose, for a bug report"
+    return (
+        f"{kind}: {message}. This was not foreseen: --verbose shows where it arose. Please report it, with what "
+        "`trl-tract env` prints"
+    )
 
 
 if __name__ == "__main__":
