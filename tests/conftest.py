@@ -5,10 +5,13 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import ast
+import functools
 import gc
 import importlib
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,12 +34,32 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module("tiny"), name)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config: pytest.Config) -> None:
-    """With several workers: a file belongs to one of them, and all that starts a process to one of them."""
-    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
-        config.option.dist = "loadgroup"
-        config.option.loadscopereorder = False
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several workers: a file belongs to one of them, and all that starts processes to one of them."""
+    if config.getvalue("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, *_, test = nodeid.partition("[")[0].split("::")
+            return "process" if {test, "pytestmark"} & _marked(config.rootpath / file) else file
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+@functools.cache
+def _marked(file: Path) -> set[str]:
+    """The tests of a file that are marked `process`, read from its text: who hands tests out sees their names alone."""
+    found = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and "mark.process" in ast.unparse(node):
+            found.add(ast.unparse(node.targets[0]))
+        elif isinstance(node, ast.FunctionDef) and any("mark.process" in ast.unparse(d) for d in node.decorator_list):
+            found.add(node.name)
+    return found
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -44,9 +67,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """First what starts processes: one worker is at it for as long as the others are at the rest."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("process") is None)
-        for item in items:
-            process = item.get_closest_marker("process") is not None
-            item.add_marker(pytest.mark.xdist_group("process" if process else item.nodeid.partition("::")[0]))
 
 
 def pytest_collection_finish() -> None:
