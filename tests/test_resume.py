@@ -179,8 +179,8 @@ def test_an_older_checkpoint_is_refused_by_what_it_says(tmp_path, halfway, name)
     (tmp_path / "checkpoint-4" / "tract_objective.json").unlink()
     args = TRACTConfig(str(tmp_path), use_cpu=True, bf16=False, **OTHER[name])
     with pytest.raises(ValueError, match=name):
-        checkpoint_of(True, args)
-    assert checkpoint_of(True, trainer_of(tmp_path).args) == str(tmp_path / "checkpoint-4")
+        checkpoint_of(True, args, None)
+    assert checkpoint_of(True, trainer_of(tmp_path).args, None) == str(tmp_path / "checkpoint-4")
 
 
 @pytest.mark.parametrize("steps", [4, 6])  # at the end of an epoch, and within one
@@ -202,9 +202,31 @@ def test_a_checkpoint_whose_objective_is_damaged_is_refused(tmp_path, halfway, c
     shutil.copytree(halfway, tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoint-4" / "tract_objective.json").write_text(content)
     with pytest.raises(ValueError, match=r"tract_objective\.json"):
-        checkpoint_of(True, trainer_of(tmp_path).args)
+        trainer_of(tmp_path).train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path):
     with pytest.raises(ValueError, match="out/checkpoint-7"):
         trainer_of(tmp_path).train(resume_from_checkpoint="out/checkpoint-7")
+
+
+def dated(output_dir: Path, **settings):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %B %Y') }} " + tokenizer.chat_template
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, **settings}
+    return make_trainer(output_dir, make_rows(4, chat=True), tokenizer=tokenizer, **settings)
+
+
+def test_a_run_that_goes_on_another_day_has_the_prompts_of_the_first(tmp_path):
+    first = dated(tmp_path, template_date="2020-02-03", max_steps=1)
+    first.train()
+    again = dated(tmp_path)  # today
+    assert again.train_dataset["input_ids"] == first.train_dataset["input_ids"]
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+
+
+def test_a_checkpoint_of_another_date_is_refused(tmp_path):
+    dated(tmp_path, template_date="2020-02-03").train()
+    with pytest.raises(ValueError, match="template_date was '2020-02-03' and is '2021-01-01'"):
+        dated(tmp_path, template_date="2021-01-01").train(resume_from_checkpoint=True)

@@ -1,10 +1,12 @@
 """Which checkpoint a run goes on from, and whether it was trained towards the same. Knows nothing of models."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from trl_tract.files.checkpoints import last_complete_checkpoint
+from trl_tract.rows.template import TemplateSettings
 from trl_tract.saved.judge_config import FILE_NAME as CONFIG_NAME
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.text import some_scores
@@ -13,18 +15,35 @@ from trl_tract.training.config import TRACTConfig
 FILE_NAME = "tract_objective.json"
 
 
-def save_objective(checkpoint: Path, args: TRACTConfig) -> None:
+def save_objective(checkpoint: Path, args: TRACTConfig, judge_config: JudgeConfig) -> None:
     """Write down what a checkpoint is trained towards."""
-    (checkpoint / FILE_NAME).write_text(json.dumps(args.objective, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(_objective(args, judge_config), indent=2)
+    (checkpoint / FILE_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def checkpoint_of(resume_from_checkpoint: str | bool | None, args: TRACTConfig) -> str | None:
+def _objective(args: TRACTConfig, judge_config: JudgeConfig | None) -> dict[str, Any]:
+    """What is trained towards, and what prompts are rendered with."""
+    return args.objective | (judge_config.template.arguments if judge_config else {})
+
+
+def settings_of(args: TRACTConfig) -> TemplateSettings:
+    """What prompts are rendered with; a run that may go on from a checkpoint has the date that the checkpoint has."""
+    settings, last = args.template_settings, last_complete_checkpoint(args.output_dir)
+    if settings.date is None and last is not None and (last / CONFIG_NAME).is_file():
+        return replace(settings, date=JudgeConfig.load(last).template.date)
+    return settings
+
+
+def checkpoint_of(
+    resume_from_checkpoint: str | bool | None, args: TRACTConfig, judge_config: JudgeConfig | None
+) -> str | None:
     """The checkpoint to go on from; None to begin anew.
 
     Args:
         resume_from_checkpoint: As for Trainer; True is the last one in the output directory that was written to its
             end.
         args: Of the run that goes on.
+        judge_config: Of what it trains; None where it has no rows.
 
     Raises:
         ValueError: There is none, or it was trained towards something else.
@@ -35,7 +54,7 @@ def checkpoint_of(resume_from_checkpoint: str | bool | None, args: TRACTConfig) 
     if last is None:
         raise ValueError(f"no complete checkpoint in {args.output_dir}: train without resuming")
     found = Path(last)
-    then, now = _objective_of(found), json.loads(json.dumps(args.objective))
+    then, now = _objective_of(found), json.loads(json.dumps(_objective(args, judge_config)))
     changed = [name for name, value in then.items() if value != now.get(name)]
     if changed:
         values = "; ".join(f"{name} was {_shown(then[name])} and is {_shown(now.get(name))}" for name in changed)

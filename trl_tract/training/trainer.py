@@ -36,7 +36,7 @@ from trl_tract.training.arguments import check_arguments
 from trl_tract.training.config import TRACTConfig
 from trl_tract.training.early_warnings import EarlyWarnings
 from trl_tract.training.losses import score_terms
-from trl_tract.training.resuming import checkpoint_of, save_objective
+from trl_tract.training.resuming import checkpoint_of, save_objective, settings_of
 from trl_tract.training.score_head import add_score_head
 from trl_tract.training.score_metrics import ScoreMetrics
 
@@ -182,7 +182,7 @@ class TRACTTrainer(SFTTrainer):
 
     def _find_scores(self, rows: Dataset | IterableDataset, args: TRACTConfig) -> JudgeConfig:
         """Look up the tokens of the scores, and how the rows write them."""
-        settings = settled(self._tokenizer, args.template_settings, rows)
+        settings = settled(self._tokenizer, settings_of(args), rows)
         self._template = Template(self._tokenizer, settings)
         self.scales = find_scales(self._template, rows, self.scales)
         return JudgeConfig(self.scales, args.normalize_grid, not args.drop_rationale, settings)
@@ -307,7 +307,8 @@ class TRACTTrainer(SFTTrainer):
             ValueError: There is none, or it was trained on other scores or with other weights of the loss.
         """
         self._warn(self._early_warnings.at_start())
-        return super().train(checkpoint_of(resume_from_checkpoint, self.args), *args, **kwargs)
+        checkpoint = checkpoint_of(resume_from_checkpoint, self.args, self.judge_config)
+        return super().train(checkpoint, *args, **kwargs)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
@@ -365,7 +366,7 @@ class TRACTTrainer(SFTTrainer):
         if self.args.should_save and self.judge_config is not None:
             self.judge_config.save(output_dir or self.args.output_dir)
             if _internal_call and output_dir is not None:
-                save_objective(Path(output_dir), self.args)
+                save_objective(Path(output_dir), self.args, self.judge_config)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with only_the_trained_adapter(self.model, Path(output_dir or self.args.output_dir)):
