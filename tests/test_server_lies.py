@@ -15,6 +15,8 @@ from fake_server import FakeServer, changed, says
 from trl_tract import CoTRAILJudge, ServerBackend
 from trl_tract.backends import server as server_module
 from trl_tract.backends.answers import same_answers
+from trl_tract.files.journal import write_jsonl
+from trl_tract.runs.steps import JudgeStep
 from trl_tract.scale.trie import GridProbabilities
 
 ASKED = [9, 11]
@@ -41,6 +43,10 @@ def backend(server, tokenizer):
     backend.close()
 
 
+def truth(server, request):
+    return changed(lambda answer: None)(server, request)
+
+
 def choice(**fields):
     return changed(lambda answer: answer["choices"][0].update(fields))
 
@@ -65,7 +71,7 @@ def bomb(pack=bytes, **headers):
 
 def drip(server, request):
     time.sleep(0.8)
-    return changed(lambda answer: None)(server, request)
+    return truth(server, request)
 
 
 def of_another_request(server, request):
@@ -238,7 +244,7 @@ def test_probabilities_that_are_none_are_that_items_error(server, tokenizer, log
 
     def lie(server, request):
         if "logprob_token_ids" not in request or "bad" not in tokenizer.decode(request["prompt"]):
-            return changed(lambda answer: None)(server, request)
+            return truth(server, request)
         return shown(**dict.fromkeys(tokens, logprob))(server, request)
 
     first = tokenizer("a")["input_ids"][0]
@@ -267,3 +273,29 @@ def test_the_probe_at_the_start_is_one_request(server, tokenizer):
     with ServerBackend(server.url, "judge", tokenizer=tokenizer):
         assert len(server.requests) == 1
         assert server.most_running == 1
+
+
+def test_a_judging_that_goes_on_recognises_another_model_behind_the_server(server, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "judge")
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a good one"}, {"prompt": "a bad one"}])
+
+    def judge():
+        engine = {"name": "server", "base_url": server.url, "served_model": "judge"}
+        paths = [str(tmp_path / name) for name in ("judge", "rows.jsonl", "out")]
+        return JudgeStep(*paths, {"max_new_tokens": 4}, engine, untrained=True, block_size=1).run()
+
+    def down(server, request):
+        is_bad = "n" in request and "bad" in tokenizer.decode(request["prompt"])
+        return (says(400) if is_bad else truth)(server, request)
+
+    server.always = down
+    with pytest.raises(RuntimeError, match="HTTP 400"):
+        judge()
+    server.always = other_model
+    with pytest.raises(FileExistsError, match=r"answers: '~ .*' there, '~ .*' now"):
+        judge()
+    server.always = None
+    assert judge() is not None
+    server.cards[0]["root"] = "/elsewhere/judge"
+    with pytest.raises(FileExistsError, match="root: '/nowhere/judge' there, '/elsewhere/judge' now"):
+        judge()

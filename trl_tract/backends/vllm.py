@@ -19,6 +19,7 @@ from trl_tract.backends.base import Sampling
 from trl_tract.backends.loading import adapter_config, load_tokenizer, tokenizer_id, whole_weights
 from trl_tract.backends.request_loop import RequestLoop
 from trl_tract.backends.requests import RequestBackend, Written
+from trl_tract.text.secrets import without_secrets
 
 _INSTALL = 'pip install "trl-tract[vllm]"'
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # What vLLM makes room for.
@@ -94,7 +95,7 @@ class VLLMBackend(RequestBackend):
         try:
             engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except (ValueError, TypeError) as error:  # Its own checks; pydantic's errors are ValueErrors.
-            raise ValueError(f"vLLM refuses to run {base_id}: {error}") from error
+            raise ValueError(without_secrets(f"vLLM refuses to run {base_id}: {error}")) from error
         except Exception as error:
             raise RuntimeError(f"vLLM's engine does not start on {base_id}: {error}; its log above says why") from error
         limit = 2 * engine.vllm_config.scheduler_config.max_num_seqs
