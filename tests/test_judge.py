@@ -1,5 +1,6 @@
 """CoTRAILJudge: rationale, then expected score; an item without one is an error, never a guess."""
 
+import json
 import math
 from typing import Any
 
@@ -329,6 +330,46 @@ def saved_judge(tmp_path):
     scales = resolve_scales(TOKENIZER, {"prompt": "a", "completion": " b [RESULT] 3"}, read_scales({}))
     JudgeConfig(scales).save(tmp_path)
     return tmp_path, ScriptedBackend(lambda prompt, seed: " fine [RESULT]", TOKENIZER, probs=PROBS)
+
+
+# As version 0.1 wrote them.
+SAVED = {
+    "score_values": [1.0, 2.0],
+    "score_texts": ["1", "2"],
+    "score_token_ids": [7, 8],
+    "score_paths": [],
+    "completion_format": {"marker": "[RESULT]", "lead": " ", "separator": " ", "start": " "},
+}
+FACTS = {**SAVED, "completion_format": {**SAVED["completion_format"], "marker": "[FACTS]"}, "raft_weight": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("more", "names", "weights"),
+    [
+        ({}, [""], [None]),
+        ({"num_scores": 1, "writes_rationale": True}, [""], [None]),
+        (
+            {"num_scores": 2, "aspects": {"tone": {**SAVED, "raft_weight": None}, "facts": FACTS}},
+            ["tone", "facts"],
+            [None, 0.5],
+        ),
+    ],
+)
+def test_older_configurations_load(tmp_path, more, names, weights):
+    (tmp_path / "tract_config.json").write_text(json.dumps({**SAVED, "normalize_grid": True, **more}))
+    config = JudgeConfig.load(tmp_path)
+    assert [scale.name for scale in config.scales] == names
+    assert [scale.raft_weight for scale in config.scales] == weights
+    assert [scale.grid.token_ids for scale in config.scales] == [(7, 8)] * len(names)
+    assert (config.normalize_grid, config.writes_rationale) == (True, True)
+    config.save(tmp_path)
+    assert JudgeConfig.load(tmp_path) == config
+
+
+def test_a_configuration_of_many_scores_behind_one_marker_is_refused(tmp_path):
+    (tmp_path / "tract_config.json").write_text(json.dumps({**SAVED, "normalize_grid": False, "num_scores": 3}))
+    with pytest.raises(ValueError, match="aspects"):
+        JudgeConfig.load(tmp_path)
 
 
 def test_a_saved_recalibration_is_applied_when_it_is_asked_for(saved_judge):

@@ -63,6 +63,7 @@ def write(request):
 
 
 STOP = Stop("[RESULT]", SCORES)
+LETTERS = Stop("[RESULT]", ["A", "B"])
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,8 @@ STOP = Stop("[RESULT]", SCORES)
         ("it is short [RESULT]\t \t4", STOP, "it is short ", "stop"),
         ("it is [RESULT] short", "[RESULT]", "it is ", "stop"),
         ("it is [RESULT] po, so [RESULT] poor", Stop("[RESULT]", ["poor", "fair"]), "it is [RESULT] po, so ", "stop"),
+        ("see [RESULT] Above. it is [RESULT] A", LETTERS, "see [RESULT] Above. it is ", "stop"),
+        ("it is [RESULT] A and so", LETTERS, "it is ", "stop"),
         ("<a> [RESULT] 2 </a> so [RESULT] 1", Stop("[RESULT]", SCORES, lambda text: "</a>" in text), None, "stop"),
         ("<a> [RESULT] 2", Stop("[RESULT]", SCORES, lambda text: "</a>" in text), "<a> [RESULT] 2", "eos"),
     ],

@@ -185,19 +185,27 @@ class RequestBackend(Backend):
         generations = []
         for one in written:
             ids = one.token_ids
-            # An engine stops at every mention of the stop text: go on past those that do not count.
-            while _at(strings, one) and self._is_mention(ids, ending) and len(ids) < settings.max_new_tokens:
-                left = replace(settings, max_new_tokens=settings.max_new_tokens - len(ids))
-                more = await self._sample([*prompt, *ids], 1, strings, left, seed, special)
+            # An engine stops at every mention of the stop text: go on past those that do not count. Whether a word is
+            # that of a score, the next token says.
+            reached: bool | None = False
+            while (_at(strings, one) or reached is None) and len(ids) < settings.max_new_tokens:
+                reached = self._is_reached(ids, ending)
+                if reached:
+                    break
+                left = 1 if reached is None else settings.max_new_tokens - len(ids)
+                asked = replace(settings, max_new_tokens=left)
+                more = await self._sample([*prompt, *ids], 1, strings, asked, seed, special)
                 if more is None:
                     break
                 (one,) = more
                 ids = [*ids, *one.token_ids]
+                if one.finish_reason == "stop" and not _at(strings, one):
+                    break  # the end of its turn
             at_stop = _at(strings, one)
             at_eos = one.finish_reason == "stop" and not at_stop
             taken = await self._taken(prompt, ids[:-1] if at_eos else ids, ending)
             generation = ending.finish(ids, at_eos=at_eos, taken=taken)
-            if at_stop and generation.finish_reason != "stop" and not self._is_mention(ids, ending):
+            if at_stop and generation.finish_reason != "stop" and self._is_reached(ids, ending):
                 # The ids spell the stop text only behind the prompt's last token: the engine saw it, take its cut.
                 generation = Generation(one.text, "stop", len(ids), tuple(ids))
             generations.append(generation)
@@ -216,10 +224,13 @@ class RequestBackend(Backend):
         return None
 
     @staticmethod
-    def _is_mention(ids: Sequence[int], ending: Ending) -> bool:
-        """Whether the stop text stands in a continuation, but nowhere where it counts."""
+    def _is_reached(ids: Sequence[int], ending: Ending) -> bool | None:
+        """Whether the stop text, at which the engine stopped, counts anywhere; None if the next token has to tell."""
         text = ending.decode(ids)
-        return ending.stop is not None and ending.stop in text and ending.stop.place_in(text) is None
+        if ending.stop is None or ending.stop not in text:
+            return True
+        follows = [ending.stop.follows(text[place:]) for place in ending.stop.places_in(text)]
+        return True in follows or (None if None in follows[-1:] else False)
 
 
 def _at(strings: Sequence[str], written: Written) -> bool:
