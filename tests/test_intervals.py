@@ -298,3 +298,12 @@ def test_one_unit_gives_no_interval(kind):
 
 def test_an_interval_that_cannot_be_placed_says_so():
     assert str(Interval(0.5, math.nan, math.nan)) == "0.500 [no interval]"
+
+
+def test_a_difference_stays_inside_what_two_metrics_can_be_apart():
+    # Of five items, a perfect judge against a reversed one: about 2 apart, and no more.
+    gold = [1.0, 2.0, 3.0, 4.0, 5.0]
+    difference = compare([1.0, 2.2, 2.9, 4.0, 5.1], [5.0, 3.9, 3.2, 2.0, 1.1], gold, n_bootstrap=200)
+    assert 1.9 < difference.pearson.value < difference.pearson.high <= 2
+    assert difference.accuracy.high <= 1
+    assert interval(1.9, np.array([1.0, 1.5, 2.0]), 5, "difference").high > 2

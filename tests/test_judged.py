@@ -108,4 +108,6 @@ def test_every_aspect_has_a_file_of_its_own():
     assert len({name.lower() for name in files}) == len(names)
     assert all(name.isascii() and len(name) < 80 for name in files)
     assert files[0] == "report-tone.html"
+    forged = files[1].removeprefix("report-").removesuffix(".html")  # a name like another one's file
+    assert page_file(Path("report.html"), forged).name != files[1]
     assert page_file(Path("report.html"), "") == Path("report.html")

@@ -321,3 +321,8 @@ def test_importing_metrics_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_kappa_of_minus_one_is_not_below_it():
+    # 1 - 1.6 / 0.8 is -1.0000000000000004 in floating point, which has no Fisher's z.
+    assert qwk([0, 1, 1, 1, 2], [2, 1, 1, 1, 0]) == -1

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from trl_tract.evaluation.intervals import MIN_UNITS
 from trl_tract.evaluation.report import score_report
@@ -167,3 +168,13 @@ def test_the_difference_from_the_mean_holds_the_truth_as_often_as_it_says():
         report = score_report(0.5 * gold + 0.5 * rng.normal(size=40), gold, n_bootstrap=100)
         hits += report.standing.minus_mean.low <= math.sqrt(0.5) - 1 <= report.standing.minus_mean.high
     assert 0.88 <= hits / 150 <= 0.99  # 0.95 with a standard error of 0.018
+
+
+def test_the_mean_that_is_always_predicted_is_each_resamples_own():
+    # A plain bootstrap of RMSE minus standard deviation.
+    gold = np.array([1.0, 1, 1, 2, 1, 1, 5, 1])
+    predicted = gold + np.array([0.1, -0.2, 0.3, 0.1, -0.1, 0.2, -0.3, 0.1])
+    drawn = np.random.default_rng(1).integers(0, 8, (20_000, 8))
+    values = np.sqrt(np.square((predicted - gold)[drawn]).mean(axis=1)) - gold[drawn].std(axis=1)
+    found = score_report(predicted, gold, n_bootstrap=20_000).standing.minus_mean
+    assert found.high - found.low == pytest.approx(2 * stats.t.ppf(0.975, 7) * np.sqrt(8 / 7) * values.std(), rel=0.02)
