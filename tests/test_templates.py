@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from template_table import PAGE, table
 from template_tokenizers import DIRECTORY, TEMPLATES, template_tokenizer
 from tiny import make_tokenizer
 from tokenizers import processors
@@ -381,3 +382,7 @@ def _place(tokens: Any) -> tuple[int, int]:
 
 def test_every_template_of_trl_is_known() -> None:
     assert {path.stem for path in DIRECTORY.glob("*.jinja")} == set(TEMPLATES)
+
+
+def test_the_page_has_the_table_of_these_templates() -> None:
+    assert table() in PAGE.read_text(encoding="utf-8"), "run python tests/template_table.py"

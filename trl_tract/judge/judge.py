@@ -61,6 +61,7 @@ class CoTRAILJudge:
     Attributes:
         scales: The scales of a completion in their order; the name of a single one is empty.
         template_settings: What the chat template is rendered with.
+        chat: Whether it was trained on chat messages; None where that is not known.
 
     Raises:
         ValueError: An unknown decision or pool, a setting out of range, a grid that the tokenizer cannot tell apart, or
@@ -112,6 +113,7 @@ class CoTRAILJudge:
         self._sampler = Sampler(backend, asdict(sampling), max_attempts, append_marker, writes_rationale)
         self._num_generations = num_generations if writes_rationale else 1  # without one all would be the same
         self.template_settings = TemplateSettings(chat_template_kwargs or {}, thinking, template_date)
+        self.chat: bool | None = None
         self._known_template: tuple[Any, Template] | None = None
         self._tokens_found: set[tuple[int, bool]] = set()  # tokenizers and types of prompt
 
@@ -163,7 +165,7 @@ class CoTRAILJudge:
             **config.template.arguments,
         }
         judge = cls(backend, **config.arguments, **{**trained, **settings})
-        judge.scales = config.scales
+        judge.scales, judge.chat = config.scales, config.chat
         return judge
 
     def judge(
@@ -233,7 +235,7 @@ class CoTRAILJudge:
         if not (self.grid.token_ids or self.grid.paths):  # nothing was judged yet
             prompt = [{"role": "user", "content": "a"}] if self.backend.tokenizer.chat_template else ""
             self._find_tokens({"prompt": prompt})
-        config = JudgeConfig(self.scales, self.normalize_grid, self.writes_rationale, self.template_settings)
+        config = JudgeConfig(self.scales, self.normalize_grid, self.writes_rationale, self.template_settings, self.chat)
         return push_judge(self.backend, config, repo_id, recalibrations=self._recalibrations(), **options)
 
     def score_rationales(self, prompts: Sequence[Prompt], rationales: Sequence[str]) -> NDArray[np.float64]:

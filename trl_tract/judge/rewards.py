@@ -44,8 +44,9 @@ def make_reward_func(
             (text, or messages if the dataset is conversational; the completion is untrusted) and the dataset's other
             columns. None from it means that this reward does not apply to the row. By default `rubric_prompt` is
             filled from the columns `criterion`, `descriptions` (score text -> what earns it) and, if there is one,
-            `reference`; a row where both of the first are None is not judged. Write the prompt as in the judge's
-            training rows: a judge trained on messages needs messages.
+            `reference`; a row where both of the first are None is not judged; it is text, or a chat message where the
+            judge was trained on such. Write the prompt as in the judge's training rows: a judge trained on messages
+            needs messages.
         scale: None for rubric units. `"unit"` maps the ends of the score range to 0 and 1 without clipping: an
             expected score that lost mass off the grid can lie below 0.
         failed: Reward of a completion that the judge cannot score, in the units of what is returned. None leaves it
@@ -169,7 +170,7 @@ class _JudgeReward:
             log_extra(f"{name}/rationale", ["\n\n".join(judgement.rationales) for judgement in said])
             log_extra(f"{name}/error", [lost.get(i, "") for i in range(count)])
 
-    def _rubric_prompt(self, row: Row) -> str | None:
+    def _rubric_prompt(self, row: Row) -> Prompt | None:
         absent = [column for column in ("criterion", "descriptions") if column not in row]
         if absent:
             raise ValueError(
@@ -188,17 +189,19 @@ class _JudgeReward:
                 f"criterion={row['criterion']!r} with descriptions of the scores {', '.join(texts) or 'none'}: the "
                 f"judge needs a criterion, and one description for each of its scores {', '.join(grid)}"
             )
-        return rubric_prompt(
+        completion = _completion_text(row["completion"])
+        written = rubric_prompt(
             _prompt_text(row["prompt"]),
-            self._defused(_completion_text(row["completion"])),
+            completion if self.judge.chat else self._defused(completion),
             row["criterion"],
             {score: texts[score] for score in grid},
             reference=row.get("reference"),
             marker=self.judge.scales[0].marker,
         )
+        return [{"role": "user", "content": written}] if self.judge.chat else written
 
     def _defused(self, text: str) -> str:
-        """The text with the judge's special tokens broken up by a space.
+        """The text with the judge's special tokens broken up by a space; in chat messages they are text anyway.
 
         Tokenizers find them in any text. A policy could otherwise end the user's turn by spelling `<|im_end|>`, and go
         on as the judge.

@@ -322,6 +322,13 @@ def settled(
     return settings
 
 
+def asks_in_chat(rows: Iterable[Mapping[str, Any]]) -> bool | None:
+    """Whether prompts are chat messages; None where rows came tokenised."""
+    for row in rows:
+        return None if "input_ids" in row else not isinstance(row.get("prompt"), str)
+    return None
+
+
 def _brings(template: Template, row: Mapping[str, Any]) -> bool:
     try:
         return brings_thinking(template, as_prompt_completion(row))

@@ -146,9 +146,14 @@ def carry_out(
     run.step("prepare", titles["prepare"], prepare, makes=["train.jsonl", "eval.jsonl"])
     say(f"    {_count(train_file)} training rows, {_count(eval_file)} held-out items")
 
-    def train(rows: Path, name: str) -> TrainStep:
+    def train(rows: Path, name: str, asked_like: Path | None = None) -> TrainStep:
         return TrainStep(
-            spec.model, str(rows), str(directory / name), training=dict(spec.training), model_args=dict(spec.model_args)
+            spec.model,
+            str(rows),
+            str(directory / name),
+            training=dict(spec.training),
+            model_args=dict(spec.model_args),
+            asked_like=None if asked_like is None else str(asked_like),
         )
 
     def judge(stage: str, name: str) -> None:
@@ -174,13 +179,8 @@ def carry_out(
             dict(spec.backend),
         )
         run.step("distill", titles["distill"], distill, makes=["self-generated"], of=["prepare", "stage1"])
-        run.step(
-            "stage2",
-            titles["stage2"],
-            train(directory / "self-generated" / "rows.jsonl", "tract"),
-            makes=["tract"],
-            of=["distill"],
-        )
+        stage_two = train(directory / "self-generated" / "rows.jsonl", "tract", directory / "stage1")
+        run.step("stage2", titles["stage2"], stage_two, makes=["tract"], of=["distill"])
         judge("stage1", "stage1")
     else:
         del judged["stage one"]

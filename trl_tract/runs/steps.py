@@ -35,7 +35,7 @@ from trl_tract.judge.judge import CoTRAILJudge
 from trl_tract.judge.judgement import Judgement
 from trl_tract.rows.golds import read_golds
 from trl_tract.rows.row import REFUSED
-from trl_tract.saved.judge_config import JudgeConfig
+from trl_tract.saved.judge_config import FILE_NAME, JudgeConfig
 from trl_tract.scale.scale import Scale, read_scales
 from trl_tract.scale.text import ScoreNotFoundError
 from trl_tract.sources.arrow import training_dataset
@@ -60,6 +60,7 @@ class TrainStep:
         eval_data: JSONL of evaluation rows with completions, or None.
         training: Fields of TRACTConfig.
         model_args: Fields of TRL's ModelConfig: dtype, LoRA, quantisation.
+        asked_like: A judge's directory, whose prompts are rendered alike (thinking, date), since it wrote the rows.
     """
 
     kind: ClassVar[str] = "train"
@@ -69,6 +70,7 @@ class TrainStep:
     eval_data: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
     model_args: dict[str, Any] = field(default_factory=dict)
+    asked_like: str | None = None
 
     def run(self) -> None:
         """Train and save."""
@@ -77,6 +79,10 @@ class TrainStep:
         made_of = {"model": self.model, "contents": contents, **made_by(None, self.model)}
         checkpoint = self._last_checkpoint(made_of)
         args = TRACTConfig(**{**self.training, "output_dir": self.output_dir})
+        for judge in (checkpoint, self.asked_like):
+            if judge is not None and (Path(judge) / FILE_NAME).is_file():
+                template = JudgeConfig.load(judge).template
+                args.thinking, args.template_date = template.thinking, template.date
         model_args = ModelConfig(**{**self.model_args, "model_name_or_path": self.model})
         init: dict[str, Any] = {
             "revision": model_args.model_revision,

@@ -24,12 +24,14 @@ class JudgeConfig:
         normalize_grid: Whether the expected score is divided by the mass on the grid.
         writes_rationale: False for a judge that was trained to give its scores straight away.
         template: What its chat template is rendered with.
+        chat: Whether its prompts are chat messages; None where that is not known.
     """
 
     scales: tuple[Scale, ...]
     normalize_grid: bool = False
     writes_rationale: bool = True
     template: TemplateSettings = NO_SETTINGS
+    chat: bool | None = None
 
     @property
     def format(self) -> CompletionFormat:
@@ -58,6 +60,7 @@ class JudgeConfig:
             "num_scores": len(self.scales),
             "writes_rationale": self.writes_rationale,
             **self.template.arguments,
+            "chat": self.chat,
         }
         if len(self.scales) > 1:
             saved["aspects"] = {
@@ -88,6 +91,7 @@ class JudgeConfig:
                 bool(saved["normalize_grid"]),
                 bool(saved.get("writes_rationale", True)),
                 TemplateSettings.from_dict(saved),
+                saved.get("chat"),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} cannot be read as {FILE_NAME}: {error!r}. Save the model again") from error

@@ -25,7 +25,7 @@ from trl_tract.rows.encoding import (
     annotator_columns,
     model_columns,
 )
-from trl_tract.rows.rendering import render_row, settled
+from trl_tract.rows.rendering import asks_in_chat, render_row, settled
 from trl_tract.rows.template import Template
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.saved.model_card import write_model_card
@@ -185,7 +185,7 @@ class TRACTTrainer(SFTTrainer):
         settings = settled(self._tokenizer, settings_of(args), rows)
         self._template = Template(self._tokenizer, settings)
         self.scales = find_scales(self._template, rows, self.scales)
-        return JudgeConfig(self.scales, args.normalize_grid, not args.drop_rationale, settings)
+        return JudgeConfig(self.scales, args.normalize_grid, not args.drop_rationale, settings, asks_in_chat(rows))
 
     def _encoder(self, columns: list[str], args: TRACTConfig) -> Encoder:
         annotators = args.annotator_loss != "none"
