@@ -2,6 +2,7 @@
 
 import datetime
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from template_tokenizers import DIRECTORY, TEMPLATES, template_tokenizer
 from tiny import make_tokenizer
 from tokenizers import processors
 
+from trl_tract.backends.loading import tokenizer_to_train
+from trl_tract.commands.template_view import template_words
 from trl_tract.rows.rendering import (
     render_pieces,
     render_row,
@@ -386,3 +389,29 @@ def test_every_template_of_trl_is_known() -> None:
 
 def test_the_page_has_the_table_of_these_templates() -> None:
     assert table() in PAGE.read_text(encoding="utf-8"), "run python tests/template_table.py"
+
+
+def test_words_say_what_a_template_adds_and_where_the_rationale_stands() -> None:
+    said = {(name, mode): " | ".join(template_words(template_of(name, mode), row_of())) for name, mode in WORDED}
+    for case, parts in WORDED.items():
+        assert all(part in said[case] for part in parts), said[case]
+
+
+WORDED = {
+    ("qwen3_8", "off"): ["qwen3_8 (as in TRL", "enable_thinking=False", "thinking='rationale'"],
+    ("qwen3_8", "rationale"): ["Reasoning effort", "</think>"],
+    ("gptoss", "rationale"): ["<|channel|>analysis<|message|>", "the date in it"],
+    ("glm4moe", "off"): ["the turn is not ended"],
+}
+
+
+def test_a_template_from_elsewhere_is_the_one_that_training_will_use(tmp_path: Path) -> None:
+    make_tokenizer(chat=False).save_pretrained(tmp_path / "base")
+    template_tokenizer("qwen3").save_pretrained(tmp_path / "chat")
+    file = DIRECTORY / "qwen2_5.jinja"
+    for place, source in {
+        str(file): file.read_text(),
+        str(tmp_path / "chat"): template_tokenizer("qwen3").chat_template,
+    }.items():
+        assert tokenizer_to_train(str(tmp_path / "base"), place).chat_template == source
+    assert tokenizer_to_train(str(tmp_path / "base")).chat_template is None

@@ -251,6 +251,30 @@ def load_tokenizer(model_id: str, revision: str | None = None) -> PreTrainedToke
     return tokenizer
 
 
+def tokenizer_to_train(model_id: str, chat_template_path: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that a model is trained with: its own, with the chat template that `chat_template_path` names.
+
+    Args:
+        model_id: Directory or hub id.
+        chat_template_path: A Jinja file, or a directory or hub id whose tokenizer has the template; None: its own.
+
+    Raises:
+        FileNotFoundError: There is no tokenizer, or no such file.
+    """
+    tokenizer = load_tokenizer(model_id)
+    if chat_template_path is None:
+        return tokenizer
+    if chat_template_path.endswith((".jinja", ".j2")):
+        tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
+        return tokenizer
+    source = load_tokenizer(chat_template_path)
+    # As TRL clones it, but for the model's embeddings.
+    tokenizer.chat_template, tokenizer.eos_token = source.chat_template, source.eos_token
+    added = source.added_tokens_decoder.values()
+    tokenizer.add_tokens([token for token in added if token.content not in tokenizer.vocab])
+    return tokenizer
+
+
 def _base_revision(adapter: PeftConfig | None, revision: str | None) -> str | None:
     """The revision of the weights: of a full model the one asked for, of an adapter's base the one it names."""
     return revision if adapter is None else adapter.revision

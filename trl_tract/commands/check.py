@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from trl_tract.backends.loading import load_tokenizer
+from trl_tract.backends.loading import tokenizer_to_train
+from trl_tract.commands.template_view import template_words
 from trl_tract.commands.token_view import around_score, view_row
 from trl_tract.rows.dataset import find_scales, refusal_summary
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.golds import is_missing, read_golds
+from trl_tract.rows.rendering import as_prompt_completion, asks_in_chat, settled
 from trl_tract.rows.row import Row
+from trl_tract.rows.template import Template, TemplateSettings
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale, read_scales
 from trl_tract.sources.columns import OwnColumns
@@ -132,10 +135,12 @@ def examine(
     first = list(itertools.islice(rows, 1000))
     if not first:
         return report, None
+    settings = settled(tokenizer, TemplateSettings.of_training(training), (row for _, row, _ in first))
     encoder = RowEncoder(
-        find_scales(tokenizer, (row for _, row, _ in first), scales),
+        find_scales(Template(tokenizer, settings), (row for _, row, _ in first), scales),
         max_length,
         tokenizer=tokenizer,
+        settings=settings,
         score_in_ce=bool(training.get("score_in_ce")),
         drop_rationale=bool(training.get("drop_rationale")),
     )
@@ -240,7 +245,8 @@ def check(
     Raises:
         FileNotFoundError, ValueError: The source as a whole cannot be read.
     """
-    tokenizer, scales, max_length = load_tokenizer(model), read_scales(training), training.get("max_length", 3000)
+    tokenizer = tokenizer_to_train(model, training.get("chat_template_path"))
+    scales, max_length = read_scales(training), training.get("max_length", 3000)
     report, encoder = examine(
         Source(source, scales, own).found(), Path(source).name, tokenizer, training, examples=rows
     )
@@ -255,6 +261,8 @@ def check(
             say("\n".join(score_histogram(golds, scale.grid, mark=mark)))
             if scale.name in report.agreement:
                 say(str(report.agreement[scale.name]))
+        if (chat := next((row for _, row in report.examples if asks_in_chat([row])), None)) is not None:
+            say("\n" + "\n".join(template_words(encoder.template, as_prompt_completion(chat))))
         for number, row in report.examples:
             say(f"\nrow {number}, token by token from shortly before the {'first ' if scales[0].name else ''}marker")
             say(around_score(view_row(encoder, row)))

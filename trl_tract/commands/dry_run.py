@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trl_tract.backends.loading import load_tokenizer
+from trl_tract.backends.loading import tokenizer_to_train
 from trl_tract.commands.check import RowsReport, contradictions, examine, what_is_refused
 from trl_tract.commands.token_view import labelled, legend, painted, view_row
 from trl_tract.files.journal import changed_settings
@@ -119,7 +119,9 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
             else:
                 yield number, item
 
-    report, encoder = examine(to_train_on(), data.title, load_tokenizer(spec.model), training)
+    report, encoder = examine(
+        to_train_on(), data.title, tokenizer_to_train(spec.model, training.get("chat_template_path")), training
+    )
     say(f"Dry run: nothing is trained or written. trl-tract run would do this in {output_dir}:")
     steps = steps_of(spec)
     for number, (name, title) in enumerate(steps.items(), start=1):
@@ -176,7 +178,8 @@ def dry_train(
     say: Say = print,
 ) -> bool:
     """Print what `trl-tract train` would do with the same arguments; whether it would take all rows."""
-    tokenizer, scales = load_tokenizer(model), read_scales(training)
+    tokenizer = tokenizer_to_train(model, training.get("chat_template_path"))
+    scales = read_scales(training)
     say(f"Dry run: nothing is trained or written. trl-tract train would train one stage in {output_dir}:")
     taken = True
     if eval_data is not None:

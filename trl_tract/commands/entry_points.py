@@ -127,7 +127,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    from trl_tract.backends.loading import load_tokenizer
+    from trl_tract.backends.loading import tokenizer_to_train
     from trl_tract.runs.steps import TrainStep
     from trl_tract.sources.door import Source, rows_file
     from trl_tract.training.config import field_values
@@ -149,7 +149,7 @@ def _train(arguments: Sequence[str]) -> int:
             )
         )
     _tell_of_neighbours()
-    chat = bool(load_tokenizer(name).chat_template)
+    chat = bool(tokenizer_to_train(name, training.chat_template_path).chat_template)
 
     def read(source: str) -> AbstractContextManager[Path]:
         return rows_file(Source(source, training.scales, own, training.invalid_rows).training_rows(chat))

@@ -279,11 +279,28 @@ class CheckArguments:
         },
     )
     drop_rationale: bool = field(default=False, metadata={"help": "Check rows without their rationales."})
+    chat_template_path: str | None = field(
+        default=None, metadata={"help": "A Jinja file, or a model, whose chat template is used, as in training."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Variables of the chat template, as in training; JSON."}
+    )
+    thinking: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether the rationale is the thinking, as in training.",
+            "choices": ["auto", "off", "rationale"],
+        },
+    )
+    template_date: str | None = field(
+        default=None, metadata={"help": "The date that a chat template is told, as in training."}
+    )
 
     def training(self) -> dict[str, Any]:
         """The fields of TRACTConfig among them."""
-        names = ("max_length", "score_values", "score_texts", "score_marker", "aspects", "drop_rationale")
-        return {name: getattr(self, name) for name in names}
+        scores = ("max_length", "score_values", "score_texts", "score_marker", "aspects", "drop_rationale")
+        templates = ("chat_template_path", "chat_template_kwargs", "thinking", "template_date")
+        return {name: getattr(self, name) for name in (*scores, *templates)}
 
 
 @dataclass

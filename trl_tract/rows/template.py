@@ -63,7 +63,35 @@ class TemplateSettings:
         if not isinstance(self.chat_template_kwargs, Mapping):
             raise ValueError(f"chat_template_kwargs={self.chat_template_kwargs!r} is no mapping of names to values")
         if self.date is not None:
-            datetime.date.fromisoformat(self.date)
+            try:
+                datetime.date.fromisoformat(self.date)
+            except ValueError as error:
+                raise ValueError(f"template_date={self.date!r} is no date: write it like 2026-01-31") from error
+
+    @classmethod
+    def of_training(cls, training: Mapping[str, Any]) -> "TemplateSettings":
+        """What fields of TRACTConfig say; those that are left out have its defaults.
+
+        Raises:
+            ValueError: They contradict each other, or one is none.
+        """
+        kwargs: Any = training.get("chat_template_kwargs") or {}
+        if isinstance(kwargs, str):
+            try:
+                kwargs = json.loads(kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f'chat_template_kwargs is not JSON: {error}. Write it like {{"enable_thinking": false}}'
+                ) from error
+        thinking = training.get("thinking", "auto")
+        if training.get("drop_rationale"):
+            if thinking == "rationale":
+                raise ValueError(
+                    "thinking='rationale' puts the rationale into the thinking, and drop_rationale=True leaves it out. "
+                    "Leave one of them out"
+                )
+            thinking = "off" if thinking == "auto" else thinking
+        return cls(kwargs, thinking, training.get("template_date"))
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
-from trl_tract.backends.loading import check_model
+from trl_tract.backends.loading import check_model, tokenizer_to_train
 from trl_tract.evaluation.report import ScoreReport
 from trl_tract.files.journal import changed_settings, write_json
 from trl_tract.runs.judged import Judged
@@ -133,7 +131,7 @@ def carry_out(
     train_file, eval_file = directory / "train.jsonl", directory / "eval.jsonl"
 
     def prepare() -> None:
-        chat = bool(AutoTokenizer.from_pretrained(spec.model).chat_template)
+        chat = bool(tokenizer_to_train(spec.model, spec.training.get("chat_template_path")).chat_template)
         data = spec.source(spec.data, say)
         if spec.eval_data is None:
             split = spec.split(data)

@@ -1,7 +1,6 @@
 """TRACTConfig: the fields that TRACT adds to SFTConfig, and what it refuses. Knows nothing else."""
 
 import copy
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -182,18 +181,7 @@ class TRACTConfig(SFTConfig):
             raise ValueError(
                 f"annotator_weight={self.annotator_weight:g} weighs nothing: set annotator_loss='distribution' as well"
             )
-        if isinstance(self.chat_template_kwargs, str):
-            try:
-                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f'chat_template_kwargs is not JSON: {error}. Write it like {{"enable_thinking": false}}'
-                ) from error
-        if self.template_settings.thinking == "rationale" and self.drop_rationale:
-            raise ValueError(
-                "thinking='rationale' puts the rationale into the thinking, and drop_rationale=True leaves it out. "
-                "Leave one of them out"
-            )
+        self.chat_template_kwargs = dict(self.template_settings.chat_template_kwargs) or None
         if self.invalid_rows not in ("raise", "drop"):
             raise ValueError(f"invalid_rows={self.invalid_rows!r} is unknown: choose 'raise' or 'drop'")
         if self.assistant_only_loss:
@@ -256,9 +244,7 @@ class TRACTConfig(SFTConfig):
     @property
     def template_settings(self) -> TemplateSettings:
         """What chat templates are rendered with, as far as it is known before the rows are."""
-        thinking: Any = "off" if self.drop_rationale and self.thinking == "auto" else self.thinking
-        kwargs: Any = self.chat_template_kwargs or {}
-        return TemplateSettings(kwargs, thinking, self.template_date)
+        return TemplateSettings.of_training(vars(self))
 
     @classmethod
     def from_args(cls, args: TrainingArguments | None, model_name: str) -> "TRACTConfig":
