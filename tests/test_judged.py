@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from trl_tract.files.journal import write_json, write_jsonl
+from trl_tract.judge.judgement import Judgement
 from trl_tract.runs.judged import Judged, check_same_items
 from trl_tract.runs.results import page_file
+from trl_tract.runs.steps import _record
+from trl_tract.scale.scale import read_scales
 
 
 def record(score, gold, **more):
@@ -63,6 +66,17 @@ def test_the_report_knows_rationales_and_raters_of_each_scale(tmp_path):
     records += [record(None, 3.0, rationales=[]), record(3.0, None, raters=None)]
     standing = folder(tmp_path, records).scales[""].report(n_bootstrap=0).standing
     assert (standing.rationales, standing.distinct, standing.raters.n) == (3, 2, 4)
+
+
+def test_several_raters_of_a_row_reach_the_verdict(tmp_path):
+    golds = [[1.0, 2.0, 1.5], [4.0], [5.0, 4.0, 4.5], [2.0, 3.0, 2.5], [3.0, 3.0, 4.0], [1.0, 1.0, 2.0]]
+    scales, judged = read_scales({}), [Judgement(score=1.0 + i % 5, grid_mass=1.0) for i in range(len(golds))]
+    records = [_record({"id": i}, [gold], judged[i], scales) for i, gold in enumerate(golds)]
+    assert records[0]["reference"] == 1.5
+    assert "raters" not in records[1]  # of one rater, a line is what it always was
+    report = folder(tmp_path, records).scales[""].report(n_bootstrap=20)
+    assert report.standing.raters.n == 5
+    assert {"at raters", "below raters", "above raters"} & {finding.kind for finding in report.verdict}
 
 
 def test_rows_that_were_judged_on_different_scales_are_refused_by_number(tmp_path):
