@@ -16,6 +16,7 @@ from pages import PAGES, ROOT, anchors_of, links_of, text_of
 
 import trl_tract
 from trl_tract.commands.entry_points import COMMANDS, _option_groups
+from trl_tract.sources.schemas import KNOWN
 
 OUTSIDE = ("http://", "https://", "mailto:")
 
@@ -60,6 +61,11 @@ def test_what_the_walks_name_is_defined_where_they_say():
         if re.search(rf"(class|def) {name}\b", (package / file).read_text("utf-8"))
     }
     assert not set(walked) - defined
+
+
+def test_the_data_page_has_every_column_that_is_understood():
+    in_a_range = {f"orig_score{score}_description" for score in (2, 3, 4)}  # ... stands for them
+    assert not {name for name in KNOWN if f"`{name}`" not in text_of("docs/data.md")} - in_a_range
 
 
 def test_every_page_of_docs_is_in_the_navigation_of_the_site():
