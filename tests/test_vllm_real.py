@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from trl_tract import CoTRAILJudge, CoTSelfDistill, ServerBackend, TransformersBackend, VLLMBackend
-from trl_tract.backends import Generation
+from trl_tract.backends import Generation, Stop
 from trl_tract.demo.seed_model import save_seed_model
 from trl_tract.files.journal import read_jsonl, write_jsonl
 
@@ -103,6 +103,18 @@ class AsTransformers:
         expected = reference.generate(prompts, **GREEDY)
         assert backend.generate(prompts, **GREEDY) == expected
         assert {generation.finish_reason for (generation,) in expected} >= {"length"}
+
+    @pytest.mark.parametrize(
+        "stop", [Stop("e", ["r", "s "]), Stop(STOP, ["5"]), Stop(" ", ["a"], lambda text: "." in text)], ids=str
+    )
+    def test_a_stop_text_counts_in_the_same_places(self, backend, reference, stop):
+        prompts = prompts_of(reference)
+        settings = {**GREEDY, "stop": stop}
+        expected = reference.generate(prompts, **settings)
+        written = backend.generate(prompts, **settings)
+        assert written == expected
+        assert [one.token_ids for (one,) in written] == [one.token_ids for (one,) in expected]
+        assert "stop" in {one.finish_reason for (one,) in expected}
 
     def test_logprobs_of_chosen_tokens_are_the_same(self, backend, reference):
         prompts = prompts_of(reference)
