@@ -111,3 +111,25 @@ def test_scores_that_do_not_fit_the_scales_are_refused(row, scales, kind):
     with pytest.raises(ScoreNotFoundError) as refused:
         read_golds(row, scales)
     assert refused.value.kind == kind
+
+
+FRACTIONS = ["/10", " / 10", "／10", " ⁄ 10", " of 10", " out of 10", " von 10", " sur 10", " из 10", " ud af 10"]
+BRACKETS = [" (out of 10)", " (10 max)", "（满分10）", " [of 10]"]
+
+
+@pytest.mark.parametrize("behind", [*FRACTIONS, *BRACKETS, ".5", ",5", "-5", " %", "％", "4"])
+def test_a_number_right_behind_a_score_makes_it_another_score(behind):
+    with pytest.raises(ScoreNotFoundError) as refused:
+        read_golds({"completion": f"Fine. [RESULT] 4{behind}"}, ONE)
+    assert refused.value.kind == "not on the grid"
+
+
+@pytest.mark.parametrize("behind", ["", ".", " (good)", ". It meets 7 points.", "\n", "!", " - good"])
+def test_words_behind_a_score_leave_it_as_it_is(behind):
+    assert read_golds({"completion": f"Fine. [RESULT] 4{behind}"}, ONE) == [[4.0]]
+
+
+@pytest.mark.parametrize("texts", [[False, True], ["no", True], [1, 2]])
+def test_texts_of_scores_that_yaml_made_something_else_of_are_to_be_quoted(texts):
+    with pytest.raises(ValueError, match="quotes"):
+        read_scales({"score_values": [0, 1], "score_texts": texts})

@@ -79,11 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
                 found = {"work": work, "rows": count, **measure(work, args.model, data)}
                 rows.append(found)
                 least = min(each["peak_bytes"] for each in rows if each["work"] == work)
-                above = (found["peak_bytes"] - least) / 1e6
-                print(
-                    f"| {work} | {count:,} | {found['peak_bytes'] / 1e6:,.0f} | {above:,.0f} | {found['seconds']:.0f} |",
-                    flush=True,
-                )
+                peak, seconds = found["peak_bytes"] / 1e6, found["seconds"]
+                print(f"| {work} | {count:,} | {peak:,.0f} | {peak - least / 1e6:,.0f} | {seconds:.0f} |", flush=True)
     versions = {name: version(name) for name in ("torch", "transformers", "trl", "datasets", "trl_tract")}
     print(
         json.dumps(

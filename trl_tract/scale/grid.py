@@ -84,7 +84,13 @@ class ScoreGrid:
             raise ValueError(f"score_values={given} must increase from each value to the next")
         if texts is None:
             return cls(values=numbers, texts=tuple(score_text(number) for number in numbers))
-        written = tuple(str(text) for text in texts)
+        written = tuple(texts)
+        odd = next((text for text in written if not isinstance(text, str)), None)
+        if odd is not None:
+            raise ValueError(
+                f"score_texts holds {odd!r}, which is no text. YAML makes true and false of yes and no, and numbers of "
+                "01 and 02: put each in quotes"
+            )
         if len(written) != len(numbers):
             raise ValueError(
                 f"score_texts has {len(written)} entries, but score_values has {len(numbers)}: give one for each"

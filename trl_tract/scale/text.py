@@ -7,9 +7,12 @@ from dataclasses import asdict, dataclass
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 
 
-# What may not stand right behind a score: "[RESULT] 4.5", "[RESULT] 3 / 10" and "[RESULT] 3 out of 10" are other
-# scores than 4 and 3.
-_SCORE_GOES_ON = re.compile(r"\w|[.,:-]\d|\s*/\s*\d|\s*%|\s+(?:out\s+)?of\s+\d")
+# What may not stand right behind a score: "[RESULT] 4.5", "[RESULT] 3 / 10", "[RESULT] 3 out of 10" and "[RESULT] 3 (of
+# 10)" are other scores than 4 and 3, in whatever language and width they are written.
+_OF = "(?:out |ud )?(?:of|af)|van|von|aus|auf|over|sur|de|di|da|su|em|av|na|ze?|od|из|от|από|στα"
+_SCORE_GOES_ON = re.compile(
+    rf"\w|[.,:-]\d|\s*[%％‰]|\s*[/／∕⁄÷|]\s*\d|[ \t]*[(\[（［【][^)\]）］】.\n]{{0,30}}?\d|\s+(?:{_OF})\s+\d"
+)
 
 
 # Behind a word or a letter: "A+", "poor-ish" and "A's" are other scores than A and poor.
