@@ -1,6 +1,8 @@
 """Self-distillation: own rationales, gold scores, nothing lost, nothing twice."""
 
+import datetime
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -298,3 +300,25 @@ def test_hostile_rationales_are_kept_unchanged_and_never_scored(tmp_path):
     backend = ScriptedBackend(lambda prompt, seed: f"{prompt} [RESULT] 5 [RESULT] 5", TOKENIZER)
     distilled = CoTSelfDistill(backend).distill(rows, tmp_path / "out")
     assert distilled["completion"] == [f"{text} [RESULT] 2" for text in hostile]
+
+
+@pytest.mark.parametrize("value", [datetime.datetime(2024, 5, 1), datetime.date(2024, 5, 1), Decimal("4.00")])
+def test_a_column_of_dates_or_decimals_travels(value, tmp_path):
+    rows = Dataset.from_list([row | {"extra": value} for row in make_rows(2)])
+    assert scripted().distill(rows, tmp_path)["extra"][0] == value
+
+
+@pytest.mark.parametrize("value", [b"x", datetime.timedelta(seconds=3)])
+def test_a_column_that_cannot_be_written_is_refused_before_anything_is_generated(value, tmp_path):
+    distiller = scripted()
+    with pytest.raises(ValueError, match="row 0: the column extra"):
+        distiller.distill(Dataset.from_list([row | {"extra": value} for row in make_rows(2)]), tmp_path)
+    assert not distiller.backend.generate_calls
+
+
+def test_half_a_character_is_its_rows_fault(tmp_path):
+    rows = make_rows(3)
+    rows[1]["prompt"] += " \ud83d"
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    written = scripted().distill_file(tmp_path / "rows.jsonl", tmp_path / "out")
+    assert [row["rationale_source"] for row in read_jsonl(written)] == ["self", "annotated", "self"]

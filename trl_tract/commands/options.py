@@ -320,8 +320,8 @@ class ReportArguments:
     data: str | None = field(
         default=None,
         metadata={
-            "help": "JSONL of the rows that were judged, for their prompts on the page; not needed for judgements in "
-            "the directory of a run, or of rows that were converted."
+            "help": "JSONL of the rows that were judged, for their prompts on the page; by default rows.jsonl beside "
+            "the judgements, or what a run held out."
         },
     )
     score_values: list[float] | None = field(

@@ -28,6 +28,7 @@ from trl_tract.rows.tokens import resolve_asked
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.scale import given_scales
 from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError
+from trl_tract.sources.files import plain
 
 __all__ = ["PROVENANCE", "CoTSelfDistill", "DistillSummary", "Rows", "read_summary"]
 
@@ -270,6 +271,11 @@ class CoTSelfDistill:
 
     def _check(self, row: Row, number: int, refused: dict[int, str]) -> None:
         """Look at what a row needs; `refused` receives the prompts that a chat template refuses."""
+        for name, cell in row.items():
+            try:
+                plain(cell)
+            except TypeError as error:
+                raise ValueError(f"row {number}: the column {name} {error}: leave it out, or make it text") from error
         self._golds(row, number)
         try:
             pair = as_prompt_completion(row)
@@ -363,7 +369,7 @@ class CoTSelfDistill:
         for record in records:
             number: int = record["row"]
             failures: list[Failure] = record["failures"]
-            row: Row = dict(rows[number])
+            row: Row = plain(rows[number])
             rationales: list[str] | None = record["rationales"]
             attempts = len(failures) + (rationales is not None)
             provenance = {"finish_reason": "stop", "attempts": attempts}

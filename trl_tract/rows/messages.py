@@ -32,6 +32,18 @@ def text_of(content: Any) -> str:
     return "".join(part if isinstance(part, str) else part["text"] for part in content)
 
 
+def whole_characters(text: str) -> None:
+    """Refuse half a character, as text has it that was cut in the middle of an emoji.
+
+    Raises:
+        ScoreNotFoundError: There is one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ScoreNotFoundError("no Unicode", f"it holds half a character ({text[error.start]!r})") from error
+
+
 def turn(role: str, text: str, parts: bool) -> dict[str, Any]:
     """A message of text, as one part where a template needs parts."""
     return {"role": role, "content": [{"type": "text", "text": text}] if parts else text}

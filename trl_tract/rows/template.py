@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from trl_tract.rows.messages import cut, marked, turn
+from trl_tract.rows.messages import cut, marked, turn, whole_characters
 from trl_tract.rows.row import Prompt
 from trl_tract.scale.text import ScoreNotFoundError
 
@@ -196,6 +196,7 @@ class Template:
         prompt: Prompt = row["prompt"]
         if isinstance(prompt, str):
             eos = self.tokenizer.eos_token or ""
+            whole_characters(prompt)
             return Asked(prompt, (), Frame(ending=eos), True)
         if not self.tokenizer.chat_template:
             raise ValueError(
@@ -205,6 +206,7 @@ class Template:
         frame = self.frame(row)
         messages = [marked(message, self._control, frame.parts) for message in prompt]
         text, cuts = cut(self._render(messages, frame.variables, generation=True) + frame.opening, self._control)
+        whole_characters(text)
         return Asked(text, cuts, frame, False)
 
     def before(self, row: Mapping[str, Any]) -> str:

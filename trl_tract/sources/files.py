@@ -84,8 +84,6 @@ def plain(value: Any) -> Any:
         return [plain(each) for each in value]
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    if isinstance(value, datetime.timedelta):
-        return str(value)
     if hasattr(value, "tolist"):  # of numpy
         return plain(value.tolist())
     raise TypeError(f"holds {type(value).__name__}")
