@@ -275,20 +275,20 @@ def test_hostile_text_is_stored_and_read_back_unchanged(tmp_path):
 
 
 def test_a_full_disk_keeps_what_was_written_and_says_how_to_go_on(tmp_path, monkeypatch):
-    real, calls = os.fsync, []
+    real = os.replace
 
-    def full(descriptor: int) -> None:
-        calls.append(descriptor)
-        if len(calls) == 5:  # a block is synced, and then its directory
+    def full(partial: Path, path: Path) -> None:
+        if path.name == "000002.jsonl":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(descriptor)
+        real(partial, path)
 
-    log = make_log(tmp_path)
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"6 of 10 rows"):
+    log = make_log(tmp_path, rows=9)
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match=r"No space left on device with 6 of 9 rows"):
         run(log)
     monkeypatch.undo()
-    assert make_log(tmp_path).finished_rows == 6
+    assert not list(tmp_path.rglob("*.partial"))
+    assert make_log(tmp_path, rows=9).finished_rows == 6
 
 
 def test_after_a_full_disk_the_run_ends_with_every_row(tmp_path, monkeypatch):

@@ -10,16 +10,17 @@ import hashlib
 import json
 import logging
 import os
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from trl_tract.files.calls import in_threads
 from trl_tract.files.journal import KnownRows, guard, sync_directory, whole_file
 from trl_tract.files.seal import OTHER_ROWS, seal_result, wrong_with_result
 from trl_tract.files.shards import Shard
@@ -32,6 +33,7 @@ Report = Callable[[int], None]
 Work = Callable[[list[Any], int, Report], list[Record]]
 
 _POLL_SECONDS = 0.2
+_WRITERS = 4
 
 
 class _NotWhole(Exception):
@@ -115,12 +117,8 @@ class BlockLog:
         head = {"block": block, "rows": [self.rows.digest_of(number) for number in self.rows_of(block)]}
         body = f"{json.dumps(head)}\n{json.dumps(list(records))}\n".encode("ascii")
         path = self._path(block)
-        try:
-            with whole_file(path, path.with_suffix(f".{self._worker}.partial")) as file:
-                file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-        except OSError as error:
-            raise self._kept(error, path) from error
-        self._note(block)
+        with whole_file(path, path.with_suffix(f".{self._worker}.partial")) as file:
+            file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
     def records(self) -> Iterator[Record]:
         """The records of all blocks in order, from disk, one block in memory at a time.
@@ -190,7 +188,11 @@ class BlockLog:
     def _work(self, work: Work, max_calls: int) -> None:
         hidden = self.shard.helps and self.shard.index > 0  # one bar for a launcher's processes
         done, rows = self.finished_rows, len(self.rows)
-        with progress(total=rows, initial=done, desc=self.what, unit="row", hidden=hidden) as shown:
+        # Several at once: the disk is waited for while the next block is worked on, and syncs at one time are one.
+        with (
+            ThreadPoolExecutor(_WRITERS) as writers,
+            progress(total=rows, initial=done, desc=self.what, unit="row", hidden=hidden) as shown,
+        ):
 
             def report(count: int) -> None:
                 if max_calls == 1:
@@ -200,12 +202,26 @@ class BlockLog:
                 numbers = self.rows_of(block)
                 return work([self.rows[number] for number in numbers], numbers.start, report)
 
-            for block, records in _in_threads(do, self._to_do(), max_calls):
-                self.append(block, records)
+            def note(block: int, writing: Future[None]) -> None:
+                try:
+                    writing.result()
+                except OSError as error:
+                    raise self._kept(error, self._path(block)) from error
+                self._note(block)
                 if self.shard.count > 1:
                     self._refresh()
                 shown.n = self.finished_rows
                 shown.refresh()
+
+            under_way: deque[tuple[int, Future[None]]] = deque()
+            try:
+                for block, records in in_threads(do, self._to_do(), max_calls):
+                    under_way.append((block, writers.submit(self.append, block, records)))
+                    while under_way and (len(under_way) > _WRITERS or under_way[0][1].done()):
+                        note(*under_way.popleft())
+            finally:
+                while under_way:
+                    note(*under_way.popleft())
 
     def _write(self, write: Callable[[Iterator[Record]], None], result: Sequence[str]) -> None:
         self._refresh()
@@ -355,39 +371,3 @@ class BlockLog:
                 )
             for block in blocks:
                 self._path(block).unlink(missing_ok=True)
-
-
-def _in_threads(
-    do: Callable[[int], list[Record]], blocks: Iterator[int], max_calls: int
-) -> Iterator[tuple[int, list[Record]]]:
-    """Blocks and their records as they are finished, `max_calls` at a time.
-
-    After an error no block is begun, those under way are finished, and the error is raised.
-    """
-    if max_calls == 1:
-        yield from ((block, do(block)) for block in blocks)
-        return
-    done: queue.Queue[tuple[int, list[Record] | BaseException]] = queue.Queue()
-
-    def run(block: int) -> None:
-        try:
-            done.put((block, do(block)))
-        except BaseException as error:
-            done.put((block, error))
-
-    running, failure = 0, None
-    while True:
-        while failure is None and running < max_calls and (block := next(blocks, None)) is not None:
-            # Daemons, not an executor's threads: after Ctrl-C the interpreter must not wait for a server's answers.
-            threading.Thread(target=run, args=(block,), daemon=True).start()
-            running += 1
-        if not running:
-            break
-        block, result = done.get()
-        running -= 1
-        if isinstance(result, BaseException):
-            failure = failure or result
-        else:
-            yield block, result
-    if failure is not None:
-        raise failure
