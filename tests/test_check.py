@@ -217,3 +217,22 @@ def test_a_model_without_a_tokenizer_is_named(tmp_path, capsys):
     write_jsonl(tmp_path / "rows.jsonl", make_rows(1))
     assert main(["check", str(tmp_path / "rows.jsonl"), "--model", str(tmp_path)]) == 1
     assert "no tokenizer could be loaded from there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("golds", "warns"),
+    [
+        (lambda score: score, False),
+        (lambda score: score + 0.4 * (score < 5), False),
+        (lambda score: 6 - score, True),
+        (lambda score: 1 + score / 10, True),
+    ],
+)
+def test_gold_scores_that_contradict_the_written_ones_are_warned_of(golds, warns, tmp_path, model, capsys):
+    rows = [
+        {"prompt": f"p{number}", "completion": f" Fine. [RESULT] {score}", "score": golds(score)}
+        for number, score in enumerate([1, 2, 3, 4, 5, 5])
+    ]
+    code, printed = checked(tmp_path, model, rows, capsys)
+    assert (code, "\nWarning: " in printed) == (0, warns)
+    assert "6 completions say a score as well" in printed

@@ -319,3 +319,23 @@ def test_rows_of_the_package_are_read_as_they_are(tmp_path):
     rows = make_rows(3, chat=True)
     file = written(tmp_path, "jsonl", rows)
     assert [row for _, row in Source(file, SCALES).training_rows(chat=True)] == rows
+
+
+def test_training_names_rows_by_their_numbers_in_the_file(tmp_path):
+    seed = tmp_path / "seed"
+    make_tokenizer().save_pretrained(seed)
+    make_model().save_pretrained(seed)
+    rows = rows_of([{"score": "n/a"}, {}, {}, {"prompt": "long " * 90}, {}])
+    options = ["--output_dir", str(tmp_path / "out"), "--bf16", "false", "--invalid_rows", "drop", "--max_length", "60"]
+    command = ["train", "--model_name_or_path", str(seed), "--data", written(tmp_path, "csv", rows), *options]
+    assert main([*command, "--max_steps", "1", "--report_to", "none"]) == 0
+    assert not (tmp_path / "out" / "_rows").exists()
+    trained = training_dataset(write(tmp_path, rows), SCALES, tmp_path / "arrow")
+    with pytest.raises(ValueError, match=r"first: row 3"):
+        make_trainer(tmp_path, trained, max_length=60)
+
+
+def write(folder, rows):
+    source = Source(written(folder, "csv", rows), SCALES, None, "drop", lambda _: None)
+    write_rows(folder / "train.jsonl", source.training_rows(chat=False))
+    return folder / "train.jsonl"

@@ -1,5 +1,7 @@
 """Files and hub ids become records, and what cannot be read is named by file and line."""
 
+import json
+
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -96,3 +98,43 @@ def test_a_hub_id_names_a_split_behind_a_colon(source, asked, monkeypatch):
 def test_a_benchmark_that_is_no_hub_dataset_says_where_its_file_is(name):
     with pytest.raises(FileNotFoundError, match=r"get eval/benchmark/data/\w+_eval.json there"):
         read_records(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "records"),
+    [
+        ("a.csv", ",a,b\n0,x,1\n1,y,2\n", [{"a": "x", "b": "1"}, {"a": "y", "b": "2"}]),
+        ("a.csv", '"a;b;c",d\nx,1\n', [{"a;b;c": "x", "d": "1"}]),
+        ("a.csv", '"a\nb";c\nx;1\n', [{"a\nb": "x", "c": "1"}]),
+        (
+            "a.tsv",
+            'a\tb\n"Great!" he said\t4\n"no\t2\nend"\t3\n',
+            [('"Great!" he said', "4"), ('"no', "2"), ('end"', "3")],
+        ),
+        ("a.tsv", 'a\tb\n"a ""b"" c"\t4\n', [('a "b" c', "4")]),
+        ("a.tsv", 'a\tb\n"two\nlines"\t4\n', [("two\nlines", "4")]),
+        ("a.json", '\ufeff[{"a": 1}]', [{"a": 1}]),
+        ("a.jsonl", '\ufeff{"a": 1}\n', [{"a": 1}]),
+    ],
+)
+def test_files_of_spreadsheets_and_tables_are_read_as_they_were_meant(tmp_path, name, text, records):
+    wanted = [each if isinstance(each, dict) else dict(zip("ab", each, strict=True)) for each in records]
+    assert list(read_records(written(tmp_path, name, text))) == wanted
+
+
+def test_a_line_of_tsv_with_another_number_of_cells_is_named(tmp_path):
+    with pytest.raises(ValueError, match="line 3: 3 cells"):
+        list(read_records(written(tmp_path, "a.tsv", 'a\tb\n"x" y\t1\nx\ty\tz\n')))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_json_is_read_in_pieces_of_any_size(tmp_path, chunk, monkeypatch):
+    monkeypatch.setattr("trl_tract.sources.files._CHUNK", chunk)
+    rows = [{"a": "x" * number, "b": [1, {"c": "},]"}]} for number in range(30)]
+    assert list(read_records(written(tmp_path, "a.json", json.dumps(rows, indent=1)))) == rows
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}', '[{"a": 1}, {"b"'])
+def test_json_that_is_cut_is_no_json(tmp_path, text):
+    with pytest.raises(ValueError, match="is not JSON"):
+        list(read_records(written(tmp_path, "a.json", text)))
