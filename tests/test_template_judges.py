@@ -56,13 +56,7 @@ class ByHeart(Backend):
 
     def generate(self, prompts: Any, *, n: int = 1, stop: Any = None, **_: Any) -> list[list[Generation]]:
         ending = Ending(self.tokenizer, stop)
-        written = []
-        for prompt in prompts:
-            rest, ids = self._rest(prompt), []
-            while rest[len(ids) :] and not (ids and ending.is_reached(ids)):
-                ids = rest[: len(ids) + 1]
-            written.append([ending.finish(ids, at_eos=False)] * n)
-        return written
+        return [[ending.finish(self._rest(prompt), at_eos=False)] * n for prompt in prompts]
 
     def next_token_logprobs(self, token_id_lists: Any, token_ids: Any) -> Any:
         following = [self._rest(ids)[:1] for ids in token_id_lists]
