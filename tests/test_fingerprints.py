@@ -58,3 +58,9 @@ def test_a_model_that_was_loaded_here_is_told_by_its_files(tmp_path):
     make_model().save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     assert TransformersBackend(tmp_path).fingerprint() == {}
+
+
+def test_a_parameter_that_is_not_in_memory_is_passed_over():
+    model = make_model()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to("meta"))
+    assert TransformersBackend(model, make_tokenizer()).fingerprint()["model weights"]

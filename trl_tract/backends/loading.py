@@ -108,7 +108,8 @@ def loaded_fingerprint(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[s
     weights: dict[str, list[Any]] = {"model weights": [], "adapter weights": []}
     for name, weight in model.named_parameters():
         of_adapter = any(f".{adapter}." in f"{name}." for adapter in adapters)
-        flat = weight.detach().reshape(-1)
+        # What is kept on disk until it is needed has no numbers here.
+        flat = weight.detach().reshape(-1) if not weight.is_meta else torch.zeros(0)
         sample = flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].double().tolist()
         weights["adapter weights" if of_adapter else "model weights"].append((name, list(weight.shape), sample))
     fast = getattr(tokenizer, "backend_tokenizer", None)
