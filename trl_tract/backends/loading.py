@@ -71,11 +71,14 @@ def load(
 
 def whole_weights(model_id: str, revision: str | None = None) -> dict[str, list[int]]:
     """Names and shapes of the weights that an adapter holds whole, beside its pairs of low rank."""
-    file = _file_of(model_id, "adapter_model.safetensors", revision)
-    if file is None:
-        return {}
-    with safe_open(file, "pt") as weights:
-        return {name: weights.get_slice(name).get_shape() for name in weights.keys() if ".lora_" not in name}  # noqa: SIM118
+    shapes: dict[str, list[int]] = {}
+    if file := _file_of(model_id, "adapter_model.safetensors", revision):
+        with safe_open(file, "pt") as weights:
+            shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    elif file := _file_of(model_id, "adapter_model.bin", revision):
+        weights = torch.load(file, map_location="meta", weights_only=True)
+        shapes = {name: list(weight.shape) for name, weight in weights.items()}
+    return {name: shape for name, shape in shapes.items() if ".lora_" not in name}
 
 
 def _rows(model: Any) -> int:
