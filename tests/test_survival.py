@@ -18,7 +18,9 @@ from conftest import make_model, make_rows, make_tokenizer
 
 from trl_tract import CoTRAILJudge, CoTSelfDistill, TransformersBackend
 from trl_tract.cli import main
-from trl_tract.files.journal import read_jsonl, write_jsonl
+from trl_tract.files.blocks import BlockLog
+from trl_tract.files.journal import JsonlRows, KnownRows, read_jsonl, write_jsonl
+from trl_tract.files.shards import Shard
 from trl_tract.runs.steps import JudgeStep
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.grid import ScoreGrid
@@ -105,6 +107,42 @@ def test_judging_killed_at_random_instants_ends_with_the_same_bytes(tmp_path):
     data = tmp_path / "rows.jsonl"
     write_jsonl(data, make_rows(12))
     ends_with_the_same_bytes(tmp_path, 6, judge, model, str(data))
+
+
+def shared(data: str, out: str, index: int, count: int) -> None:
+    """One of the workers of a run that takes no time to speak of, so that kills fall into the writing."""
+    rows = KnownRows(JsonlRows(Path(data)))
+    shard = Shard(index, count, helps=count > 1)
+    log = BlockLog(Path(out), {"a": 1}, "a test run", rows=rows, block_size=2, shard=shard)
+    result = Path(out) / "rows.jsonl"
+    log.run(lambda given, first, report: given, lambda records: write_jsonl(result, records) and None, (result.name,))
+
+
+def everything(directory: Path) -> dict[str, bytes]:
+    """All that a run leaves but its locks, partial files among it."""
+    paths = (path for path in directory.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("kills", [8, pytest.param(300, marks=pytest.mark.slow)])
+def test_workers_in_changing_numbers_killed_at_random_instants_leave_the_same_bytes_and_nothing_else(tmp_path, kills):
+    data, chance, killed, run = tmp_path / "rows.jsonl", random.Random(0), 0, 0
+    write_jsonl(data, make_rows(60))
+    timed(shared, str(data), str(tmp_path / "unmeasured"), 0, 1)
+    seconds = timed(shared, str(data), str(tmp_path / "whole"), 0, 1)
+    while killed < kills:
+        out = tmp_path / f"run-{run}"
+        run += 1
+        for _ in range(chance.randint(1, 4)):
+            count = chance.randint(1, 3)
+            workers = [processes.start(shared, str(data), str(out), index, count) for index in range(count)]
+            time.sleep(chance.uniform(0, seconds))
+            for worker in workers:
+                killed += worker.exitcode is None
+                worker.kill()
+                worker.join()
+        timed(shared, str(data), str(out), 0, 1)
+        assert everything(out) == everything(tmp_path / "whole")
 
 
 def test_ctrl_c_ends_at_once_and_the_run_goes_on_afterwards(tmp_path):

@@ -141,7 +141,7 @@ def carry_out(
             write_rows(train_file, data.training_rows(chat))
             write_rows(eval_file, spec.source(spec.eval_data, say).rows(chat, lambda item: [item.reference]))
 
-    run.step("prepare", titles["prepare"], prepare, makes=["train.jsonl", "eval.jsonl"])
+    run.step("prepare", titles["prepare"], prepare, makes=["train.jsonl", "eval.jsonl", "*.numbers.json"])
     say(f"    {_count(train_file)} training rows, {_count(eval_file)} held-out items")
 
     def train(rows: Path, name: str, asked_like: Path | None = None) -> TrainStep:
