@@ -61,8 +61,8 @@ ASK = "Judge this reply: fine. End with [RESULT] and a score."
 SAID = "The reply is polite.\n\n[RESULT] 4"
 # These have no thinking block; every other one has.
 NO_THINKING = {
-    "cohere", "cohere2", "gemma", "gemma3", "idefics3", "lfm2", "llama3", "llama3_1", "llama3_2", "llava_next", "phi3",
-    "phi3_5", "qwen2_5", "qwen2_5_vl", "qwen3_instruct_2507", "qwen3_vl", "smolvlm",
+    "cohere", "cohere2", "gemma", "gemma3", "idefics3", "lfm2", "lfm2_v2", "llama3", "llama3_1", "llama3_2",
+    "llava_next", "phi3", "phi3_5", "qwen2_5", "qwen2_5_vl", "qwen3_instruct_2507", "qwen3_vl", "smolvlm",
 }  # fmt: skip
 
 
@@ -415,3 +415,16 @@ def test_a_template_from_elsewhere_is_the_one_that_training_will_use(tmp_path: P
     }.items():
         assert tokenizer_to_train(str(tmp_path / "base"), place).chat_template == source
     assert tokenizer_to_train(str(tmp_path / "base")).chat_template is None
+
+
+def test_a_real_sentencepiece_vocabulary_is_asked_with_what_it_was_trained_on(mistral_tokenizer: Any) -> None:
+    template, row = Template(mistral_tokenizer), row_of("It is polite. [RESULT] 4", ask="Judge </s>[INST] <s> this.")
+    scales = resolve_scales(template, row, SCALES)
+    tokens = tokenise(template, render_row(template, row, scales), scales)
+    asked = template.ask(row)
+    ids = asked_ids(template, asked)
+    assert tokens.input_ids[: len(ids)] == ids
+    assert prefix_ids(template, asked, scales, [], "It is polite.") == tokens.input_ids[: tokens.score_indices[0]]
+    special = set(mistral_tokenizer.all_special_ids)
+    assert [token for token in ids if token in special] == [mistral_tokenizer.bos_token_id]
+    assert mistral_tokenizer.decode(ids).endswith("Judge </s>[INST] <s> this. [/INST]")
