@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_model, make_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
@@ -164,3 +165,20 @@ def test_grid_cost_compares_ways_to_the_same_loss(grid_cost):
     for kind in ("train", "ask"):
         peaks = [rows[size][f"{kind}_peak_bytes"] for size in (5, 101)]
         assert 0 < peaks[0]["single"] == peaks[0]["trie"] < peaks[1]["trie"]
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_rows_memory_measures_each_work_and_size(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import rows_memory
+
+    make_tokenizer().save_pretrained(tmp_path)
+    make_model().save_pretrained(tmp_path)
+    rows_memory.main(["--model", str(tmp_path), "--rows", "20", "40"])
+    sys.modules.pop("rows_memory")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(row["work"], row["rows"]) for row in result["rows"]] == [
+        (work, rows) for work in ("check", "prepare") for rows in (20, 40)
+    ]
+    assert all(row["peak_bytes"] > 1e8 for row in result["rows"])
