@@ -182,3 +182,12 @@ def test_rows_memory_measures_each_work_and_size(monkeypatch, capsys, tmp_path):
         (work, rows) for work in ("check", "prepare") for rows in (20, 40)
     ]
     assert all(row["peak_bytes"] > 1e8 for row in result["rows"])
+
+
+def test_stored_work_costs_a_file_a_block(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import blocks
+
+    # Four blocks of 100 rows, the result, finished.json, settings.json, and locks: of the directory, worker and result.
+    assert blocks.measure(100, block_size=32)["files"] == 4 + 3 + 3
+    sys.modules.pop("blocks")
