@@ -9,6 +9,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
+from command_line import parse
 from conftest import WORDS, make_model, make_rows, make_tokenizer
 
 from trl_tract.cli import main
@@ -20,6 +21,7 @@ RUBRIC = "criterion: is it polite\nscores: {1: wrong, 2: long, 3: short, 4: clea
 COLUMNS = ["--columns", "instruction=question", "response=answer", "rationale=feedback", "score=stars"]
 TRAINING = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--bf16", "false", "--save_strategy", "no"]
 TRAINING += ["--report_to", "none", "--disable_tqdm", "true", "--gradient_checkpointing", "false"]
+MODEL = ("model", "model_name_or_path")
 SAMPLING = ["--max_new_tokens", "4", "--max_attempts", "1"]
 
 
@@ -36,13 +38,13 @@ def folder(tmp_path_factory):
     return folder
 
 
-def own(folder, *, model="--model_name_or_path", of="seed"):
+def own(folder, *, of="seed"):
     paths = ["--data", str(folder / "rows.csv"), "--rubric", str(folder / "rubric.yaml")]
-    return [model, str(folder / of), *paths, *COLUMNS]
+    return ["--model", str(folder / of), *paths, *COLUMNS]
 
 
 def judge(folder, out, *options):
-    return main(["judge", *own(folder, model="--model", of="judge"), "--output_dir", str(out), *SAMPLING, *options])
+    return main(["judge", *own(folder, of="judge"), "--output_dir", str(out), *SAMPLING, *options])
 
 
 def test_rows_of_csv_train_a_judge_by_the_users_rubric(folder):
@@ -60,6 +62,11 @@ def test_rows_of_csv_are_judged_and_kept_for_the_report(folder, tmp_path):
     assert rows[0]["prompt"][0]["content"].startswith("Read the response below")  # the tokenizer has a chat template
 
 
+def test_the_agreement_is_printed_where_gold_scores_are_known(folder, tmp_path, capsys):
+    assert judge(folder, tmp_path / "out") == 0
+    assert f"{folder}/judge (grid mass" in capsys.readouterr().out
+
+
 def test_judging_csv_again_does_nothing_again(folder, tmp_path):
     assert judge(folder, tmp_path / "out") == 0
     before = (tmp_path / "out" / "judgements.jsonl").stat().st_mtime_ns
@@ -68,7 +75,7 @@ def test_judging_csv_again_does_nothing_again(folder, tmp_path):
 
 
 def test_rows_of_csv_are_distilled(folder, tmp_path):
-    distill = ["distill", *own(folder, model="--model", of="judge"), "--output_dir", str(tmp_path / "out"), *SAMPLING]
+    distill = ["distill", *own(folder, of="judge"), "--output_dir", str(tmp_path / "out"), *SAMPLING]
     assert main(distill) == 0
     rows = list(read_jsonl(tmp_path / "out" / "rows.jsonl"))
     assert len(rows) == 12
@@ -77,7 +84,7 @@ def test_rows_of_csv_are_distilled(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def run_twice(folder, tmp_path_factory):
-    """What a run printed that refused its rows, and the same run with the mistake mended; and its directory."""
+    """What a run printed that refused its rows, and the same run with the mistake fixed; and its directory."""
     out, printed = tmp_path_factory.mktemp("run") / "out", []
     run = ["run", *own(folder), "--output_dir", str(out), "--eval_fraction", "0.3", *TRAINING, *SAMPLING]
     for mistake, code in ((["--max_length", "20"], 1), ([], 0)):
@@ -95,10 +102,18 @@ def test_a_run_takes_the_rubric_too(run_twice):
     assert "###Score rubric: [is it polite]" in row["prompt"][0]["content"]
 
 
-def test_a_run_that_was_refused_starts_anew_once_the_mistake_is_mended(run_twice):
-    (refused, mended), _ = run_twice
+def test_a_whole_run_is_reported_on_by_its_folder(run_twice, capsys):
+    _, out = run_twice
+    assert main(["report", str(out), "--n_bootstrap", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index(f"{out}/judged-tract (") < printed.index(f"{out}/judged-stage1 (")
+    assert f"a: {out}/judged-tract, b: {out}/judged-stage1" in printed
+
+
+def test_a_run_that_was_refused_starts_anew_once_the_mistake_is_fixed(run_twice):
+    (refused, fixed), _ = run_twice
     assert "lose their score at max_length=20" in refused
-    assert "The settings changed before anything was trained: starting anew" in mended
+    assert "The settings changed before anything was trained: starting anew" in fixed
 
 
 def test_judge_options_reach_the_judge(folder, tmp_path):
@@ -196,7 +211,7 @@ def usage_error(arguments, capsys):
     [
         (["trian"], "unknown command 'trian'"),
         (["trian"], "Did you mean train?"),
-        (["judge"], "required: --model, --data, --output_dir"),
+        (["judge"], "required: --model/--model_name_or_path, --data, --output_dir"),
         (
             ["report", "a", "--n_bootsrap", "5"],
             "--n_bootsrap is no option of trl-tract report; did you mean --n_bootstrap?",
@@ -229,16 +244,37 @@ def test_a_yaml_file_is_read_in_either_spelling(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(f"judgements: {tmp_path}\n")
     for config in (["--config", str(tmp_path / "run.yaml")], [f"--config={tmp_path / 'run.yaml'}"]):
         assert main(["report", *config]) == 1
-        assert f"{tmp_path}/judgements.jsonl" in capsys.readouterr().err
+        assert f"{tmp_path} holds no judgements.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model", "model_name_or_path"])
+@pytest.mark.parametrize("command", ["train", "judge", "check"])
+def test_a_model_is_named_alike_in_every_command(command, name, tmp_path):
+    given = ["--data", "rows.csv", "--output_dir", "out"][: 2 if command == "check" else 4]
+    (tmp_path / "run.yaml").write_text(f"{name}: seed\n")
+    for where in ([f"--{name}", "seed"], ["--config", str(tmp_path / "run.yaml")]):
+        options = parse([command, *given, *where])
+        assert "seed" in [value for group in options for key, value in vars(group).items() if key in MODEL]
+
+
+def test_a_dtype_reaches_what_loads_the_judge(folder, tmp_path):
+    assert judge(folder, tmp_path / "out", "--dtype", "bfloat16") == 0
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_dtype_for_a_server_is_refused(folder, tmp_path, capsys):
+    server = ["--backend", "server", "--base_url", "http://localhost:1/v1", "--dtype", "bfloat16"]
+    assert judge(folder, tmp_path / "out", *server) == 1
+    assert "--dtype" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["report", "nowhere"], "nowhere/judgements.jsonl"),
+        (["report", "nowhere"], "nowhere: no such directory"),
         (["report", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["check", "nowhere.csv", "--model", "seed"], "nowhere.csv: no such file"),
-        (["train", "--data", "rows.jsonl"], "--model_name_or_path is missing"),
+        (["train", "--data", "rows.jsonl"], "--model is missing"),
     ],
 )
 def test_a_failed_command_is_one_line_and_exit_code_1(arguments, wanted, folder, monkeypatch, capsys):

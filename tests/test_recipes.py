@@ -155,7 +155,7 @@ def test_nf4_has_the_bytes_that_bitsandbytes_makes(estimate):
 def test_a_recipe_can_be_tried_without_its_weights(recipe, tmp_path, monkeypatch, capsys):
     # A tokenizer and a configuration under the recipe's hub id: a dry run needs no more.
     settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    directory = tmp_path / settings["model_name_or_path"]
+    directory = tmp_path / settings["model"]
     make_tokenizer().save_pretrained(directory)
     make_model().config.save_pretrained(directory)
     write_jsonl(tmp_path / "rows.jsonl", make_rows(24))

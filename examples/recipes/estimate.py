@@ -263,7 +263,7 @@ def estimate(recipe: Path) -> Estimate:
     """
     text = recipe.read_text(encoding="utf-8")
     settings: dict[str, Any] = yaml.safe_load(text)
-    model = settings["model_name_or_path"]
+    model = settings["model"]
     if model not in CONFIGS:
         raise ValueError(f"{recipe} trains {model}, whose shape is not known here: add it to CONFIGS in estimate.py")
     known = {name: value for name, value in settings.items() if name in ModelConfig.__dataclass_fields__}

@@ -29,6 +29,7 @@ from trl_tract.commands.options import (
 from trl_tract.text.terminal import can_write, uses_colour
 
 if TYPE_CHECKING:
+    from trl_tract.evaluation.report import ScoreReport
     from trl_tract.runs.judged import JudgedScale
 
 USAGE = """\
@@ -225,6 +226,10 @@ def _judge(arguments: Sequence[str]) -> int:
         judged = Judged(rows.output_dir)
         if judged.holds_pairs:
             print(pair_report(judged.sides))
+        else:
+            for scale in judged.scales.values():
+                if len(scale.items):
+                    _print_report(rows.model, scale, scale.report())
         print(f"The judgements are in {written}")
     return 0
 
@@ -264,13 +269,17 @@ def _recalibrate(arguments: Sequence[str]) -> int:
 
 def _report(arguments: Sequence[str]) -> int:
     from trl_tract.runs.judged import Judged
+    from trl_tract.runs.pipeline import judged_folders
     from trl_tract.sources.preferences import pair_report
 
     (args,) = _parse("report", arguments, positional="--judgements")
     # A YAML file may name a single directory without making it a list.
-    folders = [args.judgements] if isinstance(args.judgements, str) else args.judgements
-    if len(folders) > 2:
-        raise ValueError(f"{len(folders)} directories were given: one is reported on, two are compared")
+    given = [args.judgements] if isinstance(args.judgements, str) else args.judgements
+    if len(given) > 2:
+        raise ValueError(f"{len(given)} directories were given: one is reported on, two are compared")
+    of_runs = [judged_folders(folder) for folder in given]
+    # Of one run both judges; of two, the judge that each ends with.
+    folders = of_runs[0] if len(given) == 1 else [folders[0] for folders in of_runs]
     judged = [(folder, Judged(folder)) for folder in folders]
     if any(each.holds_pairs for _, each in judged):
         for folder, each in judged:
@@ -301,13 +310,7 @@ def _report_scale(args: ReportArguments, judged: Sequence[tuple[str, "JudgedScal
     grid = ScoreGrid.from_values(args.score_values).values if args.score_values else main.grid
     reports = [scale.report(n_bootstrap=args.n_bootstrap, grid=grid) for _, scale in judged]
     for (name, scale), report in zip(judged, reports, strict=True):
-        mass = scale.mean_grid_mass
-        print(f"{scale.called(name)} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})")
-        print(report)
-        if without := len(scale.folder) - len(scale.items):
-            print(f"{without} items without a gold score are left out")
-        _print_errors(scale.errors)
-        print()
+        _print_report(name, scale, report)
     for other, scale in others:
         print(f"a: {main.called(folder)}, b: {scale.called(other)}")
         print(main.minus(scale, n_bootstrap=args.n_bootstrap, grid=grid))
@@ -318,6 +321,15 @@ def _report_scale(args: ReportArguments, judged: Sequence[tuple[str, "JudgedScal
         items = judged_items(main, reports[0], data=args.data, others=compared)
         page, *pictures = write_page(items, page_file(Path(args.html), main.name))
         print(f"The page is {page}; its {len(pictures)} pictures are in {page.stem}-plots beside it")
+
+
+def _print_report(name: str, scale: "JudgedScale", report: "ScoreReport") -> None:
+    mass = scale.mean_grid_mass
+    print(f"{scale.called(name)} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})\n{report}")
+    if without := len(scale.folder) - len(scale.items):
+        print(f"{without} items without a gold score are left out")
+    _print_errors(scale.errors)
+    print()
 
 
 def _demo(arguments: Sequence[str]) -> int:
@@ -382,7 +394,7 @@ def _print_errors(errors: Mapping[str, int]) -> None:
 
 def _required_model(model: Any) -> str:
     if not model.model_name_or_path:
-        raise ValueError("--model_name_or_path is missing: give the directory or hub id of the model to start from")
+        raise ValueError("--model is missing: give the directory or hub id of the model to start from")
     return str(model.model_name_or_path)
 
 

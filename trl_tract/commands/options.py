@@ -74,6 +74,13 @@ class WorkerArguments:
     served_model: str | None = field(
         default=None, metadata={"help": "What the server calls the model; by default the same as --model."}
     )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the weights are loaded in: float32, bfloat16 or float16. By default what they were saved in.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
     max_concurrency: int = field(default=64, metadata={"help": "Requests that the server is sent at once."})
     block_size: int = field(default=64, metadata={"help": "Rows that are generated together and then written to disk."})
     shard: str | None = field(
@@ -87,6 +94,10 @@ class WorkerArguments:
     def engine(self, generation: GenerationArguments) -> dict[str, Any]:
         """As arguments of `make_backend`."""
         options = generation.engine()
+        if self.dtype:
+            if generation.backend == "server":
+                raise ValueError("--dtype: a server has loaded its weights already. Leave it out")
+            options["dtype"] = self.dtype
         if generation.backend == "server":
             options = {
                 "base_url": self.base_url,
@@ -258,9 +269,7 @@ class CheckArguments:
     """Rows to look at, and the model whose tokens count."""
 
     data: str = field(metadata={"help": ROWS})
-    model: str = field(
-        metadata={"help": "Model that is to be trained: its tokenizer is loaded.", "aliases": ["--model_name_or_path"]}
-    )
+    model: str = field(metadata={"help": "Model to train. Only its tokenizer is loaded."})
     rows: list[int] = field(
         default_factory=lambda: [0], metadata={"help": "Rows whose score is shown token by token, from 0."}
     )
@@ -308,7 +317,10 @@ class ReportArguments:
     """Judgements to report on."""
 
     judgements: list[str] = field(
-        metadata={"help": "Output directories of `trl-tract judge`: one, or two on the same items to compare."}
+        metadata={
+            "help": "Output directory of `trl-tract judge` or of `trl-tract run`. Two are compared; they must hold "
+            "the same items."
+        }
     )
     n_bootstrap: int = field(default=1000, metadata={"help": "Resamples behind the intervals."})
     html: str | None = field(

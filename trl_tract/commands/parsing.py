@@ -16,6 +16,8 @@ from trl import TrlParser
 
 from trl_tract.training.config import TRACTConfig
 
+_MODEL = ("model", "model_name_or_path")
+
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows one spelling of an option (`--output-dir` is understood too) and what kind of value it takes."""
@@ -42,6 +44,25 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return f"{text.rstrip()} (default: %(default)s)"
 
 
+class _Parser(TrlParser):
+    """TRL's parser; a model may be called `model` or `model_name_or_path` everywhere, in a YAML file too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for action in self._actions:
+            if action.dest in _MODEL:
+                options = [f"--{name}" for name in _MODEL]
+                action.option_strings = [*options, *(set(action.option_strings) - set(options))]
+                self._option_string_actions.update(dict.fromkeys(options, action))
+
+    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+        known = {action.dest for action in self._actions}
+        for name, other in (_MODEL, _MODEL[::-1]):
+            if name not in known and other in known and name in kwargs and other not in kwargs:
+                kwargs[other] = kwargs.pop(name)
+        return list(super().set_defaults_with_config(**kwargs))
+
+
 def score(text: str) -> float | str:
     """A score of a grid; a range of them (`0..100`) stays text, which `ScoreGrid.from_values` writes out."""
     return text if ".." in text else float(text)
@@ -56,7 +77,7 @@ def make_parser(command: str, dataclass_types: Sequence[type], description: str 
         description: What the command does, in a sentence.
     """
     kinds = list(dataclass_types)
-    parser = TrlParser(
+    parser = _Parser(
         kinds,
         prog=f"trl-tract {command}",
         description=description,

@@ -41,6 +41,11 @@ class Judged:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
+        if not (self.directory / "judgements.jsonl").is_file():
+            raise FileNotFoundError(
+                f"{self.directory} holds no judgements.jsonl. Give the output directory of `trl-tract judge`; if "
+                "judging was interrupted, start that command again first"
+            )
         settings = self.directory / "settings.json"
         self.settings: dict[str, Any] = read_json(settings) if settings.is_file() else {}
         self.rows = JsonlRows(self.directory / "judgements.jsonl")

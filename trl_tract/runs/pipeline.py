@@ -232,6 +232,20 @@ def write_report(directory: Path, result: RunResult, judges: Mapping[str, Judged
     write_json(directory / "report.json", content)
 
 
+def judged_folders(folder: str) -> list[str]:
+    """The folders of judgements of a run, that of the judge it ends with first; any other folder by itself.
+
+    Raises:
+        FileNotFoundError: No such folder.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such directory")
+    if (Path(folder) / "judgements.jsonl").is_file():
+        return [folder]
+    found = [Path(folder) / name for name in reversed(JUDGED.values())]
+    return [str(each) for each in found if (each / "judgements.jsonl").is_file()] or [folder]
+
+
 def _count(file: Path) -> int:
     with file.open(encoding="utf-8") as lines:
         return sum(1 for _ in lines)
