@@ -198,15 +198,15 @@ class TestRowsThatChange:
         with pytest.raises(FileExistsError, match="of other rows"):
             make_log(tmp_path, ["another", *TEXTS])
 
-    @pytest.mark.parametrize("edited", [0, 9])
-    def test_under_the_run_are_noticed_whether_they_were_read_or_not(self, tmp_path, edited):
+    @pytest.mark.parametrize(("edited", "during"), [(0, 9), (9, 3)])
+    def test_under_the_run_are_noticed_whether_they_were_read_or_not(self, tmp_path, edited, during):
         data, out = tmp_path / "rows.jsonl", tmp_path / "out"
         rows = [{"n": number} for number in range(10)]
         write_jsonl(data, rows)
         done: list[int] = []
 
         def work(given: list[Any], first: int, report: Report) -> list[Record]:
-            if first == 3:
+            if first == during:
                 rows[edited] = {"n": -1}
                 write_jsonl(data, rows)
             done.extend(range(first, first + len(given)))
