@@ -18,6 +18,7 @@ from trl_tract import (
 )
 from trl_tract.backends import ScriptedBackend
 from trl_tract.files.journal import write_jsonl
+from trl_tract.sources.rubric import Rubric
 
 
 def scripted():
@@ -26,6 +27,12 @@ def scripted():
 
 def judge(**settings):
     return CoTRAILJudge(scripted(), **settings)
+
+
+def with_rubric():
+    made = judge()
+    made.rubric = Rubric("Is it polite?", {str(score): "so" for score in range(1, 6)})
+    return made
 
 
 def run(folder, **settings):
@@ -43,6 +50,16 @@ MISTAKES = {
         "rows is one str: put it into a list",
     ),
     "one dict instead of a list": (lambda _: judge().judge({"prompt": "a"}), TypeError, "as in judge.judge([row])[0]"),
+    "a response for a judge without a rubric": (
+        lambda _: judge().judge_response(response="a"),
+        ValueError,
+        "no rubric was saved with this judge. Write the prompts as in training, with rubric_prompt",
+    ),
+    "fewer instructions than responses": (
+        lambda _: with_rubric().judge_response(response=["a", "b"], instruction=["c"]),
+        ValueError,
+        "1 instructions for 2 responses: give one for each",
+    ),
     "no rationale": (lambda _: judge(num_generations=0), ValueError, "num_generations=0 must be 1 or more"),
     "no attempt": (lambda _: judge(max_attempts=0), ValueError, "max_attempts=0 must be 1 or more"),
     "an unknown decision": (lambda _: judge(decision="meen"), ValueError, "choose one of mean, median, mode, sampled"),
@@ -162,3 +179,10 @@ def test_a_row_that_cannot_be_judged_is_that_item_s_error(row, wanted):
     (judgement,) = judge().judge([row])
     assert judgement.error is not None
     assert wanted in judgement.error
+
+
+def test_plain_text_for_a_judge_of_chat_messages_is_that_item_s_error(tmp_path):
+    make_trainer(tmp_path / "judge", make_rows(3, chat=True)).save_model()
+    (judgement,) = CoTRAILJudge.from_pretrained(tmp_path / "judge", scripted()).judge(["Judge this."])
+    assert judgement.error is not None
+    assert "it is plain text, and the judge was trained on chat messages" in judgement.error

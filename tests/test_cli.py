@@ -12,6 +12,8 @@ import pytest
 from command_line import parse
 from conftest import WORDS, make_model, make_rows, make_tokenizer
 
+from trl_tract import CoTRAILJudge
+from trl_tract.backends import ScriptedBackend
 from trl_tract.cli import main
 from trl_tract.commands import entry_points as commands
 from trl_tract.evaluation.recalibration import Recalibration
@@ -74,6 +76,59 @@ def test_judging_csv_again_does_nothing_again(folder, tmp_path):
     assert (tmp_path / "out" / "judgements.jsonl").stat().st_mtime_ns == before
 
 
+def judged_rows(folder, out, file, *options):
+    """The rows that are judged of a file, with a judge that knows its own columns and rubric."""
+    paths = ["--model", str(folder / "judge"), "--data", str(file), "--output_dir", str(out)]
+    assert main(["judge", *paths, *SAMPLING, *options]) == 0
+    return list(read_jsonl(out / "rows.jsonl"))
+
+
+def test_a_judge_knows_the_columns_and_the_rubric_of_its_training(folder, tmp_path):
+    assert judge(folder, tmp_path / "named") == 0
+    rows = judged_rows(folder, tmp_path / "known", folder / "rows.csv")
+    assert rows == list(read_jsonl(tmp_path / "named" / "rows.jsonl"))
+
+
+def test_known_columns_may_be_missing_and_other_ones_be_named(folder, tmp_path):
+    (tmp_path / "new.csv").write_text("question,reply\nis it,polite\n")
+    (row,) = judged_rows(folder, tmp_path / "out", tmp_path / "new.csv", "--columns", "response=reply")
+    assert row["prompt"][0]["content"].count("polite") == 3  # the rubric has two
+    assert "score" not in row
+
+
+def test_another_rubric_goes_before_the_known_one(folder, tmp_path):
+    (tmp_path / "other.yaml").write_text(RUBRIC.replace("is it polite", "is it short"))
+    rows = judged_rows(folder, tmp_path / "out", folder / "rows.csv", "--rubric", str(tmp_path / "other.yaml"))
+    assert "[is it short]" in rows[0]["prompt"][0]["content"]
+
+
+def test_responses_are_judged_in_python_with_the_prompts_of_the_command(folder, tmp_path):
+    rows = judged_rows(folder, tmp_path / "out", folder / "rows.csv")
+    asked = []
+
+    def write(prompt, seed):
+        asked.append(prompt)
+        return " fine. [RESULT]"
+
+    backend = ScriptedBackend(write, make_tokenizer(), probs=lambda ids: [0.2] * 5)
+    own = CoTRAILJudge.from_pretrained(folder / "judge", backend)
+    own.judge(rows)
+    pairs = [line.split(",")[:2] for line in (folder / "rows.csv").read_text().splitlines()[1:]]
+    several = own.judge_response(instruction=[a for a, _ in pairs], response=[b for _, b in pairs])
+    assert asked[: len(rows)] == asked[len(rows) :]
+    one = own.judge_response(instruction=pairs[0][0], response=pairs[0][1])
+    assert [one.score] == [judgement.score for judgement in several[:1]]
+
+
+def test_a_training_without_a_rubric_leaves_none_of_an_earlier_one(folder, tmp_path):
+    shutil.copytree(folder / "judge", tmp_path / "judge", ignore=shutil.ignore_patterns("checkpoint-*"))
+    write_jsonl(tmp_path / "rows.jsonl", make_rows(4))
+    paths = ["--data", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "judge")]
+    assert main(["train", "--model", str(folder / "seed"), *paths, *TRAINING]) == 0
+    backend = ScriptedBackend(lambda *_: "", make_tokenizer())
+    assert CoTRAILJudge.from_pretrained(tmp_path / "judge", backend).rubric is None
+
+
 def test_rows_of_csv_are_distilled(folder, tmp_path):
     distill = ["distill", *own(folder, of="judge"), "--output_dir", str(tmp_path / "out"), *SAMPLING]
     assert main(distill) == 0
@@ -98,6 +153,7 @@ def run_twice(folder, tmp_path_factory):
 def test_a_run_takes_the_rubric_too(run_twice):
     (_, printed), out = run_twice
     assert f"The judge is in {out}/tract" in printed
+    assert (out / "stage1" / "tract_prompt.json").read_bytes() == (out / "tract" / "tract_prompt.json").read_bytes()
     (row, *_) = read_jsonl(out / "train.jsonl")
     assert "###Score rubric: [is it polite]" in row["prompt"][0]["content"]
 

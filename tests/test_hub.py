@@ -48,6 +48,7 @@ def trained(tmp_path_factory):
     (directory / "checkpoint-1").mkdir()
     (directory / "checkpoint-1" / "model.safetensors").write_bytes(b"old")
     (directory / "notes.txt").write_text("mine")
+    (directory / "tract_prompt.json").write_text('{"columns": {"response": "answer"}, "rubric": null}')
     return directory
 
 
@@ -66,6 +67,7 @@ def test_a_pushed_judge_is_its_weights_tokenizer_configuration_and_card_and_noth
         "tokenizer.json",
         "tokenizer_config.json",
         "tract_config.json",
+        "tract_prompt.json",
     }
     assert files["model.safetensors"] == (trained / "model.safetensors").read_bytes()
     assert json.loads(files["tract_config.json"]) == json.loads((trained / "tract_config.json").read_text())

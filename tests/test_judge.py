@@ -158,6 +158,14 @@ def test_progress_counts_an_item_when_it_is_scored():
     assert seen == [1, 1, *["score"] * 4, 2]
 
 
+def test_a_bar_is_shown_where_someone_watches_and_not_elsewhere(monkeypatch, capsys):
+    judge(" fine [RESULT]").judge(["a", "b"])
+    assert not capsys.readouterr().err
+    monkeypatch.setattr("trl_tract.judge.judge.is_watched", lambda: True)
+    judge(" fine [RESULT]").judge(["a", "b"])
+    assert "2 of 2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("probs", [[0.0] * 5, [0.5] * 5])
 def test_probabilities_that_cannot_be_are_no_score(probs):
     class Lying(ScriptedBackend):

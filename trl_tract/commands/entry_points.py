@@ -157,7 +157,8 @@ def _train(arguments: Sequence[str]) -> int:
 
     with read(rows.data) as data, read(rows.eval_data) if rows.eval_data else nullcontext() as eval_data:
         evaluated = None if eval_data is None else str(eval_data)
-        TrainStep(name, str(data), training.output_dir, evaluated, fields, asdict(model)).run()
+        kept = None if own is None else own.to_dict()
+        TrainStep(name, str(data), training.output_dir, evaluated, fields, asdict(model), own=kept).run()
     if _is_first_process():
         print(f"The model is in {training.output_dir}")
     return 0
@@ -179,7 +180,7 @@ def _distill(arguments: Sequence[str]) -> int:
         "keep_annotated": rows.keep_annotated,
         "block_size": worker.block_size,
     }
-    source = Source(rows.data, JudgeConfig.load(rows.model).scales, _own(columns), rows.invalid_rows)
+    source = Source(rows.data, JudgeConfig.load(rows.model).scales, _own(columns, rows.model), rows.invalid_rows)
     chat = bool(load_tokenizer(rows.model).chat_template)
     # Where no annotated rationale is fallen back on, none is needed.
     needed = rows.on_failure == "keep_gold" or rows.keep_annotated
@@ -207,7 +208,7 @@ def _judge(arguments: Sequence[str]) -> int:
         "num_generations": generation.num_generations,
         **rows.rules(),
     }
-    source = Source(rows.data, JudgeConfig.load(rows.model).scales, _own(columns))
+    source = Source(rows.data, JudgeConfig.load(rows.model).scales, _own(columns, rows.model))
     with rows_file(source.judged_rows(bool(load_tokenizer(rows.model).chat_template))) as data:
         step = JudgeStep(
             rows.model,
@@ -364,10 +365,12 @@ def _completion(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _own(columns: ColumnArguments) -> Any:
+def _own(columns: ColumnArguments, judge: str | None = None) -> Any:
+    """The columns and the rubric that were given; for the rest those that were saved with a judge."""
     from trl_tract.sources.columns import OwnColumns
 
-    return OwnColumns.parse(columns.columns, columns.rubric)
+    given = OwnColumns.parse(columns.columns, columns.rubric)
+    return given if judge is None else OwnColumns.beside(given, OwnColumns.load(judge))
 
 
 def _exit_code(taken: bool) -> int:

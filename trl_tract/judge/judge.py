@@ -22,6 +22,10 @@ from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import given_scales
 from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, some_scores
 from trl_tract.scale.trie import GridProbabilities
+from trl_tract.sources.columns import OwnColumns
+from trl_tract.sources.rubric import Rubric
+from trl_tract.sources.schemas import as_chat
+from trl_tract.text.progress import is_watched, progress
 
 __all__ = ["CoTRAILJudge", "Judgement"]
 
@@ -62,6 +66,7 @@ class CoTRAILJudge:
         scales: The scales of a completion in their order; the name of a single one is empty.
         template_settings: What the chat template is rendered with.
         chat: Whether it was trained on chat messages; None where that is not known.
+        rubric: Makes the prompts of `judge_response`; that of the training rows where one was saved with the judge.
 
     Raises:
         ValueError: An unknown decision or pool, a setting out of range, a grid that the tokenizer cannot tell apart, or
@@ -114,6 +119,7 @@ class CoTRAILJudge:
         self._num_generations = num_generations if writes_rationale else 1  # without one all would be the same
         self.template_settings = TemplateSettings(chat_template_kwargs or {}, thinking, template_date)
         self.chat: bool | None = None
+        self.rubric: Rubric | None = None
         self._known_template: tuple[Any, Template] | None = None
         self._tokens_found: set[tuple[int, bool]] = set()  # tokenizers and types of prompt
 
@@ -166,7 +172,51 @@ class CoTRAILJudge:
         }
         judge = cls(backend, **config.arguments, **{**trained, **settings})
         judge.scales, judge.chat = config.scales, config.chat
+        saved = OwnColumns.load(path, revision)
+        judge.rubric = None if saved is None else saved.rubric
         return judge
+
+    def judge_response(
+        self,
+        *,
+        response: str | Sequence[str],
+        instruction: str | Sequence[str] = "",
+        reference: str | Sequence[str | None] | None = None,
+    ) -> Judgement | list[Judgement]:
+        """Score one response, or several, by the rubric that the judge was trained with.
+
+        Args:
+            response: What is judged: one text, or a list.
+            instruction: What it answers; one for all, or a list with one for each response.
+            reference: An answer that would earn the highest score, likewise; None: none.
+
+        Returns:
+            One judgement for one text, a list for a list.
+
+        Raises:
+            ValueError: There is no rubric, or a list is of another length than `response`.
+
+        Example:
+            `judge.judge_response(instruction="Where is my order?", response="On its way.").score`
+        """
+        if self.rubric is None:
+            raise ValueError(
+                "no rubric was saved with this judge. Write the prompts as in training, with rubric_prompt or your own "
+                'code, and use judge(); or set judge.rubric = Rubric.load("rubric.yaml") (trl_tract.sources.rubric)'
+            )
+        responses = [response] if isinstance(response, str) else list(response)
+        fields: dict[str, list[Any]] = {}
+        for name, given in (("instruction", instruction), ("reference", reference)):
+            fields[name] = [given] * len(responses) if given is None or isinstance(given, str) else list(given)
+            if len(fields[name]) != len(responses):
+                raise ValueError(f"{len(fields[name])} {name}s for {len(responses)} responses: give one for each")
+        chat = bool(self.backend.tokenizer.chat_template) if self.chat is None else self.chat
+        rows: list[Row] = []
+        for asked, text, best in zip(fields["instruction"], responses, fields["reference"], strict=True):
+            row: Row = {"prompt": self.rubric.prompt(asked, text, best, self.scales[0].marker)}
+            rows.append(as_chat(row) if chat else row)
+        judgements = self.judge(rows)
+        return judgements[0] if isinstance(response, str) else judgements
 
     def judge(
         self,
@@ -181,10 +231,14 @@ class CoTRAILJudge:
             rows: A prompt each, or rows with a `prompt`, written like the training rows.
             first: Number of the first item where `rows` is a part of more; the random seed depends on it.
             on_progress: Called with the number of items that are done since it was called before. Rationales are
-                written for all items and then scored: an item whose rationale is written counts a half.
+                written for all items and then scored: an item whose rationale is written counts a half. None: a bar on
+                a terminal and in a notebook.
         """
         if isinstance(rows, str | Mapping):
             raise TypeError(f"rows is one {type(rows).__name__}: put it into a list, as in judge.judge([row])[0]")
+        if on_progress is None and len(rows) > 1 and is_watched():
+            with progress(total=len(rows), desc="judging", unit="item") as bar:
+                return self.judge(rows, first=first, on_progress=bar.update)
         judged: dict[int, Judgement] = {}
         asked: dict[int, Asked] = {}
         for i, row in enumerate(rows):
@@ -192,7 +246,7 @@ class CoTRAILJudge:
                 judged[i] = Judgement(error=str(row[REFUSED]))
                 continue
             try:
-                item = _read_item(row)
+                item = _read_item(row, self.chat)
                 prompt = self._template.ask(item)
             except (TypeError, ValueError, KeyError) as error:
                 judged[i] = Judgement(error=f"the prompt cannot be read: {error}")
@@ -306,8 +360,8 @@ def _checked(known: ScoreGrid, here: ScoreGrid) -> ScoreGrid:
     return known
 
 
-def _read_item(row: Any) -> Row:
-    """An item as a row with a prompt, text or chat messages.
+def _read_item(row: Any, chat: bool | None) -> Row:
+    """An item as a row with a prompt, text or chat messages; `chat`: which of them the judge was trained on, if known.
 
     Raises:
         TypeError, ValueError: It is neither; what it is is said.
@@ -316,6 +370,11 @@ def _read_item(row: Any) -> Row:
         raise ValueError(f"the row has no `prompt`; its columns are {', '.join(sorted(map(str, row)))}")
     item: Row = dict(row) if isinstance(row, Mapping) else {"prompt": row}
     prompt = item["prompt"]
+    if isinstance(prompt, str) and chat:
+        raise TypeError(
+            "it is plain text, and the judge was trained on chat messages: give "
+            '[{"role": "user", "content": prompt}], or use judge_response'
+        )
     if isinstance(prompt, str):
         return item
     if not isinstance(prompt, Sequence):

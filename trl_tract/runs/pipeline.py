@@ -152,6 +152,7 @@ def carry_out(
             training=dict(spec.training),
             model_args=dict(spec.model_args),
             asked_like=None if asked_like is None else str(asked_like),
+            own=None if spec.own is None else spec.own.to_dict(),
         )
 
     def judge(stage: str, name: str) -> None:

@@ -1,7 +1,7 @@
 """What a run is asked for, as `run_tract` and the dry run share it. Knows nothing of how a run is done."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -89,4 +89,4 @@ class RunSpec:
             "backend": self.backend.get("name", "transformers"),
             **made_by(None, self.model),
         }
-        return settings if self.own is None else settings | {"own_columns": asdict(self.own)}
+        return settings if self.own is None else settings | {"own_columns": self.own.to_dict()}

@@ -39,6 +39,8 @@ from trl_tract.saved.judge_config import FILE_NAME, JudgeConfig
 from trl_tract.scale.scale import Scale, read_scales
 from trl_tract.scale.text import ScoreNotFoundError
 from trl_tract.sources.arrow import training_dataset
+from trl_tract.sources.columns import FILE_NAME as PROMPT_FILE
+from trl_tract.sources.columns import OwnColumns
 from trl_tract.text.secrets import without_secrets
 from trl_tract.text.terminal import hide_host_warnings
 from trl_tract.training.config import TRACTConfig
@@ -61,6 +63,7 @@ class TrainStep:
         training: Fields of TRACTConfig.
         model_args: Fields of TRL's ModelConfig: dtype, LoRA, quantisation.
         asked_like: A judge's directory, whose prompts are rendered alike (thinking, date), since it wrote the rows.
+        own: The rows' columns and rubric as `OwnColumns.to_dict` has them, saved with the model; None: none.
     """
 
     kind: ClassVar[str] = "train"
@@ -71,6 +74,7 @@ class TrainStep:
     training: dict[str, Any] = field(default_factory=dict)
     model_args: dict[str, Any] = field(default_factory=dict)
     asked_like: str | None = None
+    own: dict[str, Any] | None = None
 
     def run(self) -> None:
         """Train and save."""
@@ -105,6 +109,10 @@ class TrainStep:
         trainer.save_state()
         trainer.create_model_card()
         if args.process_index == 0:
+            if self.own is None:
+                (Path(self.output_dir) / PROMPT_FILE).unlink(missing_ok=True)  # of an earlier training
+            else:
+                OwnColumns.from_dict(self.own).save(self.output_dir)
             shutil.rmtree(Path(self.output_dir) / ROWS, ignore_errors=True)
 
     def _last_checkpoint(self, made_of: Mapping[str, Any]) -> Path | None:

@@ -36,6 +36,7 @@ JUDGE_FILES = (
     "spiece.model",
     "*.jinja",
     "tract_calibration.json",
+    "tract_prompt.json",
     "README.md",
     "LICENSE*",
     "NOTICE*",

@@ -1,7 +1,8 @@
 """A user's own column names -> the columns that are understood. Knows nothing of files or models."""
 
+import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from trl_tract.scale.scale import Scale
 from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError
 from trl_tract.sources.rubric import Rubric
 
+FILE_NAME = "tract_prompt.json"
+"""File beside a judge, with the columns and the rubric of its training rows."""
 ROLES = {
     "instruction": "what the response answers",
     "response": "the text to be judged",
@@ -35,10 +38,14 @@ class OwnColumns:
     Attributes:
         columns: Role -> column. A role that is left out is the column of its own name, where there is one.
         rubric: Makes the prompts; None: the rows hold whole prompts.
+        optional: Roles whose column a file may lack, since the user did not name them: they were saved with a judge.
+        saved: Whether all of it was. Then rows that hold neither responses nor prompts are read by a known schema.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     rubric: Rubric | None = None
+    optional: frozenset[str] = frozenset()
+    saved: bool = False
 
     @classmethod
     def parse(
@@ -69,6 +76,64 @@ class OwnColumns:
             named[role] = column
         return cls(named, Rubric.load(rubric) if rubric else None)
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        return {"columns": dict(self.columns), "rubric": None if self.rubric is None else asdict(self.rubric)}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "OwnColumns":
+        """What `to_dict` wrote."""
+        return cls(dict(saved["columns"]), Rubric(**saved["rubric"]) if saved["rubric"] else None)
+
+    def save(self, directory: str | Path) -> None:
+        """Write `tract_prompt.json` into a judge's directory."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        (Path(directory) / FILE_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path, revision: str | None = None) -> "OwnColumns | None":
+        """Read `tract_prompt.json` of a judge's directory or hub id; None where it was trained without.
+
+        Raises:
+            ValueError: It cannot be read.
+        """
+        file = Path(path) / FILE_NAME
+        if not Path(path).is_dir():
+            from transformers.utils import cached_file
+
+            try:
+                file = Path(str(cached_file(str(path), FILE_NAME, revision=revision)))
+            except OSError:
+                return None  # the judge's own file, which is looked for first, says what is wrong with the repository
+        if not file.is_file():
+            return None
+        try:
+            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} cannot be read: {error!r}. Save the model again, or delete the file") from error
+
+    @staticmethod
+    def beside(given: "OwnColumns | None", saved: "OwnColumns | None") -> "OwnColumns | None":
+        """What the user gave, and for the rest what was saved with the judge."""
+        if saved is None:
+            return given
+        if given is None:
+            return replace(saved, optional=frozenset(saved.columns), saved=True)
+        return OwnColumns(
+            {**saved.columns, **given.columns},
+            given.rubric or saved.rubric,
+            optional=frozenset(saved.columns.keys() - given.columns.keys()),
+        )
+
+    def of(self, record: Mapping[str, Any]) -> "OwnColumns | None":
+        """What of it holds for a record; None for one that a known schema has to read."""
+        absent = {role for role in self.optional if not set(_parts(role, self.columns[role])) & record.keys()}
+        columns = {role: column for role, column in self.columns.items() if role not in absent}
+        needed = ("prompt" if self.rubric is None else "response", "chosen")
+        if self.saved and not any(columns.get(role, role) in record for role in needed):
+            return None
+        return replace(self, columns=columns)
+
     def check(self, scales: Sequence[Scale]) -> None:
         """Refuse a rubric that describes other scores than there are.
 
@@ -86,6 +151,7 @@ class OwnColumns:
     def absent(self, seen: Collection[str]) -> list[str]:
         """The columns that are named and that no record has."""
         parts = {role: [column] if column in seen else _parts(role, column) for role, column in self.columns.items()}
+        parts = {role: each for role, each in parts.items() if role not in self.optional}
         return [part for each in parts.values() for part in each if part not in seen]
 
     def convert(self, record: Mapping[str, Any], scales: Sequence[Scale]) -> Row:

@@ -82,7 +82,8 @@ class Source:
                 continue
             seen.update(record)
             try:
-                items = read_items(record, self.scales, self.own, judged=judged)
+                own = None if self.own is None else self.own.of(record)
+                items = read_items(record, self.scales, own, judged=judged)
             except ScoreNotFoundError as error:
                 yield number, Refusal(number, error.kind, str(error))
             except KeyError as error:
