@@ -6,6 +6,7 @@ import pytest
 
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import read_scales
+from trl_tract.scale.text import ScoreNotFoundError
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.door import Source
 from trl_tract.sources.rubric import Rubric
@@ -110,13 +111,31 @@ def test_a_record_that_does_not_fit_its_columns_is_named(columns, record, wanted
         read_item(record, SCALES, OwnColumns.parse(columns, rubric))
 
 
+def test_a_rubric_says_what_stands_in_it_whatever_yaml_makes_of_it(tmp_path):
+    (tmp_path / "rubric.yaml").write_text("criterion: no\nscale: on\nscores:\n  1: yes\n  2: 2.50\n")
+    rubric = Rubric.load(tmp_path / "rubric.yaml")
+    assert (rubric.criterion, rubric.scale, rubric.descriptions) == ("no", "on", {"1": "yes", "2": "2.50"})
+
+
+def test_a_response_that_is_true_or_nan_is_no_text(rubric):
+    own = OwnColumns.parse(None, rubric)
+    for response in (True, float("nan"), "nan"):
+        with pytest.raises(ScoreNotFoundError):
+            own.convert({"response": response, "score": 1}, SCALES)
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
         ("- a\n", "a rubric is YAML with `criterion: text` and `scores:`"),
         ("criterion: a\nscores: {1: a}\n", "has to describe two scores or more"),
         (RUBRIC + "critrion: b\n", "critrion is not understood"),
-        ("a: [", "is not YAML"),
+        ("a: [", "cannot be read as YAML"),
+        ("criterion: c\nscores: {1: a, 1: b, 2: c}", "a key stands twice"),
+        ("criterion: c\nscores: {2024-01-01: a, 2: b}", "Put it in quotes"),
+        ("criterion: c\nscores: {1: , 2: b}", "1 has no text"),
+        ("criterion:\nscores: {1: a, 2: b}", "criterion has no text"),
+        ("criterion: c\nscores: {1: [a], 2: b}", "1 has no text"),
         (
             RUBRIC + "template: '{answer}'\n",
             r"in `template`, \{answer\} is not understood. Places are: \{",

@@ -339,3 +339,10 @@ def write(folder, rows):
     source = Source(written(folder, "csv", rows), SCALES, None, "drop", lambda _: None)
     write_rows(folder / "train.jsonl", source.training_rows(chat=False))
     return folder / "train.jsonl"
+
+
+@pytest.mark.parametrize("messages", ["x", 5, [5], {"role": "user"}])
+def test_messages_that_are_none_are_refused_by_row(tmp_path, messages):
+    source = written(tmp_path, "jsonl", [{"messages": messages, "score": 4}])
+    ((number, refusal),) = Source(source, SCALES).found()
+    assert (number, refusal.kind) == (0, "not text")

@@ -31,6 +31,7 @@ WRITTEN = {"completion": "Good. [RESULT] 5"}
         ("[4, 3, 3]", [4.0, 3.0, 3.0]),
         (["4", None, 5.0], [4.0, 5.0]),
         ([4, float("nan")], [4.0]),
+        ("[4.0, nan, None]", [4.0]),
     ],
 )
 def test_a_cell_holds_a_number_or_one_for_each_annotator(cell, scores):

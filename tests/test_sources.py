@@ -138,3 +138,28 @@ def test_json_is_read_in_pieces_of_any_size(tmp_path, chunk, monkeypatch):
 def test_json_that_is_cut_is_no_json(tmp_path, text):
     with pytest.raises(ValueError, match="is not JSON"):
         list(read_records(written(tmp_path, "a.json", text)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "prompt,score,\np,4,\n",
+        "prompt,score\np,4,,\n",
+        ",,prompt,score\n0,0,p,4\n",
+        "\n , \nprompt,score\np,4\n",
+    ],
+)
+def test_cells_without_a_name_are_left_alone(tmp_path, text):
+    assert list(read_records(written(tmp_path, "a.CSV", text))) == [{"prompt": "p", "score": "4"}]
+
+
+@pytest.mark.parametrize("text", ["prompt,score\np,4,5\n", "prompt,,score\np,4,5\n", "prompt,score,score\np,4,5\n"])
+def test_a_cell_that_holds_something_has_to_have_a_name(tmp_path, text):
+    with pytest.raises(ValueError, match=r"a\.csv"):
+        list(read_records(written(tmp_path, "a.csv", text)))
+
+
+def test_a_mapping_of_parquet_is_a_mapping(tmp_path):
+    scores = pyarrow.array([[("tone", 4.0), ("facts", 1.0)]], pyarrow.map_(pyarrow.string(), pyarrow.float64()))
+    parquet.write_table(pyarrow.table({"scores": scores}), tmp_path / "a.parquet")
+    assert list(read_records(str(tmp_path / "a.parquet"))) == [{"scores": {"tone": 4.0, "facts": 1.0}}]

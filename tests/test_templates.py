@@ -428,3 +428,28 @@ def test_a_real_sentencepiece_vocabulary_is_asked_with_what_it_was_trained_on(mi
     special = set(mistral_tokenizer.all_special_ids)
     assert [token for token in ids if token in special] == [mistral_tokenizer.bos_token_id]
     assert mistral_tokenizer.decode(ids).endswith("Judge </s>[INST] <s> this. [/INST]")
+
+
+@pytest.mark.parametrize("content", [None, [], float("nan")])
+def test_a_turn_of_the_user_that_holds_nothing_is_refused(content: Any) -> None:
+    with pytest.raises(ScoreNotFoundError):
+        template_of("qwen3").ask(row_of(ask=content))
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        [{"role": "assistant", "content": "First."}, {"role": "assistant", "content": SAID}],
+        [{"role": "assistant", "content": SAID, "tool_calls": [{"name": "f"}]}],
+    ],
+)
+def test_no_turn_of_a_completion_is_left_out(completion: Any) -> None:
+    with pytest.raises(ScoreNotFoundError) as refused:
+        trained(template_of("qwen3"), {**row_of(), "completion": completion})
+    assert refused.value.kind == "several turns"
+
+
+def test_tools_and_variables_that_are_nan_are_none() -> None:
+    template = template_of("qwen3")
+    nan = float("nan")
+    assert template.ask(row_of(tools=nan, chat_template_kwargs=nan)) == template.ask(row_of())

@@ -15,6 +15,7 @@ from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale, locate_scores
 from trl_tract.scale.text import ScoreNotFoundError, some_scores
 
+_NOTHING = re.compile(r"\b(?:None|nan)\b")  # as Python writes a missing score in a list
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -118,7 +119,7 @@ def _given(row: Mapping[str, Any], scales: Sequence[Scale]) -> list[Any] | None:
 def _annotators(value: Any, grid: ScoreGrid) -> list[float]:
     """The scores of a cell, one for each annotator who gave one."""
     if isinstance(value, str) and value.lstrip().startswith("[") and value.strip() not in grid.texts:
-        value = _json(value, "a list of scores")
+        value = _json(_NOTHING.sub("null", value), "a list of scores")
     value = value.tolist() if hasattr(value, "tolist") else value  # of numpy
     values = value if isinstance(value, list | tuple) else [value]
     scores = [_score(each, grid) for each in values if not is_missing(each)]

@@ -62,7 +62,9 @@ def marked(message: Any, control: re.Pattern[str], parts: bool) -> dict[str, Any
         return [mark(each) for each in value] if isinstance(value, list | tuple) else value
 
     rest = {key: mark(value) for key, value in message.items() if key not in ("role", "content") and value is not None}
-    if message.get("content") is None:
+    if message.get("content") in (None, [], ()) or message["content"] != message["content"]:
+        if message["role"] != "assistant":  # whose turn may be a call of a tool alone
+            raise ScoreNotFoundError("empty", f"a message of the {message['role']} holds nothing")
         return {"role": message["role"], **rest}
     return turn(message["role"], mark(text_of(message["content"])), parts) | rest
 

@@ -72,7 +72,7 @@ class _Body:
         self.scores.append(RenderedScore(text, len(self.text), len(self.text) + len(text)))
         self.text += text
 
-    def addown_thinking(self, text: str, frame: Frame) -> None:
+    def add_thinking(self, text: str, frame: Frame) -> None:
         """Add text; the thinking that it may begin with is marked by control tokens."""
         tags, end = own_thinking(text, frame)
         if tags is None or end is None:
@@ -149,7 +149,7 @@ def render_row(template: Template, row: Mapping[str, Any], scales: Sequence[Scal
         marker_end = span.start - len(span.separator)
         before = written.answer[end : span.marker_start]
         if end == 0 and written.thought is None:
-            body.addown_thinking(before, asked.frame)
+            body.add_thinking(before, asked.frame)
         else:
             body.add(before)
         body.add(written.answer[span.marker_start : marker_end], real=True)
@@ -183,7 +183,7 @@ def render_pieces(
             body.add(asked.frame.closing, real=True)
             body.add(answer)
         else:
-            body.addown_thinking(answer, asked.frame if number == 0 else Frame())
+            body.add_thinking(answer, asked.frame if number == 0 else Frame())
         body.add(scale.format.lead if answer else "")
         body.add(scale.marker, real=True)
         body.add(scale.format.separator)

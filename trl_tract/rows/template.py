@@ -223,12 +223,13 @@ class Template:
         return tuple(found)
 
     def _variables(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        own = row.get("chat_template_kwargs") or {}
-        tools = row.get("tools")
+        own, tools = row.get("chat_template_kwargs"), row.get("tools")
         try:
-            own, tools = (json.loads(each) if isinstance(each, str) else each for each in (own, tools))
+            read = ((each if each == each else None) or None for each in (own, tools))  # NaN is none
+            own, tools = (json.loads(each) if isinstance(each, str) else each for each in read)
         except json.JSONDecodeError as error:
             raise ScoreNotFoundError("template", f"`tools` or `chat_template_kwargs` is not JSON: {error}") from error
+        own = {} if own is None else own
         if not isinstance(own, Mapping):
             raise ScoreNotFoundError("template", f"`chat_template_kwargs` is {own!r}, not a mapping")
         # Arrow gives every row the keys of all rows.

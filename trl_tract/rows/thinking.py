@@ -50,12 +50,18 @@ def read_rationale(frame: Frame, text: str) -> str:
 
 
 def completion_text(completion: str | Sequence[Mapping[str, Any]] | None) -> str:
-    """What the judge writes: a text completion itself, or the content of the assistant's last turn."""
+    """What the judge writes: a text completion itself, or the content of its one message."""
     if isinstance(completion, str):
         return completion
     if not completion:
         raise ScoreNotFoundError("empty", "the completion is empty")
-    return text_of(completion[-1].get("content"))
+    if len(completion) > 1 or completion[0].get("tool_calls"):
+        raise ScoreNotFoundError(
+            "several turns",
+            "the completion has to be one message of text, and it holds several or calls a tool. Put what comes before "
+            "the judge's answer into the prompt",
+        )
+    return text_of(completion[0].get("content"))
 
 
 def scored_text(completion: str | Sequence[Mapping[str, Any]] | None) -> str:

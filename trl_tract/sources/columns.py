@@ -194,14 +194,12 @@ class OwnColumns:
         """What a record has in a role's column; a list of what it has in several; None for nothing."""
         column = self.columns.get(role, role)
         cells = [record.get(part) for part in ([column] if column in record else _parts(role, column))]
-        if role == "score":
-            cells = [cell for cell in cells if not is_missing(cell)]
-        cell = cells if len(cells) > 1 else next(iter(cells), None)
-        return None if isinstance(cell, str) and not cell.strip() else cell
+        cells = [cell for cell in cells if not is_missing(cell)]
+        return cells if len(cells) > 1 else next(iter(cells), None)
 
     def _text(self, found: Mapping[str, Any], role: str) -> str:
         """A cell that goes into a prompt or a completion; a number is written as it stands."""
-        if not isinstance(found[role], str | int | float):
+        if isinstance(found[role], bool) or not isinstance(found[role], str | int | float):
             raise ScoreNotFoundError("not text", f"the {role} is {type(found[role]).__name__}, not text")
         return str(found[role])
 

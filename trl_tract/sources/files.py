@@ -45,10 +45,11 @@ def read_records(source: str) -> Iterable[Record | ValueError]:
     path = Path(source)
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv}
     readers[".parquet"] = _read_parquet
-    if path.is_file() and path.suffix in readers:
+    kind = path.suffix.lower()
+    if path.is_file() and kind in readers:
         if not path.stat().st_size:
             raise ValueError(f"{source} is empty: it holds 0 bytes")
-        return readers[path.suffix](path)
+        return readers[kind](path)
     if path.exists():
         raise ValueError(f"{source} is no file that is read here: give one of {', '.join(FILES)}, or a hub id")
     if path.suffix in FILES or source.startswith((".", "~", os.sep)) or source.count("/") > 1:
@@ -159,15 +160,16 @@ def _read_csv(path: Path) -> Iterator[Record]:
     try:
         # `utf-8-sig`: spreadsheets put a mark before the first column's name.
         with path.open(encoding="utf-8-sig", newline="") as file:
-            delimiter = "\t" if path.suffix == ".tsv" else _delimiter(file)
+            delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(file)
             quoted = delimiter != "\t" or _is_quoted(file)
             lines = csv.reader(
                 file, delimiter=delimiter, strict=True, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
             )
-            names = [name.strip() for name in next(lines, [])]
-            # pandas leaves its index in a first column without a name.
-            index = 1 if names[:1] == [""] and len(names) > 1 else 0
-            if not all(names[index:]) or len(set(names)) < len(names):
+            first = next((cells for cells in lines if any(map(str.strip, cells))), [])
+            names = _without_blanks([name.strip() for name in first], 0)
+            # pandas leaves its index in the first columns, without a name.
+            index = next((at for at, name in enumerate(names) if name), 0)
+            if not all(names[index:]) or len(set(names[index:])) < len(names) - index:
                 raise ValueError(
                     f"{path}: the first line has to name every column, each once. It names: "
                     f"{', '.join(repr(name) for name in names) or 'nothing'}"
@@ -175,6 +177,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
             for cells in lines:
                 if not cells:
                     continue
+                cells = _without_blanks(cells, len(names))
                 if len(cells) != len(names):
                     raise ValueError(
                         f"{path}, line {lines.line_num}: {len(cells)} cells, but the first line names {len(names)} "
@@ -183,12 +186,21 @@ def _read_csv(path: Path) -> Iterator[Record]:
                 number += 1
                 columns = zip(names[index:], cells[index:], strict=True)
                 yield {name: cell if cell.strip() else None for name, cell in columns}
+            if not names:
+                raise ValueError(f"{path} is empty: it holds blank lines alone")
             if not number:
                 raise ValueError(f"{path} has a first line, which names the columns {', '.join(names)}, and no rows")
     except csv.Error as error:
         raise ValueError(f"{path}, line {lines.line_num}: {error}. Write the file again as CSV") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}. Save it as 'CSV UTF-8'") from error
+
+
+def _without_blanks(cells: list[str], kept: int) -> list[str]:
+    """Cells without the blank ones at the end, as spreadsheets write them, behind the first `kept`."""
+    while len(cells) > kept and not cells[-1].strip():
+        cells = cells[:-1]
+    return cells
 
 
 def _delimiter(file: Any) -> str:
@@ -224,7 +236,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     try:
         with ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
+                yield from batch.to_pylist(maps_as_pydicts="strict")
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
 

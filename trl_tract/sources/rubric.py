@@ -42,11 +42,11 @@ class Rubric:
 
         try:
             text = Path(path).read_text(encoding="utf-8")
-            content, as_written = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
+            content, as_written = yaml.safe_load(text), _as_written(yaml.compose(text, yaml.BaseLoader))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"--rubric {path}: no such file") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"--rubric {path} is not YAML: {' '.join(str(error).split())}") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ValueError(f"--rubric {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
         wanted = "a rubric is YAML with `criterion: text` and `scores:`, under it `1: text`, `2: text` and so on"
         if not isinstance(content, dict) or not {"criterion", "scores"} <= content.keys():
             raise ValueError(f"--rubric {path}: {wanted}")
@@ -60,15 +60,15 @@ class Rubric:
             raise ValueError(f"--rubric {path}: `scores` has to describe two scores or more; {wanted}")
         if len(content["scores"]) < len(as_written["scores"]):
             raise ValueError(f"--rubric {path}: under `scores`, YAML reads two scores as one. Put them in quotes")
-        rubric = cls(
-            str(content["criterion"]),
-            {
-                _written(path, raw, score): str(text)
-                for raw, (score, text) in zip(as_written["scores"], content["scores"].items(), strict=True)
-            },
-            content.get("template"),
-            str(content.get("scale") or "").strip() or None,
-        )
+        described = {
+            _written(path, raw, score): text
+            for (raw, text), score in zip(as_written["scores"].items(), content["scores"], strict=True)
+        }
+        for name, told in {**described, **as_written, "scores": "described"}.items():
+            if not isinstance(told, str) or not told.strip():
+                raise ValueError(f"--rubric {path}: {name} has no text; {wanted}")
+        template, scale = as_written.get("template"), as_written.get("scale")
+        rubric = cls(as_written["criterion"], described, template, None if scale is None else scale.strip())
         rubric._check_template(path)
         return rubric
 
@@ -152,10 +152,26 @@ class Rubric:
         return re.sub(r"\{(\w+)\}", lambda place: filled[place[1]], self.template)
 
 
+def _as_written(node: Any) -> Any:
+    """A YAML node as its characters, whatever YAML makes of `yes` and `2.50`; None for a list.
+
+    Raises:
+        ValueError: A key stands twice.
+    """
+    if not isinstance(node.value, list):
+        return node.value
+    if node.id != "mapping":
+        return None
+    written = {str(key.value): _as_written(value) for key, value in node.value}
+    if len(written) < len(node.value):
+        raise ValueError("a key stands twice in it")
+    return written
+
+
 def _written(path: str | Path, raw: str, score: Any) -> str:
     """A YAML key as score text: 5 and 5.0 as `5`; what YAML makes something else of is refused."""
     if isinstance(score, str):
         return score
-    if isinstance(score, bool) or str(score) != raw:
+    if isinstance(score, bool) or not isinstance(score, int | float) or str(score) != raw:
         raise ValueError(f'--rubric {path}: under `scores`, YAML reads {raw} as {score}. Put it in quotes: "{raw}"')
     return score_text(score)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl_tract.rows.golds import read_golds
+from trl_tract.rows.golds import is_missing, read_golds
 from trl_tract.rows.rendering import as_prompt_completion, with_completion
 from trl_tract.rows.row import Row
 from trl_tract.scale.scale import Scale
@@ -103,7 +103,11 @@ def _read_item(row: Row, scales: Sequence[Scale], judged: bool, converted: bool)
             "not understood",
             f"the columns {', '.join(sorted(map(str, row)))} are not understood. Understood are: {kinds}",
         )
-    row = as_prompt_completion({name: cell for name, cell in row.items() if name not in _CHATS or cell is not None})
+    row = {name: cell for name, cell in row.items() if name not in _CHATS or cell is not None}
+    for name in _CHATS & row.keys():
+        if not isinstance(row[name], list) or not all(isinstance(message, Mapping) for message in row[name]):
+            raise ScoreNotFoundError("not text", f"the {name} are not a list of chat messages: {row[name]!r:.80}")
+    row = as_prompt_completion(row)
     _check_chat(row)
     golds = read_golds(row, scales)
     if golds is None and not judged:
@@ -123,7 +127,7 @@ def _read_item(row: Row, scales: Sequence[Scale], judged: bool, converted: bool)
     return Item(given["group"], () if row.get("completion") is None else (row,), given, converted)
 
 
-_CHATS = ("messages", "conversations")
+_CHATS = {"messages", "conversations"}
 
 
 def _cleaned(record: Mapping[str, Any], used: Collection[str]) -> Row:
@@ -150,7 +154,7 @@ def _cleaned(record: Mapping[str, Any], used: Collection[str]) -> Row:
                     f"the column {name} holds half a character ({error.object[error.start]!r}), as text does that was "
                     "cut in the middle of an emoji",
                 ) from error
-            value = None if isinstance(value, str) and not value.strip() else value
+            value = None if is_missing(value) else value
         row[str(name)] = value
     return row
 
