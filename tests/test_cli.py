@@ -270,13 +270,13 @@ def usage_error(arguments, capsys):
         (["judge"], "required: --model/--model_name_or_path, --data, --output_dir"),
         (
             ["report", "a", "--n_bootsrap", "5"],
-            "--n_bootsrap is no option of trl-tract report; did you mean --n_bootstrap?",
+            "trl-tract report has no option --n_bootsrap. Did you mean --n_bootstrap?",
         ),
-        (["report", "a", "--xyzzy"], "--xyzzy is no option of trl-tract report; trl-tract report --help lists them"),
+        (["report", "a", "--xyzzy"], "trl-tract report has no option --xyzzy. trl-tract report --help lists them"),
         (["report", "a", "--n_bootstrap", "many"], "invalid int value: 'many'"),
-        (["report", "a", "--n_bootstrap", "5", "b"], "'b' belongs to no option"),
+        (["report", "a", "--n_bootstrap", "5", "b"], "'b' does not belong to an option"),
         (["judge", "--decision", "best"], "invalid choice: 'best'"),
-        (["report", "a", "--config"], "--config: the path of a YAML file is missing"),
+        (["report", "a", "--config"], "--config needs the path of a YAML file"),
         (["completion", "csh"], "invalid choice: 'csh'"),
     ],
 )
@@ -291,7 +291,7 @@ def test_an_option_of_a_yaml_file_that_there_is_none_of_is_named(tmp_path, capsy
     code, printed = usage_error(["report", "--config", str(tmp_path / "run.yaml")], capsys)
     assert code == 2
     assert (
-        f"--n_bootsrap is no option of trl-tract report (in {tmp_path / 'run.yaml'}); did you mean --n_bootstrap?"
+        f"trl-tract report has no option --n_bootsrap (in {tmp_path / 'run.yaml'}). Did you mean --n_bootstrap?"
         in printed
     )
 
@@ -364,7 +364,7 @@ def test_ctrl_c_is_exit_code_130(monkeypatch, capsys):
 
     monkeypatch.setitem(commands.COMMANDS, "report", stopped)
     assert main(["report"]) == 130
-    assert "start the same command to go on" in capsys.readouterr().err
+    assert "Run the same command again to continue" in capsys.readouterr().err
 
 
 # Help and completion

