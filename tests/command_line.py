@@ -42,6 +42,7 @@ def commands_of(code: str, directory: Path) -> list[list[str]]:
         for name in PROGRAMS:
             (folder / name).write_text(_RECORDER.replace("basename", "/usr/bin/basename"))
             (folder / name).chmod(0o755)
+        (folder / "activate").write_text(f"PATH={folder}:$PATH")
     environment = {"PATH": str(tools), "RECORD": str(record), "SLURM_ARRAY_TASK_ID": "2"}
     done = subprocess.run(
         ["/bin/bash", "-euc", code], cwd=directory, env=environment, capture_output=True, text=True, timeout=60
