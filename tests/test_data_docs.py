@@ -5,10 +5,12 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import make_model, make_rows, make_tokenizer
+from conftest import make_model, make_rows, make_tokenizer, make_trainer
 
+from trl_tract.backends import ScriptedBackend
 from trl_tract.cli import main
 from trl_tract.files.journal import write_jsonl
+from trl_tract.sources.columns import OwnColumns
 
 PAGE = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -46,11 +48,15 @@ def test_a_command_of_the_page_runs(command, folder, capsys):
 
 
 def test_the_page_has_the_commands_that_are_run():
-    assert len(COMMANDS) == 5  # two checks, a dry run, a run (tests/test_cli.py has one) and a judge (likewise)
+    assert len(COMMANDS) == 6  # two checks, a dry run, a run (tests/test_cli.py has one) and two judges (likewise)
 
 
-def test_python_of_the_page_runs():
+def test_python_of_the_page_runs(folder, monkeypatch):
     (code,) = blocks("python")
+    make_trainer(folder / "my-judge" / "tract", make_rows(3, chat=True)).save_model()
+    OwnColumns.parse([], "rubric.yaml").save(folder / "my-judge" / "tract")
+    backend = ScriptedBackend(lambda *_: " Wrong. [RESULT]", make_tokenizer(), probs=lambda ids: [0.2] * 5)
+    monkeypatch.setattr("trl_tract.judge.judge.TransformersBackend", lambda *args, **kwargs: backend)
     names = {}
     exec(code, names)
-    assert "With fire." in names["row"]["prompt"][0]["content"]
+    assert (names["judgement"].score, names["judgement"].rationales) == (pytest.approx(3.0), [" Wrong."])
