@@ -132,3 +132,10 @@ def test_several_adapters_at_once_are_refused(tmp_path):
     model.base_model.set_adapter(["default", "judge"])
     with pytest.raises(ValueError, match="default, judge are active at once"):
         trained(tmp_path, model)
+
+
+def test_an_adapter_that_is_frozen_is_refused(tmp_path):
+    model = get_peft_model(make_model(), lora())
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no weight of the adapter default is trainable"):
+        trained(tmp_path, model)

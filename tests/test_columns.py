@@ -81,6 +81,7 @@ def test_an_own_template_is_filled_once(tmp_path):
 
 def test_a_mapping_from_yaml_does_as_well(rubric):
     assert OwnColumns.parse({"response": "answer"}, rubric) == OwnColumns.parse(["response=answer"], rubric)
+    assert OwnColumns.parse({"score": ["anna", "ben"]}, None) == OwnColumns.parse(["score=anna,ben"], None)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,20 @@ def test_scores_that_do_not_fit_the_scales_are_refused(row, scales, kind):
     assert refused.value.kind == kind
 
 
-FRACTIONS = ["/10", " / 10", "／10", " ⁄ 10", " of 10", " out of 10", " von 10", " sur 10", " из 10", " ud af 10"]
+FRACTIONS = [
+    "/10",
+    " / 10",
+    "／10",
+    " ⁄ 10",
+    " of 10",
+    " out of 10",
+    " von 10",
+    " sur 10",
+    " из 10",
+    " ud af 10",
+    " points out of 10",
+    " Punkte von 10",
+]
 BRACKETS = [" (out of 10)", " (10 max)", "（满分10）", " [of 10]"]
 
 

@@ -13,6 +13,7 @@ from template_tokenizers import DIRECTORY, TEMPLATES, template_tokenizer
 from tiny import make_tokenizer
 from tokenizers import processors
 
+from trl_tract import TRACTConfig
 from trl_tract.backends.loading import tokenizer_to_train
 from trl_tract.commands.template_view import template_words
 from trl_tract.rows.rendering import (
@@ -453,3 +454,10 @@ def test_tools_and_variables_that_are_nan_are_none() -> None:
     template = template_of("qwen3")
     nan = float("nan")
     assert template.ask(row_of(tools=nan, chat_template_kwargs=nan)) == template.ask(row_of())
+
+
+def test_a_date_and_off_are_what_was_meant_however_yaml_reads_them() -> None:
+    read = {"template_date": datetime.date(2026, 1, 31), "thinking": False}
+    assert TemplateSettings.of_training(read) == TemplateSettings(thinking="off", date="2026-01-31")
+    config = TRACTConfig("out", bf16=False, **read)
+    assert (config.template_date, config.thinking) == ("2026-01-31", "off")

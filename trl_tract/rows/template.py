@@ -58,6 +58,10 @@ class TemplateSettings:
         Raises:
             ValueError: An unknown mode or a date that is none.
         """
+        if isinstance(self.thinking, bool) and not self.thinking:  # as YAML reads `off`
+            object.__setattr__(self, "thinking", "off")
+        if isinstance(self.date, datetime.date):  # likewise
+            object.__setattr__(self, "date", self.date.isoformat())
         if self.thinking not in THINKING:
             raise ValueError(f"thinking={self.thinking!r} is unknown: choose one of {', '.join(THINKING)}")
         if not isinstance(self.chat_template_kwargs, Mapping):
@@ -65,7 +69,7 @@ class TemplateSettings:
         if self.date is not None:
             try:
                 datetime.date.fromisoformat(self.date)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"template_date={self.date!r} is no date: write it like 2026-01-31") from error
 
     @classmethod
@@ -198,11 +202,6 @@ class Template:
             eos = self.tokenizer.eos_token or ""
             whole_characters(prompt)
             return Asked(prompt, (), Frame(ending=eos), True)
-        if not self.tokenizer.chat_template:
-            raise ValueError(
-                "the rows are chat messages, but this tokenizer has no chat template. Give the prompts as plain text, "
-                "or set chat_template_path"
-            )
         frame = self.frame(row)
         messages = [marked(message, self._control, frame.parts) for message in prompt]
         text, cuts = cut(self._render(messages, frame.variables, generation=True) + frame.opening, self._control)
@@ -249,7 +248,13 @@ class Template:
         Raises:
             ScoreNotFoundError: It refuses a question and an answer, does not show them, or has no thinking block where
                 the rationale is to be the thinking.
+            ValueError: There is no template.
         """
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "the rows are chat messages, but this tokenizer has no chat template. Give the prompts as plain text, "
+                "or set chat_template_path"
+            )
         variables = self._variables(row)
         key = json.dumps(variables, default=str)
         if key not in self._frames:

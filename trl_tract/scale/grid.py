@@ -212,6 +212,8 @@ def _numbers(values: Sequence[Any] | str) -> Iterator[float]:
         if found is None:
             if value is values:
                 raise ValueError
+            if isinstance(value, bool):
+                raise ValueError
             yield float(value)
             continue
         # Decimal: 0, 0.1, 0.2, 0.3 and not 0.30000000000000004, which nobody writes.

@@ -61,6 +61,9 @@ class Scale:
         }
 
 
+_QUOTE = f'In YAML, put it in quotes: "{DEFAULT_MARKER}", "yes"'
+
+
 def read_scales(training: Mapping[str, Any]) -> tuple[Scale, ...]:
     """The scales of a configuration: one for each aspect, or the only one, whose name is empty.
 
@@ -77,9 +80,9 @@ def read_scales(training: Mapping[str, Any]) -> tuple[Scale, ...]:
     """
     if training.get("aspects"):
         return read_aspects(training["aspects"])
-    marker = str(training.get("score_marker", DEFAULT_MARKER))
-    if not marker.strip():
-        raise ValueError(f"score_marker is empty: give the text that stands before the score, such as {DEFAULT_MARKER}")
+    marker = training.get("score_marker", DEFAULT_MARKER)
+    if not isinstance(marker, str) or not marker.strip():
+        raise ValueError(f"score_marker={marker!r} is no text that could stand before the score. {_QUOTE}")
     grid = ScoreGrid.from_values(training.get("score_values", DEFAULT_VALUES), training.get("score_texts"))
     return (Scale("", grid, CompletionFormat(marker)),)
 
@@ -138,11 +141,15 @@ def read_aspects(aspects: Mapping[str, Mapping[str, Any]] | str) -> tuple[Scale,
 
 def _read_aspect(name: str, given: Mapping[str, Any]) -> Scale:
     if not isinstance(name, str) or not name.strip() or name != name.strip() or "/" in name:
-        raise ValueError(f"aspects: the name {name!r} has to be a word without '/', as a part of the metrics' names")
-    unknown = set(given) - set(_FIELDS)
-    if unknown or not str(given.get("marker") or "").strip():
+        raise ValueError(
+            f"aspects: the name {name!r} has to be a word without '/', as a part of the metrics' names. {_QUOTE}"
+        )
+    unknown, marker = set(given) - set(_FIELDS), given.get("marker", "")
+    if unknown or not marker:
         wrong = f"the unknown field {min(unknown)!r}" if unknown else "no marker"
         raise ValueError(f"aspect {name!r} has {wrong}; an aspect has the fields {', '.join(_FIELDS)}")
+    if not isinstance(marker, str) or not marker.strip():
+        raise ValueError(f"aspect {name!r}: the marker {marker!r} is no text. {_QUOTE}")
     try:
         grid = ScoreGrid.from_values(given.get("values") or DEFAULT_VALUES, given.get("texts"))
     except ValueError as error:
@@ -150,7 +157,6 @@ def _read_aspect(name: str, given: Mapping[str, Any]) -> Scale:
     weight = given.get("raft_weight")
     if weight is not None and not 0 <= weight < float("inf"):
         raise ValueError(f"aspect {name!r}: raft_weight={weight} must be a number that is 0 or greater")
-    marker = str(given["marker"])
     return Scale(name, grid, CompletionFormat(marker, start=" "), None if weight is None else float(weight))
 
 

@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 
 
-# What may not stand right behind a score: "[RESULT] 4.5", "[RESULT] 3 / 10", "[RESULT] 3 out of 10" and "[RESULT] 3 (of
-# 10)" are other scores than 4 and 3, in whatever language and width they are written.
+# What may not stand right behind a score: "[RESULT] 4.5", "[RESULT] 3 / 10", "[RESULT] 3 points of 10" and "[RESULT] 3
+# (of 10)" are other scores than 4 and 3, in whatever language and width they are written.
 _OF = "(?:out |ud )?(?:of|af)|van|von|aus|auf|over|sur|de|di|da|su|em|av|na|ze?|od|из|от|από|στα"
+_UNIT = r"(?:\s+(?:points?|pts?\.?|marks?|stars?|punkten?|sternen?|puntos|estrellas|étoiles|punti|stelle))?"
 _SCORE_GOES_ON = re.compile(
-    rf"\w|[.,:-]\d|\s*[%％‰]|\s*[/／∕⁄÷|]\s*\d|[ \t]*[(\[（［【][^)\]）］】.\n]{{0,30}}?\d|\s+(?:{_OF})\s+\d"
+    rf"\w|[.,:-]\d|\s*[%％‰]|{_UNIT}\s*[/／∕⁄÷|]\s*\d|{_UNIT}[ \t]*[(\[（［【][^)\]）］】.\n]{{0,30}}?\d"
+    rf"|{_UNIT}\s+(?:{_OF}|per)\s+\d",
+    re.IGNORECASE,
 )
 
 

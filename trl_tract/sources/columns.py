@@ -64,7 +64,10 @@ class OwnColumns:
             return None
         named: dict[str, str] = {}
         if isinstance(columns, Mapping):
-            columns = [f"{role}={column}" for role, column in columns.items()]
+            columns = [
+                f"{role}={','.join(map(str, column)) if isinstance(column, list) else column}"
+                for role, column in columns.items()
+            ]
         for pair in [columns] if isinstance(columns, str) else columns or []:
             role, equals, column = pair.partition("=")
             if not equals or not column or role not in ROLES:

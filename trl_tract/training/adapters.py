@@ -51,6 +51,11 @@ def check_adapters(model: Any, peft_config: PeftConfig | None) -> None:
             f"the adapters {', '.join(active)} are active at once, and one is saved as the judge. Activate the one to "
             "train, with model.set_adapter(name), and merge the others before"
         )
+    if active and not any(weight.requires_grad for weight in model.parameters()):
+        raise ValueError(
+            f"no weight of the adapter {active[0]} is trainable. Load it with is_trainable=True, or activate it with "
+            "model.set_adapter(name)"
+        )
     if not isinstance(model, PeftModel):
         # PEFT leaves its layers and their configuration in a loaded model, unless they are unloaded.
         left = [_change(config, _CHANGES | _LEFT) for config in getattr(model, "peft_config", {}).values()]

@@ -181,7 +181,9 @@ class TRACTConfig(SFTConfig):
             raise ValueError(
                 f"annotator_weight={self.annotator_weight:g} weighs nothing: set annotator_loss='distribution' as well"
             )
-        self.chat_template_kwargs = dict(self.template_settings.chat_template_kwargs) or None
+        settings = self.template_settings
+        self.chat_template_kwargs = dict(settings.chat_template_kwargs) or None
+        self.thinking, self.template_date = self.thinking or settings.thinking, settings.date
         if self.invalid_rows not in ("raise", "drop"):
             raise ValueError(f"invalid_rows={self.invalid_rows!r} is unknown: choose 'raise' or 'drop'")
         if self.assistant_only_loss:
