@@ -1,4 +1,4 @@
-"""What held-out gold scores can mend: an affine map of the scores, and intervals with a guaranteed coverage.
+"""What held-out gold scores can improve: an affine map of the scores, and intervals with a guaranteed coverage.
 
 Works on arrays; knows nothing of models or of how scores came about.
 """
@@ -27,7 +27,7 @@ class Recalibration:
     """An affine map of a judge's scores, fitted on held-out judgements: `slope * score + intercept`, kept in the range.
 
     Judges that were trained on few rows give scores that are too extreme or too timid, or all a little high: two
-    numbers mend that. The slope is never negative, so no two items change their order, and the rank correlations stay
+    numbers correct that. The slope is never negative, so no two items change their order, and the rank correlations stay
     (but for ties at the ends of the range). An isotonic map could bend, but needs more rows and makes ties everywhere.
 
     Attributes:
