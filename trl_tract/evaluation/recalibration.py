@@ -27,8 +27,8 @@ class Recalibration:
     """An affine map of a judge's scores, fitted on held-out judgements: `slope * score + intercept`, kept in the range.
 
     Judges that were trained on few rows give scores that are too extreme or too timid, or all a little high: two
-    numbers correct that. The slope is never negative, so no two items change their order, and the rank correlations stay
-    (but for ties at the ends of the range). An isotonic map could bend, but needs more rows and makes ties everywhere.
+    numbers correct that. The slope is never negative, so no two items change their order, and the rank correlations
+    stay (but for ties at the ends of the range). An isotonic map could bend, but needs more rows and makes many ties.
 
     Attributes:
         slope: At least 0.
