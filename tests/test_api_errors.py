@@ -1,5 +1,8 @@
 """Everything but training data mistyped once: each message says what is wrong and what to do."""
 
+import datetime
+
+import pandas
 import pytest
 from conftest import make_model, make_rows, make_tokenizer, make_trainer
 from datasets import Dataset
@@ -59,6 +62,24 @@ MISTAKES = {
         lambda _: with_rubric().judge_response(response=["a", "b"], instruction=["c"]),
         ValueError,
         "1 instructions for 2 responses: give one for each",
+    ),
+    "a table instead of rows": (
+        lambda _: judge().judge(pandas.DataFrame([{"prompt": "a"}])),
+        TypeError,
+        "judge.judge(table.to_dict('records'))",
+    ),
+    "an iterator instead of rows": (lambda _: judge().judge(iter(["a"])), TypeError, "judge.judge(list(rows))"),
+    "no rows to distill": (
+        lambda folder: CoTSelfDistill(scripted()).distill(Dataset.from_list([]), folder),
+        ValueError,
+        "the dataset holds no rows",
+    ),
+    "times of day to distill": (
+        lambda folder: CoTSelfDistill(scripted()).distill(
+            Dataset.from_list([row | {"at": datetime.time(3)} for row in make_rows(2)]), folder
+        ),
+        ValueError,
+        "the column at holds times of day",
     ),
     "no rationale": (lambda _: judge(num_generations=0), ValueError, "num_generations=0 must be 1 or more"),
     "no attempt": (lambda _: judge(max_attempts=0), ValueError, "max_attempts=0 must be 1 or more"),

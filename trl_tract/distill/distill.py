@@ -4,6 +4,7 @@ The gold score is attached, the model's own score is never read. Knows nothing o
 """
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -169,6 +170,11 @@ class CoTSelfDistill:
         """
         if not isinstance(dataset, Dataset):
             raise TypeError(f"dataset is a {type(dataset).__name__}: make it a Dataset, as in Dataset.from_list(rows)")
+        if not len(dataset):
+            raise ValueError("the dataset holds no rows")
+        times = next((name for name, kind in dataset.features.items() if re.search(r"time(32|64)\[", str(kind))), None)
+        if times is not None:  # Arrow makes dates of their text, but no times of day
+            raise ValueError(f"the column {times} holds times of day: leave it out, or make it text")
         directory = Path(output_dir)
         self._distill(dataset, directory, None)
         features = Features({**dataset.features, **PROVENANCE})

@@ -236,6 +236,10 @@ class CoTRAILJudge:
         """
         if isinstance(rows, str | Mapping):
             raise TypeError(f"rows is one {type(rows).__name__}: put it into a list, as in judge.judge([row])[0]")
+        if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
+            raise TypeError("rows is a table: give its rows, as in judge.judge(table.to_dict('records'))")
+        if not hasattr(rows, "__len__"):
+            raise TypeError(f"rows is a {type(rows).__name__}: make it a list, as in judge.judge(list(rows))")
         if on_progress is None and len(rows) > 1 and is_watched():
             with progress(total=len(rows), desc="judging", unit="item") as bar:
                 return self.judge(rows, first=first, on_progress=bar.update)
