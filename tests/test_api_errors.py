@@ -85,8 +85,16 @@ MISTAKES = {
     "no attempt": (lambda _: judge(max_attempts=0), ValueError, "max_attempts=0 must be 1 or more"),
     "an unknown decision": (lambda _: judge(decision="meen"), ValueError, "choose one of mean, median, mode, sampled"),
     "an unknown pool": (lambda _: judge(pool="both"), ValueError, "choose one of scores, distributions"),
-    "a grid as text": (lambda _: judge(score_values="12345"), ValueError, "score_values='12345' is no list of numbers"),
-    "a grid of words": (lambda _: ScoreGrid.from_values(["poor", "good"]), ValueError, "if in words, is score_texts"),
+    "a grid as text": (
+        lambda _: judge(score_values="12345"),
+        ValueError,
+        "score_values='12345' is not a list of numbers",
+    ),
+    "a grid of words": (
+        lambda _: ScoreGrid.from_values(["poor", "good"]),
+        ValueError,
+        "put the words into score_texts",
+    ),
     "a grid of one number": (lambda _: TRACTConfig("out", score_values=5), ValueError, "give them in rubric units"),
     "a weight as text": (lambda _: TRACTConfig("out", raft_weight="1"), ValueError, "raft_weight='1' must be a number"),
     "no length at all": (

@@ -144,7 +144,7 @@ def test_refusals_are_training_s_own(tmp_path, model, capsys):
     wanted = (
         str(refused.value)
         .replace("train rows", "rows.jsonl rows")
-        .removesuffix(" Or set invalid_rows='drop' to go on without them.")
+        .removesuffix(" Or set invalid_rows='drop' to continue without them.")
     )
     assert found == f"Refused: {wanted}"
 

@@ -169,7 +169,7 @@ def test_a_whole_run_is_reported_on_by_its_folder(run_twice, capsys):
 def test_a_run_that_was_refused_starts_anew_once_the_mistake_is_fixed(run_twice):
     (refused, fixed), _ = run_twice
     assert "lose their score at max_length=20" in refused
-    assert "The settings changed before anything was trained: starting anew" in fixed
+    assert "The settings changed before anything was trained: starting over" in fixed
 
 
 def test_judge_options_reach_the_judge(folder, tmp_path):

@@ -129,10 +129,10 @@ def test_a_response_that_is_true_or_nan_is_no_text(rubric):
     ("text", "wanted"),
     [
         ("- a\n", "a rubric is YAML with `criterion: text` and `scores:`"),
-        ("criterion: a\nscores: {1: a}\n", "has to describe two scores or more"),
+        ("criterion: a\nscores: {1: a}\n", "must describe two scores or more"),
         (RUBRIC + "critrion: b\n", "critrion is not understood"),
         ("a: [", "cannot be read as YAML"),
-        ("criterion: c\nscores: {1: a, 1: b, 2: c}", "a key stands twice"),
+        ("criterion: c\nscores: {1: a, 1: b, 2: c}", "a key appears twice"),
         ("criterion: c\nscores: {2024-01-01: a, 2: b}", "Put it in quotes"),
         ("criterion: c\nscores: {1: , 2: b}", "1 has no text"),
         ("criterion:\nscores: {1: a, 2: b}", "criterion has no text"),
@@ -189,9 +189,9 @@ def test_a_scale_stands_in_an_own_template(tmp_path):
             "describes '101': that is neither a score of the grid, which is 0, 1, 2, 3, 4, ..., 100, nor a",
         ),
         ("0-20: a, 21-120: b", "describes '21-120': that is neither"),
-        ("50: a, 0: b", "describes '0' behind a higher score: put the lowest first"),
-        ("0-20: a, 10-30: b", "describes '10-30' behind a higher score"),
-        ("20-0: a, 30: b", "describes '20-0' behind a higher score"),
+        ("50: a, 0: b", "describes '0' after a higher score: put the lowest first"),
+        ("0-20: a, 10-30: b", "describes '10-30' after a higher score"),
+        ("20-0: a, 30: b", "describes '20-0' after a higher score"),
     ],
 )
 def test_a_scale_describes_scores_of_the_grid_in_its_order(tmp_path, scores, wanted):

@@ -17,7 +17,7 @@ from trl_tract import TRACTConfig, TRACTTrainer
 from trl_tract.saved.judge_config import JudgeConfig
 
 TOKENS = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
-REST = "Or set invalid_rows='drop' to go on without them."
+REST = "Or set invalid_rows='drop' to continue without them."
 
 
 def rows_with(**wrong: Any) -> list[dict[str, Any]]:
@@ -246,18 +246,23 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
         {},
         ["assistant_only_loss=True", "the last assistant turn", "Leave it out"],
     ),
-    "an empty marker": (make_rows(3), {"score_marker": " "}, {}, ["score_marker=' ' is no text", 'quotes: "[RESULT]"']),
+    "an empty marker": (
+        make_rows(3),
+        {"score_marker": " "},
+        {},
+        ["score_marker=' ' must be text", 'quotes: "[RESULT]"'],
+    ),
     "a marker that YAML made a list of": (
         make_rows(3),
         {"score_marker": ["RESULT"]},
         {},
-        ["score_marker=['RESULT'] is no text", 'quotes: "[RESULT]"'],
+        ["score_marker=['RESULT'] must be text", 'quotes: "[RESULT]"'],
     ),
     "scores that YAML made booleans of": (
         make_rows(3),
         {"score_values": [False, True]},
         {},
-        ["score_values=[False, True] is no list of numbers"],
+        ["score_values=[False, True] is not a list of numbers"],
     ),
     "a grid that decreases": (make_rows(3), {"score_values": [5, 1]}, {}, ["score_values=[5, 1] must increase"]),
     "a grid of one": (make_rows(3), {"score_values": [5]}, {}, ["score_values=[5] holds 1 score(s)", "two or more"]),
@@ -334,7 +339,7 @@ def test_a_cut_row_is_named_with_its_length_and_the_length_to_set(tmp_path):
         make_trainer(tmp_path, rows, max_length=60)
     assert str(caught.value) == (
         f"1 of 3 train rows lose their score at max_length=60 (first: row 1, {length} tokens; longest: {length}). Set "
-        f"max_length to {length} or more. Or set invalid_rows='drop' to go on without them."
+        f"max_length to {length} or more. Or set invalid_rows='drop' to continue without them."
     )
 
 
@@ -378,7 +383,7 @@ def test_dropping_trains_on_the_rest_and_says_how_many_went(tmp_path, warned):
     assert len(trainer.train_dataset) == 4
     assert trainer.train().global_step == 1
     (message,) = warned()
-    assert message.startswith("Going on without them: 1 of 6 train rows refused (no marker; first: row 2)")
+    assert message.startswith("Continuing without them: 1 of 6 train rows refused (no marker; first: row 2)")
     assert "1 of 6 train rows refused (off the range; first: row 5)" in message
 
 

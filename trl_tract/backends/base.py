@@ -163,7 +163,7 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
         if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 leaves the logits alone")
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 turns it off")
 
     def check(self, n: int, stop: str | None) -> None:
         """Check what else `Backend.generate` was asked for.

@@ -209,8 +209,8 @@ def _base_of(adapter: Path, base: str) -> str:
         found, reason = None, f" ({' '.join(str(error).split())})"
     if found is None:
         raise FileNotFoundError(
-            f"{adapter} is an adapter of {base!r}, which is no directory here and cannot be had from the hub{reason}. "
-            "Put the base model there, or set base_model_name_or_path in adapter_config.json to where it is"
+            f"{adapter} is an adapter of {base!r}, which is not a directory here and cannot be loaded from the "
+            f"hub{reason}. Put the base model there, or set base_model_name_or_path in adapter_config.json to its place"
         )
     return base
 

@@ -267,7 +267,7 @@ class ServerBackend(RequestBackend):
             if changed:
                 raise RuntimeError(
                     f"{self._server.url} serves another model under the name {self.model!r} than at the start "
-                    f"({'; '.join(changed)}). Serve the first one again, or start anew in another directory"
+                    f"({'; '.join(changed)}). Serve the first one again, or start in another directory"
                 )
             self._probed_at = clock()
 

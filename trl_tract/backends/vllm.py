@@ -226,9 +226,7 @@ def _check_checkpoint(base_id: str) -> None:
 
 def _lora_arguments(model_id: str, adapter: PeftConfig) -> dict[str, Any]:
     if str(getattr(adapter.peft_type, "value", adapter.peft_type)) != "LORA":
-        raise ValueError(
-            f"{model_id} is a {adapter.peft_type} adapter; vLLM serves LoRA alone: use TransformersBackend"
-        )
+        raise ValueError(f"{model_id} is a {adapter.peft_type} adapter; vLLM serves only LoRA: use TransformersBackend")
     plain = LoraConfig()
     odd = {
         field.name: getattr(adapter, field.name)

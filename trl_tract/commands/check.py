@@ -273,7 +273,7 @@ def check(
         say("\nNothing to train on: no row has a completion (rationale, marker and score)")
     if report.refused:
         say(f"\nRefused: {what_is_refused(report, max_length)}")
-        say("Training stops at them; with invalid_rows='drop' it goes on without them")
+        say("Training stops there; with invalid_rows='drop' it continues without them")
     else:
         say("\nNo row would be refused")
     for line in contradictions(report, scales):

@@ -77,7 +77,7 @@ def run_demo(
         settings["scale"] = scale
     run = Run(directory, settings | made_by(None, model), total=9)
     print(
-        f"This takes about {size.minutes} minutes on two CPU cores. An interrupted run goes on with the same command."
+        f"This takes about {size.minutes} minutes on two CPU cores. If it is interrupted, run the same command again."
     )
     train_file, eval_file, seed_model = directory / "train.jsonl", directory / "eval.jsonl", directory / "seed-model"
 

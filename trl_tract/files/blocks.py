@@ -174,7 +174,7 @@ class BlockLog:
             if cancel is not None:
                 cancel()
             logger.warning(
-                "%s stopped with %d of %d rows on disk in %s. Start the same again to go on from there",
+                "%s stopped with %d of %d rows on disk in %s. Start the same again to continue",
                 self.what,
                 self.finished_rows,
                 len(self.rows),

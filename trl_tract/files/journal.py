@@ -216,7 +216,7 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{where}: not JSON ({error}). Each line has to be one object") from error
+        raise ValueError(f"{where}: not JSON ({error}). Each line must be one object") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where}: {type(row).__name__} instead of an object")
     return row
@@ -264,7 +264,7 @@ def guard(directory: Path, settings: Mapping[str, Any], what: str) -> None:
     if changed:
         raise FileExistsError(
             f"{directory} holds another {what} ({'; '.join(changed[:5])}). Choose another output directory, go back to "
-            "what it was started with, or delete it to begin anew"
+            "what it was started with, or delete it to start over"
         )
 
 

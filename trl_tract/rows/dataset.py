@@ -152,7 +152,7 @@ def prepare_rows(
     Args:
         dataset: Prompt-completion or `messages` rows.
         encoder: With its grid resolved.
-        invalid_rows: `raise`, or `drop` to go on without them.
+        invalid_rows: `raise`, or `drop` to continue without them.
         num_proc: Processes that encode.
         dataset_name: For messages.
         warn: Told what was dropped.
@@ -176,11 +176,11 @@ def prepare_rows(
         found = [_refusal(encoded[i], i) for i in refused]
         summary = refusal_summary(found, len(encoded), dataset_name, encoder.max_length)
         if invalid_rows == "raise":
-            raise ValueError(f"{summary} Or set invalid_rows='drop' to go on without them.")
+            raise ValueError(f"{summary} Or set invalid_rows='drop' to continue without them.")
         kept = [i for i, kind in enumerate(kinds) if not kind]
         if not kept:
             raise ValueError(f"No row is left. {summary}")
-        warn(f"Going on without them: {summary}")
+        warn(f"Continuing without them: {summary}")
         encoded = encoded.select(kept)
     return encoded.select_columns(encoder.columns)
 
@@ -202,7 +202,7 @@ def _prepare_stream(
             return True
         summary = refusal_summary([_refusal(row, index)], None, dataset_name, encoder.max_length)
         if invalid_rows == "raise":
-            raise ValueError(f"{summary} Or set invalid_rows='drop' to go on without such rows.")
+            raise ValueError(f"{summary} Or set invalid_rows='drop' to continue without such rows.")
         dropped += 1
         if dropped & (dropped - 1) == 0:  # at 1, 2, 4, 8, ...: counted without flooding the log
             warn(f"Dropped {dropped} row(s) of the stream so far, the last one: {summary}")

@@ -58,7 +58,7 @@ class Run:
                 raise
             # A mistake in the options, corrected: nothing is lost, and another directory would only be a nuisance.
             with _alone(directory):
-                say("The settings changed before anything was trained: starting anew")
+                say("The settings changed before anything was trained: starting over")
                 (directory / "steps.json").unlink(missing_ok=True)
                 write_json(directory / "settings.json", settings, checked=True)
         self.directory = directory

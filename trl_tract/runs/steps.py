@@ -127,7 +127,7 @@ class TrainStep:
         if held and (changed := differences(held, made_of)):
             raise FileExistsError(
                 f"{checkpoint} is of another training ({'; '.join(changed)}). Choose another output directory, or "
-                "delete the checkpoints to begin anew"
+                "delete the checkpoints to start over"
             )
         return checkpoint
 
@@ -255,7 +255,7 @@ def run_step(step: Step, spec_file: Path, *, isolate: bool) -> None:
     """Run a step here, or in a process of its own.
 
     Raises:
-        RuntimeError: The process failed; its own message stands above.
+        RuntimeError: The process failed; its own message is above.
     """
     spec = {"kind": step.kind, **asdict(step)}
     write_json(spec_file, without_secrets(spec))
@@ -269,8 +269,8 @@ def run_step(step: Step, spec_file: Path, *, isolate: bool) -> None:
     finished = subprocess.run(command, input=json.dumps(spec), text=True, check=False)
     if finished.returncode:
         raise RuntimeError(
-            f"the step {spec_file.stem} ended with exit code {finished.returncode}; its error stands above. Start the "
-            "same command again to go on from there"
+            f"the step {spec_file.stem} ended with exit code {finished.returncode}; its error is above. Run the "
+            "same command again to continue"
         )
 
 

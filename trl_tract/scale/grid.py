@@ -72,8 +72,8 @@ class ScoreGrid:
             raise
         except (TypeError, ValueError):
             raise ValueError(
-                f"score_values={values!r} is no list of numbers: give them in rubric units, as in [1, 2, 3], or as a "
-                "range, as in 0..100 or 0..10..0.5; how they are written, if in words, is score_texts"
+                f"score_values={values!r} is not a list of numbers: give them in rubric units, as in [1, 2, 3], or as "
+                "a range, as in 0..100 or 0..10..0.5. If scores are written as words, put the words into score_texts"
             ) from None
         given = values if isinstance(values, str) else list(values)
         if len(numbers) < 2:
@@ -88,8 +88,8 @@ class ScoreGrid:
         odd = next((text for text in written if not isinstance(text, str)), None)
         if odd is not None:
             raise ValueError(
-                f"score_texts holds {odd!r}, which is no text. YAML makes true and false of yes and no, and numbers of "
-                "01 and 02: put each in quotes"
+                f"score_texts holds {odd!r}, which is not text. YAML turns yes and no into true and false, and "
+                "01 and 02 into numbers: put each in quotes"
             )
         if len(written) != len(numbers):
             raise ValueError(
@@ -133,7 +133,7 @@ class ScoreGrid:
         for text, offsets in zip(self.texts, encoded["offset_mapping"], strict=True):
             coverings.append(tokens_covering(offsets, len(before), len(before) + len(text)))
             if not coverings[-1]:
-                raise ValueError(f"score {text!r} is no token for this tokenizer: write it in another way")
+                raise ValueError(f"score {text!r} is not a token of this tokenizer. Write it in another way")
         start = min(covering[0] for covering in coverings)
         while any(row[:start] != rows[0][:start] for row in rows):
             start -= 1

@@ -82,7 +82,7 @@ def read_scales(training: Mapping[str, Any]) -> tuple[Scale, ...]:
         return read_aspects(training["aspects"])
     marker = training.get("score_marker", DEFAULT_MARKER)
     if not isinstance(marker, str) or not marker.strip():
-        raise ValueError(f"score_marker={marker!r} is no text that could stand before the score. {_QUOTE}")
+        raise ValueError(f"score_marker={marker!r} must be text, and not empty. {_QUOTE}")
     grid = ScoreGrid.from_values(training.get("score_values", DEFAULT_VALUES), training.get("score_texts"))
     return (Scale("", grid, CompletionFormat(marker)),)
 

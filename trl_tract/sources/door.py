@@ -117,10 +117,10 @@ class Source:
             return
         summary = refusal_summary(refused, taken + len(refused), self.title, None)
         if self.invalid_rows == "raise":
-            raise ValueError(f"{summary} Or set invalid_rows='drop' to go on without them.")
+            raise ValueError(f"{summary} Or set invalid_rows='drop' to continue without them.")
         if not taken:
             raise ValueError(f"No row is left. {summary}")
-        self._tell(f"Going on without them: {summary}")
+        self._tell(f"Continuing without them: {summary}")
 
     def training_rows(self, chat: bool, keep: Callable[[Item], bool] = lambda item: True) -> Iterator[tuple[int, Row]]:
         """The training rows of the items that `keep` takes; those without a rationale are counted and said."""

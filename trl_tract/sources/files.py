@@ -51,7 +51,7 @@ def read_records(source: str) -> Iterable[Record | ValueError]:
             raise ValueError(f"{source} is empty: it holds 0 bytes")
         return readers[kind](path)
     if path.exists():
-        raise ValueError(f"{source} is no file that is read here: give one of {', '.join(FILES)}, or a hub id")
+        raise ValueError(f"{source} is not a supported file. Give one of {', '.join(FILES)}, or a hub id")
     if path.suffix in FILES or source.startswith((".", "~", os.sep)) or source.count("/") > 1:
         raise FileNotFoundError(f"{source}: no such file. It was looked for in {path.absolute().parent}")
     name = source.removesuffix("-bench") if source == "vicuna-bench" else source
@@ -106,7 +106,7 @@ def _read_jsonl(path: Path) -> Iterator[Record | ValueError]:
             try:
                 record = _DECODER.decode(line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
             except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-                yield ValueError(f"line {number} is not JSON ({error}). Each line has to be one object")
+                yield ValueError(f"line {number} is not JSON ({error}). Each line must be one object")
                 continue
             if isinstance(record, dict):
                 yield record
@@ -171,7 +171,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
             index = next((at for at, name in enumerate(names) if name), 0)
             if not all(names[index:]) or len(set(names[index:])) < len(names) - index:
                 raise ValueError(
-                    f"{path}: the first line has to name every column, each once. It names: "
+                    f"{path}: the first line must name every column once. It names: "
                     f"{', '.join(repr(name) for name in names) or 'nothing'}"
                 )
             for cells in lines:
@@ -181,13 +181,13 @@ def _read_csv(path: Path) -> Iterator[Record]:
                 if len(cells) != len(names):
                     raise ValueError(
                         f"{path}, line {lines.line_num}: {len(cells)} cells, but the first line names {len(names)} "
-                        "columns. A cell that holds the delimiter, a quote or a line end has to stand in quotes"
+                        "columns. A cell that holds the delimiter, a quote or a line end must be in quotes"
                     )
                 number += 1
                 columns = zip(names[index:], cells[index:], strict=True)
                 yield {name: cell if cell.strip() else None for name, cell in columns}
             if not names:
-                raise ValueError(f"{path} is empty: it holds blank lines alone")
+                raise ValueError(f"{path} is empty: it has only blank lines")
             if not number:
                 raise ValueError(f"{path} has a first line, which names the columns {', '.join(names)}, and no rows")
     except csv.Error as error:
@@ -251,5 +251,5 @@ def _read_hub(source: str) -> Iterable[Record]:
         reason = " ".join(str(error).split())
         advice = " A split other than train is named behind a colon, as in ID:test" if not split else ""
         raise FileNotFoundError(
-            f"{source} is no file here, and could not be read as a hub dataset: {reason}.{advice}"
+            f"{source} is not a file here, and could not be read as a hub dataset: {reason}.{advice}"
         ) from error

@@ -47,8 +47,7 @@ def pair_rows(record: Mapping[str, Any], rubric: Rubric | None, marker: str) -> 
     else:
         if rubric is None:
             raise ValueError(
-                "this is a pair of responses (chosen, rejected): say what they are to be judged by, with --rubric "
-                "RUBRIC.yaml"
+                "this is a pair of responses (chosen, rejected): say how to judge them, with --rubric RUBRIC.yaml"
             )
         asked, responses = record.get("prompt"), [record[side] for side in SIDES]
         if any(response is None or response == [] for response in responses):
@@ -133,7 +132,7 @@ def pair_report(records: Sequence[Mapping[str, Any]], *, n_bootstrap: int = 1000
         0.875
     """
     if [record.get("side") for record in records] != list(SIDES) * (len(records) // 2):
-        raise ValueError("the judgements are not of pairs: chosen and rejected have to follow each other")
+        raise ValueError("the judgements are not of pairs: chosen and rejected must alternate")
     pairs = [(records[i], records[i + 1]) for i in range(0, len(records), 2)]
     scored = [(a, b) for a, b in pairs if a["score"] is not None and b["score"] is not None]
     wins = np.array([(1 + np.sign(a["score"] - b["score"])) / 2 for a, b in scored])

@@ -54,10 +54,10 @@ class Rubric:
         if unknown:
             raise ValueError(
                 f"--rubric {path}: {', '.join(unknown)} is not understood; {wanted}; `scale: text` and "
-                "`template: text` may stand beside them"
+                "`template: text` may be added"
             )
         if not isinstance(content["scores"], dict) or len(as_written["scores"]) < 2:
-            raise ValueError(f"--rubric {path}: `scores` has to describe two scores or more; {wanted}")
+            raise ValueError(f"--rubric {path}: `scores` must describe two scores or more; {wanted}")
         if len(content["scores"]) < len(as_written["scores"]):
             raise ValueError(f"--rubric {path}: under `scores`, YAML reads two scores as one. Put them in quotes")
         described = {
@@ -118,7 +118,7 @@ class Rubric:
                     )
                 place = grid.texts.index(end)
                 if place < before:
-                    raise ValueError(f"the rubric describes {text!r} behind a higher score: put the lowest first")
+                    raise ValueError(f"the rubric describes {text!r} after a higher score: put the lowest first")
                 before = place
 
     def prompt(self, instruction: str, response: str, reference: str | None, marker: str) -> str:
@@ -164,7 +164,7 @@ def _as_written(node: Any) -> Any:
         return None
     written = {str(key.value): _as_written(value) for key, value in node.value}
     if len(written) < len(node.value):
-        raise ValueError("a key stands twice in it")
+        raise ValueError("a key appears twice in it")
     return written
 
 

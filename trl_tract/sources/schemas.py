@@ -74,7 +74,7 @@ def read_items(
                 "pair",
                 "this is a pair of responses (chosen, rejected), and says which is better but not how good either is: "
                 "TRACT trains on scores. Score the responses one by one, with a rationale each, and train on those "
-                "rows. With pairs a finished judge can be tested: trl-tract judge --data PAIRS --rubric RUBRIC",
+                "rows. Use pairs to test a finished judge: trl-tract judge --data PAIRS --rubric RUBRIC",
             )
         try:
             sides = pair_rows(row, None if own is None else own.rubric, scales[0].marker)
@@ -142,7 +142,7 @@ def _cleaned(record: Mapping[str, Any], used: Collection[str]) -> Row:
         except TypeError as error:
             if name in used:
                 raise ScoreNotFoundError(
-                    "unreadable", f"the column {name} {error}, which is no text, number or list"
+                    "unreadable", f"the column {name} {error}, which is not text, a number or a list"
                 ) from error
             continue
         if name in used:
@@ -151,7 +151,7 @@ def _cleaned(record: Mapping[str, Any], used: Collection[str]) -> Row:
             except UnicodeEncodeError as error:
                 raise ScoreNotFoundError(
                     "no Unicode",
-                    f"the column {name} holds half a character ({error.object[error.start]!r}), as text does that was "
+                    f"the column {name} holds half a character ({error.object[error.start]!r}), as if the text was "
                     "cut in the middle of an emoji",
                 ) from error
             value = None if is_missing(value) else value

@@ -37,7 +37,7 @@ def settings_of(args: TRACTConfig) -> TemplateSettings:
 def checkpoint_of(
     resume_from_checkpoint: str | bool | None, args: TRACTConfig, judge_config: JudgeConfig | None
 ) -> str | None:
-    """The checkpoint to go on from; None to begin anew.
+    """The checkpoint to go on from; None to start over.
 
     Args:
         resume_from_checkpoint: As for Trainer; True is the last one in the output directory that was written to its
@@ -59,8 +59,8 @@ def checkpoint_of(
     if changed:
         values = "; ".join(f"{name} was {_shown(then[name])} and is {_shown(now.get(name))}" for name in changed)
         raise ValueError(
-            f"{found} was trained with other settings: {values}. Set them as they were to go on from it, or train into "
-            "another output_dir"
+            f"{found} was trained with other settings: {values}. Set them as they were to continue from it, or train "
+            "into another output_dir"
         )
     return str(found)
 
@@ -72,7 +72,7 @@ def _objective_of(checkpoint: Path) -> dict[str, Any]:
         try:
             return dict(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{file} is damaged ({error}): go on from an earlier checkpoint") from error
+            raise ValueError(f"{file} is damaged ({error}): continue from an earlier checkpoint") from error
     if not (checkpoint / CONFIG_NAME).is_file():
         return {}
     config = JudgeConfig.load(checkpoint)

@@ -116,7 +116,7 @@ class TRACTTrainer(SFTTrainer):
         )
         mark_base(self.model)
         if self._is_vision_dataset:
-            raise ValueError("the rows hold images: TRACTTrainer trains on text alone")
+            raise ValueError("the rows hold images: TRACTTrainer trains only on text")
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError("context and sequence parallelism cut a rationale from its score: set both sizes to 1")
