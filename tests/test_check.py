@@ -236,3 +236,13 @@ def test_gold_scores_that_contradict_the_written_ones_are_warned_of(golds, warns
     code, printed = checked(tmp_path, model, rows, capsys)
     assert (code, "\nWarning: " in printed) == (0, warns)
     assert "6 completions say a score as well" in printed
+
+
+def test_own_completions_that_contradict_their_gold_scores_are_warned_of(tmp_path, model, capsys):
+    (tmp_path / "rubric.yaml").write_text("criterion: c\nscores: {1: a, 2: b, 3: c, 4: d, 5: e}\n")
+    written = [{"response": f"{n}", "completion": f"Fine. [RESULT] {n % 5 + 1}", "score": 5 - n % 5} for n in range(10)]
+    made = [{"response": f"{n}", "rationale": "Fine.", "score": n % 5 + 1} for n in range(10)]
+    for rows, warned in ((written, True), (made, False)):
+        _, out = checked(tmp_path, model, rows, capsys, "--rubric", str(tmp_path / "rubric.yaml"))
+        assert ("Warning" in out) == warned
+        assert ("correlation" in out) == warned

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,16 @@ def test_a_marker_that_no_score_follows_or_within_a_thought_is_an_error(text):
     (judgement,) = judge(text).judge(["a"])
     assert math.isnan(judgement.score)
     assert "[RESULT]" in judgement.error
+
+
+def test_half_a_character_is_an_error_of_its_item():
+    class Cut(ScriptedBackend):
+        def generate(self, prompts, **settings):
+            written = super().generate(prompts, **settings)
+            return [[replace(written[0][0], text=" cut \ud83d")], *written[1:]]
+
+    backend = Cut(lambda prompt, seed: " fine [RESULT] 4", TOKENIZER, probs=PROBS)
+    assert [judgement.error is None for judgement in CoTRAILJudge(backend).judge(["a", "b"])] == [False, True]
 
 
 def test_a_thought_may_name_the_marker_before_it_ends():

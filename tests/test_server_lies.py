@@ -112,6 +112,7 @@ OF_TEXTS = {
     "an end for a token that is not there": choice(finish_reason="stop", stop_reason=12, token_ids=[9, 10]),
     "an end of an unknown kind": choice(finish_reason="tool_calls"),
     "no text": choice(text=None),
+    "half a character": choice(text="\ud83d"),
 }
 OF_SCORES = {
     "other ids": changed(

@@ -63,6 +63,7 @@ def read_written(prompt: list[int], n: int, limit: int, size: int, model: str, a
         one = Written(choice["token_ids"], choice["text"], choice["finish_reason"], choice.get("stop_reason"))
         if one.finish_reason not in ("stop", "length") or not isinstance(one.text, str):
             raise ValueError(f"a continuation ended with {json.dumps(one.finish_reason)}")
+        one.text.encode()  # a ValueError for half a character
         if not 0 < len(one.token_ids) <= limit:
             raise ValueError(f"a continuation has {len(one.token_ids)} tokens of at most {limit}")
         wrong = [token for token in one.token_ids if type(token) is not int or not 0 <= token < size]

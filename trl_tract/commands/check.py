@@ -146,6 +146,7 @@ def examine(
     )
     whole = replace(encoder, max_length=None)
     shown: set[int] = set()
+    made = True  # all scores in the completions were written from the gold scores
     for number, row, converted in itertools.chain(first, rows):
         columns = whole(row)
         length = columns["num_tokens"]
@@ -160,12 +161,13 @@ def examine(
         report.trained += 1
         for scale, gold in zip(scales, golds, strict=True):
             report.golds.setdefault(scale.name, array("d")).append(gold)
-        if not converted and not (is_missing(row.get("score")) and is_missing(row.get("scores"))):
+        if not (is_missing(row.get("score")) and is_missing(row.get("scores"))):
             written = read_golds({"completion": row["completion"]}, scales) or []
             for scale, gold, (score,) in zip(scales, golds, written, strict=True):
                 agreement = report.agreement.setdefault(scale.name, Agreement())
                 agreement.golds.append(gold)
                 agreement.written.append(score)
+                made = made and converted and score == scale.grid.value_of(scale.grid.nearest_text(gold))
         report.tokens.append(len(columns["input_ids"]))
         report.prompt_tokens.append(prompt)
         report.completion_tokens.append(length - prompt)
@@ -174,6 +176,8 @@ def examine(
         if len(report.examples) < _EXAMPLES if examples is None else number in examples:
             shown.add(number)
             report.examples.append((number, row))
+    if made:
+        report.agreement.clear()
     report.refused.sort(key=lambda refusal: refusal.number)
     return report, encoder
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from trl_tract.rows.messages import whole_characters
 from trl_tract.rows.rendering import RenderedRow, render_pieces, render_row
 from trl_tract.rows.row import Prompt
 from trl_tract.rows.segments import Segments, segment
@@ -53,8 +54,13 @@ def asked_ids(template: Template, asked: Asked) -> list[int]:
 
 
 def encode(template: Template, rendered: RenderedRow) -> tuple[Segments, int]:
-    """The tokens of a row, and how many of them are those that its prompt is asked with."""
+    """The tokens of a row, and how many of them are those that its prompt is asked with.
+
+    Raises:
+        ScoreNotFoundError: Its text holds half a character.
+    """
     tokenizer, asked = template.tokenizer, rendered.asked
+    whole_characters(rendered.text)
     begin = asked_ids(template, asked)
     whole = segment(tokenizer, rendered.text, rendered.cuts, add_special_tokens=asked.add_special_tokens)
     if whole.ids[: len(begin)] != begin:
