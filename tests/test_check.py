@@ -168,6 +168,7 @@ def test_rows_without_completions_are_nothing_to_train_on(tmp_path, model, capsy
     assert code == 1
     assert "1 records have a score but no completion" in printed
     assert "Nothing to train on" in printed
+    assert "No row would be refused" not in printed
 
 
 def test_the_rows_that_are_asked_for_are_shown(tmp_path, model, capsys):

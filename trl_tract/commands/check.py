@@ -274,11 +274,14 @@ def check(
             say(f"\nrow {number} is not shown: there is no such row that would be trained on")
         say(f"\n{_max_length(report, max_length)}")
     elif not report.refused:
-        say("\nNothing to train on: no row has a completion (rationale, marker and score)")
+        say(
+            "\nNothing to train on: no row has a completion (rationale, marker and score). Give the rationales, as "
+            "--columns rationale=COLUMN, or judge these rows with a trained judge"
+        )
     if report.refused:
         say(f"\nRefused: {what_is_refused(report, max_length)}")
         say("Training stops there; with invalid_rows='drop' it continues without them")
-    else:
+    elif report.trained:
         say("\nNo row would be refused")
     for line in contradictions(report, scales):
         say(line)
@@ -297,7 +300,8 @@ def contradictions(report: RowsReport, scales: Sequence[Scale]) -> list[str]:
 
 def _counts(report: RowsReport) -> str:
     total = report.trained + len(report.refused)
-    lines = [f"{report.name}: {report.records:,} records, {report.trained:,} of {total:,} rows would be trained on"]
+    usable = f"{report.trained:,} of {total:,} rows would be trained on" if total else "none can be trained on"
+    lines = [f"{report.name}: {report.records:,} records, {usable}"]
     if report.groups:
         lines.append(f"{report.groups:,} groups (a split for evaluation keeps each together)")
     if report.judged_only:
