@@ -62,8 +62,12 @@ def test_bitsandbytes_weights_are_refused_and_others_are_not(model, tmp_path, qu
         vllm_backend._check_checkpoint(str(tmp_path))
 
 
+# As EVA writes them: the factor of every module stays what it is.
+ADJUSTED = {"rank_pattern": {"q_proj": 20}, "alpha_pattern": {"q_proj": 40}}
+
+
 @pytest.mark.parametrize(
-    ("settings", "room"), [({"r": 8}, 8), ({"r": 12}, 16), ({"r": 4, "rank_pattern": {"q_proj": 20}}, 32)]
+    ("settings", "room"), [({"r": 8}, 8), ({"r": 12}, 16), ({"r": 4, "lora_alpha": 8} | ADJUSTED, 32)]
 )
 def test_room_is_made_for_the_largest_rank_of_an_adapter(settings, room):
     arguments = vllm_backend._lora_arguments("a", LoraConfig(**settings))
@@ -82,8 +86,10 @@ def test_room_is_made_for_the_largest_rank_of_an_adapter(settings, room):
         (LoraConfig(trainable_token_indices=[5]), r"trainable_token_indices=\[5\]"),
         (LoraConfig(target_parameters=["experts.down_proj"]), "target_parameters="),
         (LoraConfig(layer_replication=[(0, 2)]), "layer_replication="),
+        (LoraConfig(rank_pattern={"q_proj": 4}), "rank_pattern or alpha_pattern"),
+        (LoraConfig(alpha_pattern={"q_proj": 3}), "rank_pattern or alpha_pattern"),
         (LoraConfig(r=1000), "rank 1000, and vLLM serves at most 512"),
-        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "serves LoRA alone: use TransformersBackend"),
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "serves only LoRA: use TransformersBackend"),
     ],
 )
 def test_an_adapter_that_vllm_cannot_serve_is_refused(adapter, message):
@@ -93,7 +99,7 @@ def test_an_adapter_that_vllm_cannot_serve_is_refused(adapter, message):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"use_rslora": True, "lora_dropout": 0.1}, {"init_lora_weights": "orthogonal"}, {"alpha_pattern": {"q": 3}}],
+    [{"use_rslora": True, "lora_dropout": 0.1}, {"init_lora_weights": "orthogonal"}],
 )
 def test_an_adapter_that_vllm_serves_is_not_refused(settings):
     assert vllm_backend._lora_arguments("a", LoraConfig(r=8, target_modules=["q_proj"], **settings))

@@ -236,6 +236,14 @@ def _lora_arguments(model_id: str, adapter: PeftConfig) -> dict[str, Any]:
     if odd.get("init_lora_weights", True) in _LORA_STARTS:
         odd.pop("init_lora_weights", None)
     kinds = ["DoRA" if name == "use_dora" else f"{name}={value!r}" for name, value in odd.items()]
+    # vLLM multiplies all of an adapter by one factor.
+    ranks, alphas = adapter.rank_pattern or {}, adapter.alpha_pattern or {}
+    root = 0.5 if adapter.use_rslora else 1.0
+    factors = {
+        alphas.get(name, adapter.lora_alpha) / ranks.get(name, adapter.r) ** root for name in {*ranks, *alphas}
+    } | {adapter.lora_alpha / adapter.r**root}
+    if max(factors) > min(factors) * 1.001:
+        kinds.append("rank_pattern or alpha_pattern, with which its modules have several factors")
     if not kinds and (whole := sorted(whole_weights(model_id))):
         kinds = [f"it holds {whole[0]} whole, as after a change of the vocabulary"]
     if kinds:
