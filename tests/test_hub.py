@@ -21,9 +21,13 @@ from trl_tract.saved.hub import JUDGE_FILES
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.scale import Scale
 from trl_tract.scale.text import CompletionFormat
+from trl_tract.sources.columns import OwnColumns
+from trl_tract.sources.rubric import Rubric
 
 # huggingface_hub 2.4 hands a file to its HTTP client's old argument where it uploads LFS objects.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+
+RUBRIC = Rubric("Is it polite?", {"1": "no", "5": "yes"})
 
 
 @pytest.fixture
@@ -48,7 +52,7 @@ def trained(tmp_path_factory):
     (directory / "checkpoint-1").mkdir()
     (directory / "checkpoint-1" / "model.safetensors").write_bytes(b"old")
     (directory / "notes.txt").write_text("mine")
-    (directory / "tract_prompt.json").write_text('{"columns": {"response": "answer"}, "rubric": null}')
+    OwnColumns({"response": "answer"}, RUBRIC).save(directory)
     return directory
 
 
@@ -357,6 +361,13 @@ def there_and_back(directory):
     judge.push_to_hub("me/adapter")
     found["adapter"] = probabilities(judge)
     found["adapter again"] = probabilities(CoTRAILJudge.from_pretrained("me/adapter"))
+
+    assert OwnColumns.load("me/judge") is None
+    ruled = f"{directory}/ruled"
+    make_trainer(Path(ruled), rows).save_model()
+    OwnColumns({"response": "answer"}, RUBRIC).save(ruled)
+    CoTRAILJudge.from_pretrained(ruled).push_to_hub("me/ruled")
+    assert OwnColumns.load("me/ruled") == OwnColumns({"response": "answer"}, RUBRIC)
 
     distiller = CoTSelfDistill.from_pretrained("me/judge", max_new_tokens=4)
     distiller.distill(Dataset.from_list(rows), f"{directory}/own")
