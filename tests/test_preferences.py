@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from trl_tract.scale.scale import read_scales
+from trl_tract.scale.text import ScoreNotFoundError
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.preferences import pair_report, pair_rows
 from trl_tract.sources.rubric import Rubric
@@ -11,6 +12,7 @@ from trl_tract.sources.schemas import read_items
 
 SCALES = read_scales({"score_values": [1, 2]})
 RUBRIC = Rubric("Polite?", {"1": "no", "2": "yes"}, "{instruction} | {response}")
+OWN = OwnColumns({}, RUBRIC)
 PAIR = {"prompt": "ask", "chosen": "please", "rejected": "now", "subset": "chat", "id": 7}
 
 
@@ -108,3 +110,29 @@ def test_no_scored_pair_is_an_undefined_share():
 def test_judgements_that_are_no_pairs_are_refused():
     with pytest.raises(ValueError, match="chosen and rejected"):
         pair_report(judged((1, 2))[::-1])
+
+
+def test_parts_of_a_response_are_text():
+    rows = [
+        read_items({"instruction": "Ask?", "chosen": chosen, "rejected": "No."}, SCALES, OWN, judged=True)[0].reference
+        for chosen in ("Yes.", [{"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}])
+    ]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"chosen": 5, "rejected": "No."},
+        {"chosen": True, "rejected": "No."},
+        {"chosen": [{"role": "assistant", "content": None}], "rejected": "No."},
+        {"chosen": [{"role": "assistant", "content": [{"type": "image"}]}], "rejected": "No."},
+        {"chosen_instruction": float("nan"), "rejected_instruction": "Judge no."},
+    ],
+)
+def test_a_pair_that_lacks_a_text_is_refused(record):
+    with pytest.raises(ScoreNotFoundError) as refused:
+        read_items(
+            {"instruction": "Ask?", **record}, SCALES, None if "chosen_instruction" in record else OWN, judged=True
+        )
+    assert refused.value.kind == "pair"

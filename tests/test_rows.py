@@ -1,11 +1,13 @@
 """Files of every schema that is understood become the same items."""
 
 import json
+import math
 
 import pytest
 from conftest import make_rows
 
 from trl_tract.scale.scale import read_scales
+from trl_tract.scale.text import ScoreNotFoundError
 from trl_tract.sources.door import Source, held_out
 from trl_tract.sources.prompts import from_feedback_collection
 from trl_tract.sources.schemas import Item, read_items
@@ -82,7 +84,7 @@ def test_unknown_columns_are_listed_beside_those_that_are_understood(tmp_path):
         ("r.jsonl", "\n", "holds no rows"),
         ("r.json", '{"a": 1}', "holds a JSON dict; a list of objects"),
         ("r.json", '{"a": 1}\n{"a": 2}', "not JSON.*JSONL"),
-        ("r.xlsx", "a,b", "no file that is read here: give one of .jsonl, .json, .csv, .tsv, .parquet"),
+        ("r.xlsx", "a,b", "not a supported file. Give one of .jsonl, .json, .csv, .tsv, .parquet"),
         (
             "r.jsonl",
             '{"prompt": "a", "completion": "no score"}',
@@ -116,3 +118,20 @@ def test_a_benchmark_item_without_feedback_can_be_judged_and_not_trained_on():
     assert item.training == ()
     assert item.reference["score"] == pytest.approx(14 / 3)
     assert item.reference["prompt"] == "Judge."
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"instruction": math.nan},
+        {"instruction": 5},
+        {"gpt4_score": math.nan},
+        {"gpt4_score": 4},
+        {"gpt4_feedback": "good"},
+        {"gpt4_feedback": ["good", None, "great"]},
+    ],
+)
+def test_a_benchmark_item_that_lacks_something_is_refused(changes):
+    with pytest.raises(ScoreNotFoundError) as refused:
+        read_items(PROMETHEUS | changes, SCALES)
+    assert refused.value.kind in ("empty column", "not text", "not a list")

@@ -14,6 +14,7 @@ import numpy as np
 
 from trl_tract.evaluation.intervals import Interval, bootstrap, interval
 from trl_tract.evaluation.pairs import METRICS, Floats
+from trl_tract.rows.messages import text_of
 from trl_tract.rows.row import Row
 from trl_tract.sources.prompts import cleaned_instruction, prometheus_question
 from trl_tract.sources.rubric import Rubric
@@ -42,7 +43,9 @@ def pair_rows(record: Mapping[str, Any], rubric: Rubric | None, marker: str) -> 
     """
     carried = {name: record[name] for name in ("id", "subset") if record.get(name) is not None}
     if set(_WHOLE) <= record.keys():
-        prompts = [cleaned_instruction(str(record[name])) for name in _WHOLE]
+        if not all(isinstance(record[name], str) for name in _WHOLE):
+            raise ValueError(f"one of `{_WHOLE[0]}` and `{_WHOLE[1]}` is empty, or no text")
+        prompts = [cleaned_instruction(record[name]) for name in _WHOLE]
         group = prometheus_question(prompts[0])
     else:
         if rubric is None:
@@ -50,12 +53,12 @@ def pair_rows(record: Mapping[str, Any], rubric: Rubric | None, marker: str) -> 
                 "this is a pair of responses (chosen, rejected): say how to judge them, with --rubric RUBRIC.yaml"
             )
         asked, responses = record.get("prompt"), [record[side] for side in SIDES]
-        if any(response is None or response == [] for response in responses):
+        texts = [_text(response[-1:] if isinstance(response, list) else response) for response in responses]
+        if not all(text.strip() for text in texts):
             raise ValueError("one of `chosen` and `rejected` is empty")
         if asked is None and not isinstance(responses[0], str):
             asked = responses[0][:-1]
-        question, reference = _text(asked or ""), record.get("reference")
-        texts = [response if isinstance(response, str) else str(response[-1]["content"]) for response in responses]
+        question, reference = _text(asked), record.get("reference")
         prompts = [rubric.prompt(question, text, reference, marker) for text in texts]
         group = str(record.get("group") or question)
     return [
@@ -64,10 +67,13 @@ def pair_rows(record: Mapping[str, Any], rubric: Rubric | None, marker: str) -> 
 
 
 def _text(prompt: Any) -> str:
-    """A prompt as text; of a single message its content alone."""
-    if not isinstance(prompt, str) and len(prompt) == 1 and isinstance(prompt[0], Mapping):
-        return str(prompt[0].get("content", ""))
-    return prompt_text(prompt)
+    """A prompt or response as text; of a single message its content alone."""
+    if prompt is None or isinstance(prompt, str):
+        return prompt or ""
+    if not isinstance(prompt, list) or not all(isinstance(turn, Mapping) for turn in prompt):
+        raise ValueError(f"{prompt!r:.80} is neither text nor a list of chat messages")
+    turns = [{**turn, "content": text_of(turn.get("content"))} for turn in prompt]
+    return turns[0]["content"] if len(turns) == 1 else prompt_text(turns)
 
 
 @dataclass(frozen=True)

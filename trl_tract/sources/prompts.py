@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from trl_tract.rows.golds import mean_golds
+from trl_tract.rows.golds import is_missing, mean_golds
 from trl_tract.rows.row import Row
 from trl_tract.scale.scale import read_scales
 from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, score_text
@@ -91,6 +91,8 @@ def from_prometheus_eval(item: Mapping[str, Any], *, marker: str = "[RESULT]") -
     format_ = CompletionFormat(marker)
     prompt = cleaned_instruction(str(item["instruction"]))
     scores, feedbacks = item["gpt4_score"], item["gpt4_feedback"]
+    if not all(isinstance(each, list) for each in (scores, feedbacks)) or any(map(is_missing, feedbacks)):
+        raise ScoreNotFoundError("not a list", "gpt4_score and gpt4_feedback have to be lists without empty places")
     if len(scores) != len(feedbacks):
         raise ValueError(f"gpt4_score has {len(scores)} entries and gpt4_feedback has {len(feedbacks)}: one for each")
     return [
@@ -107,7 +109,7 @@ def from_prometheus_eval(item: Mapping[str, Any], *, marker: str = "[RESULT]") -
 def prometheus_eval_reference(item: Mapping[str, Any]) -> Row:
     """An item of the prometheus-eval benchmark JSON as one evaluation row: its gold score is the mean of all."""
     prompt = cleaned_instruction(str(item["instruction"]))
-    return {"prompt": prompt, "score": _gold(list(item["gpt4_score"])), "group": prometheus_question(prompt)}
+    return {"prompt": prompt, "score": _gold(item["gpt4_score"]), "group": prometheus_question(prompt)}
 
 
 def cleaned_instruction(instruction: str) -> str:

@@ -84,11 +84,14 @@ def read_items(
     if "input_ids" in row and not judged:
         return [Item("", (row,), {})]
     if not scales[0].name and {"instruction", "gpt4_score"} <= row.keys():
+        _need(row, ["instruction", "gpt4_score"])
+        _check_texts(row, ["instruction"])
         reference = prometheus_eval_reference(row)
         annotated = from_prometheus_eval(row, marker=scales[0].marker) if row.get("gpt4_feedback") else []
         return [Item(reference["group"], tuple(annotated), reference, converted=True)]
     if not scales[0].name and {"orig_instruction", "orig_score"} <= row.keys():
         _need(row, [f"orig_{name}" for name in _FEEDBACK])
+        _check_texts(row, [f"orig_{name}" for name in ("instruction", "response", "criteria", "reference_answer")])
         annotation = from_feedback_collection(row, marker=scales[0].marker)
         reference = {name: annotation[name] for name in ("prompt", "score", "group")}
         training = () if row.get("orig_feedback") is None else (annotation,)
@@ -163,6 +166,12 @@ def _need(row: Row, names: Iterable[str]) -> None:
     missing = [name for name in names if row.get(name) is None]
     if missing:
         raise ScoreNotFoundError("empty column", f"the column {missing[0]} is empty, or not there")
+
+
+def _check_texts(row: Row, names: Iterable[str]) -> None:
+    for name in names:
+        if not isinstance(row.get(name) or "", str):
+            raise ScoreNotFoundError("not text", f"the column {name} is {type(row[name]).__name__}, not text")
 
 
 def _check_chat(row: Row) -> None:
