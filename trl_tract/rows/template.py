@@ -363,11 +363,6 @@ class Template:
         return self._render([turn("user", _ASK, parts), answer], variables)
 
     def _source(self, tools: Any) -> str:
-        if not self.tokenizer.chat_template:
-            raise ValueError(
-                "the rows are chat messages, but this tokenizer has no chat template. Give the prompts as plain text, "
-                "or set chat_template_path"
-            )
         return str(self.tokenizer.get_chat_template(None, tools))
 
     @property
