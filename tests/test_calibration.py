@@ -204,6 +204,14 @@ def test_no_judgement_at_all_is_too_few():
         Recalibration.fit([math.nan] * 20, [3.0] * 20, GRID)
 
 
+def test_a_recalibration_takes_the_place_of_a_link(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "tract_calibration.json").symlink_to(tmp_path / "mine")
+    Recalibration(1.0, 0.0, 1.0, 5.0, 30, 0.5, 0.5).save(tmp_path / "judge")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def test_a_recalibration_comes_back_as_it_was_saved(tmp_path):
     fitted = Recalibration.fit(*timid(3), GRID)
     fitted.save(tmp_path)

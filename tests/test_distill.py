@@ -61,6 +61,17 @@ def test_without_a_score_column_the_gold_score_is_the_one_in_the_completion(tmp_
     assert scripted().distill(rows, tmp_path / "out")["completion"] == [" my own words [RESULT] 5"]
 
 
+def test_ctrl_c_ends_a_double_that_cannot_be_cancelled(tmp_path):
+    class Stopped:
+        name, model_id, max_calls, tokenizer = "stopped", "stopped", 1, TOKENIZER
+
+        def generate(self, prompts, **settings):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        CoTSelfDistill(Stopped()).distill(Dataset.from_list(make_rows(1)), tmp_path / "out")
+
+
 def test_several_generations_give_several_rows(tmp_path):
     backend = ScriptedBackend(lambda prompt, seed: f" words {seed % 7} [RESULT]", TOKENIZER)
     rows = Dataset.from_list(make_rows(5))

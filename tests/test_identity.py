@@ -5,6 +5,7 @@ import random
 import struct
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_tract import CoTSelfDistill, TransformersBackend
+from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.files.fingerprint import file_digests, made_by, model_fingerprint
-from trl_tract.files.journal import read_json, read_jsonl, write_json, write_jsonl
+from trl_tract.files.journal import differences, read_json, read_jsonl, write_json, write_jsonl
+from trl_tract.runs.spec import RunSpec
 from trl_tract.runs.steps import DistillStep, JudgeStep
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.grid import ScoreGrid
@@ -94,6 +97,32 @@ def test_a_model_that_was_not_touched_is_the_same_wherever_it_lies(judge, tmp_pa
     assert model_fingerprint(tmp_path / "copy") == model_fingerprint(judge)
 
 
+def test_a_base_named_by_a_relative_path_counts_wherever_one_stands(judge, tmp_path, monkeypatch):
+    edit_json(judge / "adapter_config.json", base_model_name_or_path="base")
+    monkeypatch.chdir(tmp_path)
+    there = model_fingerprint(judge)
+    monkeypatch.chdir("/")
+    assert model_fingerprint(judge) == there
+    assert "base model's weights" in there
+
+
+def test_the_base_of_an_adapter_is_told_at_the_revision_that_the_adapter_names(judge, monkeypatch):
+    asked = []
+    monkeypatch.setattr("trl_tract.files.fingerprint._snapshot", lambda *of: asked.append(of))
+    edit_json(judge / "adapter_config.json", base_model_name_or_path="some/base", revision="v2")
+    model_fingerprint(judge)
+    assert asked == [("some/base", "v2")]
+
+
+def test_a_template_beside_the_default_one_counts(judge):
+    named = judge / "additional_chat_templates"
+    named.mkdir()
+    (named / "tool_use.jinja").write_text("one")
+    before = model_fingerprint(judge)
+    (named / "tool_use.jinja").write_text("another")
+    assert model_fingerprint(judge)["chat template"] != before["chat template"]
+
+
 def test_a_hub_id_that_nobody_has_is_told_by_nothing(monkeypatch):
     assert made_by(None, "nobody/nothing")["fingerprint"] == {}
 
@@ -134,6 +163,34 @@ def test_a_row_that_was_corrected_has_its_own_result(judge, tmp_path, make, resu
     make(judge, tmp_path / "out", rows)
     make(judge, tmp_path / "fresh", rows)
     assert (tmp_path / "out" / result).read_bytes() == (tmp_path / "fresh" / result).read_bytes()
+
+
+def test_scores_under_another_recalibration_are_refused_by_its_name(judge, tmp_path):
+    for slope in (0.5, 0.75):
+        Recalibration(slope, 1.0, 1.0, 5.0, 30, 0.5, 0.5).save(judge)
+        with nullcontext() if slope == 0.5 else pytest.raises(FileExistsError, match=r"slope: 0.5 there, 0.75 now"):
+            judged(judge, tmp_path / "out", make_rows(2), recalibrate=True)
+
+
+def test_a_run_knows_the_template_that_a_file_has(judge, tmp_path):
+    template = tmp_path / "own.jinja"
+    write_jsonl(tmp_path / "rows.jsonl", make_rows(2))
+    spec = RunSpec(str(judge), str(tmp_path / "rows.jsonl"), training={"chat_template_path": str(template)})
+    template.write_text("one")
+    before = spec.settings()
+    template.write_text("another")
+    (changed,) = differences(before, spec.settings())
+    assert changed.startswith("contents.chat_template: ")
+
+
+@pytest.mark.parametrize("make", [judged, distilled])
+def test_results_that_do_not_say_what_made_them_are_of_an_earlier_version(judge, tmp_path, make):
+    make(judge, tmp_path / "out", make_rows(2))
+    settings = read_json(tmp_path / "out" / "settings.json")
+    del settings["trl_tract"]
+    write_json(tmp_path / "out" / "settings.json", settings)
+    with pytest.raises(FileExistsError, match="of an earlier version"):
+        make(judge, tmp_path / "out", make_rows(2))
 
 
 def test_results_know_what_they_were_made_by(judge, tmp_path):

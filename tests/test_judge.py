@@ -12,6 +12,7 @@ from conftest import make_model, make_rows, make_tokenizer, make_trainer
 
 from trl_tract import CoTRAILJudge, TransformersBackend
 from trl_tract.backends import ScriptedBackend
+from trl_tract.backends.base import Generation
 from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.rows.rendering import with_completion
 from trl_tract.rows.tokens import resolve_scales
@@ -35,6 +36,23 @@ def test_the_score_is_the_expected_score_and_not_the_written_one():
     assert judgement.grid_mass == pytest.approx(0.95)
     assert judgement.rationales == [" fine"]
     assert judgement.error is None
+
+
+class Plain:
+    """A double as users wrote it before backends could score whole tries, be cancelled or tell what they are."""
+
+    name, model_id, max_calls, tokenizer = "plain", "plain", 1, TOKENIZER
+
+    def generate(self, prompts, *, n=1, **settings):
+        return [[Generation(" fine ", "stop", 3)] * n for _ in prompts]
+
+    def next_token_logprobs(self, token_id_lists, token_ids):
+        return np.full((len(token_id_lists), len(token_ids)), -math.log(10))  # of ten digits each is as likely
+
+
+def test_a_backend_that_scores_token_by_token_alone_scores_numbers_of_several_digits():
+    (judgement,) = CoTRAILJudge(Plain(), score_values="10..19").judge(["a"])
+    assert judgement.probs == pytest.approx(np.full((1, 10), 0.01))
 
 
 def test_normalised_scores_divide_by_the_mass_on_the_grid():

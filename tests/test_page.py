@@ -239,6 +239,17 @@ def test_a_judge_that_always_failed_has_a_page(tmp_path):
     assert "No item has a score." in page.text
 
 
+def test_a_page_takes_the_place_of_links_and_leaves_what_they_lead_to(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "mine.html").write_text("mine")
+    (tmp_path / "report.html").symlink_to(tmp_path / "mine.html")
+    (tmp_path / "report-plots").symlink_to(tmp_path / "elsewhere")
+    written = write_page(items([record(2.0)]), tmp_path / "report.html")
+    assert (tmp_path / "mine.html").read_text() == "mine"
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert all(file.is_file() and not file.is_symlink() for file in written)
+
+
 def test_one_item_has_its_pictures(tmp_path):
     assert len(write_page(items([record(2.0)]), tmp_path / "report.html")) == 8
 

@@ -244,7 +244,7 @@ class CoTSelfDistill:
             write,
             ("rows.jsonl", "summary.json"),
             max_calls=self.backend.max_calls,
-            cancel=lambda: self.backend.cancel(),
+            cancel=getattr(self.backend, "cancel", None),  # a double of a user's own need not have it
         )
 
     def _settings(self) -> dict[str, Any]:

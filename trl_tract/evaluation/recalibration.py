@@ -115,6 +115,8 @@ class Recalibration:
         if scale:
             others = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
             content = {"aspects": {**others.get("aspects", {}), scale: content}}
+        if file.is_symlink():
+            file.unlink()  # written beside the judge, not where a link leads
         file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return file
 

@@ -18,8 +18,8 @@ PARTS = {
     "adapter weights": r"adapter_model.*",
     "adapter configuration": r"adapter_config\.json",
     "model weights": r".*\.safetensors(\.index\.json)?|pytorch_model.*|.*\.gguf",
-    "chat template": r"chat_template.*",
-    "tokenizer": r".*token.*|vocab\..*|merges\.txt|.*\.model|.*\.tiktoken",
+    "chat template": r"chat_template.*|.*\.jinja",
+    "tokenizer": r".*token.*|vocab\..*|merges\.txt|.*\.model|.*\.tiktoken|tekken\.json",
     "judge settings": r"tract_config\.json",
     "configuration": r"(generation_)?config\.json",
 }
@@ -59,15 +59,24 @@ def model_fingerprint(model: str | Path, revision: str | None = None) -> dict[st
     elif (snapshot := _snapshot(str(model), revision)) is not None:
         directory, parts = snapshot, {"commit": snapshot.name}
     adapter = directory / "adapter_config.json"
-    base = json.loads(adapter.read_bytes()).get("base_model_name_or_path") if adapter.is_file() else None
+    of = json.loads(adapter.read_bytes()) if adapter.is_file() else {}
+    base = of.get("base_model_name_or_path")
     if base and Path(base) != Path(model):
-        parts |= {f"base model's {part.removeprefix('model ')}": of for part, of in model_fingerprint(base).items()}
+        below = model_fingerprint(_base_of(adapter, base), of.get("revision"))
+        parts |= {f"base model's {part.removeprefix('model ')}": digest for part, digest in below.items()}
     return parts
+
+
+def _base_of(adapter: Path, base: str) -> str:
+    """Where an adapter's base is, as loading finds it: as named, or as seen from a directory above the adapter."""
+    places = () if Path(base).exists() else (above / base for above in adapter.absolute().parents)
+    return next((str(place) for place in places if (place / "config.json").is_file()), base)
 
 
 def model_files(directory: Path) -> list[Path]:
     """The files of a directory that make up a model, in alphabetical order: no checkpoints, logs or cards."""
-    return sorted(path for path in directory.iterdir() if _part(path) and path.is_file())
+    named = directory / "additional_chat_templates"  # those beside the default one, such as for tools
+    return sorted(path for path in (*directory.iterdir(), *named.glob("*")) if _part(path) and path.is_file())
 
 
 def _part(path: Path) -> str:

@@ -261,6 +261,11 @@ def guard(directory: Path, settings: Mapping[str, Any], what: str) -> None:
                 )
             write_json(file, settings, checked=True)
     changed = changed_settings(directory, settings)
+    if "trl_tract" in settings and "trl_tract" not in read_json(file):
+        raise FileExistsError(
+            f"{directory} holds a {what} of an earlier version of trl_tract, which did not write down what its results "
+            "were made of: it cannot be continued. Choose another output directory, or delete it to start over"
+        )
     if changed:
         raise FileExistsError(
             f"{directory} holds another {what} ({'; '.join(changed[:5])}). Choose another output directory, go back to "

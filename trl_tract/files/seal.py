@@ -1,7 +1,7 @@
 """`finished.json`: which rows a result is of, and that its files are as they were written. Knows nothing of blocks."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,13 @@ def sealed_rows(directory: Path) -> str | None:
     """The digest of the rows that the result in a directory is of; None where that is not written down."""
     seal = directory / SEAL
     return str(read_json(seal)["rows_digest"]) if seal.exists() else None
+
+
+def contents(files: Mapping[str, str | None]) -> dict[str, str]:
+    """Name -> digest of the file that it stands for, of those that are files here; of a directory its chat template."""
+    named = {name: Path(file) for name, file in files.items() if file}
+    named = {name: file / "chat_template.jinja" if file.is_dir() else file for name, file in named.items()}
+    return {name: counted(file)["sha256"][:16] for name, file in named.items() if file.is_file()}
 
 
 def counted(file: Path) -> dict[str, Any]:

@@ -119,8 +119,9 @@ def grid_probabilities(backend: Backend, grid: ScoreGrid, prefixes: Sequence[Seq
     if not prefixes:
         return GridProbabilities.exact(np.zeros((0, len(grid))))
     if grid.paths:
-        logprobs = backend.trie_logprobs(prefixes, grid.trie)
-        if logprobs is not None:
+        # A double of a user's own need not have the method.
+        whole = getattr(backend, "trie_logprobs", None)
+        if whole is not None and (logprobs := whole(prefixes, grid.trie)) is not None:
             return GridProbabilities.exact(np.exp(logprobs))
         return walk_trie(grid.trie, prefixes, backend.next_token_logprobs, grid.values)
     return GridProbabilities.exact(np.exp(backend.next_token_logprobs(prefixes, grid.token_ids)))

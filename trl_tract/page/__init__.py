@@ -106,13 +106,15 @@ def write_page(judged: JudgedItems, path: str | Path, *, worst: int = 12) -> lis
     items = read_items(judged.records, judged.grid)
     charts, learning = score_charts(items.scores), learning_charts(judged.curves)
     pictures = path.with_name(f"{path.stem}-plots")
+    pngs = {pictures / f"{chart.name}.png": chart for chart in (*charts, *learning)}
+    for target in (path, pictures, *pngs):
+        if target.is_symlink():
+            target.unlink()  # what is written takes the link's place, not that of what it leads to
     pictures.mkdir(parents=True, exist_ok=True)
-    written = [path]
-    for chart in (*charts, *learning):
-        written.append(pictures / f"{chart.name}.png")
-        written[-1].write_bytes(chart.png())
+    for file, chart in pngs.items():
+        file.write_bytes(chart.png())
     path.write_text(_html(judged, items, charts, learning, worst), encoding="utf-8", newline="\n")
-    return written
+    return [path, *pngs]
 
 
 def page_html(judged: JudgedItems, *, worst: int = 12) -> str:

@@ -16,7 +16,7 @@ from trl_tract.files.journal import JsonlRows, digest, read_json
 from trl_tract.files.seal import check_result, sealed_rows
 from trl_tract.saved.judge_config import JudgeConfig
 
-_INTERNAL = {"block_size", "aspects", "fingerprint", "trl_tract"}
+_INTERNAL = {"block_size", "aspects", "fingerprint", "trl_tract", "recalibration"}
 _COLUMNS = ("score", "reference", "grid_mass", "raters")
 _KEYS = ("id", "group", "side", "subset")
 

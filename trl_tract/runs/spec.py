@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from trl_tract.files.fingerprint import made_by
-from trl_tract.files.seal import counted
+from trl_tract.files.seal import contents
 from trl_tract.scale.scale import Scale, read_scales
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.door import Source, held_out
@@ -73,12 +72,13 @@ class RunSpec:
 
     def settings(self) -> dict[str, Any]:
         """Whatever changes the results of the run, by which its directory is recognised."""
-        files = {name: Path(file) for name, file in (("data", self.data), ("eval_data", self.eval_data)) if file}
+        template = self.training.get("chat_template_path")
+        files = {"data": self.data, "eval_data": self.eval_data, "chat_template": template}
         settings = {
             "model": self.model,
             "data": self.data,
             "eval_data": self.eval_data,
-            "contents": {name: counted(file)["sha256"][:16] for name, file in files.items() if file.is_file()},
+            "contents": contents(files),
             "eval_fraction": self.eval_fraction,
             "training": without_secrets({name: self.training[name] for name in self.training if name not in _ASIDE}),
             "model_args": without_secrets(self.model_args),

@@ -18,6 +18,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_tract.backends import make_backend
 from trl_tract.distill.distill import CoTSelfDistill
+from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.files.blocks import BlockLog, Record, Report
 from trl_tract.files.checkpoints import checkpoint_made_of, last_complete_checkpoint, seal_checkpoint
 from trl_tract.files.fingerprint import made_by
@@ -29,7 +30,7 @@ from trl_tract.files.journal import (
     write_json,
     write_jsonl,
 )
-from trl_tract.files.seal import counted
+from trl_tract.files.seal import contents
 from trl_tract.files.shards import Shard
 from trl_tract.judge.judge import CoTRAILJudge
 from trl_tract.judge.judgement import Judgement
@@ -78,9 +79,9 @@ class TrainStep:
 
     def run(self) -> None:
         """Train and save."""
-        files = {"data": self.train_data, "eval_data": self.eval_data}
-        contents = {name: counted(Path(file)).get("sha256", "")[:16] for name, file in files.items() if file}
-        made_of = {"model": self.model, "contents": contents, **made_by(None, self.model)}
+        template = self.training.get("chat_template_path")
+        files = {"data": self.train_data, "eval_data": self.eval_data, "chat_template": template}
+        made_of = {"model": self.model, "contents": contents(files), **made_by(None, self.model)}
         checkpoint = self._last_checkpoint(made_of)
         args = TRACTConfig(**{**self.training, "output_dir": self.output_dir})
         for judge in (checkpoint, self.asked_like):
@@ -209,6 +210,8 @@ class JudgeStep:
                 settings.setdefault("aspects", {scale.name: scale.to_dict() for scale in scales})
             else:
                 settings.setdefault("score_values", list(scales[0].grid.values))
+        if settings.get("recalibrate"):
+            settings["recalibration"] = _recalibrations(self.model, self.backend.get("revision"), scales)
         engine = {name: value for name, value in self.backend.items() if name in ("dtype", "merge_adapter", "revision")}
         name = self.backend.get("name", "transformers")
         # Files are looked at before they are loaded, and a finished result without loading them; a server can be asked.
@@ -306,6 +309,12 @@ def _record(
         scale.name: {**aspects.get(scale.name, empty), **own} for scale, own in zip(scales, given, strict=True)
     }
     return {"reference": None, **keys, **judged}
+
+
+def _recalibrations(model: str, revision: str | None, scales: Sequence[Scale]) -> dict[str, Any]:
+    """What is saved with a judge to adjust its scores: fitted again, it makes other scores of the same judge."""
+    saved = {scale.name: asdict(Recalibration.load(model, revision, scale=scale.name)) for scale in scales}
+    return saved if scales[0].name else saved[""]
 
 
 def _reference(scores: list[float]) -> Record:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from trl_tract.files.journal import write_json
 from trl_tract.rows.template import NO_SETTINGS, TemplateSettings
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale
@@ -70,8 +71,7 @@ class JudgeConfig:
 
     def save(self, directory: str | Path) -> None:
         """Write `tract_config.json` into `directory`."""
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        (Path(directory) / FILE_NAME).write_text(text, encoding="utf-8")
+        write_json(Path(directory) / FILE_NAME, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path, revision: str | None = None) -> "JudgeConfig":

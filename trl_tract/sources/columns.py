@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from trl_tract.files.journal import write_json
 from trl_tract.rows.golds import is_missing, mean_golds, read_golds
 from trl_tract.rows.row import Row
 from trl_tract.scale.scale import Scale
@@ -90,8 +91,7 @@ class OwnColumns:
 
     def save(self, directory: str | Path) -> None:
         """Write `tract_prompt.json` into a judge's directory."""
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        (Path(directory) / FILE_NAME).write_text(text, encoding="utf-8")
+        write_json(Path(directory) / FILE_NAME, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path, revision: str | None = None) -> "OwnColumns | None":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_tract.files.checkpoints import last_complete_checkpoint
+from trl_tract.files.journal import write_json
 from trl_tract.rows.template import TemplateSettings
 from trl_tract.saved.judge_config import FILE_NAME as CONFIG_NAME
 from trl_tract.saved.judge_config import JudgeConfig
@@ -17,8 +18,7 @@ FILE_NAME = "tract_objective.json"
 
 def save_objective(checkpoint: Path, args: TRACTConfig, judge_config: JudgeConfig) -> None:
     """Write down what a checkpoint is trained towards."""
-    text = json.dumps(_objective(args, judge_config), indent=2)
-    (checkpoint / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+    write_json(checkpoint / FILE_NAME, _objective(args, judge_config))
 
 
 def _objective(args: TRACTConfig, judge_config: JudgeConfig | None) -> dict[str, Any]:
