@@ -93,7 +93,8 @@ def models(tmp_path_factory) -> Path:
     directory, tokenizer = tmp_path_factory.mktemp("models"), make_tokenizer()
     scales = resolve_scales(tokenizer, {"prompt": "a", "completion": " b [RESULT] 3"}, read_scales({}))
     for name in ("seed", "judge"):
-        make_model(std=0.1).save_pretrained(directory / name)
+        # Wide enough for blocks of 64: bitsandbytes 0.50 repacks 4-bit weights by them on processors with AVX512-BF16.
+        make_model(std=0.1, width=128).save_pretrained(directory / name)
         tokenizer.save_pretrained(directory / name)
     JudgeConfig(scales).save(directory / "judge")
     return directory

@@ -127,15 +127,21 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
 
 
 def make_model(
-    name: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, vocab: int = 384, std: float = 0.4
+    name: str = "llama",
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    vocab: int = 384,
+    std: float = 0.4,
+    width: int = 32,
 ) -> Any:
-    """A random model of two layers and 32 hidden units; `std` of its weights."""
+    """A random model of two layers and `width` hidden units; `std` of its weights."""
     config_class, extra = CONFIGS[name]
     torch.manual_seed(seed)
     config = config_class(
         vocab_size=vocab,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=width,
+        intermediate_size=width * 3 // 2,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=512,
