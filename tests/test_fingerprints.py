@@ -54,6 +54,31 @@ def test_what_changed_is_named(part):
     assert {name for name in before if before[name] != after[name]} == {part}
 
 
+SWITCHES = {
+    "another adapter": ("adapter configuration", lambda model, _: model.set_adapter("second")),
+    "no adapter": ("adapter configuration", lambda model, _: model.base_model.disable_adapter_layers()),
+    "a stronger adapter": (
+        "adapter configuration",
+        lambda model, _: [layer.scale_layer(2.0) for layer in model.modules() if hasattr(layer, "scale_layer")],
+    ),
+    "other ends of a text": ("configuration", lambda model, _: setattr(model.generation_config, "eos_token_id", 2)),
+    "another end of a turn": ("tokenizer", lambda _, tokenizer: setattr(tokenizer, "eos_token", "<|im_end|>")),
+    "more bits": ("model weights", lambda model, _: model.get_base_model().float()),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_switch_in_a_loaded_model_is_named(switch):
+    part, change = SWITCHES[switch]
+    model, tokenizer = made()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model.get_base_model().to(torch.bfloat16)
+    before = TransformersBackend(model, tokenizer).fingerprint()
+    change(model, tokenizer)
+    after = TransformersBackend(model, tokenizer).fingerprint()
+    assert part in {name for name in before if before[name] != after[name]}
+
+
 def test_a_model_that_was_loaded_here_is_told_by_its_files(tmp_path):
     make_model().save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)

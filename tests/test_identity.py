@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model, make_rows, make_tokenizer
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -153,6 +154,34 @@ def test_results_under_another_setting_are_refused_by_its_name(judge, tmp_path, 
     make(judge, tmp_path / "out", make_rows(2))
     with pytest.raises(FileExistsError, match=r"seed: \w+ there, 7 now"):
         make(judge, tmp_path / "out", make_rows(2), seed=7)
+
+
+def another_tokenizer_in_use(judge: Path) -> TransformersBackend:
+    backend = TransformersBackend(str(judge))
+    backend.tokenizer.chat_template += " "
+    return backend
+
+
+LOADED: dict[str, Callable[[Path], TransformersBackend]] = {
+    "dtype": lambda judge: TransformersBackend(str(judge), dtype="bfloat16"),
+    "merge_adapter": lambda judge: TransformersBackend(str(judge), merge_adapter=True),
+    "given tokenizer": lambda judge: TransformersBackend(str(judge), make_tokenizer(split_digits=False)),
+    "given chat template": another_tokenizer_in_use,
+}
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_rationales_of_a_model_that_was_loaded_otherwise_are_refused_by_the_way(judge, tmp_path, name):
+    rows = Dataset.from_list(make_rows(1))
+    settings = {"max_new_tokens": 2, "max_attempts": 1}
+    CoTSelfDistill(TransformersBackend(str(judge)), **settings).distill(rows, tmp_path / "out")
+    with pytest.raises(FileExistsError, match=rf"{name}: .+ there, .+ now"):
+        CoTSelfDistill(LOADED[name](judge), **settings).distill(rows, tmp_path / "out")
+
+
+def test_a_run_knows_how_its_models_are_loaded_to_write_and_judge(judge):
+    one, other = (RunSpec(str(judge), "rows", backend={"dtype": dtype}).settings() for dtype in ("float32", "bfloat16"))
+    assert differences(one, other) == ["engine.dtype: 'float32' there, 'bfloat16' now"]
 
 
 @pytest.mark.parametrize(("make", "result"), [(judged, "judgements.jsonl"), (distilled, "rows.jsonl")])

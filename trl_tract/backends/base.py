@@ -6,9 +6,9 @@ whatever a tokenizer would make of the same text a second time.
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, Self, TypedDict, Unpack, runtime_checkable
+from typing import Any, Literal, Protocol, Self, TypedDict, Unpack, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -179,6 +179,12 @@ class Sampling:
             raise ValueError(
                 f"n={n} with temperature=0 gives the same text {n} times: raise the temperature, or set n=1"
             )
+
+
+def settings_that_count(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the arguments that a backend is made with, those that move its answers."""
+    names = ("dtype", "merge_adapter", "revision", "quantization", "kv_cache_dtype")
+    return {name: str(arguments[name]) for name in names if arguments.get(name)}
 
 
 @runtime_checkable

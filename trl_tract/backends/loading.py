@@ -108,26 +108,37 @@ def loaded_fingerprint(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[s
     Training moves nearly every number of what it trains. A change of a few numbers may stand between the samples.
     """
     adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
+    used = [
+        (name, layer.active_adapters, layer.disable_adapters, getattr(layer, "scaling", None))
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+    ]
     weights: dict[str, list[Any]] = {"model weights": [], "adapter weights": []}
     for name, weight in model.named_parameters():
         of_adapter = any(f".{adapter}." in f"{name}." for adapter in adapters)
         # What is kept on disk until it is needed has no numbers here.
         flat = weight.detach().reshape(-1) if not weight.is_meta else torch.zeros(0)
         sample = flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].double().tolist()
-        weights["adapter weights" if of_adapter else "model weights"].append((name, list(weight.shape), sample))
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    pieces = tokenizer.get_vocab() if fast is None else json.loads(fast.to_str())
+        weights["adapter weights" if of_adapter else "model weights"].append(
+            (name, list(weight.shape), str(weight.dtype), sample)
+        )
     settings = model.config.to_dict()
-    for unstable in ("truncation", "padding"):  # of the last call
-        pieces.pop(unstable, None)
     for unstable in ("_name_or_path", "transformers_version"):
         settings.pop(unstable, None)
     parts = weights | {
-        "adapter configuration": adapters,
-        "configuration": settings,
-        "tokenizer": pieces,
-        "chat template": tokenizer.chat_template,
+        "adapter configuration": adapters and [adapters, used],
+        "configuration": [settings, getattr(getattr(model, "generation_config", None), "eos_token_id", None)],
     }
+    return {name: _digest(part) for name, part in parts.items() if part} | tokenizer_fingerprint(tokenizer)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The same of a tokenizer in memory."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    pieces = tokenizer.get_vocab() if fast is None else json.loads(fast.to_str())
+    for unstable in ("truncation", "padding"):  # of the last call
+        pieces.pop(unstable, None)
+    parts = {"tokenizer": [pieces, tokenizer.special_tokens_map], "chat template": tokenizer.chat_template}
     return {name: _digest(part) for name, part in parts.items() if part}
 
 

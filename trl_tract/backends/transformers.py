@@ -22,7 +22,7 @@ from trl_tract.backends.base import Backend, Generation, Sampling, SamplingOptio
 from trl_tract.backends.branches import Branches, why_not_one_forward
 from trl_tract.backends.continuation import Continuation
 from trl_tract.backends.forward import common_prefixes, exact_head, innermost, last_logits, left_padded, shared_cache
-from trl_tract.backends.loading import load, load_tokenizer, loaded_fingerprint
+from trl_tract.backends.loading import load, load_tokenizer, loaded_fingerprint, tokenizer_fingerprint
 from trl_tract.backends.seeding import seeded
 from trl_tract.backends.stop_text import LEAST_MASS, Ending, StopText
 from trl_tract.backends.tokens import checked_ids
@@ -85,10 +85,13 @@ class TransformersBackend(Backend):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be 1 or more")
         self.model: Any
+        self._loading: dict[str, Any] = {}
         self._is_borrowed = not isinstance(model, str | PathLike)
         if isinstance(model, str | PathLike):
             self.model_id = fspath(model)
             self.model, self.tokenizer = load(self.model_id, tokenizer, dtype, device, merge_adapter, revision)
+            self._loading = {"dtype": str(self.model.dtype), "merge_adapter": merge_adapter, "revision": revision}
+            self._own_tokenizer = tokenizer_fingerprint(self.tokenizer) if tokenizer is None else {}
         else:
             if dtype is not None or device is not None or merge_adapter or revision is not None:
                 raise ValueError(
@@ -253,6 +256,17 @@ class TransformersBackend(Backend):
     def fingerprint(self) -> dict[str, str]:
         """Digests of a model that came loaded, as it is now; of one that was loaded here, `model_id` tells."""
         return loaded_fingerprint(self.model, self.tokenizer) if self._is_borrowed else {}
+
+    @property
+    def loaded_as(self) -> dict[str, Any]:
+        """How a model was loaded here, as far as that moves its answers, and a tokenizer in use that is not its own."""
+        if self._is_borrowed:
+            return {}
+        tokenizer = tokenizer_fingerprint(self.tokenizer)
+        others = {
+            f"given {name}": digest for name, digest in tokenizer.items() if digest != self._own_tokenizer.get(name)
+        }
+        return self._loading | others
 
     def _extend(self, batch: list[Continuation], decoding: dict[str, Any], eos: list[int], ending: Ending) -> None:
         """Write on every sequence until it ends, or until the first of them has no room left."""

@@ -15,7 +15,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from trl_tract.backends.base import Sampling
+from trl_tract.backends.base import Sampling, settings_that_count
 from trl_tract.backends.loading import adapter_config, load_tokenizer, tokenizer_id, whole_weights
 from trl_tract.backends.request_loop import RequestLoop
 from trl_tract.backends.requests import RequestBackend, Written
@@ -101,6 +101,7 @@ class VLLMBackend(RequestBackend):
         limit = 2 * engine.vllm_config.scheduler_config.max_num_seqs
         loop = RequestLoop(limit)
         self._engines = [engine]
+        self.loaded_as = settings_that_count(engine_args)
         self._closing = weakref.finalize(self, _shut, loop, self._engines)
         self._numbers = itertools.count()
         self._adapter = None

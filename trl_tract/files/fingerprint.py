@@ -40,7 +40,8 @@ def made_by(backend: Any, model: str | None = None) -> dict[str, Any]:
     # A double of a user's own, made before backends said anything, need not have the method.
     said: dict[str, str] = {} if backend is None else getattr(backend, "fingerprint", dict)()
     files = model or (None if said or backend is None else backend.model_id)
-    return {"fingerprint": (model_fingerprint(files) if files else {}) | said, "trl_tract": __version__}
+    engine = getattr(backend, "loaded_as", {})
+    return {"fingerprint": (model_fingerprint(files) if files else {}) | said, "trl_tract": __version__, **engine}
 
 
 def model_fingerprint(model: str | Path, revision: str | None = None) -> dict[str, str]:

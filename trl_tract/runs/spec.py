@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from trl_tract.backends.base import settings_that_count
 from trl_tract.files.fingerprint import made_by
 from trl_tract.files.seal import contents
 from trl_tract.scale.scale import Scale, read_scales
@@ -87,6 +88,7 @@ class RunSpec:
             "on_failure": self.on_failure,
             "keep_annotated": self.keep_annotated,
             "backend": self.backend.get("name", "transformers"),
+            "engine": settings_that_count(self.backend),
             **made_by(None, self.model),
         }
         return settings if self.own is None else settings | {"own_columns": self.own.to_dict()}

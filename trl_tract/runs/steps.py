@@ -17,6 +17,7 @@ from transformers import TrainerCallback, set_seed
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_tract.backends import make_backend
+from trl_tract.backends.base import settings_that_count
 from trl_tract.distill.distill import CoTSelfDistill
 from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.files.blocks import BlockLog, Record, Report
@@ -212,7 +213,7 @@ class JudgeStep:
                 settings.setdefault("score_values", list(scales[0].grid.values))
         if settings.get("recalibrate"):
             settings["recalibration"] = _recalibrations(self.model, self.backend.get("revision"), scales)
-        engine = {name: value for name, value in self.backend.items() if name in ("dtype", "merge_adapter", "revision")}
+        engine = settings_that_count(self.backend)
         name = self.backend.get("name", "transformers")
         # Files are looked at before they are loaded, and a finished result without loading them; a server can be asked.
         backend = make_backend(self.model, **self.backend) if name == "server" else None
