@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model, make_rows, make_tokenizer, make_trainer
-from peft import EvaConfig, LoraConfig, get_peft_model
+from peft import EvaConfig, FourierFTConfig, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from trl_tract import TransformersBackend
@@ -95,6 +95,19 @@ def test_an_unloaded_model_is_the_seed_or_refused(tmp_path, name):
 def test_a_start_that_loading_does_not_repeat_is_refused(tmp_path, start):
     with pytest.raises(ValueError, match=f"init_lora_weights='{start}'"):
         trained(tmp_path, make_model(), extra={"peft_config": lora(init_lora_weights=start)})
+
+
+@pytest.mark.parametrize(
+    ("setting", "config"),
+    [
+        ("init_lora_weights", lora(init_lora_weights=False)),
+        ("init_weights", FourierFTConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")),  # False by default
+        ("layer_replication", lora(layer_replication=[(0, 1), (0, 2)])),
+    ],
+)
+def test_a_start_that_is_not_the_seed_model_is_refused(tmp_path, setting, config):
+    with pytest.raises(ValueError, match=f"{setting}.* does not start from the seed model"):
+        trained(tmp_path, make_model(), extra={"peft_config": config})
 
 
 @pytest.mark.parametrize(("names", "trains"), [(["default", "judge"], "judge"), (["judge"], "judge"),

@@ -12,6 +12,8 @@ from peft import PeftConfig, PeftModel
 # Ways of starting LoRA that begin at the seed model, and whose adapters load as they were saved. The base weights that
 # `pissa` and `olora` change in memory are changed alike when the adapter is loaded.
 _STARTS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "mica")
+# False makes an adapter that changes the model before it is trained.
+_AT_RANDOM = ("init_lora_weights", "init_weights", "init_ia3_weights")
 # With other values than these, an adapter leaves other weights in the model that it was put on, also once PEFT has
 # unloaded it: of modules_to_save the trained copy stays.
 _CHANGES: dict[str, tuple[Any, ...]] = {
@@ -46,6 +48,15 @@ def check_adapters(model: Any, peft_config: PeftConfig | None) -> None:
                 f"init_lora_weights={start!r} changes the base model in a way that loading does not repeat: the saved "
                 f"judge would give other scores. Use the default, or one of {', '.join(_STARTS)}"
             )
+    if random := next((name for name in _AT_RANDOM if getattr(peft_config, name, True) is False), None):
+        raise ValueError(
+            f"{random}=False starts at random, so training does not start from the seed model. Set it to True"
+        )
+    if getattr(peft_config, "layer_replication", None):
+        raise ValueError(
+            "layer_replication puts layers into the model twice, so training does not start from the seed model. Leave "
+            "it out"
+        )
     if len(active) > 1:
         raise ValueError(
             f"the adapters {', '.join(active)} are active at once, and one is saved as the judge. Activate the one to "
