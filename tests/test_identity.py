@@ -21,7 +21,7 @@ from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.files.fingerprint import file_digests, made_by, model_fingerprint
 from trl_tract.files.journal import differences, read_json, read_jsonl, write_json, write_jsonl
 from trl_tract.runs.spec import RunSpec
-from trl_tract.runs.steps import DistillStep, JudgeStep
+from trl_tract.runs.steps import DistillStep, JudgeStep, TrainStep
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale
@@ -227,6 +227,20 @@ def test_results_know_what_they_were_made_by(judge, tmp_path):
     settings = read_json(tmp_path / "out" / "settings.json")
     assert {"adapter weights", "base model's weights", "tokenizer", "judge settings"} <= settings["fingerprint"].keys()
     assert settings["trl_tract"]
+
+
+def test_a_checkpoint_is_not_gone_on_from_with_another_adapter(judge, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", make_rows(2))
+    training = {"max_steps": 1, "save_steps": 1, "report_to": "none", "disable_tqdm": True, "learning_rate": 1e-4}
+
+    def train(**settings):
+        rows, out = str(tmp_path / "rows.jsonl"), str(tmp_path / "out")
+        model_args = {"use_peft": True, **settings}
+        TrainStep(str(tmp_path / "base"), rows, out, training=training, model_args=model_args).run()
+
+    train(lora_alpha=8)
+    with pytest.raises(FileExistsError, match=r"model_args.lora_alpha: 8 there, 16 now"):
+        train(lora_alpha=16)
 
 
 def test_a_gold_score_that_cannot_be_read_is_told_before_anything_is_done(judge, tmp_path):

@@ -82,7 +82,10 @@ class TrainStep:
         """Train and save."""
         template = self.training.get("chat_template_path")
         files = {"data": self.train_data, "eval_data": self.eval_data, "chat_template": template}
-        made_of = {"model": self.model, "contents": contents(files), **made_by(None, self.model)}
+        aside = ("model_name_or_path", "attn_implementation")  # the place of the model, and how it is computed
+        put_on = {name: value for name, value in self.model_args.items() if name not in aside}
+        made_of = {"model": self.model, "contents": contents(files), "model_args": without_secrets(put_on)}
+        made_of |= made_by(None, self.model)
         checkpoint = self._last_checkpoint(made_of)
         args = TRACTConfig(**{**self.training, "output_dir": self.output_dir})
         for judge in (checkpoint, self.asked_like):
