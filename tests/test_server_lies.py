@@ -10,9 +10,10 @@ import zlib
 import numpy as np
 import pytest
 from conftest import make_tokenizer
+from datasets import Dataset
 from fake_server import FakeServer, changed, says
 
-from trl_tract import CoTRAILJudge, ServerBackend
+from trl_tract import CoTRAILJudge, CoTSelfDistill, ServerBackend
 from trl_tract.backends import server as server_module
 from trl_tract.backends.answers import same_answers
 from trl_tract.files.journal import write_jsonl
@@ -274,6 +275,20 @@ def test_the_probe_at_the_start_is_one_request(server, tokenizer):
     with ServerBackend(server.url, "judge", tokenizer=tokenizer):
         assert len(server.requests) == 1
         assert server.most_running == 1
+
+
+def test_rationales_of_a_server_know_the_template_that_they_were_asked_with(server, tmp_path):
+    tokenizer = make_tokenizer()
+    rows = Dataset.from_list([{"prompt": "a", "completion": " old [RESULT] 5"}])
+
+    def distill():
+        with ServerBackend(server.url, "judge", tokenizer=tokenizer) as backend:
+            CoTSelfDistill(backend, max_new_tokens=4, max_attempts=1).distill(rows, tmp_path / "out")
+
+    distill()
+    tokenizer.chat_template += " "
+    with pytest.raises(FileExistsError, match=r"chat template: '\w+' there, '\w+' now"):
+        distill()
 
 
 def test_a_judging_that_goes_on_recognises_another_model_behind_the_server(server, tokenizer, tmp_path):

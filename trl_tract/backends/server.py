@@ -24,7 +24,7 @@ from trl_tract.backends.answers import (
 )
 from trl_tract.backends.base import Sampling
 from trl_tract.backends.http import JSONServer, Refused
-from trl_tract.backends.loading import load_tokenizer
+from trl_tract.backends.loading import load_tokenizer, tokenizer_fingerprint
 from trl_tract.backends.request_loop import RequestLoop
 from trl_tract.backends.requests import RequestBackend, Written
 
@@ -145,8 +145,11 @@ class ServerBackend(RequestBackend):
             raise
 
     def fingerprint(self) -> dict[str, str]:
-        """What the server said of the model at the start, and answered to the probe; compare with `same_answers`."""
-        return dict(self._fingerprint)
+        """What the server said of the model at the start, and answered to the probe (compare with `same_answers`).
+
+        The tokenizer and its chat template are this side's, so they are told as those of a loaded model.
+        """
+        return self._fingerprint | tokenizer_fingerprint(self.tokenizer)
 
     def close(self) -> None:
         """Close the connections. Calls under way end with a RuntimeError; more than once does no harm."""
