@@ -139,6 +139,24 @@ def test_training_of_a_named_adapter_goes_on_from_its_checkpoint(tmp_path, seed)
     torch.testing.assert_close(logits(run(tmp_path / "cut", max_steps=2).model), logits(whole.model))
 
 
+def test_nothing_is_saved_through_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    out = tmp_path / "out"
+    out.mkdir()
+    names = ("config.json", "training_args.bin", "model.safetensors", "tract_config.json")
+    for name in names:
+        (tmp_path / name).write_text("mine")
+        (out / name).symlink_to(tmp_path / name)
+    for name in ("checkpoint-1", "notes"):
+        (out / name).symlink_to(tmp_path / "elsewhere")
+    trainer = trained(out, make_model(), save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model()
+    assert {(tmp_path / name).read_text() for name in names} == {"mine"}
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert [path.name for path in out.iterdir() if path.is_symlink()] == ["notes"]
+
+
 def test_several_adapters_at_once_are_refused(tmp_path):
     model = get_peft_model(make_model(), lora())
     model.add_adapter("judge", lora())

@@ -80,6 +80,21 @@ def model_files(directory: Path) -> list[Path]:
     return sorted(path for path in (*directory.iterdir(), *named.glob("*")) if _part(path) and path.is_file())
 
 
+def drop_links(directory: Path, *, checkpoint: bool) -> None:
+    """Delete the symbolic links that stand where a model is about to be saved: nothing is written through them.
+
+    Args:
+        directory: Its other links stay, which are nobody's but the user's.
+        checkpoint: Nothing else is in the directory, so all of its links go, and it is no link itself.
+    """
+    if checkpoint and directory.is_symlink():
+        directory.unlink()
+    for path in directory.iterdir() if directory.is_dir() else ():
+        beside = path.name in ("training_args.bin", "trainer_state.json", "README.md")
+        if path.is_symlink() and (checkpoint or beside or _part(path)):
+            path.unlink()
+
+
 def _part(path: Path) -> str:
     return next((part for part, names in PARTS.items() if re.fullmatch(names, path.name)), "")
 

@@ -16,6 +16,7 @@ from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names, pack_dataset
 
 from trl_tract.backends.branches import several_tokens, why_not_one_forward
+from trl_tract.files.fingerprint import drop_links
 from trl_tract.rows.dataset import ScoreCollator, check_columns, find_scales, prepare_rows, score_mask
 from trl_tract.rows.encoding import (
     ASPECT_COLUMN,
@@ -362,6 +363,8 @@ class TRACTTrainer(SFTTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, and beside it `tract_config.json`, from which a judge reads grid and marker."""
+        if self.args.should_save:
+            drop_links(Path(output_dir or self.args.output_dir), checkpoint=_internal_call and output_dir is not None)
         super().save_model(output_dir, _internal_call)
         if self.args.should_save and self.judge_config is not None:
             self.judge_config.save(output_dir or self.args.output_dir)
