@@ -139,6 +139,16 @@ def test_training_of_a_named_adapter_goes_on_from_its_checkpoint(tmp_path, seed)
     torch.testing.assert_close(logits(run(tmp_path / "cut", max_steps=2).model), logits(whole.model))
 
 
+@pytest.mark.parametrize("now", [{"lora_alpha": 16}, {"use_rslora": True}, None])
+def test_a_checkpoint_of_another_adapter_is_refused_by_what_differs(tmp_path, now):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trained(tmp_path, make_model(), extra={"peft_config": lora()}, **settings).train()
+    config = None if now is None else lora(**now)
+    trainer = trained(tmp_path, make_model(), extra={"peft_config": config}, **{**settings, "max_steps": 2})
+    with pytest.raises(ValueError, match=rf"adapter\.{next(iter(now or ['r']))} was .+ and is "):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def test_nothing_is_saved_through_a_link(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     out = tmp_path / "out"

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
+
 from trl_tract.files.checkpoints import last_complete_checkpoint
 from trl_tract.files.journal import write_json
 from trl_tract.rows.template import TemplateSettings
@@ -14,16 +16,19 @@ from trl_tract.scale.text import some_scores
 from trl_tract.training.config import TRACTConfig
 
 FILE_NAME = "tract_objective.json"
+_ADAPTER = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 
 
-def save_objective(checkpoint: Path, args: TRACTConfig, judge_config: JudgeConfig) -> None:
+def save_objective(checkpoint: Path, args: TRACTConfig, judge_config: JudgeConfig, adapter: PeftConfig | None) -> None:
     """Write down what a checkpoint is trained towards."""
-    write_json(checkpoint / FILE_NAME, _objective(args, judge_config))
+    write_json(checkpoint / FILE_NAME, _objective(args, judge_config, adapter))
 
 
-def _objective(args: TRACTConfig, judge_config: JudgeConfig | None) -> dict[str, Any]:
-    """What is trained towards, and what prompts are rendered with."""
-    return args.objective | (judge_config.template.arguments if judge_config else {})
+def _objective(args: TRACTConfig, judge_config: JudgeConfig | None, adapter: PeftConfig | None) -> dict[str, Any]:
+    """What is trained towards, what prompts are rendered with, and what adapter the weights are of."""
+    put_on = {} if adapter is None else adapter.to_dict()
+    own = {f"adapter.{name}": put_on[name] for name in _ADAPTER if name in put_on}
+    return args.objective | (judge_config.template.arguments if judge_config else {}) | own
 
 
 def settings_of(args: TRACTConfig) -> TemplateSettings:
@@ -35,7 +40,10 @@ def settings_of(args: TRACTConfig) -> TemplateSettings:
 
 
 def checkpoint_of(
-    resume_from_checkpoint: str | bool | None, args: TRACTConfig, judge_config: JudgeConfig | None
+    resume_from_checkpoint: str | bool | None,
+    args: TRACTConfig,
+    judge_config: JudgeConfig | None,
+    adapter: PeftConfig | None = None,
 ) -> str | None:
     """The checkpoint to go on from; None to start over.
 
@@ -44,6 +52,7 @@ def checkpoint_of(
             end.
         args: Of the run that goes on.
         judge_config: Of what it trains; None where it has no rows.
+        adapter: That it trains; None for the whole model.
 
     Raises:
         ValueError: There is none, or it was trained towards something else.
@@ -54,7 +63,7 @@ def checkpoint_of(
     if last is None:
         raise ValueError(f"no complete checkpoint in {args.output_dir}: train without resuming")
     found = Path(last)
-    then, now = _objective_of(found), json.loads(json.dumps(_objective(args, judge_config)))
+    then, now = _objective_of(found), json.loads(json.dumps(_objective(args, judge_config, adapter)))
     changed = [name for name, value in then.items() if value != now.get(name)]
     if changed:
         values = "; ".join(f"{name} was {_shown(then[name])} and is {_shown(now.get(name))}" for name in changed)

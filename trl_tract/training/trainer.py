@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from peft import PeftConfig
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from transformers.utils import logging
@@ -308,8 +309,12 @@ class TRACTTrainer(SFTTrainer):
             ValueError: There is none, or it was trained on other scores or with other weights of the loss.
         """
         self._warn(self._early_warnings.at_start())
-        checkpoint = checkpoint_of(resume_from_checkpoint, self.args, self.judge_config)
+        checkpoint = checkpoint_of(resume_from_checkpoint, self.args, self.judge_config, self._adapter)
         return super().train(checkpoint, *args, **kwargs)
+
+    @property
+    def _adapter(self) -> PeftConfig | None:
+        return self.model.active_peft_config if is_peft_model(self.model) else None
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
@@ -369,7 +374,7 @@ class TRACTTrainer(SFTTrainer):
         if self.args.should_save and self.judge_config is not None:
             self.judge_config.save(output_dir or self.args.output_dir)
             if _internal_call and output_dir is not None:
-                save_objective(Path(output_dir), self.args, self.judge_config)
+                save_objective(Path(output_dir), self.args, self.judge_config, self._adapter)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with only_the_trained_adapter(self.model, Path(output_dir or self.args.output_dir)):
@@ -397,5 +402,5 @@ class TRACTTrainer(SFTTrainer):
                 tags=[*self._tag_names, *tags],
                 metrics=next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {}),
                 rows=TrainingRows.of(self._given_rows, lambda row: render_row(self._template, row, self.scales)),
-                adapter=self.model.active_peft_config if is_peft_model(self.model) else None,
+                adapter=self._adapter,
             )
