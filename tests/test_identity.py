@@ -16,7 +16,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_tract import CoTSelfDistill, TransformersBackend
+from trl_tract import CoTSelfDistill, TransformersBackend, run_tract
 from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.files.fingerprint import file_digests, made_by, model_fingerprint
 from trl_tract.files.journal import differences, read_json, read_jsonl, write_json, write_jsonl
@@ -241,6 +241,15 @@ def test_a_checkpoint_is_not_gone_on_from_with_another_adapter(judge, tmp_path):
     train(lora_alpha=8)
     with pytest.raises(FileExistsError, match=r"model_args.lora_alpha: 8 there, 16 now"):
         train(lora_alpha=16)
+
+
+def test_training_starts_from_no_adapter(judge, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", make_rows(2))
+    with pytest.raises(ValueError, match="is an adapter"):
+        TrainStep(str(judge), str(tmp_path / "rows.jsonl"), str(tmp_path / "out")).run()
+    with pytest.raises(ValueError, match="is an adapter"):
+        run_tract(str(judge), str(tmp_path / "rows.jsonl"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_gold_score_that_cannot_be_read_is_told_before_anything_is_done(judge, tmp_path):

@@ -160,6 +160,22 @@ def check_model(model_id: str) -> None:
         raise FileNotFoundError(f"{model_id} is not a model directory: it holds no config.json or adapter_config.json")
 
 
+def check_seed(model_id: str) -> None:
+    """Refuse what training cannot start from: a path that leads nowhere, and an adapter.
+
+    Raises:
+        FileNotFoundError: It leads nowhere.
+        ValueError: It is an adapter.
+    """
+    check_model(model_id)
+    path = Path(model_id)
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"{model_id} is an adapter, and training starts from a whole model. Give its base model, or merge it: "
+            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+        )
+
+
 def _own_device() -> torch.device:
     """The accelerator of this process, or the CPU where there is none.
 

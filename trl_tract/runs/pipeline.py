@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_tract.backends.loading import check_model, tokenizer_to_train
+from trl_tract.backends.loading import check_seed, tokenizer_to_train
 from trl_tract.evaluation.report import ScoreReport
 from trl_tract.files.journal import changed_settings, write_json
 from trl_tract.runs.judged import Judged
@@ -124,7 +124,7 @@ def carry_out(
         raise ValueError(
             "a server cannot serve models that a run has yet to train: use the backend vllm or transformers"
         )
-    check_model(spec.model)
+    check_seed(spec.model)
     titles = steps_of(spec)
     settings = spec.settings()
     run = Run(directory, settings, isolate=isolate, total=len(titles), say=say)

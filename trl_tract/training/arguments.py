@@ -6,7 +6,7 @@ from peft import PeftConfig
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from trl_tract.backends.loading import check_model
+from trl_tract.backends.loading import check_seed
 from trl_tract.training.adapters import check_adapters
 from trl_tract.training.neighbours import changed_class
 
@@ -36,7 +36,7 @@ def check_arguments(
         )
     check_adapters(model, peft_config)
     if isinstance(model, str):
-        check_model(model)
+        check_seed(model)
     changed = changed_class(SFTTrainer)
     if changed is not None:
         logger.warning(changed)
