@@ -81,8 +81,10 @@ class FakeServer:
                     fault = owner.faults.popleft() if owner.faults else owner.always
                 try:
                     time.sleep(owner.delay)
-                    if fault is None:
-                        reply: Reply = (200, {}, json.dumps(owner.answer(request)).encode())
+                    if fault is None and len(request.get("stop", ())) > 4:  # as vLLM 0.32
+                        reply: Reply = (400, {}, b'{"message": "List should have at most 4 items after validation"}')
+                    elif fault is None:
+                        reply = (200, {}, json.dumps(owner.answer(request)).encode())
                     else:
                         reply = fault(owner, request)
                 finally:
@@ -136,8 +138,8 @@ class FakeServer:
         """
         text = self.texts.get(prompt[0], f"good {prompt[0]} {index}")
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if ids[: len(prompt) - 1] == prompt[1:]:
-            ids = ids[len(prompt) - 1 :]
+        held = next((n for n in range(min(len(ids), len(prompt) - 1), 0, -1) if prompt[-n:] == ids[:n]), 0)
+        ids = ids[held:]
         for end in range(1, min(len(ids), request["max_tokens"]) + 1):
             text = self.tokenizer.decode(ids[:end], skip_special_tokens=request.get("skip_special_tokens", True))
             for stop in request.get("stop", ()):

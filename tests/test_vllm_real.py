@@ -105,7 +105,9 @@ class AsTransformers:
         assert {generation.finish_reason for (generation,) in expected} >= {"length"}
 
     @pytest.mark.parametrize(
-        "stop", [Stop("e", ["r", "s "]), Stop(STOP, ["5"]), Stop(" ", ["a"], lambda text: "." in text)], ids=str
+        "stop",
+        [Stop("e", ["r", "s ", "a", "n"]), Stop(STOP, ["5"]), Stop(" ", ["a"], lambda text: "." in text)],
+        ids=str,
     )
     def test_a_stop_text_counts_in_the_same_places(self, backend, reference, stop):
         prompts = prompts_of(reference)

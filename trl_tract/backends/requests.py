@@ -53,6 +53,8 @@ class RequestBackend(Backend):
     """
 
     name: str
+    most_strings: float = math.inf
+    """Stop strings that the engine takes in one request."""
 
     def __init__(
         self,
@@ -178,6 +180,8 @@ class RequestBackend(Backend):
         self, prompt: list[int], n: int, ending: Ending, settings: Sampling, seed: int | None
     ) -> list[Generation] | None:
         strings = [] if ending.stop is None else ending.stop.strings
+        if ending.stop is not None and len(strings) > self.most_strings:
+            strings = [str(ending.stop)]  # what follows is then asked for by itself, a token at a time
         special = ending.shows_special
         written = await self._sample(prompt, n, strings, settings, seed, special)
         if written is None:

@@ -68,6 +68,7 @@ class ServerBackend(RequestBackend):
     """
 
     name = "server"
+    most_strings = 4  # as vLLM's HTTP API has it, and OpenAI's
 
     def __init__(
         self,
