@@ -10,7 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 from command_line import parse
-from conftest import WORDS, make_model, make_rows, make_tokenizer
+from conftest import CHATML, WORDS, make_model, make_rows, make_tokenizer
 
 from trl_tract import CoTRAILJudge
 from trl_tract.backends import ScriptedBackend
@@ -94,6 +94,22 @@ def test_known_columns_may_be_missing_and_other_ones_be_named(folder, tmp_path):
     (row,) = judged_rows(folder, tmp_path / "out", tmp_path / "new.csv", "--columns", "response=reply")
     assert row["prompt"][0]["content"].count("polite") == 3  # the rubric has two
     assert "score" not in row
+
+
+def test_a_template_that_is_put_on_a_base_model_is_trained_and_judged_with(folder, tmp_path, capsys):
+    make_model().save_pretrained(tmp_path / "base")
+    make_tokenizer(chat=False).save_pretrained(tmp_path / "base")
+    (tmp_path / "own.jinja").write_text(CHATML)
+    template = ["--chat_template_path", str(tmp_path / "own.jinja")]
+    paths = ["--data", str(folder / "rows.csv"), "--rubric", str(folder / "rubric.yaml"), *COLUMNS]
+    assert main(["check", "--model", str(tmp_path / "base"), *paths, *template]) == 0
+    assert "chat template: its own" in capsys.readouterr().out
+    trained = ["--model", str(tmp_path / "base"), *paths, "--output_dir", str(tmp_path / "judge")]
+    assert main(["train", *trained, *template, *TRAINING]) == 0
+    assert json.loads((tmp_path / "judge" / "tract_config.json").read_text())["chat"] is True
+    (row, *_) = judged_rows(tmp_path, tmp_path / "out", folder / "rows.csv")
+    assert row["prompt"][0]["role"] == "user"
+    assert "cannot be read" not in (tmp_path / "out" / "judgements.jsonl").read_text()
 
 
 def test_another_rubric_goes_before_the_known_one(folder, tmp_path):

@@ -108,6 +108,25 @@ def test_self_distilled_rows_train_on_the_tokens_of_the_rows_that_were_taught(
     assert trained_on(tokenizer, again, "auto") == (config, ids)
 
 
+def test_a_rows_own_variables_and_tools_count_wherever_it_is_asked(tmp_path: Path) -> None:
+    tokenizer = template_tokenizer("qwen3_8")
+    rows = [row | {"chat_template_kwargs": None, "tools": None} for row in rows_of(thinking=True)]
+    rows[1]["chat_template_kwargs"] = {"reasoning_effort": "low"}
+    rows[2]["tools"] = json.dumps([{"type": "function", "function": {"name": "look_up", "parameters": {}}}])
+    config, ids = trained_on(tokenizer, rows, "rationale")
+    without = trained_on(tokenizer, rows_of(thinking=True), "rationale")[1]
+    assert [own != plain for own, plain in zip(ids, without, strict=True)] == [False, True, True, False]
+    config.save(tmp_path)
+    by_heart = ByHeart(tokenizer, ids)
+    items = [{key: value for key, value in row.items() if key != "completion"} for row in rows]
+    judged = CoTRAILJudge.from_pretrained(tmp_path, by_heart, temperature=0).judge(items)
+    np.testing.assert_allclose([each.score for each in judged], GOLDS, atol=0.15)
+    distiller = CoTSelfDistill.from_pretrained(tmp_path, by_heart, temperature=0)
+    written = distiller.distill(Dataset.from_list(rows), tmp_path / "written")
+    assert written["rationale_source"] == ["self"] * 4
+    assert trained_on(tokenizer, list(written), "rationale") == (config, ids)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mode"),

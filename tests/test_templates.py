@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from template_table import PAGE, table
 from template_tokenizers import DIRECTORY, TEMPLATES, template_tokenizer
-from tiny import make_tokenizer
+from tiny import make_merging_tokenizer, make_tokenizer
 from tokenizers import processors
 
 from trl_tract import TRACTConfig
@@ -242,6 +242,12 @@ def test_a_leading_line_break_does_not_melt_into_the_question() -> None:
         template = template_of(name)
         asked = asked_ids(template, template.ask(row_of()))
         assert trained(template, row_of(f"\n\n{SAID}"))[: len(asked)] == asked
+
+    template = Template(make_merging_tokenizer([("Ċ", "Ċ")]))
+    asked, row = asked_ids(template, template.ask(row_of())), row_of(f"\n\n{SAID}")
+    together = template.tokenizer(render_row(template, row, SCALES).text)["input_ids"]
+    assert together[: len(asked)] != asked  # as the vocabulary would have it
+    assert trained(template, row)[: len(asked)] == asked
 
 
 SPELLED = {
