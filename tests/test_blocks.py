@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import shutil
+import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from trl_tract.files.blocks import BlockLog, Record, Report
-from trl_tract.files.journal import JsonlRows, KnownRows, read_json, read_jsonl, write_jsonl
+from trl_tract.files.journal import JsonlRows, KnownRows, read_json, read_jsonl, write_json, write_jsonl
 from trl_tract.files.shards import Shard
 
 HOSTILE = [
@@ -110,13 +111,14 @@ def test_no_cut_and_no_flipped_bit_makes_another_block_of_an_unfinished_run(tmp_
     assert make_log(tmp_path).finished_rows == 6
 
 
-def test_a_block_in_the_place_of_another_is_done_again(tmp_path):
-    run(make_log(tmp_path))
+@pytest.mark.parametrize("rows", [10, ["the same"] * 10], ids=["other rows", "equal rows"])
+def test_a_block_in_the_place_of_another_is_done_again(tmp_path, rows):
+    run(make_log(tmp_path, rows))
     whole = contents(tmp_path)
     (tmp_path / "finished.json").unlink()
     (tmp_path / "blocks" / "000001.jsonl").write_bytes(whole["blocks/000000.jsonl"])
-    assert make_log(tmp_path).finished_rows == 7
-    run(make_log(tmp_path))
+    assert make_log(tmp_path, rows).finished_rows == 7
+    run(make_log(tmp_path, rows))
     assert contents(tmp_path) == whole
 
 
@@ -222,6 +224,25 @@ class TestRowsThatChange:
         run(log(), lambda given, first, report: given)
         assert list(read_jsonl(out / "final.jsonl")) == rows
 
+    def test_under_the_run_and_back_again_leave_no_trace(self, tmp_path):
+        data, out = tmp_path / "rows.jsonl", tmp_path / "out"
+        rows = [{"n": number} for number in range(10)]
+        write_jsonl(data, rows)
+
+        def work(given: list[Any], first: int, report: Report) -> list[Record]:
+            if first == 3:
+                write_jsonl(data, [*rows[:9], {"n": -1}])
+            return given
+
+        def log() -> BlockLog:
+            return BlockLog(out, {}, "a test run", rows=KnownRows(JsonlRows(data)), block_size=3)
+
+        with pytest.raises(RuntimeError, match="row 9: changed while"):
+            run(log(), work)
+        write_jsonl(data, rows)
+        run(log(), lambda given, first, report: given)
+        assert list(read_jsonl(out / "final.jsonl")) == rows
+
 
 @pytest.mark.parametrize(
     "name", ["final.jsonl", "settings.json.partial", "blocks", "blocks/000000.jsonl", "finished.json"]
@@ -252,6 +273,46 @@ def test_a_kill_while_the_settings_are_written_leaves_a_directory_that_can_be_us
     (tmp_path / "settings.json.partial").write_text("half")
     run(make_log(tmp_path))
     assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.fixture
+def disk(monkeypatch) -> list[tuple[str, int]]:
+    """What was asked of the disk, in order: to sync a file or directory, by its inode, or to give a file its name."""
+    asked: list[tuple[str, int]] = []
+    replace = os.replace
+
+    def fsync(descriptor: int) -> None:
+        held = os.fstat(descriptor)
+        asked.append(("directory" if stat.S_ISDIR(held.st_mode) else "file" if held.st_size else "empty", held.st_ino))
+
+    def rename(source: Path, target: Path) -> None:
+        asked.append(("name", source.stat().st_ino))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", rename)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (lambda file: write_json(file, {"a": 1}), "a.json"),
+        (lambda file: write_jsonl(file, [{"a": 1}]), "a.jsonl"),
+        (lambda file: make_log(file.parent.parent).append(0, [{"row": 0}]), "blocks/000000.jsonl"),
+    ],
+    ids=["json", "jsonl", "block"],
+)
+def test_a_file_is_on_disk_before_it_has_its_name_and_its_directory_after(tmp_path, disk, write, name):
+    write(tmp_path / name)
+    file, directory = (path.stat().st_ino for path in (tmp_path / name, (tmp_path / name).parent))
+    assert disk[-3:] == [("file", file), ("name", file), ("directory", directory)]
+
+
+def test_the_folder_of_blocks_is_on_disk_before_the_first_block(tmp_path, disk):
+    make_log(tmp_path)
+    assert disk[-1] == ("directory", tmp_path.stat().st_ino)
+    assert disk[-2][0] == "directory"  # behind the settings, which were synced before the folder was made
 
 
 def test_a_directory_deleted_under_the_run_is_not_said_to_be_kept(tmp_path):

@@ -72,6 +72,18 @@ def test_ctrl_c_ends_a_double_that_cannot_be_cancelled(tmp_path):
         CoTSelfDistill(Stopped()).distill(Dataset.from_list(make_rows(1)), tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "summary.json"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_text("")], ids=["deleted", "emptied"])
+def test_a_result_that_is_gone_or_empty_is_made_again_from_the_blocks(tmp_path, name, damage):
+    rows, again = Dataset.from_list(make_rows(3)), scripted()
+    scripted().distill(rows, tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    damage(tmp_path / name)
+    again.distill(rows, tmp_path)
+    assert (tmp_path / name).read_bytes() == whole
+    assert not again.backend.generate_calls
+
+
 def test_several_generations_give_several_rows(tmp_path):
     backend = ScriptedBackend(lambda prompt, seed: f" words {seed % 7} [RESULT]", TOKENIZER)
     rows = Dataset.from_list(make_rows(5))
