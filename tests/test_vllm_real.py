@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -129,6 +130,19 @@ class AsTransformers:
         scores = CoTRAILJudge(backend).score_rationales(CHAT, RATIONALES) @ VALUES
         np.testing.assert_allclose(scores, expected, atol=1e-3, rtol=0)
         assert np.ptp(expected) > 0.01  # Else equality would say little.
+
+    @pytest.mark.parametrize("thinking", ["off", "rationale"])
+    @pytest.mark.parametrize("name", ["qwen3_5_think", "deepseekv3", "nemotron_3_nano"])
+    def test_scores_on_templates_of_thinking_models_are_the_same(self, backend, reference, name, thinking, monkeypatch):
+        template = files("trl").joinpath("chat_templates", f"{name}.jinja").read_text(encoding="utf-8")
+        for each in (backend, reference):
+            monkeypatch.setattr(each.tokenizer, "chat_template", template)
+        expected, scores = (
+            CoTRAILJudge(each, thinking=thinking).score_rationales(CHAT, RATIONALES) @ VALUES
+            for each in (reference, backend)
+        )
+        np.testing.assert_allclose(scores, expected, atol=1e-3, rtol=0)
+        assert np.ptp(expected) > 0.001
 
     def test_scores_do_not_feel_what_is_sampled_beside_them(self, backend, reference):
         prompts = prompts_of(reference)
