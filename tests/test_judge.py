@@ -144,9 +144,10 @@ def test_half_a_character_is_an_error_of_its_item():
     assert [judgement.error is None for judgement in CoTRAILJudge(backend).judge(["a", "b"])] == [False, True]
 
 
-def test_a_thought_may_name_the_marker_before_it_ends():
-    (judgement,) = judge("<think> i end with [RESULT]. </think> so [RESULT] 4").judge(["a"])
-    assert judgement.rationales == ["<think> i end with [RESULT]. </think> so"]
+@pytest.mark.parametrize("thought", ["i end with [RESULT].", "so [RESULT] 2"])
+def test_a_thought_may_name_the_marker_before_it_ends(thought):
+    (judgement,) = judge(f"<think> {thought} </think> so [RESULT] 4").judge(["a"])
+    assert judgement.rationales == [f"<think> {thought} </think> so"]
 
 
 def test_an_engine_that_stops_within_a_thought_gives_no_score():

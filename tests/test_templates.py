@@ -299,6 +299,13 @@ def test_parts_that_are_no_text_are_refused() -> None:
     assert caught.value.kind == "not text"
 
 
+def test_a_template_that_shows_no_text_says_what_would_help() -> None:
+    template = Template(template_tokenizer("smolvlm", "{% for message in messages %}{{ message.role }}{% endfor %}"))
+    with pytest.raises(ScoreNotFoundError, match="chat_template_path") as caught:
+        template.ask(row_of())
+    assert caught.value.kind == "template"
+
+
 def test_a_prompt_that_a_template_refuses_is_a_refusal_with_its_reason() -> None:
     row = row_of()
     row["prompt"].insert(0, {"role": "system", "content": "You judge."})
