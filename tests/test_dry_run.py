@@ -75,6 +75,15 @@ def test_a_dry_run_prints_the_steps_and_writes_nothing(tmp_path, model, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_without_rationales_has_the_steps_of_such_a_run(tmp_path, model, capsys):
+    code, printed = dry(tmp_path, model, make_rows(12), capsys, "--drop_rationale", "true")
+    assert code == 0
+    assert re.findall(r"^\[(\d/\d)\] (\w+)", printed, re.MULTILINE) == [
+        ("1/4", "Reading"), ("2/4", "Training"), ("3/4", "Judging"), ("4/4", "Writing"),
+    ]  # fmt: skip
+    assert "11 rationales" not in printed
+
+
 def test_a_dry_run_says_what_is_finished(tmp_path, model, capsys):
     begin(tmp_path, model, {"prepare": 3.0, "stage1": 61.0})
     printed = dry(tmp_path, model, make_rows(12), capsys)[1]

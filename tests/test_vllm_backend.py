@@ -1,9 +1,14 @@
 """What VLLMBackend refuses before it starts an engine; `test_vllm_real.py` has the engine."""
 
 import json
+import sys
+from dataclasses import asdict, make_dataclass
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
 import pytest
-from conftest import make_model
+from conftest import make_model, make_tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import BartConfig
 
@@ -116,3 +121,57 @@ def test_an_adapter_without_a_base_is_refused(model, tmp_path):
     get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="base_model_name_or_path"):
         adapter_config(str(tmp_path))
+
+
+@pytest.fixture
+def engines(monkeypatch) -> list[dict[str, Any]]:
+    """The arguments of the engines that were started, of a vLLM whose engine never comes up."""
+    started = []
+
+    class Engine:
+        @staticmethod
+        def from_engine_args(arguments):
+            started.append(asdict(arguments))
+            raise RuntimeError("no GPU")
+
+    names = ("model", "tokenizer", "enable_prefix_caching", "disable_log_stats", "enable_lora", "max_loras")
+    arguments = make_dataclass(
+        "Arguments", [(name, Any, None) for name in (*names, "max_lora_rank", "speculative_config")]
+    )
+    for name, parts in {
+        "vllm": {"__spec__": ModuleSpec("vllm", None)},
+        "vllm.engine": {},
+        "vllm.engine.arg_utils": {"AsyncEngineArgs": arguments},
+        "vllm.lora": {},
+        "vllm.lora.request": {"LoRARequest": object},
+        "vllm.v1": {},
+        "vllm.v1.engine": {},
+        "vllm.v1.engine.async_llm": {"AsyncLLM": Engine},
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(parts)
+        monkeypatch.setitem(sys.modules, name, module)
+    return started
+
+
+@pytest.mark.parametrize(
+    ("settings", "argument", "message"),
+    [
+        ({}, {"speculative_config": {"model": "draft"}}, "gives no log-probabilities of chosen tokens"),
+        *[
+            (settings, {}, "vLLM cannot serve .* unmerged")
+            for settings in (
+                *({"init_lora_weights": start} for start in ("pissa", "olora")),
+                *({"lora_bias": True}, {"trainable_token_indices": [5]}),
+            )
+        ],
+        ({}, {}, "engine does not start"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_engine_starts(model, tmp_path, engines, settings, argument, message):
+    model.config.save_pretrained(tmp_path / "seed")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], base_model_name_or_path=str(tmp_path / "seed"), **settings)
+    lora.save_pretrained(str(tmp_path / "judge"))
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        VLLMBackend(tmp_path / "judge", make_tokenizer(), **argument)
+    assert [started["enable_lora"] for started in engines] == ([True] if "start" in message else [])
