@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import time
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -180,6 +181,19 @@ def test_log_probabilities_that_were_swapped_are_noticed(backend, server):
     assert not server.faults
 
 
+@pytest.mark.parametrize("name", ["a bomb", "a bomb of gzip", "a bomb of deflate"])
+def test_of_a_bomb_no_more_than_the_limit_is_held(backend, server, name):
+    status, headers, raw = OF_ANY[name](server, {"prompt": [5], "logprob_token_ids": ASKED})
+    server.faults.append(lambda server, request: (status, headers, raw))
+    tracemalloc.start()
+    try:
+        backend.next_token_logprobs([[5]], ASKED)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+    assert not server.faults
+
+
 def test_a_packed_answer_within_the_limit_is_read(backend, server):
     true = json.dumps(server.answer({"prompt": [5], "logprob_token_ids": ASKED})).encode()
     server.faults.append(says(200, gzip.compress(true), Content_Encoding="gzip"))
@@ -239,7 +253,9 @@ def test_a_fingerprint_is_the_models_whatever_noise_moves_it(server, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("logprob", "mass"), [(0.0, 5.0), (math.log(0.21), 1.05), (-9999.0, 0.0)], ids=["certain", "too much", "nothing"]
+    ("logprob", "mass"),
+    [(0.0, 5.0), (math.log(0.2005), 1.0025), (-9999.0, 0.0)],
+    ids=["certain", "too much", "nothing"],
 )
 def test_probabilities_that_are_none_are_that_items_error(server, tokenizer, logprob, mass):
     tokens = [f"token_id:{token}" for token in tokenizer.convert_tokens_to_ids(list("12345"))]
