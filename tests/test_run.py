@@ -6,6 +6,7 @@ import pytest
 
 from trl_tract.files.journal import read_json
 from trl_tract.runs.run import Run, finished_steps
+from trl_tract.runs.steps import TrainStep
 
 TITLES = {"rows": "Rows", "model": "Model", "judging": "Judging"}
 
@@ -147,6 +148,24 @@ def test_a_link_in_the_directory_is_refused(steps, tmp_path):
     with pytest.raises(FileExistsError, match=r"model.safetensors is a symbolic link"):
         steps.run()
     assert (tmp_path / "elsewhere").read_text() == "precious"
+
+
+def test_a_link_is_refused_where_nothing_was_trained_yet(tmp_path):
+    (tmp_path / "elsewhere").write_text("precious")
+    Run(tmp_path / "out", {"a": 1}, total=3, say=print)
+    (tmp_path / "out" / "train.jsonl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError, match=r"train.jsonl is a symbolic link"):
+        Run(tmp_path / "out", {"a": 1}, total=3, say=print)
+
+
+def test_a_training_in_a_directory_with_a_link_is_refused(tmp_path):
+    (tmp_path / "seed").mkdir()
+    (tmp_path / "seed" / "config.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "eval.jsonl").symlink_to(tmp_path / "rows.jsonl")
+    with pytest.raises(FileExistsError, match=r"eval.jsonl is a symbolic link"):
+        TrainStep(str(tmp_path / "seed"), str(tmp_path / "rows.jsonl"), str(tmp_path / "out")).run()
 
 
 def test_what_is_written_down_is_whole(steps):
