@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from trl_tract.backends import Backend, Generation, ScriptedBackend, TransformersBackend
+from trl_tract.backends.drawing import DrawEach, random_numbers
 
 CONTEXT = 96
 EXACT = {"atol": 1e-10, "rtol": 0}  # nats, between two ways of computing the same in float64
@@ -135,6 +136,22 @@ class TestGenerate:
         torch.manual_seed(2)
         assert backend.generate(prompts, n=2, max_new_tokens=8, seed=7) == first
 
+    @pytest.mark.parametrize("batch_size", [1, 3, 8])
+    def test_a_sampled_text_depends_on_its_prompt_and_seed_alone(self, tokenizer, model, prompts, batch_size):
+        settings = {"n": 2, "max_new_tokens": 12, "top_p": 0.9, "repetition_penalty": 1.1}
+        alone = [
+            TransformersBackend(model, tokenizer, batch_size=2).generate([prompt], seed=[seed], **settings)[0]
+            for seed, prompt in enumerate(prompts)
+        ]
+        together = TransformersBackend(model, tokenizer, batch_size=batch_size)
+        backwards = together.generate(prompts[::-1], seed=list(range(len(prompts)))[::-1], **settings)
+        assert backwards[::-1] == alone
+        assert len({generation.text for own in alone for generation in own}) == 2 * len(prompts)
+
+    def test_seeds_are_one_for_each_prompt(self, backend, prompts):
+        with pytest.raises(ValueError, match=f"1 seeds for {len(prompts)} prompts"):
+            backend.generate(prompts, seed=[1])
+
     def test_batches_of_a_call_draw_different_numbers(self, tokenizer, model):
         backend = TransformersBackend(model, tokenizer, batch_size=2)
         prompt = tokenizer("good")["input_ids"]
@@ -194,6 +211,36 @@ class TestGenerate:
     def test_a_bad_prompt_is_named(self, backend, wrong):
         with pytest.raises(ValueError, match=r"prompts\[1\]"):
             backend.generate([[3], wrong])
+
+
+class TestDraw:
+    SCORES = torch.log(torch.tensor([[0.1, 0.2, 0.0, 0.7]]))
+
+    @pytest.mark.parametrize(
+        ("number", "token"), [(0.0, 0), (0.0999, 0), (0.1001, 1), (0.2999, 1), (0.3001, 3), (0.9999, 3)]
+    )
+    def test_the_token_is_where_the_cumulated_probability_passes_the_number(self, number, token):
+        # 0.1, 0.3, 0.3, 1.0: token 2 has no probability and is never drawn.
+        drawn = DrawEach([np.array([number])], 1.0, 1.0)(None, self.SCORES)
+        assert drawn.tolist() == [[0.0 if place == token else -math.inf for place in range(4)]]
+
+    def test_a_number_that_rounding_leaves_beyond_the_last_is_the_likeliest_token_s(self):
+        assert DrawEach([np.array([1.0])], 1.0, 1.0)(None, self.SCORES).argmax() == 3
+
+    def test_tokens_come_up_as_often_as_their_probabilities_say(self):
+        numbers = [random_numbers(0, sample, 1) for sample in range(4000)]
+        drawn = DrawEach(numbers, 0.5, 0.95)(None, self.SCORES.expand(4000, 4)).argmax(dim=-1)
+        # Squared by the temperature: 0.01, 0.04, 0, 0.49 of 0.54; the first is beyond 95 %.
+        counts = torch.bincount(drawn, minlength=4)
+        assert counts[[0, 2]].tolist() == [0, 0]
+        assert counts[1] / 4000 == pytest.approx(0.04 / 0.53, abs=0.013)  # three standard deviations
+
+    def test_the_next_step_takes_the_next_number(self):
+        draw = DrawEach([np.array([0.05, 0.2, 0.9])], 1.0, 1.0)
+        assert [int(draw(None, self.SCORES).argmax()) for _ in range(3)] == [0, 1, 3]
+
+    def test_samples_of_one_seed_draw_different_numbers(self):
+        assert not np.isin(random_numbers(3, 0, 50), random_numbers(3, 1, 50)).any()
 
 
 class TestStop:

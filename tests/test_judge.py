@@ -254,6 +254,32 @@ def test_the_same_seed_gives_the_same_judgements():
     assert [j.rationales for j in one] != [j.rationales for j in other]
 
 
+@pytest.mark.parametrize("aspects", [None, {"tone": {"marker": "[TONE]"}, "facts": {"marker": "[FACTS]"}}])
+def test_an_item_is_judged_alike_wherever_it_stands_and_whatever_stands_beside_it(aspects):
+    settings = {"append_marker": True, "max_new_tokens": 8, "num_generations": 2, "aspects": aspects}
+    rows = ["is this polite? ->", "a b", "why is it wrong and long? ->"]
+    alone = [
+        CoTRAILJudge(TransformersBackend(make_model(), TOKENIZER, batch_size=1), **settings).judge([row])[0]
+        for row in rows
+    ]
+    together = CoTRAILJudge(TransformersBackend(make_model(), TOKENIZER, batch_size=8), **settings).judge(rows[::-1])
+    assert [each.rationales for each in together[::-1]] == [each.rationales for each in alone]
+    if aspects is None:
+        assert [each.score for each in together[::-1]] == pytest.approx([each.score for each in alone], abs=1e-5)
+        assert len({text for each in alone for text in each.rationales}) == 6
+
+
+def test_each_item_can_have_a_seed_of_its_own():
+    backend = TransformersBackend(make_model(), TOKENIZER)
+    settings = {"append_marker": True, "max_new_tokens": 8}
+    mixed = CoTRAILJudge(backend, **settings).judge(["a b", "a b"], seed=[7, 8])
+    alone = [CoTRAILJudge(backend, **settings, seed=seed).judge(["a b"])[0] for seed in (7, 8)]
+    assert [each.rationales for each in mixed] == [each.rationales for each in alone]
+    assert mixed[0].rationales != mixed[1].rationales
+    with pytest.raises(ValueError, match="1 seeds for 2 rows"):
+        CoTRAILJudge(backend, **settings).judge(["a", "b"], seed=[1])
+
+
 def test_another_tokenizer_than_in_training_is_refused(tmp_path):
     row = {"prompt": "a", "completion": " b [RESULT] 3"}
     scales = resolve_scales(make_tokenizer(split_digits=False), row, read_scales({}))

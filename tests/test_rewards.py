@@ -299,7 +299,7 @@ def test_the_judges_seed_follows_the_step_and_nothing_else():
     reward = make_reward_func(judge, prompt=response)
     for step in (0, 1, 1, 2):
         reward(["a"] * 3, ["b"] * 3, trainer_state=SimpleNamespace(global_step=step))
-    zero, one, again, two = [call["seed"] for call in judge.backend.generate_calls]
+    zero, one, again, two = [tuple(call["seed"]) for call in judge.backend.generate_calls]
     assert one == again
     assert len({zero, one, two}) == 3
 
@@ -356,7 +356,7 @@ def test_two_steps_against_a_judge(tmp_path, trainer_class, config_class, chat):
             rubric_prompt(question, answer, RUBRIC["criterion"], DESCRIPTIONS)
             for question, answer in zip(asked, wrote, strict=True)
         ]
-        scores = [each.score for each in tiny_judge().judge(prompts, first=step * len(prompts))]
+        scores = [each.score for each in tiny_judge().judge(prompts, seed=tiny_judge().seed + step)]
         unit = (np.array(scores) - 1) / 4
         assert np.isfinite(unit).all()
         assert np.ptp(unit) > 0.01

@@ -8,6 +8,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, Literal, Protocol, Self, TypedDict, Unpack, runtime_checkable
 
 import numpy as np
@@ -187,6 +188,19 @@ def settings_that_count(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: str(arguments[name]) for name in names if arguments.get(name)}
 
 
+def prompt_seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """A seed for each of `count` prompts: those given, or different ones made of a single one.
+
+    Raises:
+        ValueError: Others than `count` are given.
+    """
+    if isinstance(seed, int):
+        return [int.from_bytes(sha256(f"{seed}/{number}".encode()).digest()[:4], "big") for number in range(count)]
+    if len(seed) != count:
+        raise ValueError(f"{len(seed)} seeds for {count} prompts: give one for each, or one for all")
+    return list(seed)
+
+
 @runtime_checkable
 class Backend(Protocol):
     """A language model that samples text and reports exact next-token log-probabilities."""
@@ -209,7 +223,7 @@ class Backend(Protocol):
         *,
         n: int = 1,
         stop: str | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         on_progress: Callable[[int], None] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> list[list[Generation]]:
@@ -219,8 +233,8 @@ class Backend(Protocol):
             prompts: Token ids, one sequence a prompt.
             n: Continuations per prompt; 1 with temperature 0.
             stop: Text that ends a continuation; it is not part of the result. A `Stop` says where it counts.
-            seed: The same seed, prompts and settings give the same text on the same machine, where the engine's
-                batches do not depend on what else it does.
+            seed: One for each prompt, or one that they are made of. The same seed, prompt and settings give the same
+                text on the same machine, where the engine gives each prompt random numbers of its own.
             on_progress: Called with the number of prompts that have just been finished.
             **sampling: Fields of `Sampling`. A continuation never has more tokens than the context window has left.
 

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trl_tract.backends.stop_text import Doubt
 
 
@@ -16,6 +19,7 @@ class Continuation:
         prompt: Number of its prompt.
         prompt_ids: The prompt's tokens.
         limit: Tokens that it may have.
+        numbers: A random number for each of them, in [0, 1).
         written: Those that it has.
         ended: Whether it came to its end before the limit.
         doubt: Where the stop text stands that ended it, and what is in doubt there.
@@ -26,6 +30,7 @@ class Continuation:
     prompt: int
     prompt_ids: list[int]
     limit: int
+    numbers: NDArray[np.float64]
     written: list[int] = field(default_factory=list)
     ended: bool = False
     doubt: tuple[int, Doubt] | None = None

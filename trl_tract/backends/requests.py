@@ -8,7 +8,6 @@ from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from hashlib import sha256
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from trl_tract.backends.base import Backend, Generation, Sampling, SamplingOptions
+from trl_tract.backends.base import Backend, Generation, Sampling, SamplingOptions, prompt_seeds
 from trl_tract.backends.request_loop import RequestLoop
 from trl_tract.backends.stop_text import LEAST_MASS, Doubt, Ending
 from trl_tract.backends.tokens import checked_ids
@@ -95,7 +94,7 @@ class RequestBackend(Backend):
         *,
         n: int = 1,
         stop: str | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         on_progress: Callable[[int], None] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> list[list[Generation]]:
@@ -112,6 +111,7 @@ class RequestBackend(Backend):
         settings = Sampling(**sampling)
         settings.check(n, stop)
         rows = checked_ids(prompts, "prompts", self._vocabulary)
+        seeds = prompt_seeds(seed, len(rows))
         ending = Ending(self.tokenizer, stop)
         results: list[list[Generation]] = [[Generation("", "prompt_too_long", 0)] * n for _ in rows]
         numbers: list[int] = []
@@ -121,7 +121,7 @@ class RequestBackend(Backend):
             if room < 2:
                 continue
             limited = replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
-            own_seed = _request_seed(seed, number) if self._request_seeds else None
+            own_seed = seeds[number] if self._request_seeds else None
             numbers.append(number)
             requests.append(partial(self._write, row, n, ending, limited, own_seed))
         if on_progress is not None and len(numbers) < len(rows):
@@ -239,7 +239,3 @@ class RequestBackend(Backend):
 
 def _at(strings: Sequence[str], written: Written) -> bool:
     return written.finish_reason == "stop" and written.stop_reason in strings
-
-
-def _request_seed(seed: int, number: int) -> int:
-    return int.from_bytes(sha256(f"{seed}/{number}".encode()).digest()[:4], "big")

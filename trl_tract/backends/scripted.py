@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from trl_tract.backends.base import Backend, Generation, Sampling, SamplingOptions
+from trl_tract.backends.base import Backend, Generation, Sampling, SamplingOptions, prompt_seeds
 from trl_tract.backends.stop_text import Ending
 
 Script = Callable[[str, int], str] | Mapping[str, str] | Sequence[str]
@@ -87,7 +87,7 @@ class ScriptedBackend(Backend):
         *,
         n: int = 1,
         stop: str | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         on_progress: Callable[[int], None] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> list[list[Generation]]:
@@ -105,7 +105,7 @@ class ScriptedBackend(Backend):
                     "prompts": [list(prompt) for prompt in prompts],
                     "n": n,
                     "stop": stop,
-                    "seed": seed,
+                    "seed": seed if isinstance(seed, int) else list(seed),
                     **asdict(settings),
                 }
             )
@@ -113,6 +113,8 @@ class ScriptedBackend(Backend):
             raise self.generate_errors[call]
         settings.check(n, stop)
         results = []
+        # One seed for all stays what it is, so that a script can read it.
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else prompt_seeds(seed, len(prompts))
         ending = Ending(self.tokenizer, stop)
         for index, prompt in enumerate(prompts):
             if not len(prompt):
@@ -123,7 +125,9 @@ class ScriptedBackend(Backend):
                 room = math.inf if self.context_length is None else self.context_length - len(prompt)
                 limit = int(min(settings.max_new_tokens, room))
                 asked = self.tokenizer.decode(list(prompt), clean_up_tokenization_spaces=False)
-                results.append([self._say(self._look_up(asked, seed + sample), ending, limit) for sample in range(n)])
+                results.append(
+                    [self._say(self._look_up(asked, seeds[index] + sample), ending, limit) for sample in range(n)]
+                )
             if on_progress is not None:
                 on_progress(1)
         return results

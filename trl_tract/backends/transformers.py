@@ -16,14 +16,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 
-from trl_tract.backends.base import Backend, Generation, Sampling, SamplingOptions
+from trl_tract.backends.base import Backend, Generation, Sampling, SamplingOptions, prompt_seeds
 from trl_tract.backends.branches import Branches, why_not_one_forward
 from trl_tract.backends.continuation import Continuation
+from trl_tract.backends.drawing import DrawEach, random_numbers
 from trl_tract.backends.forward import common_prefixes, exact_head, innermost, last_logits, left_padded, shared_cache
 from trl_tract.backends.loading import load, load_tokenizer, loaded_fingerprint, tokenizer_fingerprint
-from trl_tract.backends.seeding import seeded
 from trl_tract.backends.stop_text import LEAST_MASS, Ending, StopText
 from trl_tract.backends.tokens import checked_ids
 from trl_tract.scale.logprobs import trie_logprobs
@@ -115,7 +121,7 @@ class TransformersBackend(Backend):
         *,
         n: int = 1,
         stop: str | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         on_progress: Callable[[int], None] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> list[list[Generation]]:
@@ -124,11 +130,14 @@ class TransformersBackend(Backend):
         Longest prompts run first, `batch_size` sequences at a time, so that padding is small and memory runs out early
         or never. Only the settings given here shape the text: those that the checkpoint brings (top-k, penalties,
         suppressed tokens) are set aside, but for its end-of-sequence tokens. The repetition penalty counts the
-        prompt's tokens too. The text also depends on the batch size.
+        prompt's tokens too. Each continuation draws its tokens by random numbers of its own: in float32 its text does
+        not depend on what else is in its batch. Weights of 16 bits round differently in another batch, which can turn
+        a token.
         """
         settings = Sampling(**sampling)
         settings.check(n, stop)
         rows = self._checked(prompts, "prompts")
+        seeds = prompt_seeds(seed, len(rows))
         results: list[list[Generation]] = [[] for _ in rows]
         pending: deque[Continuation] = deque()
         resumed: deque[Continuation] = deque()
@@ -138,29 +147,14 @@ class TransformersBackend(Backend):
                 results[prompt] = [Generation("", "prompt_too_long", 0)] * n
             else:
                 limit = int(min(settings.max_new_tokens, room))
-                pending.extend(Continuation(prompt, rows[prompt], limit) for _ in range(n))
+                numbers = [random_numbers(seeds[prompt], sample, limit) for sample in range(n)]
+                pending.extend(Continuation(prompt, rows[prompt], limit, own) for own in numbers)
         _report(on_progress, sum(bool(done) for done in results))
-
-        decoding: dict[str, Any] = {"do_sample": False}
-        if settings.temperature > 0:
-            # top_k=0: the library's own default keeps only 50 tokens.
-            decoding = {
-                "do_sample": True,
-                "temperature": settings.temperature,
-                "top_p": settings.top_p,
-                "top_k": 0,
-            }
-        if settings.repetition_penalty != 1.0:
-            decoding["repetition_penalty"] = settings.repetition_penalty
         ending = Ending(self.tokenizer, stop)
         eos = self._eos_ids()
-        batches = 0
 
         def step(batch: list[Continuation]) -> list[Continuation]:
-            nonlocal batches
-            batches += 1
-            with seeded(self.model.device, f"{seed}/{batches}"):
-                self._extend(batch, decoding, eos, ending)
+            self._extend(batch, settings, eos, ending)
             doubted = [sequence for sequence in batch if sequence.doubt is not None]
             self._settle(doubted, ending)
             finished = 0
@@ -176,7 +170,7 @@ class TransformersBackend(Backend):
 
         with self._borrowed_model():
             self._in_batches(pending, step)
-            while resumed:  # last, so that the random numbers of the others do not depend on them
+            while resumed:
                 pending, resumed = resumed, deque()
                 self._in_batches(pending, step)
         return results
@@ -268,7 +262,7 @@ class TransformersBackend(Backend):
         }
         return self._loading | others
 
-    def _extend(self, batch: list[Continuation], decoding: dict[str, Any], eos: list[int], ending: Ending) -> None:
+    def _extend(self, batch: list[Continuation], settings: Sampling, eos: list[int], ending: Ending) -> None:
         """Write on every sequence until it ends, or until the first of them has no room left."""
         rows = [sequence.prompt_ids + sequence.written for sequence in batch]
         input_ids, attention_mask = left_padded(rows, self._pad_id(), self.model.device)
@@ -278,16 +272,24 @@ class TransformersBackend(Backend):
         watch = StopText(ending, starts, [sequence.mentions for sequence in batch])
         if ending.stop is not None:
             criteria.append(watch)
+        room = min(sequence.limit - len(sequence.written) for sequence in batch)
+        draw = LogitsProcessorList()
+        if settings.temperature > 0:
+            numbers = [each.numbers[len(each.written) : len(each.written) + room] for each in batch]
+            draw.append(DrawEach(numbers, settings.temperature, settings.top_p))
+        penalty = settings.repetition_penalty
         output = self.model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=_settings(
-                **decoding,
-                max_new_tokens=min(sequence.limit - len(sequence.written) for sequence in batch),
+                do_sample=False,
+                repetition_penalty=None if penalty == 1 else penalty,
+                max_new_tokens=room,
                 eos_token_id=eos or None,
                 pad_token_id=self._pad_id(),
             ),
             stopping_criteria=criteria,
+            logits_processor=draw,
             # The last token is left to the decoding: its logits are what the rows of a prompt draw from.
             **shared_cache(self.model, [row[:-1] for row in rows], self._pad_id()),
         )

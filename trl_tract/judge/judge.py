@@ -53,7 +53,8 @@ class CoTRAILJudge:
         top_p: Nucleus sampling threshold of the rationale.
         repetition_penalty: Penalty on tokens that the prompt or the rationale has already; 1: none.
         max_new_tokens: Tokens a rationale may have.
-        seed: Random seed of rationales and of sampled scores.
+        seed: Random seed of rationales and of sampled scores. Each item draws random numbers of its own, from its
+            prompt and this seed: its judgement does not depend on its place or on what else is judged.
         max_attempts: How often a rationale is sampled until it reaches the marker with a score behind it.
         append_marker: Score a rationale that never reached the marker as if it had. For models that were not trained
             to write it, such as a seed model; otherwise such an item is an error.
@@ -111,7 +112,8 @@ class CoTRAILJudge:
         self._recalibrations()  # of another scale: refused now
         self.normalize_grid = normalize_grid
         self.writes_rationale = writes_rationale
-        self._rule = Rule(decision, quantile, normalize_grid, score_temperature, pool, seed)
+        self._rule = Rule(decision, quantile, normalize_grid, score_temperature, pool)
+        self.seed = seed
         sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty)
         if writes_rationale:
             sampling.check(num_generations, self.scales[0].marker)
@@ -222,14 +224,14 @@ class CoTRAILJudge:
         self,
         rows: Sequence[Mapping[str, Any] | str],
         *,
-        first: int = 0,
+        seed: int | Sequence[int] | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[Judgement]:
         """Score items, in order. What goes wrong with one item is that item's `error`.
 
         Args:
             rows: A prompt each, or rows with a `prompt`, written like the training rows.
-            first: Number of the first item where `rows` is a part of more; the random seed depends on it.
+            seed: Random seed in place of the judge's, or one for each item.
             on_progress: Called with the number of items that are done since it was called before. Rationales are
                 written for all items and then scored: an item whose rationale is written counts a half. None: a bar on
                 a terminal and in a notebook.
@@ -242,7 +244,11 @@ class CoTRAILJudge:
             raise TypeError(f"rows is a {type(rows).__name__}: make it a list, as in judge.judge(list(rows))")
         if on_progress is None and len(rows) > 1 and is_watched():
             with progress(total=len(rows), desc="judging", unit="item") as bar:
-                return self.judge(rows, first=first, on_progress=bar.update)
+                return self.judge(rows, seed=seed, on_progress=bar.update)
+        seed = self.seed if seed is None else seed
+        seeds = [seed] * len(rows) if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(rows):
+            raise ValueError(f"{len(seeds)} seeds for {len(rows)} rows: give one for each, or one for all")
         judged: dict[int, Judgement] = {}
         asked: dict[int, Asked] = {}
         for i, row in enumerate(rows):
@@ -267,7 +273,7 @@ class CoTRAILJudge:
         if asked:
             recalibrations = self._recalibrations()
             loop = Loop(self._template, self.scales, self._sampler, self._rule, recalibrations, self._num_generations)
-            judged |= loop.run(asked, first, report)
+            judged |= loop.run(asked, dict(enumerate(seeds)), report)
         return [judged[i] for i in range(len(rows))]
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:

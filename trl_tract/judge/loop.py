@@ -12,6 +12,7 @@ import numpy as np
 
 from trl_tract.backends import Generation, Stop
 from trl_tract.evaluation.recalibration import Recalibration
+from trl_tract.files.journal import digest
 from trl_tract.judge.judgement import Judgement
 from trl_tract.judge.scoring import NO_ROOM, Rule, Sampler, grid_probabilities
 from trl_tract.rows.template import Asked, Frame, Template
@@ -27,6 +28,7 @@ class _Chain:
     """One completion under way: what is written of it, and why it does not go on."""
 
     item: int
+    sample: int
     asked: Asked
     done: list[tuple[str, str]] = field(default_factory=list)  # rationale and score text, by scale
     rationale: str = ""
@@ -53,22 +55,25 @@ class Loop:
     recalibrations: Mapping[str, Recalibration]
     num_generations: int
 
-    def run(self, asked: Mapping[int, Asked], first: int, report: Callable[[int], None]) -> dict[int, Judgement]:
-        """A judgement for each item.
+    def run(
+        self, asked: Mapping[int, Asked], seeds: Mapping[int, int], report: Callable[[int], None]
+    ) -> dict[int, Judgement]:
+        """A judgement for each item. It depends on the item's prompt and seed, and on no other item.
 
         Args:
             asked: Item -> its prompt.
-            first: Number of the first item where the items are a part of more.
+            seeds: Item -> its random seed.
             report: Told how many items are done, at each pass over them a part.
         """
         ids = {item: asked_ids(self.template, each) for item, each in asked.items()}
-        chains = {item: [_Chain(item, asked[item]) for _ in range(self.num_generations)] for item in ids}
+        drawn = {item: digest([seeds[item], list(own)]) for item, own in ids.items()}
+        chains = {item: [_Chain(item, n, asked[item]) for n in range(self.num_generations)] for item in ids}
         judged: dict[int, dict[str, Judgement]] = {item: {} for item in ids}
         passes = Passes(report, len(ids), 2 * len(self.scales))
         for number, scale in enumerate(self.scales):
             going = [chain for own in chains.values() for chain in own if chain.error is None]
-            self._write(number, going, ids, first, passes)
-            self._score(number, going, judged, first)
+            self._write(number, going, ids, drawn, passes)
+            self._score(number, going, judged, drawn)
             passes.add(len(ids))
             for item, own in chains.items():
                 if scale.name not in judged[item]:
@@ -77,31 +82,39 @@ class Loop:
         return {item: self._whole(judged[item], chains[item]) for item in ids}
 
     def _write(
-        self, number: int, going: Sequence[_Chain], ids: Mapping[int, Sequence[int]], first: int, passes: Passes
+        self,
+        number: int,
+        going: Sequence[_Chain],
+        ids: Mapping[int, Sequence[int]],
+        drawn: Mapping[int, str],
+        passes: Passes,
     ) -> None:
         """Write the next rationale of each completion that goes on, or the reason why there is none."""
         sampler, scale = self.sampler, self.scales[number]
         # Thinking stands before the first rationale alone.
         frames = [chain.asked.frame if number == 0 else Frame() for chain in going]
         stop = Stop.at(scale, **stop_rules(frames))
-        several = [number] if scale.name else []
         options: dict[str, Any] = {
-            "seed": lambda attempt: [self.rule.seed, first, attempt, *several],
             "rejects": lambda text: any(
                 not may_end(frame, text) or scored_within(answered(frame, text), self.scales) for frame in frames[:1]
             ),
         }
         if number == 0:
+            options["seed"] = lambda item, attempt: [drawn[item], attempt]
             sampled = sampler.sample(ids, stop, n=self.num_generations, on_progress=passes.add, **options)
             generations = [each for own in sampled.values() for each in own]
         else:
             asked = {place: own for place, chain in enumerate(going) if (own := self._prefix(chain, None)) is not None}
-            going = [going[place] for place in asked]
+            chains, going = going, [going[place] for place in asked]
+
+            def seed(place: int, attempt: int) -> list[Any]:
+                return [drawn[chains[place].item], attempt, chains[place].sample, number]
 
             def tell(count: int) -> None:
                 passes.add(count / self.num_generations)
 
-            generations = [own[0] for own in sampler.sample(asked, stop, n=1, on_progress=tell, **options).values()]
+            sampled = sampler.sample(asked, stop, n=1, seed=seed, on_progress=tell, **options)
+            generations = [own[0] for own in sampled.values()]
         for chain, generation in zip(going, generations, strict=True):
             self._take(chain, generation, number)
 
@@ -119,7 +132,11 @@ class Loop:
             chain.error = f"the rationale before {scale.marker!r} holds {which}"
 
     def _score(
-        self, number: int, going: Sequence[_Chain], judged: Mapping[int, dict[str, Judgement]], first: int
+        self,
+        number: int,
+        going: Sequence[_Chain],
+        judged: Mapping[int, dict[str, Judgement]],
+        drawn: Mapping[int, str],
     ) -> None:
         """Judge what was written, and put the score that was decided behind it."""
         scale = self.scales[number]
@@ -138,7 +155,7 @@ class Loop:
         for item, slots in scored.items():
             judgement = judged[item][scale.name] = Judgement()
             own = [going[places[slot]] for slot in slots]
-            seed = [first + item, *([scale.name] if scale.name else [])]
+            seed = [drawn[item], number]
             rationales = [chain.rationale for chain in own]
             recalibration = self.recalibrations.get(scale.name)
             self.rule.fill(judgement, scale.grid, found.of(slots), rationales, seed, recalibration)

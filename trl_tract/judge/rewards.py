@@ -115,11 +115,10 @@ class _JudgeReward:
             written = self._rubric_prompt(row) if self.prompt is None else self.prompt(row)
             if written is not None:
                 asked[i] = written
-        # The judge's seed depends on the number of the first item. Without the step, the same random numbers would
-        # choose the words of a batch's first rationale in every step.
-        first = 0 if trainer_state is None else int(trainer_state.global_step) * len(prompts)
+        # With the step: a completion that comes up again is judged anew, not by the words of the first time.
+        step = 0 if trainer_state is None else int(trainer_state.global_step)
         rows = [{"prompt": written} for written in asked.values()]
-        judgements = dict(zip(asked, self.judge.judge(rows, first=first), strict=True))
+        judgements = dict(zip(asked, self.judge.judge(rows, seed=self.judge.seed + step), strict=True))
         rewards = [self._reward(judgements[i]) if i in judgements else None for i in range(len(prompts))]
         self._report(judgements, len(prompts), log_extra, log_metric)
         return rewards

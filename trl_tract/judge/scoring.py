@@ -48,7 +48,7 @@ class Sampler:
         stop: Stop,
         *,
         n: int,
-        seed: Callable[[int], Sequence[Any]],
+        seed: Callable[[Key, int], Sequence[Any]],
         rejects: Callable[[str], bool],
         on_progress: Callable[[int], None],
     ) -> dict[Key, list[Generation]]:
@@ -58,7 +58,7 @@ class Sampler:
             prompts: Token ids.
             stop: The marker that ends them.
             n: Rationales for each.
-            seed: What the random numbers of an attempt (1, 2, ...) depend on.
+            seed: What the random numbers of a prompt's attempt (1, 2, ...) depend on.
             rejects: Whether a rationale that did reach its score has to be sampled again.
             on_progress: See `Backend.generate`; told of the first attempt.
         """
@@ -68,11 +68,12 @@ class Sampler:
         open_slots = [(key, sample) for key in prompts for sample in range(n)]
         for attempt in range(1, self.max_attempts + 1):
             settings: dict[str, Any] = {**self.options, "stop": stop}
-            settings["seed"] = int(digest(list(seed(attempt)))[:8], 16)
             if attempt == 1:
+                settings["seed"] = [as_seed(seed(key, attempt)) for key in prompts]
                 first = self.backend.generate(list(prompts.values()), n=n, on_progress=on_progress, **settings)
                 results = {key: list(generations) for key, generations in zip(prompts, first, strict=True)}
             else:
+                settings["seed"] = [as_seed([*seed(key, attempt), sample]) for key, sample in open_slots]
                 again = self.backend.generate([prompts[key] for key, _ in open_slots], n=1, **settings)
                 for (key, sample), generations in zip(open_slots, again, strict=True):
                     results[key][sample] = generations[0]
@@ -111,6 +112,11 @@ class Sampler:
         return f"no rationale reached {scale.marker!r}{mentioned} {attempts}"
 
 
+def as_seed(parts: Sequence[Any]) -> int:
+    """A seed of 32 bits that depends on all of the parts."""
+    return int(digest(list(parts))[:8], 16)
+
+
 def grid_probabilities(backend: Backend, grid: ScoreGrid, prefixes: Sequence[Sequence[int]]) -> GridProbabilities:
     """Probabilities of a grid's scores behind token prefixes, and what was left out of them.
 
@@ -140,7 +146,6 @@ class Rule:
     normalize_grid: bool
     score_temperature: float
     pool: Pool
-    seed: int
 
     def __post_init__(self) -> None:
         """Refuse what is unusable before anything is generated."""
@@ -167,12 +172,12 @@ class Rule:
             grid: Of the scores.
             found: Of this item's rationales alone.
             rationales: They.
-            seed: What a sampled score depends on, beside the judge's seed.
+            seed: What a sampled score depends on.
             recalibration: Applied to the final score.
         """
         probs = found.probs
         tensor, values = torch.from_numpy(probs), torch.tensor(grid.values, dtype=torch.float64)
-        generator = torch.Generator().manual_seed(int(digest([self.seed, "score", *seed])[:8], 16))
+        generator = torch.Generator().manual_seed(as_seed(["score", *seed]))
         tensor = temper(tensor, self.score_temperature)
         rule: dict[str, Any] = {
             "normalize": self.normalize_grid,

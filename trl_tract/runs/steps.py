@@ -239,7 +239,7 @@ class JudgeStep:
             judge = CoTRAILJudge.from_pretrained(self.model, backend, **self.settings)
 
         def work(rows: list[Any], first: int, report: Report) -> list[Record]:
-            judgements = judge.judge(rows, first=first, on_progress=report)
+            judgements = judge.judge(rows, on_progress=report)
             return [
                 _record(row, _references(row, number, scales), judgement, scales) | {"backend": backend.name}
                 for number, (row, judgement) in enumerate(zip(rows, judgements, strict=True), start=first)
