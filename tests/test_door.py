@@ -89,11 +89,31 @@ def written(folder: Path, kind: str, rows) -> str:
 
 
 def outcome(source: str, *, scales=SCALES):
-    """Of each record its gold score, None without one, or the kind of its refusal."""
-    return [
-        item.kind if isinstance(item, Refusal) else item.reference.get("score")
-        for _, item in Source(source, scales).found()
+    """Of each record its mean gold score, None without one, or the kind of its refusal."""
+    found = [
+        item if isinstance(item, Refusal) else item.reference.get("score") for _, item in Source(source, scales).found()
     ]
+    return [
+        each.kind if isinstance(each, Refusal) else sum(each) / len(each) if isinstance(each, list) else each
+        for each in found
+    ]
+
+
+@in_every_format
+def test_the_scores_of_several_people_stay_apart_for_the_report(kind, tmp_path):
+    rows = rows_of([{"score": [4, 3, 3]}, {"score": [5, None]}])
+    assert [item.reference["score"] for _, item in Source(written(tmp_path, kind, rows), SCALES).items()] == [
+        [4, 3, 3],
+        5,
+    ]
+
+
+@in_every_format
+def test_without_rationales_a_row_is_trained_on_its_gold_score_alone(kind, tmp_path):
+    rows = rows_of([{"score": [4, 3, 3]}, {"score": 2, "completion": math.nan}, {}])
+    source = Source(written(tmp_path, kind, rows), SCALES, bare=True)
+    found = [(row["completion"], row["score"]) for _, row in source.training_rows(chat=False)]
+    assert found == [("[RESULT] 3", [4, 3, 3]), ("[RESULT] 2", 2), ("[RESULT] 5", 5)]
 
 
 @pytest.fixture(scope="module")

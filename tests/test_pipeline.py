@@ -293,18 +293,20 @@ def test_secrets_among_the_options_are_not_written_down(seed_model, tmp_path):
 
 
 def test_a_run_without_rationales_has_one_stage_and_writes_none(seed_model, tmp_path):
-    write_jsonl(tmp_path / "rows.jsonl", make_rows(9))
+    # Of two people's scores, and no completions at all.
+    rows = [{"prompt": row["prompt"], "score": [row["score"], 3.0]} for row in make_rows(9)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
     said: list[str] = []
-    training = {**TRAINING, "drop_rationale": True}
     out = tmp_path / "out"
-    result = run_tract(seed_model, str(tmp_path / "rows.jsonl"), out, eval_fraction=0.34, training=training,
-                       say=said.append)  # fmt: skip
+    result = run_tract(seed_model, str(tmp_path / "rows.jsonl"), out, eval_fraction=0.34, training=TRAINING,
+                       rationales="none", say=said.append)  # fmt: skip
     assert [line[:5] for line in said if line.startswith("[")] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
     assert set(result.reports) == {"TRACT"}
     assert {record["error"] for record in read_jsonl(out / "judged-tract" / "judgements.jsonl")} == {None}
     assert not (out / "stage1").exists()
     assert not (out / "self-generated").exists()
-    assert (out / "report.json").is_file()
+    (standing,) = (judge["standing"] for judge in json.loads((out / "report.json").read_text())["judges"].values())
+    assert standing["raters"]["n"] == 3
 
 
 def test_figures_know_what_they_were_made_of(finished):

@@ -38,7 +38,7 @@ def load_items(source):
     return [item for _, item in Source(source, SCALES).items()]
 
 
-def test_prometheus_items_give_three_training_rows_and_their_mean(tmp_path):
+def test_prometheus_items_give_three_training_rows_and_keep_their_scores_apart(tmp_path):
     (item,) = load_items(write(tmp_path / "v.json", [PROMETHEUS], as_list=True))
     assert [row["completion"] for row in item.training] == [
         "good [RESULT] 4",
@@ -46,7 +46,7 @@ def test_prometheus_items_give_three_training_rows_and_their_mean(tmp_path):
         "great [RESULT] 5",
     ]
     assert [row["score"] for row in item.training] == [4.0, 5.0, 5.0]
-    assert item.reference["score"] == pytest.approx(14 / 3)
+    assert item.reference["score"] == [4.0, 5.0, 5.0]
     assert item.group == "Question one"
 
 
@@ -116,7 +116,7 @@ def test_too_few_groups_to_split_are_an_error():
 def test_a_benchmark_item_without_feedback_can_be_judged_and_not_trained_on():
     (item,) = read_items({"instruction": "Judge. ", "gpt4_score": [4, 5, 5]}, SCALES)
     assert item.training == ()
-    assert item.reference["score"] == pytest.approx(14 / 3)
+    assert item.reference["score"] == [4.0, 5.0, 5.0]
     assert item.reference["prompt"] == "Judge."
 
 

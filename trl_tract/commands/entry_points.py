@@ -111,6 +111,7 @@ def _run(arguments: Sequence[str]) -> int:
         num_generations=generation.num_generations,
         on_failure=run.on_failure,
         keep_annotated=run.keep_annotated,
+        rationales=run.rationales,
         backend=generation.engine(),
     )
     if run.dry_run:

@@ -111,6 +111,14 @@ class RunArguments:
     """Rows of a run."""
 
     data: str = field(metadata={"help": ROWS})
+    rationales: str = field(
+        default="given",
+        metadata={
+            "help": "given: train on the rows that have a rationale. none: train on prompts and scores alone, in one "
+            "stage; the judge then writes no rationale.",
+            "choices": ["given", "none"],
+        },
+    )
     eval_data: str | None = field(
         default=None, metadata={"help": "Held-out items: a file or hub id. By default a part of --data is held out."}
     )

@@ -30,11 +30,11 @@ STEPS: Mapping[str, str] = {
 """The steps of a run in their order, and what they are called."""
 ONE_STAGE: Mapping[str, str] = {
     "prepare": STEPS["prepare"],
-    "stage2": "Training: the seed model on prompts and scores (drop_rationale: no rationales, so no second stage)",
+    "stage2": "Training: the seed model on prompts and scores (no rationales, so no second stage)",
     "judge-tract": "Judging the held-out items",
     "report": STEPS["report"],
 }
-"""The same with `drop_rationale`."""
+"""The same without rationales."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def run_tract(
     num_generations: int = 1,
     on_failure: str = "keep_gold",
     keep_annotated: bool = False,
+    rationales: str = "given",
     backend: Mapping[str, Any] | None = None,
     isolate: bool | None = None,
     say: Callable[[str], None] = say_now,
@@ -95,6 +96,7 @@ def run_tract(
         num_generations: Stage-two rows for each prompt.
         on_failure: What happens to rationales that never reach the marker: see CoTSelfDistill.
         keep_annotated: Stage two on annotated and self-written rationales, not on the latter alone.
+        rationales: `given`: train on the rows that have one. `none`: train on prompts and scores alone, in one stage.
         backend: What generates: `name` (`transformers` or `vllm`) and arguments of that backend, such as `batch_size`.
         isolate: Run each step in a process of its own; by default on a GPU.
         say: Prints the headings.
@@ -111,6 +113,7 @@ def run_tract(
         num_generations=num_generations,
         on_failure=on_failure,
         keep_annotated=keep_annotated,
+        rationales=rationales,
         backend=dict(backend or {}),
     )
     return carry_out(spec, Path(output_dir), isolate=isolate, say=say)

@@ -13,6 +13,7 @@ from trl_tract.sources.door import Source, held_out
 from trl_tract.sources.schemas import Item
 from trl_tract.text.secrets import without_secrets
 
+RATIONALES = ("given", "none")
 _ASIDE = {"output_dir", "hub_token", "push_to_hub_token"}  # of training, what changes no result
 
 
@@ -32,6 +33,7 @@ class RunSpec:
         num_generations: Stage-two rows for each prompt.
         on_failure: What happens to rationales that fail.
         keep_annotated: Whether stage two has the annotated rationales too.
+        rationales: Where rationales come from: `given` by the rows, or `none` at all.
         backend: What generates.
     """
 
@@ -46,7 +48,19 @@ class RunSpec:
     num_generations: int = 1
     on_failure: str = "keep_gold"
     keep_annotated: bool = False
+    rationales: str = "given"
     backend: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Make one of two ways to say that there are no rationales.
+
+        Raises:
+            ValueError: `rationales` is unknown.
+        """
+        if self.rationales not in RATIONALES:
+            raise ValueError(f"rationales={self.rationales!r} is unknown: choose one of {', '.join(RATIONALES)}")
+        if self.rationales == "none":
+            object.__setattr__(self, "training", {**self.training, "drop_rationale": True})
 
     @property
     def scales(self) -> tuple[Scale, ...]:
@@ -55,7 +69,8 @@ class RunSpec:
 
     def source(self, name: str, say: Callable[[str], None] = print) -> Source:
         """The rows of `data` or `eval_data`, as the run reads them."""
-        return Source(name, self.scales, self.own, str(self.training.get("invalid_rows", "raise")), say)
+        drop = str(self.training.get("invalid_rows", "raise"))
+        return Source(name, self.scales, self.own, drop, say, not self.writes_rationales)
 
     def split(self, data: Source) -> Callable[[Item], bool]:
         """Whether an item of `data` is held out."""

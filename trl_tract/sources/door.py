@@ -8,7 +8,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from trl_tract.scale.text import ScoreNotFoundError
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.files import read_records
 from trl_tract.sources.preferences import SIDES
-from trl_tract.sources.schemas import Item, as_chat, read_items
+from trl_tract.sources.schemas import Item, as_chat, read_items, scored_alone
 
 
 class Refusal(NamedTuple):
@@ -49,6 +49,7 @@ class Source:
         own: The user's rubric and column names; None: a schema that is known.
         invalid_rows: `raise`, or `drop` to go on without the records that are refused.
         say: Told what was dropped, once.
+        bare: Whether its training rows are prompts and gold scores alone, whatever rationales there are.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Source:
     own: OwnColumns | None = None
     invalid_rows: str = "raise"
     say: Callable[[str], None] = print
+    bare: bool = False
     _said: list[str] = field(default_factory=list, compare=False)
 
     @property
@@ -91,7 +93,7 @@ class Source:
             except (ValueError, TypeError, AttributeError, IndexError) as error:
                 yield number, Refusal(number, "not understood", str(error))
             else:
-                yield from ((number, item) for item in items)
+                yield from ((number, item if judged else self._bared(item)) for item in items)
         if number < 0:
             raise ValueError(f"{self.name} holds no rows")
         absent = [] if self.own is None else self.own.absent(seen)
@@ -151,6 +153,11 @@ class Source:
                 yield from ((number, refused | side) for side in sides)
             else:
                 yield from ((number, row) for row in written_rows(item, [item.reference], chat))
+
+    def _bared(self, item: Item) -> Item:
+        if not self.bare or not item.reference:  # rows that came as tokens are as they are
+            return item
+        return replace(item, training=(scored_alone(item.reference, self.scales),))
 
     def _tell(self, what: str) -> None:
         if what not in self._said:

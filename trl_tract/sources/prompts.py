@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from trl_tract.rows.golds import is_missing, mean_golds
+from trl_tract.rows.golds import is_missing, read_golds
 from trl_tract.rows.row import Row
 from trl_tract.scale.scale import read_scales
 from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, score_text
@@ -72,6 +72,13 @@ def rubric_prompt(
 
 def from_feedback_collection(row: Mapping[str, Any], *, marker: str = "[RESULT]") -> Row:
     """A row of Feedback Collection or Feedback Bench (`orig_*` columns) as prompt, completion and score."""
+    score = _gold(row["orig_score"])
+    completion = CompletionFormat(marker).join(str(row["orig_feedback"]), score_text(score))
+    return {**feedback_collection_reference(row, marker=marker), "completion": completion, "score": score}
+
+
+def feedback_collection_reference(row: Mapping[str, Any], *, marker: str = "[RESULT]") -> Row:
+    """The same without a completion, with the scores of all who gave one; `orig_feedback` is not needed."""
     descriptions = {str(score): str(row[f"orig_score{score}_description"]) for score in range(1, 6)}
     prompt = rubric_prompt(
         row["orig_instruction"],
@@ -81,9 +88,7 @@ def from_feedback_collection(row: Mapping[str, Any], *, marker: str = "[RESULT]"
         reference=row.get("orig_reference_answer"),
         marker=marker,
     )
-    score = score_text(_gold(row["orig_score"]))
-    completion = CompletionFormat(marker).join(str(row["orig_feedback"]), score)
-    return {"prompt": prompt, "completion": completion, "score": float(score), "group": row["orig_instruction"]}
+    return {"prompt": prompt, "score": _golds(row["orig_score"]), "group": row["orig_instruction"]}
 
 
 def from_prometheus_eval(item: Mapping[str, Any], *, marker: str = "[RESULT]") -> list[Row]:
@@ -107,9 +112,9 @@ def from_prometheus_eval(item: Mapping[str, Any], *, marker: str = "[RESULT]") -
 
 
 def prometheus_eval_reference(item: Mapping[str, Any]) -> Row:
-    """An item of the prometheus-eval benchmark JSON as one evaluation row: its gold score is the mean of all."""
+    """An item of the prometheus-eval benchmark JSON as one row without a completion, with all its gold scores."""
     prompt = cleaned_instruction(str(item["instruction"]))
-    return {"prompt": prompt, "score": _gold(item["gpt4_score"]), "group": prometheus_question(prompt)}
+    return {"prompt": prompt, "score": _golds(item["gpt4_score"]), "group": prometheus_question(prompt)}
 
 
 def cleaned_instruction(instruction: str) -> str:
@@ -129,9 +134,15 @@ def prometheus_question(prompt: str) -> str:
     return prompt.split("###Response to evaluate")[0].strip()
 
 
-def _gold(score: Any) -> float:
-    """A gold score of the benchmarks, 1 to 5; the mean of several."""
-    golds = mean_golds({"score": score}, read_scales({}))
+def _golds(score: Any) -> float | list[float]:
+    """A gold score of the benchmarks, 1 to 5; a list of several."""
+    golds = read_golds({"score": score}, read_scales({}))
     if golds is None:
         raise ScoreNotFoundError("no score", "the gold score is missing")
-    return golds[0]
+    return golds[0] if len(golds[0]) > 1 else golds[0][0]
+
+
+def _gold(score: Any) -> float:
+    """Their mean."""
+    golds = _golds(score)
+    return sum(golds) / len(golds) if isinstance(golds, list) else golds

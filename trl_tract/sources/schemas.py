@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl_tract.rows.golds import is_missing, read_golds
+from trl_tract.rows.golds import is_missing, mean_golds, read_golds
 from trl_tract.rows.rendering import as_prompt_completion, with_completion
 from trl_tract.rows.row import Row
 from trl_tract.scale.scale import Scale
@@ -13,7 +13,12 @@ from trl_tract.scale.text import ScoreNotFoundError
 from trl_tract.sources.columns import ROLES, OwnColumns
 from trl_tract.sources.files import plain
 from trl_tract.sources.preferences import is_pair, pair_rows
-from trl_tract.sources.prompts import from_feedback_collection, from_prometheus_eval, prometheus_eval_reference
+from trl_tract.sources.prompts import (
+    feedback_collection_reference,
+    from_feedback_collection,
+    from_prometheus_eval,
+    prometheus_eval_reference,
+)
 
 UNDERSTOOD = (
     "prompt, completion and score (text or chat messages); "
@@ -41,7 +46,7 @@ class Item:
     Attributes:
         group: Items that share it, such as all answers to one question, belong on one side of a split.
         training: Its training rows, one for each annotated rationale; empty if it has none.
-        reference: Its evaluation row: `prompt`, `score` (the mean over its annotations) and `group`.
+        reference: Its row without a completion: `prompt`, `score` (a list where several people gave one) and `group`.
         converted: Whether the prompt was made from another schema, as plain text.
     """
 
@@ -92,10 +97,10 @@ def read_items(
     if not scales[0].name and {"orig_instruction", "orig_score"} <= row.keys():
         _need(row, [f"orig_{name}" for name in _FEEDBACK])
         _check_texts(row, [f"orig_{name}" for name in ("instruction", "response", "criteria", "reference_answer")])
-        annotation = from_feedback_collection(row, marker=scales[0].marker)
-        reference = {name: annotation[name] for name in ("prompt", "score", "group")}
-        training = () if row.get("orig_feedback") is None else (annotation,)
-        return [Item(annotation["group"], training, reference, converted=True)]
+        reference = feedback_collection_reference(row, marker=scales[0].marker)
+        written = row.get("orig_feedback") is not None
+        training = (from_feedback_collection(row, marker=scales[0].marker),) if written else ()
+        return [Item(reference["group"], training, reference, converted=True)]
     return [_read_item(row, scales, judged, converted=own is not None and own.rubric is not None)]
 
 
@@ -118,8 +123,7 @@ def _read_item(row: Row, scales: Sequence[Scale], judged: bool, converted: bool)
     missing = {name for name in ("id", "group", "subset") if row.get(name) is None}
     scored: Row = {}
     if golds is not None:
-        # A judge's records keep the annotators apart; an item that is held out has their mean.
-        each = [list(scores) if judged and len(scores) > 1 else sum(scores) / len(scores) for scores in golds]
+        each = [list(scores) if len(scores) > 1 else scores[0] for scores in golds]
         several = dict(zip([scale.name for scale in scales], each, strict=True))
         scored = {"scores": several} if scales[0].name else {"score": each[0]}
     left_out = {"completion", "score", "scores"} - scored.keys() | missing
@@ -201,6 +205,13 @@ def _check_chat(row: Row) -> None:
                 row[name] = value
         if value is not None and not isinstance(value, kind):
             raise ScoreNotFoundError("unreadable", f"the column {name} is {type(value).__name__}, not {kind.__name__}")
+
+
+def scored_alone(row: Row, scales: Sequence[Scale]) -> Row:
+    """A row without a completion as one to train on without a rationale: markers and gold scores alone."""
+    golds = mean_golds(row, scales) or []
+    pieces = [scale.format.join("", scale.grid.nearest_text(gold)) for scale, gold in zip(scales, golds, strict=True)]
+    return {**row, **with_completion(row["prompt"], "".join(pieces))}
 
 
 def as_chat(row: Row) -> Row:
