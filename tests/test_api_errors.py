@@ -10,6 +10,7 @@ from datasets import Dataset
 from trl_tract import (
     CoTRAILJudge,
     CoTSelfDistill,
+    JudgeEvalCallback,
     ScoreGrid,
     TRACTConfig,
     TRACTTrainer,
@@ -21,6 +22,7 @@ from trl_tract import (
 )
 from trl_tract.backends import ScriptedBackend
 from trl_tract.files.journal import write_jsonl
+from trl_tract.sources.door import held_out_rows
 from trl_tract.sources.rubric import Rubric
 
 
@@ -168,12 +170,72 @@ MISTAKES = {
         ValueError,
         "gpt4_score has 2 entries and gpt4_feedback has 1",
     ),
+    "judging in training without evaluations": (
+        lambda _: TRACTConfig("out", judge_eval_items=8),
+        ValueError,
+        "set eval_strategy='epoch', or eval_strategy='steps' and eval_steps",
+    ),
+    "fewer than no items to judge in training": (
+        lambda _: TRACTConfig("out", judge_eval_items=-1),
+        ValueError,
+        "judge_eval_items=-1 must be 0 (none) or more",
+    ),
+    "no item to judge in training": (lambda _: JudgeEvalCallback(num_items=0), ValueError, "num_items=0 must be 1"),
+    "settings of judging in training that are no JSON": (
+        lambda _: TRACTConfig("out", judge_eval_settings="{max_new_tokens: 5}"),
+        ValueError,
+        "judge_eval_settings is not JSON",
+    ),
+    "settings of judging in training that are a list": (
+        lambda _: TRACTConfig("out", judge_eval_settings="[5]"),
+        ValueError,
+        "is not a mapping of a judge's arguments to values",
+    ),
+    "an unknown setting of judging in training": (
+        lambda _: JudgeEvalCallback(max_tokens=5),
+        ValueError,
+        "'max_tokens' is no setting of a judge. There are append_marker, chat_template_kwargs",
+    ),
+    "nothing to judge in training": (
+        lambda folder: judged_in_training(folder, None),
+        ValueError,
+        "give an eval_dataset, or items",
+    ),
+    "items and several evaluation sets": (
+        lambda folder: judged_in_training(folder, {"a": Dataset.from_list(make_rows(2))}, items=make_rows(2)),
+        ValueError,
+        "items were given, and several evaluation sets: leave one of the two out",
+    ),
+    "items without gold scores": (
+        lambda folder: judged_in_training(folder, None, items=[{"prompt": "a"}]),
+        ValueError,
+        "items, row 0 cannot be judged in training: it has no gold score",
+    ),
+    "tokenised rows to judge in training": (
+        lambda folder: judged_in_training(folder, tokenised(folder)),
+        ValueError,
+        "it is tokenised, and a judge needs its prompt: give JudgeEvalCallback items",
+    ),
+    "more rows to judge in training than there are": (
+        lambda folder: held_out_rows(write_jsonl(folder / "rows.jsonl", make_rows(3)) and folder / "rows.jsonl", 9, 0),
+        ValueError,
+        "leaves none to train on: lower judge_eval_items, or give eval_data",
+    ),
     "a path as a reward's judge": (
         lambda _: make_reward_func("judge"),
         TypeError,
         "CoTRAILJudge.from_pretrained(path)",
     ),
 }
+
+
+def judged_in_training(folder, held_out, items=None):
+    callbacks = [JudgeEvalCallback(items)]
+    return make_trainer(folder / "out", make_rows(3), eval_dataset=held_out, extra={"callbacks": callbacks})
+
+
+def tokenised(folder):
+    return make_trainer(folder / "rows", make_rows(3)).train_dataset
 
 
 def seed(folder):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from trl_tract.scale.grid import ScoreGrid
     from trl_tract.sources.prompts import from_feedback_collection, from_prometheus_eval, rubric_prompt
     from trl_tract.training.config import TRACTConfig
+    from trl_tract.training.judge_eval import JudgeEvalCallback
     from trl_tract.training.trainer import TRACTTrainer
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 _FILES = {
     "CoTRAILJudge": "judge.judge",
     "CoTSelfDistill": "distill.distill",
+    "JudgeEvalCallback": "training.judge_eval",
     "Judgement": "judge.judge",
     "ScoreGrid": "scale.grid",
     "ServerBackend": "backends",
@@ -41,6 +43,7 @@ _FILES = {
 __all__ = [
     "CoTRAILJudge",
     "CoTSelfDistill",
+    "JudgeEvalCallback",
     "Judgement",
     "ScoreGrid",
     "ServerBackend",

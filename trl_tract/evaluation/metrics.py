@@ -97,6 +97,19 @@ def mae(predictions: npt.ArrayLike, references: npt.ArrayLike) -> float:
     return _point("mae", predictions, references)
 
 
+def spread(predictions: npt.ArrayLike, references: npt.ArrayLike) -> float:
+    """Standard deviation of the predictions over that of the gold scores: near 0, all predictions are the same.
+
+    Args and errors as in `pearson`; NaN where all gold scores are the same, or a prediction is NaN.
+
+    Example:
+        >>> spread([2, 3, 4], [1, 3, 5])
+        0.5
+    """
+    predicted, gold = as_pairs(predictions, references)
+    return float(np.std(predicted) / np.std(gold)) if len(gold) > 1 and np.ptp(gold) else math.nan
+
+
 def qwk(predictions: npt.ArrayLike, references: npt.ArrayLike, *, grid: Iterable[float] | None = None) -> float:
     """Quadratic-weighted kappa after rounding both sides to the grid: 1 - squared disagreement / that by chance.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trl_tract.evaluation.intervals import Interval, bootstrap, interval
+from trl_tract.evaluation.metrics import spread as _spread_beside
 from trl_tract.evaluation.pairs import Floats, Ints, JudgedPairs
 
 
@@ -108,7 +109,7 @@ def standing(
         ),
         minus_mean=intervals["minus_mean"],
         shift=intervals["shift"],
-        spread=float(np.std(predicted) / np.std(gold)) if len(gold) > 1 and np.ptp(gold) else np.nan,
+        spread=_spread_beside(predicted, gold),
         rationales=len(written) if written else None,
         distinct=len(set(written)) if written else None,
         raters=None

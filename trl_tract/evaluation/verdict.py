@@ -12,7 +12,8 @@ from trl_tract.evaluation.standing import Standing
 
 SAYS_ONE_THING = 0.1
 """Below this spread beside the gold scores', a judge gives every item nearly the same score."""
-_MANY = 0.2  # a share of items without a score that is news by itself
+MANY_FAILED = 0.2
+"""A share of items without a score from which on the other figures may be about the easier items."""
 _TIMID, _SURE = 0.5, 1.5  # spreads beside the gold scores' that are a finding
 _ROUGH = 20  # units below which an interval is there and rough
 
@@ -91,7 +92,7 @@ def says_one_thing(spread: float) -> bool:
 
 
 def _failures(n: int, failed: int) -> Finding | None:
-    if failed < _MANY * (n + failed):
+    if failed < MANY_FAILED * (n + failed):
         return None
     return Finding(
         "many failed",

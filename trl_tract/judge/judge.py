@@ -167,6 +167,20 @@ class CoTRAILJudge:
                     f"backend={backend!r} is unknown: give 'transformers', or a backend, such as VLLMBackend(path)"
                 )
             backend = TransformersBackend(str(path), revision=revision)
+        judge = cls.from_config(config, backend, **settings)
+        saved = OwnColumns.load(path, revision)
+        judge.rubric = None if saved is None else saved.rubric
+        return judge
+
+    @classmethod
+    def from_config(cls, config: JudgeConfig, backend: Backend, **settings: Any) -> "CoTRAILJudge":
+        """A judge that asks and reads as it was trained to.
+
+        Args:
+            config: What it was trained to write, as in `tract_config.json`.
+            backend: The judge model.
+            **settings: Other arguments of the class.
+        """
         trained = {
             "normalize_grid": config.normalize_grid,
             "writes_rationale": config.writes_rationale,
@@ -174,8 +188,6 @@ class CoTRAILJudge:
         }
         judge = cls(backend, **config.arguments, **{**trained, **settings})
         judge.scales, judge.chat = config.scales, config.chat
-        saved = OwnColumns.load(path, revision)
-        judge.rubric = None if saved is None else saved.rubric
         return judge
 
     def judge_response(

@@ -152,7 +152,7 @@ def carry_out(
             spec.model,
             str(rows),
             str(directory / name),
-            training=dict(spec.training),
+            training={**spec.training, **spec.judged_in_training},
             model_args=dict(spec.model_args),
             asked_like=None if asked_like is None else str(asked_like),
             own=None if spec.own is None else spec.own.to_dict(),

@@ -12,6 +12,7 @@ from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.door import Source, held_out
 from trl_tract.sources.schemas import Item
 from trl_tract.text.secrets import without_secrets
+from trl_tract.training.config import read_settings
 
 RATIONALES = ("given", "none")
 _ASIDE = {"output_dir", "hub_token", "push_to_hub_token"}  # of training, what changes no result
@@ -85,6 +86,15 @@ class RunSpec:
     def writes_rationales(self) -> bool:
         """Whether judges write rationales; without any there is nothing to self-generate, and one stage alone."""
         return not self.training.get("drop_rationale")
+
+    @property
+    def judged_in_training(self) -> dict[str, Any]:
+        """How held-out rows are judged in training, if they are: as the run judges, but for what was given for it."""
+        if not self.training.get("judge_eval_items"):
+            return {}
+        batch = {"batch_size": self.backend["batch_size"]} if "batch_size" in self.backend else {}
+        given = read_settings(self.training.get("judge_eval_settings")) or {}
+        return {"judge_eval_settings": {**self.generation, **batch, **given}}
 
     def settings(self) -> dict[str, Any]:
         """Whatever changes the results of the run, by which its directory is recognised."""

@@ -43,6 +43,7 @@ from trl_tract.scale.text import ScoreNotFoundError
 from trl_tract.sources.arrow import training_dataset
 from trl_tract.sources.columns import FILE_NAME as PROMPT_FILE
 from trl_tract.sources.columns import OwnColumns
+from trl_tract.sources.door import held_out_rows
 from trl_tract.text.secrets import without_secrets
 from trl_tract.text.terminal import hide_host_warnings
 from trl_tract.training.config import TRACTConfig
@@ -61,7 +62,7 @@ class TrainStep:
         model: Model directory or hub id to start from.
         train_data: JSONL of training rows.
         output_dir: Receives the model or adapter, the tokenizer and `tract_config.json`.
-        eval_data: JSONL of evaluation rows with completions, or None.
+        eval_data: JSONL of evaluation rows with completions, or None: with `judge_eval_items`, rows of `train_data`.
         training: Fields of TRACTConfig.
         model_args: Fields of TRL's ModelConfig: dtype, LoRA, quantisation.
         asked_like: A judge's directory, whose prompts are rendered alike (thinking, date), since it wrote the rows.
@@ -99,11 +100,17 @@ class TrainStep:
             "dtype": model_args.dtype,
         }
         args.model_init_kwargs = {**init, **(args.model_init_kwargs or {})}
+        rows, held_out = _dataset(self.train_data, args, "train"), None
+        if self.eval_data:
+            held_out = _dataset(self.eval_data, args, "eval")
+        elif args.judge_eval_items:
+            places = held_out_rows(Path(self.train_data), args.judge_eval_items, args.seed)
+            rows, held_out = rows.select([n for n in range(len(rows)) if n not in places]), rows.select(sorted(places))
         trainer = TRACTTrainer(
             self.model,
             args,
-            train_dataset=_dataset(self.train_data, args, "train"),
-            eval_dataset=_dataset(self.eval_data, args, "eval") if self.eval_data else None,
+            train_dataset=rows,
+            eval_dataset=held_out,
             peft_config=get_peft_config(model_args),
             quantization_config=get_quantization_config(model_args),
         )

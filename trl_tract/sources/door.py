@@ -4,6 +4,7 @@ Rows are read when they are asked for; none are kept. Knows nothing of tokens, o
 """
 
 import hashlib
+import json
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from trl_tract.files.journal import write_json, write_jsonl
+from trl_tract.files.journal import read_jsonl, write_json, write_jsonl
 from trl_tract.rows.dataset import refusal_summary
 from trl_tract.rows.row import REFUSED, Row
 from trl_tract.scale.scale import Scale
@@ -181,6 +182,29 @@ def held_out(items: Iterable[Item], fraction: float, seed: int) -> Callable[[Ite
     random.Random(seed).shuffle(groups)
     chosen = set(groups[:count])
     return lambda item: _digest(item.group) in chosen
+
+
+def held_out_rows(path: Path, count: int, seed: int) -> set[int]:
+    """Places of about `count` rows of a file, whole groups of them; rows without a group belong to their prompt's.
+
+    Raises:
+        ValueError: Nothing would be left.
+    """
+    groups: dict[bytes, list[int]] = {}
+    for place, row in enumerate(read_jsonl(path)):
+        group = row.get("group") or row.get("prompt") or row.get("messages")
+        groups.setdefault(_digest(json.dumps(group, default=str)), []).append(place)
+    order, taken = sorted(groups), set[int]()
+    random.Random(seed).shuffle(order)
+    for digest in order:
+        if len(taken) < count:
+            taken.update(groups[digest])
+    if len(taken) == sum(map(len, groups.values())):
+        raise ValueError(
+            f"holding {count} of {len(taken)} rows in {len(groups)} group(s) out of {path.name}, to judge them in "
+            "training, leaves none to train on: lower judge_eval_items, or give eval_data"
+        )
+    return taken
 
 
 def _digest(group: str) -> bytes:

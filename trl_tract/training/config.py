@@ -1,6 +1,7 @@
 """TRACTConfig: the fields that TRACT adds to SFTConfig, and what it refuses. Knows nothing else."""
 
 import copy
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -141,6 +142,22 @@ class TRACTConfig(SFTConfig):
             "choices": ["raise", "drop"],
         },
     )
+    judge_eval_items: int = field(
+        default=0,
+        metadata={
+            "help": "Held-out rows that the model in training judges at each evaluation, with rationales that it "
+            "writes itself: the log then has `eval_judge/rmse` and more, by which the best checkpoint can be chosen. "
+            "It takes as long as judging that many rows. `run`, and `train` without --eval_data, take them out of the "
+            "training rows, whole groups. 0: none."
+        },
+    )
+    judge_eval_settings: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "How they are judged, where that is not by default: arguments of CoTRAILJudge, and `batch_size`. "
+            "On the command line as JSON: '{\"max_new_tokens\": 256}'. None: the defaults; of a run, as it judges."
+        },
+    )
 
     hub_private_repo: bool | None = field(
         default=True,
@@ -184,6 +201,14 @@ class TRACTConfig(SFTConfig):
         settings = self.template_settings
         self.chat_template_kwargs = dict(settings.chat_template_kwargs) or None
         self.thinking, self.template_date = self.thinking or settings.thinking, settings.date
+        self.judge_eval_settings = read_settings(self.judge_eval_settings)
+        if self.judge_eval_items < 0:
+            raise ValueError(f"judge_eval_items={self.judge_eval_items} must be 0 (none) or more")
+        if self.judge_eval_items and self.eval_strategy == "no":
+            raise ValueError(
+                f"judge_eval_items={self.judge_eval_items} rows are judged at each evaluation, and there is none: set "
+                "eval_strategy='epoch', or eval_strategy='steps' and eval_steps"
+            )
         if self.invalid_rows not in ("raise", "drop"):
             raise ValueError(f"invalid_rows={self.invalid_rows!r} is unknown: choose 'raise' or 'drop'")
         if self.assistant_only_loss:
@@ -293,7 +318,18 @@ def _greater_is_better(metric: str) -> bool | None:
     found = _METRIC.search(metric)
     if found is None:
         return None
-    return not found[1] and found[2] not in ("mae", "rmse")
+    return not found[1] and found[2] not in ("mae", "rmse", "failed")
+
+
+def read_settings(settings: Mapping[str, Any] | str | None) -> dict[str, Any] | None:
+    """`judge_eval_settings` as a mapping; JSON on the command line."""
+    try:
+        read = json.loads(settings) if isinstance(settings, str) else settings
+    except ValueError as error:
+        raise ValueError(f"judge_eval_settings is not JSON: {error}") from error
+    if read is not None and not isinstance(read, Mapping):
+        raise ValueError(f"judge_eval_settings={settings!r} is not a mapping of a judge's arguments to values")
+    return dict(read) if read else None
 
 
 def field_values(args: TrainingArguments) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from trl_tract.training.adapters import mark_base, only_the_trained_adapter
 from trl_tract.training.arguments import check_arguments
 from trl_tract.training.config import TRACTConfig
 from trl_tract.training.early_warnings import EarlyWarnings
+from trl_tract.training.judge_eval import judged_now, prepare_judging
 from trl_tract.training.losses import score_terms
 from trl_tract.training.resuming import checkpoint_of, save_objective, settings_of
 from trl_tract.training.score_head import add_score_head
@@ -103,7 +104,7 @@ class TRACTTrainer(SFTTrainer):
             )
         if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
             raise ValueError("the train dataset is empty")
-        self._given_rows = train_dataset
+        self._given_rows, self.given_eval_rows = train_dataset, eval_dataset
         self.scales = args.scales  # their tokens are looked up in the rows
         self.judge_config: JudgeConfig | None = None
         self._columns = model_columns(self.scales, annotators=args.annotator_loss != "none")
@@ -131,6 +132,8 @@ class TRACTTrainer(SFTTrainer):
         names = [scale.name for scale in self.scales]
         self._score_metrics = {mode: ScoreMetrics(self.accelerator, names) for mode in ("train", "eval")}
         self._early_warnings = EarlyWarnings(self.args)
+        self._judged: dict[str, float] = {}
+        prepare_judging(self)
 
     def _add_score_head(self) -> None:
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
@@ -323,6 +326,14 @@ class TRACTTrainer(SFTTrainer):
             return
         super()._run_epoch(**kwargs)
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As for Trainer: `eval_score/...` are read behind the annotated rationales, unlike `eval_judge/...`."""
+        self._judged = judged_now(self, eval_dataset, metric_key_prefix)
+        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return metrics
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Add the means and, over the whole evaluation set, the correlations and the predictions."""
         seen = self._score_metrics["eval"]
@@ -332,7 +343,8 @@ class TRACTTrainer(SFTTrainer):
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         values = {**self._shown(seen.means()), **seen.correlations()}
-        output.metrics.update({f"{prefix}_{name}": value for name, value in values.items()})
+        output.metrics.update({f"{prefix}_{name}": value for name, value in values.items()} | self._judged)
+        self._judged = {}
         if seen.pairs and self.compute_metrics is None:
             expected, gold = seen.predictions()
             output = output._replace(predictions=expected, label_ids=gold)
