@@ -47,7 +47,6 @@ def logged(trainer: Any, name: str) -> list[float]:
 
 def judged_by_the_saved_one(directory: Path, rows: list[dict[str, Any]], **settings: Any) -> dict[str, float]:
     judge = CoTRAILJudge.from_pretrained(directory, **settings)
-    judge.backend.batch_size = 8  # as in evaluation
     judgements = judge.judge([{"prompt": row["prompt"]} for row in rows])
     report = score_report([each.score for each in judgements], [row["score"] for row in rows], n_bootstrap=0)
     assert report.standing is not None
@@ -194,8 +193,7 @@ def test_rows_that_are_dropped_are_not_judged(tmp_path):
 
 
 def evaluation_on_a_rank(directory: Path) -> dict[str, float]:
-    # Greedy, and a row at a time: what a row is judged together with then changes nothing.
-    callback = JudgeEvalCallback(temperature=0, batch_size=1, **JUDGING)
+    callback = JudgeEvalCallback(**JUDGING)
     found: dict[str, float] = make_trainer(
         directory, ROWS, eval_dataset=HELD_OUT[:5], extra={"callbacks": [callback]}
     ).evaluate()

@@ -116,7 +116,7 @@ class JudgeEvalCallback(TrainerCallback):
         rank, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
         judge = self._judge(trainer)
         silent = None if trainer.is_world_process_zero() else lambda count: None
-        own = judge.judge(rows[rank::processes], first=rank * len(rows), on_progress=silent)
+        own = judge.judge(rows[rank::processes], on_progress=silent)
         numbers = range(rank, len(rows), processes)
         names = [scale.name for scale in judge.scales]
         judged = dict(
