@@ -18,11 +18,14 @@ from trl_tract.commands.options import (
     ColumnArguments,
     DemoArguments,
     DistillArguments,
+    EngineArguments,
     GenerationArguments,
     JudgeArguments,
     RecalibrateArguments,
     ReportArguments,
+    RuleArguments,
     RunArguments,
+    ServeArguments,
     TrainArguments,
     WorkerArguments,
 )
@@ -44,6 +47,7 @@ one step at a time:
   train        train one stage on rows with rationales and scores
   distill      write new rationales for the training rows with the stage-one model
   judge        score rows with a trained judge, or compare pairs of responses
+  serve        answer requests with a trained judge, over HTTP
   report       compare judgements with gold scores
   recalibrate  adjust a judge's scores to gold scores of held-out items
 
@@ -74,8 +78,12 @@ def _option_groups(command: str) -> list[type]:
     groups: dict[str, list[type]] = {
         "demo": [DemoArguments],
         "check": [CheckArguments, ColumnArguments],
-        "distill": [DistillArguments, ColumnArguments, GenerationArguments, WorkerArguments],
-        "judge": [JudgeArguments, ColumnArguments, GenerationArguments, WorkerArguments],
+        "distill": [DistillArguments, ColumnArguments, GenerationArguments, EngineArguments, WorkerArguments],
+        "judge": [
+            *(JudgeArguments, RuleArguments, ColumnArguments),
+            *(GenerationArguments, EngineArguments, WorkerArguments),
+        ],
+        "serve": [ServeArguments, RuleArguments, GenerationArguments, EngineArguments],
         "report": [ReportArguments],
         "recalibrate": [RecalibrateArguments],
         "env": [],
@@ -172,7 +180,7 @@ def _distill(arguments: Sequence[str]) -> int:
     from trl_tract.saved.judge_config import JudgeConfig
     from trl_tract.sources.door import Source, rows_file
 
-    rows, columns, generation, worker = _parse("distill", arguments)
+    rows, columns, generation, engine, worker = _parse("distill", arguments)
     settings = {
         **generation.sampling(),
         "num_generations": generation.num_generations,
@@ -187,7 +195,7 @@ def _distill(arguments: Sequence[str]) -> int:
     needed = rows.on_failure == "keep_gold" or rows.keep_annotated
     given = source.training_rows(chat) if needed else source.rows(chat, lambda item: item.training or [item.reference])
     with rows_file(given) as data:
-        step = DistillStep(rows.model, str(data), rows.output_dir, settings, worker.engine(generation), worker.shard)
+        step = DistillStep(rows.model, str(data), rows.output_dir, settings, engine.options(generation), worker.shard)
         written = step.run()
     if written is not None and _is_first_process():
         print(f"{read_summary(Path(rows.output_dir))}\nThe stage-two rows are in {written}")
@@ -203,11 +211,11 @@ def _judge(arguments: Sequence[str]) -> int:
     from trl_tract.sources.door import Source, rows_file
     from trl_tract.sources.preferences import pair_report
 
-    rows, columns, generation, worker = _parse("judge", arguments)
+    rows, rules, columns, generation, engine, worker = _parse("judge", arguments)
     settings = {
         **generation.sampling(),
         "num_generations": generation.num_generations,
-        **rows.rules(),
+        **rules.rules(),
     }
     source = Source(rows.data, JudgeConfig.load(rows.model).scales, _own(columns, rows.model))
     with rows_file(source.judged_rows(bool(load_tokenizer(rows.model).chat_template))) as data:
@@ -216,7 +224,7 @@ def _judge(arguments: Sequence[str]) -> int:
             str(data),
             rows.output_dir,
             settings,
-            worker.engine(generation),
+            engine.options(generation),
             shard=worker.shard,
             block_size=worker.block_size,
         )
@@ -233,6 +241,34 @@ def _judge(arguments: Sequence[str]) -> int:
                 if len(scale.items):
                     _print_report(rows.model, scale, scale.report())
         print(f"The judgements are in {written}")
+    return 0
+
+
+def _serve(arguments: Sequence[str]) -> int:
+    from trl_tract.backends import make_backend
+    from trl_tract.integrations.serving import KEY_VARIABLE, check_installed, is_loopback, make_server, open_socket
+    from trl_tract.judge.judge import CoTRAILJudge
+    from trl_tract.saved.judge_config import JudgeConfig
+    from trl_tract.sources.rubric import Rubric
+
+    args, rules, generation, engine = _parse("serve", arguments)
+    check_installed()
+    JudgeConfig.load(args.model)  # what is missing is said before the weights are loaded
+    rubric = Rubric.load(args.rubric) if args.rubric else None
+    with open_socket(args.host, args.port) as listening:
+        settings = {**generation.sampling(), "num_generations": generation.num_generations, **rules.rules()}
+        backend = make_backend(args.model, **engine.options(generation))
+        judge = CoTRAILJudge.from_pretrained(args.model, backend, **settings)
+        if rubric is not None:
+            rubric.check(judge.grid)
+            judge.rubric = rubric
+        name = args.name or Path(args.model).name
+        server = make_server(judge, name, host=args.host, **args.limits())
+        if not is_loopback(args.host) and not os.environ.get(KEY_VARIABLE):
+            print(f"Anyone who can reach {args.host} can send requests: {KEY_VARIABLE} is not set", file=sys.stderr)
+        host, port = listening.getsockname()[:2]
+        print(f"{name} answers at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        server.run(sockets=[listening])
     return 0
 
 
@@ -409,6 +445,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "distill": _distill,
     "judge": _judge,
+    "serve": _serve,
     "report": _report,
     "recalibrate": _recalibrate,
     "env": _env,

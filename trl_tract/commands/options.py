@@ -62,8 +62,8 @@ class GenerationArguments:
 
 
 @dataclass
-class WorkerArguments:
-    """Loading, the server, and this job's share of the rows."""
+class EngineArguments:
+    """Loading, and the server of --backend server."""
 
     base_url: str | None = field(
         default=None,
@@ -80,16 +80,8 @@ class WorkerArguments:
         },
     )
     max_concurrency: int = field(default=64, metadata={"help": "Requests sent to the server at once."})
-    block_size: int = field(default=64, metadata={"help": "Rows generated together and then written to disk."})
-    shard: str | None = field(
-        default=None,
-        metadata={
-            "help": "i/n: do the i-th of n shares of the rows, counted from 1. For job arrays. The job that ends last "
-            "writes the result. Not needed under accelerate launch or torchrun."
-        },
-    )
 
-    def engine(self, generation: GenerationArguments) -> dict[str, Any]:
+    def options(self, generation: GenerationArguments) -> dict[str, Any]:
         """As arguments of `make_backend`."""
         options = generation.engine()
         if self.dtype:
@@ -104,6 +96,20 @@ class WorkerArguments:
                 **options,
             }
         return options
+
+
+@dataclass
+class WorkerArguments:
+    """This job's share of the rows."""
+
+    block_size: int = field(default=64, metadata={"help": "Rows generated together and then written to disk."})
+    shard: str | None = field(
+        default=None,
+        metadata={
+            "help": "i/n: do the i-th of n shares of the rows, counted from 1. For job arrays. The job that ends last "
+            "writes the result. Not needed under accelerate launch or torchrun."
+        },
+    )
 
 
 @dataclass
@@ -194,6 +200,12 @@ class JudgeArguments:
         }
     )
     output_dir: str = field(metadata={"help": "Where judgements.jsonl is written."})
+
+
+@dataclass
+class RuleArguments:
+    """How probabilities become a score."""
+
     decision: str = field(
         default="mean",
         metadata={
@@ -238,6 +250,40 @@ class JudgeArguments:
         if self.normalize_grid is not None:
             rules["normalize_grid"] = self.normalize_grid
         return rules | ({"recalibrate": True} if self.recalibrate else {})
+
+
+@dataclass
+class ServeArguments:
+    """The judge and its address."""
+
+    model: str = field(metadata={"help": "Judge model or adapter, saved by TRACTTrainer."})
+    rubric: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML file with `criterion` and `scores`, for requests with fields. By default the rubric saved "
+            "with the model."
+        },
+    )
+    host: str = field(
+        default="127.0.0.1",
+        metadata={"help": "Address to listen at. 0.0.0.0 lets other machines in: set TRL_TRACT_API_KEY then."},
+    )
+    port: int = field(default=8123, metadata={"help": "Port to listen at. 0 takes one that is free."})
+    name: str | None = field(
+        default=None, metadata={"help": "What /v1/models calls the judge. By default the last part of --model."}
+    )
+    max_batch: int = field(default=16, metadata={"help": "Items judged together at most."})
+    max_queue: int = field(default=256, metadata={"help": "Items that may wait. More are refused with 429."})
+    max_items: int = field(default=64, metadata={"help": "Items in one request."})
+    max_bytes: int = field(default=2**20, metadata={"help": "Bytes in one request."})
+    answer_seconds: float = field(
+        default=300.0, metadata={"help": "How long a request may take. Then it is refused with 504."}
+    )
+
+    def limits(self) -> dict[str, Any]:
+        """As arguments of the application."""
+        names = ("max_batch", "max_queue", "max_items", "max_bytes", "answer_seconds")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass

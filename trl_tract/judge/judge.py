@@ -213,24 +213,34 @@ class CoTRAILJudge:
         Example:
             `judge.judge_response(instruction="Where is my order?", response="On its way.").score`
         """
-        if self.rubric is None:
-            raise ValueError(
-                "no rubric was saved with this judge. Write the prompts as in training, with rubric_prompt or your own "
-                'code, and use judge(); or set judge.rubric = Rubric.load("rubric.yaml") (trl_tract.sources.rubric)'
-            )
         responses = [response] if isinstance(response, str) else list(response)
         fields: dict[str, list[Any]] = {}
         for name, given in (("instruction", instruction), ("reference", reference)):
             fields[name] = [given] * len(responses) if given is None or isinstance(given, str) else list(given)
             if len(fields[name]) != len(responses):
                 raise ValueError(f"{len(fields[name])} {name}s for {len(responses)} responses: give one for each")
-        chat = bool(self.backend.tokenizer.chat_template) if self.chat is None else self.chat
-        rows: list[Row] = []
-        for asked, text, best in zip(fields["instruction"], responses, fields["reference"], strict=True):
-            row: Row = {"prompt": self.rubric.prompt(asked, text, best, self.scales[0].marker)}
-            rows.append(as_chat(row) if chat else row)
-        judgements = self.judge(rows)
+        each = zip(responses, fields["instruction"], fields["reference"], strict=True)
+        judgements = self.judge([self.response_row(*texts) for texts in each])
         return judgements[0] if isinstance(response, str) else judgements
+
+    def response_row(self, response: str, instruction: str = "", reference: str | None = None) -> Row:
+        """The row that `judge` takes for a response, its prompt written by the rubric.
+
+        Raises:
+            ValueError: There is no rubric.
+        """
+        if self.rubric is None:
+            raise ValueError(
+                "no rubric was saved with this judge. Write the prompts as in training, with rubric_prompt or your own "
+                'code, and use judge(); or set judge.rubric = Rubric.load("rubric.yaml") (trl_tract.sources.rubric)'
+            )
+        row: Row = {"prompt": self.rubric.prompt(instruction, response, reference, self.scales[0].marker)}
+        return as_chat(row) if self.asks_chat else row
+
+    @property
+    def asks_chat(self) -> bool:
+        """Whether prompts are chat messages: as in training or, where that is not known, as the tokenizer has it."""
+        return bool(self.backend.tokenizer.chat_template) if self.chat is None else self.chat
 
     def judge(
         self,

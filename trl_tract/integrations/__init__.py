@@ -1,0 +1,1 @@
+"""Where judges work: behind HTTP and inside evaluation frameworks."""

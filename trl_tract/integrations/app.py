@@ -1,0 +1,253 @@
+"""The routes of a served judge. Knows requests, answers and the queue; knows nothing of sockets or signals."""
+
+import asyncio
+import base64
+import hashlib
+import logging
+import re
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.exceptions import HTTPException
+
+from trl_tract import __version__
+from trl_tract.integrations.batcher import Batcher, Closed, QueueFull
+from trl_tract.integrations.forms import Answer, ChatRequest, OneOrMany, answer
+from trl_tract.integrations.gate import Gate, Refusal, as_json, error_body
+from trl_tract.judge.judge import CoTRAILJudge, Judgement
+from trl_tract.rows.row import Row
+from trl_tract.text.display import short
+
+logger = logging.getLogger(__name__)
+_ROUTES = "POST /judge, POST /v1/chat/completions, GET /v1/models, /health, /metrics, /openapi.json, and the page at /"
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_MASSES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1)
+
+
+class _Ascii(JSONResponse):
+    def render(self, content: Any) -> bytes:
+        return as_json(content)
+
+
+class Metrics:
+    """What is counted, for Prometheus."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        own: dict[str, Any] = {"registry": self.registry}
+        self.answers = Counter("trl_tract_answers", "Answers by path and status", ["path", "status"], **own)
+        self.seconds = Histogram(
+            "trl_tract_answer_seconds", "From a request's arrival to its answer", ["path"], buckets=_SECONDS, **own
+        )
+        self.items = Counter("trl_tract_items", "Items judged: with a score, or with an error", ["outcome"], **own)
+        self.batches = Histogram("trl_tract_batch_items", "Items judged together", buckets=_SIZES, **own)
+        self.mass = Histogram("trl_tract_grid_mass", "Probability on the score grid", buckets=_MASSES, **own)
+        self.waiting = Gauge("trl_tract_waiting_items", "Items in the queue", **own)
+
+    def judged(self, judgement: Judgement) -> None:
+        """Count one judgement."""
+        self.items.labels("error" if judgement.error else "score").inc()
+        for own in judgement.aspects.values() if judgement.aspects else [judgement]:
+            if not own.error:
+                self.mass.observe(own.grid_mass)
+
+
+def make_app(
+    judge: CoTRAILJudge,
+    name: str,
+    *,
+    key: str | None = None,
+    hosts: Sequence[str] | None = None,
+    max_batch: int = 16,
+    max_queue: int = 256,
+    max_items: int = 64,
+    max_bytes: int = 2**20,
+    answer_seconds: float = 300.0,
+) -> Gate:
+    """An ASGI application around a judge.
+
+    Args:
+        judge: The judge.
+        name: What `/v1/models` calls it.
+        key: What requests have to bring as `Authorization: Bearer KEY`; None: nothing.
+        hosts: Names that requests may use for this server; None: any.
+        max_batch: Items that are judged together at most.
+        max_queue: Items that may wait; more are refused with 429.
+        max_items: Items of one request.
+        max_bytes: Bytes of one request.
+        answer_seconds: Seconds that a request may take; then it leaves the queue and is refused with 504.
+    """
+    metrics = Metrics()
+    batcher = Batcher(judge, max_batch=max_batch, max_queue=max_queue, on_batch=metrics.batches.observe)
+    metrics.waiting.set_function(lambda: batcher.waiting)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(batcher.close)
+
+    app = FastAPI(
+        title="trl-tract judge",
+        version=__version__,
+        description=f"{name}: scores responses, with a rationale and exact probabilities of the scores.",
+        lifespan=lifespan,
+        default_response_class=_Ascii,
+        # Their pages load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+    )
+
+    async def judged(request: Request, rows: list[Row], seeds: list[int | None]) -> list[Judgement]:
+        if len(rows) > max_items:
+            raise Refusal(413, f"{len(rows)} items in one request, and {max_items} are taken. Send several requests")
+        try:
+            futures = batcher.submit(rows, seeds)
+        except QueueFull:
+            told = f"{batcher.waiting} items are waiting, and {max_queue} may. Send the request again later"
+            raise Refusal(429, told, {"Retry-After": "1"}) from None
+        except Closed:
+            raise Refusal(503, "the server is being stopped. Send the request to another one") from None
+        outcomes = await _outcomes([asyncio.wrap_future(each) for each in futures], request, answer_seconds)
+        judgements = []
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                logger.error("an item could not be judged", exc_info=outcome)
+                outcome = Judgement(error=f"the judge failed ({type(outcome).__name__}); the server's log says more")
+            metrics.judged(outcome)
+            judgements.append(outcome)
+        if outcomes and all(isinstance(outcome, BaseException) for outcome in outcomes):
+            raise Refusal(500, str(judgements[0].error))
+        return judgements
+
+    @app.post("/judge", response_model=Answer | list[Answer])
+    async def judge_items(request: Request, body: OneOrMany) -> Any:
+        """Judge one response, or a list of them: an answer for one, a list in the same order for a list."""
+        items = body if isinstance(body, list) else [body]
+        rows = [_row(item, judge) for item in items]
+        answers = [answer(each, judge.scales) for each in await judged(request, rows, [each.seed for each in items])]
+        return _Ascii([each.model_dump() for each in answers] if isinstance(body, list) else answers[0].model_dump())
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request, body: ChatRequest) -> Any:
+        """The same in the form of OpenAI's chat completions; the judgement's numbers are in `judgement`."""
+        if body.model != name:
+            raise Refusal(404, f"there is no model {short(body.model, 100)!r} here; this judge is called {name!r}")
+        (judgement,) = await judged(request, [_row(body, judge)], [body.seed])
+        if judgement.error:
+            raise Refusal(422, f"there is no score: {judgement.error}")
+        return _Ascii(body.completion(judgement, judge.scales))
+
+    @app.get("/v1/models")
+    async def models() -> Any:
+        """The judge's name, as clients of OpenAI's ask for it."""
+        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "trl-tract"}]}
+
+    @app.get("/health")
+    async def health() -> Any:
+        """Whether items are taken."""
+        well = batcher.alive and not gate.draining
+        return _Ascii({"status": "ok" if well else "stopping", "model": name}, 200 if well else 503)
+
+    @app.get("/metrics", response_class=Response)
+    async def prometheus() -> Any:
+        """Counters for Prometheus."""
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    page, policy = _page(key is not None, judge.rubric is not None)
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def form() -> Any:
+        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
+
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, refusal: Refusal) -> Any:
+        return _Ascii(error_body(refusal.message, refusal.kind), refusal.status, refusal.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def not_understood(request: Request, error: RequestValidationError) -> Any:
+        return _Ascii(error_body(_in_words(error)), 422)
+
+    @app.exception_handler(HTTPException)
+    async def not_there(request: Request, error: HTTPException) -> Any:
+        told = {
+            404: f"there is nothing at this address. There are {_ROUTES}",
+            405: f"this address does not take {request.method}. There are {_ROUTES}",
+            400: "the body cannot be read as JSON",
+        }
+        return _Ascii(error_body(told.get(error.status_code, str(error.detail))), error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Any:
+        return _Ascii(error_body(f"the server failed ({type(error).__name__})", "server_error"), 500)
+
+    paths = {getattr(route, "path", "") for route in app.routes}
+
+    def count(path: str, status: int, seconds: float) -> None:
+        known = path if path in paths else "other"  # anything can be asked for, and each label is kept
+        metrics.answers.labels(known, status).inc()
+        metrics.seconds.labels(known).observe(seconds)
+
+    gate = Gate(app, key=key, hosts=hosts, max_bytes=max_bytes, on_answer=count)
+    return gate
+
+
+def _row(item: Any, judge: CoTRAILJudge) -> Row:
+    try:
+        row: Row = item.row(judge)
+    except ValueError as error:
+        raise Refusal(422, str(error)) from None
+    return row
+
+
+async def _outcomes(
+    futures: Sequence["asyncio.Future[Judgement]"], request: Request, seconds: float
+) -> list[Judgement | BaseException]:
+    """What became of the items; those that are not begun leave the queue when nobody waits for them any more."""
+    whole = asyncio.gather(*futures, return_exceptions=True)
+    try:
+        async with asyncio.timeout(seconds):
+            while not (await asyncio.wait([whole], timeout=1.0))[0]:
+                if await request.is_disconnected():
+                    raise Refusal(499, "the client went away")
+    except TimeoutError:
+        told = f"there was no judgement within {seconds:g} seconds. Send the request again later, or fewer items"
+        raise Refusal(504, told) from None
+    finally:
+        whole.cancel()
+    return whole.result()
+
+
+def _in_words(error: RequestValidationError) -> str:
+    """What is wrong with a request and where, without repeating its text."""
+    lines = []
+    for one in error.errors()[:3]:
+        if one["type"] == "json_invalid":
+            return f"the body cannot be read as JSON: {short(str(one['ctx']['error']), 200)}"
+        place = [str(part) for part in one["loc"][1:] if part not in ("one", "many")]
+        what = str(one["msg"]).removeprefix("Value error, ")
+        lines.append(f"{short('.'.join(place), 100)}: {what}" if place else what)
+    more = len(error.errors()) - len(lines)
+    return "; ".join(lines) + (f"; and {more} more" if more > 0 else "")
+
+
+def _page(wants_key: bool, has_rubric: bool) -> tuple[str, str]:
+    """The page, and the policy that lets it run its own script and style, and ask its own server, and nothing else."""
+    text = files("trl_tract.integrations").joinpath("judge.html").read_text(encoding="utf-8")
+    text = text.replace("<body>", f'<body data-key="{int(wants_key)}" data-rubric="{int(has_rubric)}">')
+    hashes = {
+        tag: base64.b64encode(hashlib.sha256(match[1].encode()).digest()).decode()
+        for tag in ("script", "style")
+        if (match := re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL))
+    }
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
+        "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+    )
+    return text, policy

@@ -1,0 +1,170 @@
+"""What requests to a served judge and its answers look like. Knows judgements; knows nothing of HTTP or of queues."""
+
+import json
+import math
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from trl_tract.judge.judge import CoTRAILJudge, Judgement
+from trl_tract.rows.row import Row
+from trl_tract.scale.scale import Scale
+
+SEEDS = 2**32
+
+
+class Item(BaseModel):
+    """One response to be judged: a whole prompt, or fields from which the judge's rubric makes one."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str | list[dict[str, Any]] | None = Field(
+        None, description="The judge's prompt, text or chat messages, written as in its training rows."
+    )
+    response: str | None = Field(None, description="The response to be judged, by the rubric saved with the judge.")
+    instruction: str = Field("", description="What the response answers. With `response` alone.")
+    reference: str | None = Field(
+        None, description="An answer that would earn the highest score. With `response` alone."
+    )
+    seed: int | None = Field(None, ge=0, lt=SEEDS, description="Random seed of the rationale; the judge's by default.")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Item":
+        if (self.prompt is None) == (self.response is None):
+            raise ValueError("give `prompt`, or `response` with `instruction` and `reference` where there are such")
+        if self.prompt is not None and (self.instruction or self.reference is not None):
+            raise ValueError("`instruction` and `reference` go with `response`, not with a whole `prompt`")
+        return self
+
+    def row(self, judge: CoTRAILJudge) -> Row:
+        """The row that the judge takes.
+
+        Raises:
+            ValueError: Fields for a judge that has no rubric.
+        """
+        if self.prompt is not None:
+            return {"prompt": self.prompt}
+        assert self.response is not None
+        return judge.response_row(self.response, self.instruction, self.reference)
+
+
+OneOrMany = Annotated[
+    Annotated[Item, Tag("one")] | Annotated[list[Item], Tag("many")],
+    Discriminator(lambda body: "many" if isinstance(body, list) else "one"),
+]
+
+
+class Answer(BaseModel):
+    """What the judge says of one item. Numbers that do not exist are null."""
+
+    score: float | None = Field(description="Expected score, rubric units; null where there is an error.")
+    scores: list[float] = Field(description="One for each rationale.")
+    rationale: str | None = Field(description="The first rationale.")
+    rationales: list[str] = Field(description="All rationales; of a judge of several aspects its completions.")
+    distribution: dict[str, float] = Field(
+        description="Score -> its probability under the whole vocabulary, the mean over the rationales."
+    )
+    spread: float | None = Field(description="Standard deviation of the score under the model, rubric units.")
+    grid_mass: float | None = Field(description="Probability on the score grid; far below 1: no score was expected.")
+    error: str | None = Field(description="Why there is no score.")
+    aspects: dict[str, "Answer"] | None = Field(None, description="Of a judge of several aspects: each one's answer.")
+
+
+def answer(judgement: Judgement, scales: Sequence[Scale]) -> Answer:
+    """A judgement as it is sent."""
+
+    def of(judged: Judgement, texts: Sequence[str]) -> Answer:
+        means = judged.probs.mean(axis=0) if len(judged.probs) else []
+        return Answer(
+            score=_number(judged.score),
+            scores=judged.scores,
+            rationale=judged.rationales[0] if judged.rationales else None,
+            rationales=judged.rationales,
+            distribution=dict(zip(texts, map(float, means), strict=False)),
+            spread=_number(judged.std),
+            grid_mass=_number(judged.grid_mass),
+            error=judged.error,
+            aspects=None,
+        )
+
+    grids = {scale.name: scale.grid.texts for scale in scales}
+    whole = of(judgement, grids.get("", ()))
+    if judgement.aspects:
+        whole.aspects = {name: of(own, grids[name]) for name, own in judgement.aspects.items()}
+    return whole
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+class ChatRequest(BaseModel):
+    """A request in the form of OpenAI's chat completions. Other fields are not applied, and named in the answer."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str = Field(description="Name of the judge, as /v1/models has it.")
+    messages: list[dict[str, Any]] = Field(min_length=1, description="The judge's prompt.")
+    seed: int | None = Field(None, ge=0, lt=SEEDS, description="Random seed of the rationale; the judge's by default.")
+    n: int | None = Field(None, ge=1, le=1, description="1: several rationales are an option of the server.")
+    stream: bool | None = Field(None, description="False: a judgement is answered as a whole.")
+    response_format: dict[str, Any] | None = Field(
+        None, description='`{"type": "json_object"}`: the message is the answer of /judge as JSON.'
+    )
+    tools: list[Any] | None = Field(None, description="None: a judge calls no tools.")
+
+    @model_validator(mode="after")
+    def _can_be_done(self) -> "ChatRequest":
+        if self.stream:
+            raise ValueError("stream: a judgement is answered as a whole. Leave it out, or set it to false")
+        if self.tools:
+            raise ValueError("tools: a judge calls none. Leave them out")
+        if (self.response_format or {}).get("type", "text") not in ("text", "json_object"):
+            raise ValueError('response_format: give {"type": "json_object"} for the answer of /judge as JSON')
+        return self
+
+    @property
+    def ignored(self) -> list[str]:
+        """Fields that were given and are not applied, such as a temperature: the server's options decide."""
+        return sorted(self.model_extra or {})
+
+    def row(self, judge: CoTRAILJudge) -> Row:
+        """The row that the judge takes.
+
+        Raises:
+            ValueError: More than one message for a judge that was trained on plain text.
+        """
+        if judge.asks_chat:
+            return {"prompt": self.messages}
+        content = self.messages[0].get("content")
+        if len(self.messages) > 1 or self.messages[0].get("role") != "user" or not isinstance(content, str):
+            raise ValueError("this judge was trained on plain text: send one message of the user with its whole prompt")
+        return {"prompt": content}
+
+    def completion(self, judgement: Judgement, scales: Sequence[Scale]) -> dict[str, Any]:
+        """The answer; its message is rationale, marker and the nearest score of the grid, as the judge writes them."""
+        told = answer(judgement, scales)
+        content = told.rationale or ""
+        if (self.response_format or {}).get("type") == "json_object":
+            content = json.dumps(told.model_dump(exclude_none=True), ensure_ascii=False)
+        elif not judgement.aspects:
+            content = scales[0].format.join(content, scales[0].grid.nearest_text(judgement.score)).strip()
+        return {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": self.model,
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": content, "refusal": None},
+                    "finish_reason": "stop",
+                    "logprobs": None,
+                }
+            ],
+            "judgement": told.model_dump(),
+            "ignored": self.ignored,
+        }
