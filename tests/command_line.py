@@ -189,6 +189,7 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "python3": _python,
     "pytest": _nothing,
     "vllm": _nothing,
+    "openssl": _nothing,
     "mkdocs": _nothing,
     "tee": _nothing,
 }

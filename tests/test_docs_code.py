@@ -32,7 +32,11 @@ from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.scale import read_scales
 
 # Pages whose blocks a test of their own runs, with the files that they need.
-ELSEWHERE = {"docs/data.md": "tests/test_data_docs.py", "docs/score_scales.md": "tests/test_aspect_judge.py"}
+ELSEWHERE = {
+    "docs/data.md": "tests/test_data_docs.py",
+    "docs/score_scales.md": "tests/test_aspect_judge.py",
+    "docs/serving.md": "tests/test_serving_docs.py",
+}
 BLOCKS = {
     page: [block for block in blocks_of(page) if block.language in ("python", "bash")]
     for page in PAGES

@@ -13,22 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_tract.commands.options import (
-    CheckArguments,
-    ColumnArguments,
-    DemoArguments,
-    DistillArguments,
-    EngineArguments,
-    GenerationArguments,
-    JudgeArguments,
-    RecalibrateArguments,
-    ReportArguments,
-    RuleArguments,
-    RunArguments,
-    ServeArguments,
-    TrainArguments,
-    WorkerArguments,
-)
+from trl_tract.commands import options
 from trl_tract.text.terminal import can_write, uses_colour
 
 if TYPE_CHECKING:
@@ -67,25 +52,27 @@ SENTENCES = {
 
 def _option_groups(command: str) -> list[type]:
     """The dataclasses of a command's options."""
+    generation = [options.GenerationArguments, options.EngineArguments]
     if command in ("run", "train"):
         from trl import ModelConfig
 
         from trl_tract.training.config import TRACTConfig
 
+        trained = [TRACTConfig, ModelConfig]
         if command == "run":
-            return [RunArguments, ColumnArguments, GenerationArguments, TRACTConfig, ModelConfig]
-        return [TrainArguments, ColumnArguments, TRACTConfig, ModelConfig]
+            return [options.RunArguments, options.ColumnArguments, options.GenerationArguments, *trained]
+        return [options.TrainArguments, options.ColumnArguments, *trained]
     groups: dict[str, list[type]] = {
-        "demo": [DemoArguments],
-        "check": [CheckArguments, ColumnArguments],
-        "distill": [DistillArguments, ColumnArguments, GenerationArguments, EngineArguments, WorkerArguments],
+        "demo": [options.DemoArguments],
+        "check": [options.CheckArguments, options.ColumnArguments],
+        "distill": [options.DistillArguments, options.ColumnArguments, *generation, options.WorkerArguments],
         "judge": [
-            *(JudgeArguments, RuleArguments, ColumnArguments),
-            *(GenerationArguments, EngineArguments, WorkerArguments),
+            *(options.JudgeArguments, options.RuleArguments, options.ColumnArguments),
+            *(*generation, options.WorkerArguments),
         ],
-        "serve": [ServeArguments, RuleArguments, GenerationArguments, EngineArguments],
-        "report": [ReportArguments],
-        "recalibrate": [RecalibrateArguments],
+        "serve": [options.ServeArguments, options.RuleArguments, *generation],
+        "report": [options.ReportArguments],
+        "recalibrate": [options.RecalibrateArguments],
         "env": [],
     }
     return groups[command]
@@ -245,31 +232,9 @@ def _judge(arguments: Sequence[str]) -> int:
 
 
 def _serve(arguments: Sequence[str]) -> int:
-    from trl_tract.backends import make_backend
-    from trl_tract.integrations.serving import KEY_VARIABLE, check_installed, is_loopback, make_server, open_socket
-    from trl_tract.judge.judge import CoTRAILJudge
-    from trl_tract.saved.judge_config import JudgeConfig
-    from trl_tract.sources.rubric import Rubric
+    from trl_tract.commands.serving import serve
 
-    args, rules, generation, engine = _parse("serve", arguments)
-    check_installed()
-    JudgeConfig.load(args.model)  # what is missing is said before the weights are loaded
-    rubric = Rubric.load(args.rubric) if args.rubric else None
-    with open_socket(args.host, args.port) as listening:
-        settings = {**generation.sampling(), "num_generations": generation.num_generations, **rules.rules()}
-        backend = make_backend(args.model, **engine.options(generation))
-        judge = CoTRAILJudge.from_pretrained(args.model, backend, **settings)
-        if rubric is not None:
-            rubric.check(judge.grid)
-            judge.rubric = rubric
-        name = args.name or Path(args.model).name
-        server = make_server(judge, name, host=args.host, **args.limits())
-        if not is_loopback(args.host) and not os.environ.get(KEY_VARIABLE):
-            print(f"Anyone who can reach {args.host} can send requests: {KEY_VARIABLE} is not set", file=sys.stderr)
-        host, port = listening.getsockname()[:2]
-        print(f"{name} answers at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-        server.run(sockets=[listening])
-    return 0
+    return serve(*_parse("serve", arguments))
 
 
 def _check(arguments: Sequence[str]) -> int:
@@ -336,7 +301,7 @@ def _report(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _report_scale(args: ReportArguments, judged: Sequence[tuple[str, "JudgedScale"]]) -> None:
+def _report_scale(args: options.ReportArguments, judged: Sequence[tuple[str, "JudgedScale"]]) -> None:
     """Report on the scores on one scale, of one judge or of two."""
     from trl_tract.runs.judged import check_same_items
     from trl_tract.runs.results import judged_items, page_file
@@ -402,7 +367,7 @@ def _completion(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _own(columns: ColumnArguments, judge: str | None = None) -> Any:
+def _own(columns: options.ColumnArguments, judge: str | None = None) -> Any:
     """The columns and the rubric that were given; for the rest those that were saved with a judge."""
     from trl_tract.sources.columns import OwnColumns
 

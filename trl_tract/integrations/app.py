@@ -6,6 +6,7 @@ import hashlib
 import logging
 import re
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
@@ -18,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 from trl_tract import __version__
 from trl_tract.integrations.batcher import Batcher, Closed, QueueFull
-from trl_tract.integrations.forms import Answer, ChatRequest, OneOrMany, answer
+from trl_tract.integrations.forms import TAGS, Answer, ChatRequest, OneOrMany, answer
 from trl_tract.integrations.gate import Gate, Refusal, as_json, error_body
 from trl_tract.judge.judge import CoTRAILJudge, Judgement
 from trl_tract.rows.row import Row
@@ -114,7 +115,7 @@ def make_app(
             raise Refusal(429, told, {"Retry-After": "1"}) from None
         except Closed:
             raise Refusal(503, "the server is being stopped. Send the request to another one") from None
-        outcomes = await _outcomes([asyncio.wrap_future(each) for each in futures], request, answer_seconds)
+        outcomes = await _outcomes(futures, request, answer_seconds)
         judgements = []
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
@@ -207,21 +208,25 @@ def _row(item: Any, judge: CoTRAILJudge) -> Row:
 
 
 async def _outcomes(
-    futures: Sequence["asyncio.Future[Judgement]"], request: Request, seconds: float
+    futures: Sequence[Future[Judgement]], request: Request, seconds: float
 ) -> list[Judgement | BaseException]:
     """What became of the items; those that are not begun leave the queue when nobody waits for them any more."""
-    whole = asyncio.gather(*futures, return_exceptions=True)
+    waiting = {asyncio.wrap_future(each) for each in futures}
     try:
         async with asyncio.timeout(seconds):
-            while not (await asyncio.wait([whole], timeout=1.0))[0]:
-                if await request.is_disconnected():
+            while waiting:
+                _, waiting = await asyncio.wait(waiting, timeout=1.0)
+                if waiting and await request.is_disconnected():
                     raise Refusal(499, "the client went away")
     except TimeoutError:
         told = f"there was no judgement within {seconds:g} seconds. Send the request again later, or fewer items"
         raise Refusal(504, told) from None
     finally:
-        whole.cancel()
-    return whole.result()
+        for item in futures:
+            item.cancel()  # no effect on what is done
+        for own in waiting:
+            own.cancel()
+    return [each.exception() or each.result() for each in futures]
 
 
 def _in_words(error: RequestValidationError) -> str:
@@ -230,7 +235,9 @@ def _in_words(error: RequestValidationError) -> str:
     for one in error.errors()[:3]:
         if one["type"] == "json_invalid":
             return f"the body cannot be read as JSON: {short(str(one['ctx']['error']), 200)}"
-        place = [str(part) for part in one["loc"][1:] if part not in ("one", "many")]
+        if one["type"] == "missing" and len(one["loc"]) == 1:
+            return 'the body is empty. Send JSON, such as {"prompt": "..."}'
+        place = [str(part) for part in one["loc"][1:] if part not in TAGS]
         what = str(one["msg"]).removeprefix("Value error, ")
         lines.append(f"{short('.'.join(place), 100)}: {what}" if place else what)
     more = len(error.errors()) - len(lines)

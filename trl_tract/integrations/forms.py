@@ -14,6 +14,13 @@ from trl_tract.rows.row import Row
 from trl_tract.scale.scale import Scale
 
 SEEDS = 2**32
+TAGS = ("one", "many", "text", "messages")
+"""Which form of a body or a prompt was taken; they stand in places of errors, and nowhere in a request."""
+
+Prompt = Annotated[
+    Annotated[list[dict[str, Any]], Tag("messages")] | Annotated[str, Tag("text")],
+    Discriminator(lambda prompt: "messages" if isinstance(prompt, list) else "text"),
+]
 
 
 class Item(BaseModel):
@@ -21,7 +28,7 @@ class Item(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: str | list[dict[str, Any]] | None = Field(
+    prompt: Prompt | None = Field(
         None, description="The judge's prompt, text or chat messages, written as in its training rows."
     )
     response: str | None = Field(None, description="The response to be judged, by the rubric saved with the judge.")

@@ -53,8 +53,8 @@ def open_socket(host: str, port: int) -> socket.socket:
 def make_server(judge: CoTRAILJudge, name: str, *, host: str, **limits: Any) -> Any:
     """A uvicorn server around a judge; `run(sockets=[open_socket(host, port)])` answers until SIGTERM or Ctrl-C.
 
-    Then it answers what it has taken, refuses what is new, and returns. A second signal ends it at once. The key is that
-    of the environment variable TRL_TRACT_API_KEY.
+    Then it answers what it has taken, refuses what is new, and returns. A second signal ends it at once. The key is
+    that of the environment variable TRL_TRACT_API_KEY.
 
     Args:
         judge: The judge.
