@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from trl_tract.sources.prompts import from_feedback_collection, from_prometheus_eval, rubric_prompt
     from trl_tract.training.config import TRACTConfig
     from trl_tract.training.judge_eval import JudgeEvalCallback
+    from trl_tract.training.real_config import REALConfig
+    from trl_tract.training.real_trainer import REALTrainer
     from trl_tract.training.trainer import TRACTTrainer
 
 __version__ = "0.1.0"
@@ -25,6 +27,8 @@ _FILES = {
     "CoTSelfDistill": "distill.distill",
     "JudgeEvalCallback": "training.judge_eval",
     "Judgement": "judge.judge",
+    "REALConfig": "training.real_config",
+    "REALTrainer": "training.real_trainer",
     "ScoreGrid": "scale.grid",
     "ServerBackend": "backends",
     "TRACTConfig": "training.config",
@@ -45,6 +49,8 @@ __all__ = [
     "CoTSelfDistill",
     "JudgeEvalCallback",
     "Judgement",
+    "REALConfig",
+    "REALTrainer",
     "ScoreGrid",
     "ServerBackend",
     "TRACTConfig",

@@ -27,6 +27,9 @@ def load(
     device: torch.device | str | None,
     merge_adapter: bool,
     revision: str | None = None,
+    *,
+    trainable: bool = False,
+    **init: Any,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Load `model_id` in evaluation mode, and its tokenizer unless one is given.
 
@@ -37,6 +40,8 @@ def load(
         device: None: this process's accelerator, or else the CPU.
         merge_adapter: Add the adapter to the weights.
         revision: Branch, tag or commit of `model_id` on the hub; an adapter's base has the one that the adapter names.
+        trainable: Whether an adapter is to be trained on.
+        **init: More arguments of `from_pretrained` of the weights.
 
     Raises:
         ValueError: An adapter does not say which base model it belongs to.
@@ -51,17 +56,20 @@ def load(
         tokenizer = _tokenizer_of(model_id, base_id, adapter, revision)
     model: Any = AutoModelForCausalLM.from_pretrained(
         base_id,
-        dtype=dtype or "auto",
-        device_map=torch.device(device),
-        trust_remote_code=False,
-        revision=_base_revision(adapter, revision),
+        **{
+            **init,
+            "dtype": dtype or "auto",
+            "device_map": torch.device(device),
+            "trust_remote_code": False,
+            "revision": _base_revision(adapter, revision),
+        },
     )
     if adapter is not None:
         size = _embedding_rows(model, model_id, revision) or max(len(tokenizer), _rows(model))
         if size != _rows(model):
             # Training changed the vocabulary: what the adapter holds of the embeddings fits such a base alone.
             model.resize_token_embeddings(size, mean_resizing=False)
-        model = PeftModel.from_pretrained(model, model_id, revision=revision)
+        model = PeftModel.from_pretrained(model, model_id, is_trainable=trainable, revision=revision)
         if merge_adapter:
             _untie(model.get_base_model())
             model = model.merge_and_unload()

@@ -243,6 +243,35 @@ def _read_back(
         ) from None
 
 
+@dataclass(frozen=True)
+class MarkerPrefix:
+    """Token ids up to a score, whose marker they hold.
+
+    Attributes:
+        ids: As `prefix_ids` gives them.
+        prompt_length: Those of the prompt.
+        marker_stop: One past the token with the marker's last character.
+    """
+
+    ids: list[int]
+    prompt_length: int
+    marker_stop: int
+
+
+def marker_prefix(template: Template, asked: Asked, scale: Scale, rationale: str) -> MarkerPrefix:
+    """Token ids up to the only score of a completion, and where its marker ends in them.
+
+    Raises:
+        ScoreNotFoundError: The score would have other tokens behind this rationale, or the text holds half a character.
+    """
+    rendered = render_pieces(template, asked, [scale], [(rationale, scale.grid.texts[0])])
+    tokens = tokenise(template, rendered, [scale], check_ends=False)
+    marker_end = rendered.scores[0].start - len(scale.format.separator)
+    offsets = encode(template, rendered)[0].offsets
+    stop = tokens_covering(offsets, marker_end - 1, marker_end)[-1] + 1
+    return MarkerPrefix(tokens.input_ids[: tokens.score_indices[0]], tokens.prompt_length, stop)
+
+
 def prefix_ids(
     template: Template | PreTrainedTokenizerBase,
     prompt: Prompt | Asked,

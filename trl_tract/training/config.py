@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import TrainingArguments
@@ -17,8 +17,37 @@ from trl_tract.scale.scale import DEFAULT_MARKER, DEFAULT_VALUES, Scale, read_sc
 from trl_tract.text.secrets import without_secrets
 
 
-@dataclass
-class TRACTConfig(SFTConfig):
+class KeepsSecrets:
+    """For training arguments: what is secret in them, at any depth, is neither shown nor written."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they may be shown, logged and written."""
+        fields: dict[str, Any] = without_secrets(super().to_dict())  # type: ignore[misc]
+        return fields
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.to_dict()})"
+
+    __str__ = __repr__
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # As the host writes it to training_args.bin. Copies in memory, which keep what is secret, come below.
+        make, arguments, state, *rest = super().__reduce_ex__(protocol)
+        return (make, arguments, without_secrets(state), *rest)  # type: ignore[arg-type]
+
+    def __copy__(self) -> Self:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        other = copy.copy(self)
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
+
+
+@dataclass(repr=False)
+class TRACTConfig(KeepsSecrets, SFTConfig):
     """Configuration of `TRACTTrainer`: everything in SFTConfig, and the fields below.
 
     `max_length` defaults to 3000, the paper's cutoff, where SFTConfig has 1024: judge prompts are long, and a row that
@@ -171,7 +200,7 @@ class TRACTConfig(SFTConfig):
         """Check the fields of TRACT, then SFTConfig's own."""
         metric = self.metric_for_best_model
         if self.greater_is_better is None and metric is not None:  # type: ignore[has-type]
-            self.greater_is_better = _greater_is_better(metric)
+            self.greater_is_better = greater_is_better(metric)
         if not torch.accelerator.is_available():
             # TRL turns bf16 on, and transformers then asks for this flag, which nothing else can stand for here.
             self.use_cpu = True
@@ -232,31 +261,6 @@ class TRACTConfig(SFTConfig):
                 "rationale. Use packing_strategy='bfd'"
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as they may be shown, logged and written: what is secret is hidden, at any depth."""
-        fields: dict[str, Any] = without_secrets(super().to_dict())
-        return fields
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.to_dict()})"
-
-    __str__ = __repr__
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # As the host writes it to training_args.bin. Copies in memory, which keep what is secret, come below.
-        make, arguments, state, *rest = super().__reduce_ex__(protocol)
-        return (make, arguments, without_secrets(state), *rest)
-
-    def __copy__(self) -> "TRACTConfig":
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        return other
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "TRACTConfig":
-        other = copy.copy(self)
-        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return other
-
     @property
     def objective(self) -> dict[str, Any]:
         """What a checkpoint was trained towards; JSON-serialisable. Going on with another one is refused."""
@@ -308,11 +312,11 @@ _OBJECTIVE = (
 _METRIC = re.compile(r"(?:^|_)(?:(loss)|score|judge)/(\w+)(?:/[^/]+)?$")
 
 
-def _greater_is_better(metric: str) -> bool | None:
+def greater_is_better(metric: str) -> bool | None:
     """The direction of a metric of this package; None for another one, whose direction the host decides.
 
     Example:
-        >>> _greater_is_better("eval_score/rmse/tone"), _greater_is_better("eval_valid_score/pearson")
+        >>> greater_is_better("eval_score/rmse/tone"), greater_is_better("eval_valid_score/pearson")
         (False, True)
     """
     found = _METRIC.search(metric)
@@ -334,6 +338,6 @@ def read_settings(settings: Mapping[str, Any] | str | None) -> dict[str, Any] | 
 
 def field_values(args: TrainingArguments) -> dict[str, Any]:
     """The fields of training arguments, JSON-serialisable, from which an equal configuration can be made."""
-    fields: dict[str, Any] = SFTConfig.to_dict(args) if isinstance(args, TRACTConfig) else args.to_dict()
+    fields: dict[str, Any] = super(KeepsSecrets, args).to_dict() if isinstance(args, KeepsSecrets) else args.to_dict()  # type: ignore[misc]
     # The host's to_dict hides what it takes for a secret: every field whose name ends in "_token".
     return {name: getattr(args, name) if name.endswith("_token") else value for name, value in fields.items()}

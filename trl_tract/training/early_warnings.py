@@ -3,7 +3,7 @@
 Looks at logged means alone; knows nothing of models or the trainer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trl_tract.training.config import TRACTConfig
@@ -129,6 +129,83 @@ class EarlyWarnings:
             "a lower learning_rate, or with score_in_ce=True. If it never moved at all, check that the trainable "
             "parameters are the ones you meant"
         )
+
+    def _once(self, what: str, message: str) -> list[str]:
+        if what in self._said:
+            return []
+        self._said.add(what)
+        return [message]
+
+
+# A rationale of fewer tokens than this says nothing; below this share of its length at the start it shrinks.
+LEAST_TOKENS, LEAST_SHARE = 3.0, 0.25
+MOST_WITHOUT_SCORE = 0.5
+# Nats per token: rationales that are drawn from less are all alike.
+LEAST_ENTROPY = 0.02
+
+
+class RolloutWarnings:
+    """Says what looks wrong with the rationales of a reinforcement stage, each thing once.
+
+    Args:
+        values: Of the grid, rubric units.
+        penalty: Of a rationale without a score, squared rubric units.
+
+    Example:
+        >>> warnings = RolloutWarnings([1.0, 5.0], 16.0)
+        >>> warnings.after_log({"rationale/length": 40.0}, 1.0, 1)
+        []
+        >>> len(warnings.after_log({"rationale/length": 2.0}, 1.0, 30))
+        1
+    """
+
+    def __init__(self, values: Sequence[float], penalty: float) -> None:
+        self.width, self.penalty = values[-1] - values[0], penalty
+        self.first_length: float | None = None
+        self._said: set[str] = set()
+
+    def after_log(self, means: Mapping[str, float], entropy: float, step: int) -> list[str]:
+        """What the means of one log entry show.
+
+        Args:
+            means: From `RolloutMetrics.means`.
+            entropy: Of the rationale's tokens, nats per token.
+            step: Optimizer steps done.
+        """
+        length = means.get("rationale/length")
+        if length is None:
+            return []
+        self.first_length = length if self.first_length is None else self.first_length
+        mass, spread = means.get("score/grid_mass"), means.get("score/spread")
+        without = means.get("rationale/no_score", 0.0)
+        said = []
+        if without > MOST_WITHOUT_SCORE:
+            said += self._once(
+                "no score",
+                f"{without:.0%} of the rationales at step {step} have no score, because they never reach the marker: "
+                f"they earn {-self.penalty:g}, and nothing is learnt of scores. Raise max_completion_length, or train "
+                "with TRACT first, which teaches the marker",
+            )
+        if mass is not None and mass < 0.5:
+            said += self._once(
+                "grid mass",
+                f"at step {step} only {mass:.0%} of the probability at the score is on the grid, so expected scores "
+                "are drawn to 0. Train with TRACT first, set gold_weight above 0, or lower the learning rate",
+            )
+        if length < max(LEAST_TOKENS, LEAST_SHARE * self.first_length):
+            said += self._once(
+                "length",
+                f"rationales shrink: {self.first_length:.0f} tokens at the start, {length:.1f} at step {step}. The "
+                "score does not need them. Lower the learning rate or set beta above 0, if you want to read rationales",
+            )
+        if entropy < LEAST_ENTROPY and (spread is None or spread < LEAST_SPREAD * self.width):
+            said += self._once(
+                "alike",
+                f"at step {step} all rationales of a prompt are alike (entropy {entropy:.3f} nats a token), so their "
+                "advantages are 0 and the rationale is no longer trained. Lower the learning rate, or set entropy_coef "
+                "or beta above 0",
+            )
+        return said
 
     def _once(self, what: str, message: str) -> list[str]:
         if what in self._said:

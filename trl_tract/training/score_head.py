@@ -25,8 +25,9 @@ class _ScorePass:
         model: Whose backbone and head are looked up now: PEFT and FSDP replace modules after the head was added.
         grids: Resolved.
         union: Of the tries of the grids that have one; None where a score is one token.
-        positions: True where the next token is a score's first, bool `(B, L - 1)`.
-        aspects: Each position's grid, int64 `(B, L - 1)`; None where there is one.
+        positions: True where the next token is a score's first, bool `(B, L - 1)`; or `(B, L)` where a score has yet
+            to be written.
+        aspects: Each position's grid, of the same shape, int64; None where there is one.
         inputs: What the backbone is called with.
         one_forward: Whether the trie's nodes go into the same forward pass.
         kept: Positions whose hidden states the model's own head is given, bool `(B, L - 1)`; None: all.
@@ -74,7 +75,7 @@ class _ScorePass:
     def _score(self, module: Any, inputs: Any, output: Any) -> Any:
         inner = self.inner if self.branches is None else self.branches.split(output)
         hidden_states = output.last_hidden_state  # (B, L, H)
-        states = hidden_states[:, :-1][self.positions.to(hidden_states.device)]  # (S, H)
+        states = hidden_states[:, : self.positions.shape[1]][self.positions.to(hidden_states.device)]  # (S, H)
         count = len(states)
         if inner is not None:
             states = torch.cat([states, inner.flatten(0, 1).to(states)])
@@ -93,10 +94,10 @@ class _ScorePass:
 def add_score_head(model: PreTrainedModel, grids: Sequence[ScoreGrid], *, one_forward: bool = True) -> None:
     """Let `model(..., score_positions=mask)` also return `score_logprobs`, at the cost of the S score rows alone.
 
-    `score_positions`, bool `(B, L - 1)`, is True where the next token is a score; `score_logprobs`, float32 `(S, K)`,
-    holds the grid's log-probabilities there, nats, in row-major order of the mask. With several grids a call names the
-    grid of each score as well: `score_aspects`, int64 `(B, L - 1)`, and K is that of the longest. Calls without
-    `score_positions` are left as they were.
+    `score_positions`, bool `(B, L - 1)`, is True where the next token is a score, or `(B, L)` where rows end in front
+    of one; `score_logprobs`, float32 `(S, K)`, holds the grid's log-probabilities there, nats, in row-major order of
+    the mask. With several grids a call names the grid of each score as well: `score_aspects`, int64 and as long, and K
+    is that of the longest. Calls without `score_positions` are left as they were.
 
     Whatever forward the model has at this time is wrapped, TRL's fused LM head included, and no second forward pass is
     made: a hook takes the score rows from the backbone's last hidden state.
@@ -133,6 +134,10 @@ def add_score_head(model: PreTrainedModel, grids: Sequence[ScoreGrid], *, one_fo
         )
         with scores:
             outputs = inner_forward(*args, **kwargs)
+        if kept is not None:
+            for name, value in outputs.items():
+                if value is not None and value.shape == (1, int(kept.sum())):  # a number for each token
+                    outputs[name] = value.new_zeros(kept.shape).masked_scatter(kept, value)
         output_type: Any = type(outputs)
         return _with_score_logprobs(output_type)(**outputs, score_logprobs=scores.logprobs)
 

@@ -2,14 +2,12 @@
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from transformers.utils import logging
@@ -17,7 +15,6 @@ from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names, pack_dataset
 
 from trl_tract.backends.branches import several_tokens, why_not_one_forward
-from trl_tract.files.fingerprint import drop_links
 from trl_tract.rows.dataset import ScoreCollator, check_columns, find_scales, prepare_rows, score_mask
 from trl_tract.rows.encoding import (
     ASPECT_COLUMN,
@@ -33,20 +30,21 @@ from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.saved.model_card import write_model_card
 from trl_tract.saved.training_rows import TrainingRows
 from trl_tract.scale.trie import TokenTrie
-from trl_tract.training.adapters import mark_base, only_the_trained_adapter
+from trl_tract.training.adapters import mark_base
 from trl_tract.training.arguments import check_arguments
 from trl_tract.training.config import TRACTConfig
 from trl_tract.training.early_warnings import EarlyWarnings
 from trl_tract.training.judge_eval import judged_now, prepare_judging
+from trl_tract.training.judge_trainer import KeepsJudge
 from trl_tract.training.losses import score_terms
-from trl_tract.training.resuming import checkpoint_of, save_objective, settings_of
+from trl_tract.training.resuming import settings_of
 from trl_tract.training.score_head import add_score_head
 from trl_tract.training.score_metrics import ScoreMetrics
 
 logger = logging.get_logger(__name__)
 
 
-class TRACTTrainer(SFTTrainer):
+class TRACTTrainer(KeepsJudge, SFTTrainer):
     """SFTTrainer with the CoT-RAFT loss: cross-entropy of the rationale plus squared error of the expected score.
 
         loss = rationale_weight * sum(nll) / tokens + raft_weight * sum((expected - gold)^2) / scores
@@ -300,11 +298,6 @@ class TRACTTrainer(SFTTrainer):
         hidden = ("spread/", "loss/annotators") if self.args.annotator_loss == "none" else ("spread/",)
         return {name: value for name, value in means.items() if not name.startswith(hidden)}
 
-    def _warn(self, warnings: list[str]) -> None:
-        if self.is_world_process_zero():
-            for warning in warnings:
-                logger.warning(warning)
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.
 
@@ -312,19 +305,7 @@ class TRACTTrainer(SFTTrainer):
             ValueError: There is none, or it was trained on other scores or with other weights of the loss.
         """
         self._warn(self._early_warnings.at_start())
-        checkpoint = checkpoint_of(resume_from_checkpoint, self.args, self.judge_config, self._adapter)
-        return super().train(checkpoint, *args, **kwargs)
-
-    @property
-    def _adapter(self) -> PeftConfig | None:
-        return self.model.active_peft_config if is_peft_model(self.model) else None
-
-    def _run_epoch(self, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:
-            # The checkpoint is the last one. The host would look for an end only behind a further step.
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(**kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -377,26 +358,6 @@ class TRACTTrainer(SFTTrainer):
             return super().predict(rows, ignore_keys, metric_key_prefix)
         finally:
             self.args.train_sampling_strategy = strategy
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, and beside it `tract_config.json`, from which a judge reads grid and marker."""
-        if self.args.should_save:
-            drop_links(Path(output_dir or self.args.output_dir), checkpoint=_internal_call and output_dir is not None)
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save and self.judge_config is not None:
-            self.judge_config.save(output_dir or self.args.output_dir)
-            if _internal_call and output_dir is not None:
-                save_objective(Path(output_dir), self.args, self.judge_config, self._adapter)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with only_the_trained_adapter(self.model, Path(output_dir or self.args.output_dir)):
-            super()._save(output_dir, state_dict)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The host pushes the output directory before anything but weights and tokenizer has been saved there.
-        if self.args.should_save and self.judge_config is not None:
-            self.judge_config.save(self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

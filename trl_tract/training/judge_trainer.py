@@ -1,0 +1,74 @@
+"""What the trainers of judges have in common: what they save, and how they go on. Knows nothing of losses."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from peft import PeftConfig
+from transformers.utils import logging
+
+from trl_tract.files.fingerprint import drop_links
+from trl_tract.saved.judge_config import JudgeConfig
+from trl_tract.training.adapters import only_the_trained_adapter
+from trl_tract.training.resuming import checkpoint_of, save_objective
+
+logger = logging.get_logger(__name__)
+
+
+class KeepsJudge:
+    """Before a trainer of TRL's: saves `judge_config` beside its weights, and goes on from its own checkpoints alone.
+
+    Attributes:
+        judge_config: Grid and marker; None until rows were seen.
+    """
+
+    args: Any
+    model: Any
+    state: Any
+    control: Any
+    judge_config: JudgeConfig | None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.
+
+        Raises:
+            ValueError: There is none, or it was trained on other scores or with other weights of the loss.
+        """
+        checkpoint = checkpoint_of(resume_from_checkpoint, self.args, self.judge_config, self._adapter)
+        return super().train(checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _warn(self, warnings: list[str]) -> None:
+        if self.is_world_process_zero():  # type: ignore[attr-defined]
+            for warning in warnings:
+                logger.warning(warning)
+
+    @property
+    def _adapter(self) -> PeftConfig | None:
+        return self.model.active_peft_config if is_peft_model(self.model) else None
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # The checkpoint is the last one. The host would look for an end only behind a further step.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)  # type: ignore[misc]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, and beside it `tract_config.json`, from which a judge reads grid and marker."""
+        if self.args.should_save:
+            drop_links(Path(output_dir or self.args.output_dir), checkpoint=_internal_call and output_dir is not None)
+        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        if self.args.should_save and self.judge_config is not None:
+            self.judge_config.save(output_dir or self.args.output_dir)
+            if _internal_call and output_dir is not None:
+                save_objective(Path(output_dir), self.args, self.judge_config, self._adapter)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with only_the_trained_adapter(self.model, Path(output_dir or self.args.output_dir)):
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The host pushes the output directory before anything but weights and tokenizer has been saved there.
+        if self.args.should_save and self.judge_config is not None:
+            self.judge_config.save(self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]

@@ -1,0 +1,401 @@
+"""REALTrainer: what GRPOTrainer does differently where the reward is the model's own error. Knows no files of rows."""
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers.utils import logging
+from trl import GRPOConfig, GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import pad
+
+from trl_tract.backends.branches import several_tokens, why_not_one_forward
+from trl_tract.backends.stop_text import Ending, StopText
+from trl_tract.rows.golds import mean_golds
+from trl_tract.rows.rendering import RenderedRow
+from trl_tract.rows.template import Asked
+from trl_tract.rows.tokens import asked_ids
+from trl_tract.saved.judge_config import JudgeConfig
+from trl_tract.saved.model_card import write_model_card
+from trl_tract.saved.training_rows import TrainingRows
+from trl_tract.training.adapters import check_adapters, mark_base
+from trl_tract.training.early_warnings import RolloutWarnings
+from trl_tract.training.judge_trainer import KeepsJudge
+from trl_tract.training.losses import ScoreTerms, score_terms
+from trl_tract.training.real_config import REALConfig
+from trl_tract.training.real_losses import (
+    EVEN_LENGTHS,
+    advantages_of,
+    divisors,
+    gold_log_likelihood,
+    sequence_ratio,
+)
+from trl_tract.training.real_metrics import RolloutMetrics
+from trl_tract.training.rollouts import Rollout, as_rollout, marker_stop
+from trl_tract.training.score_head import add_score_head
+from trl_tract.training.starting import checked_rows, find_judge, load_policy, policy_tokenizer
+
+logger = logging.get_logger(__name__)
+
+
+def squared_error(*args: Any, **kwargs: Any) -> list[float]:
+    """What GRPOTrainer takes for the reward function; `REALTrainer._calculate_rewards` stands in for it."""
+    raise NotImplementedError("the reward is computed from the model that is trained")
+
+
+class REALTrainer(KeepsJudge, GRPOTrainer):
+    """GRPOTrainer whose reward is the judge's own squared error, with the gradient of both ways that it depends on.
+
+        minimise  E over rationales s of  (expected score behind s - gold)^2 - gold_weight * log p(gold | s)
+
+    The policy term moves the rationale's tokens, as in GRPO; the direct term moves the score behind it. One forward
+    pass with gradient serves both, and one without gradient gives the rewards.
+
+    Args:
+        model: A judge that TRACTTrainer saved, of which grid, marker and template settings are read, or any causal
+            language model: directory, hub id or loaded. An adapter is trained on.
+        args: REALConfig.
+        train_dataset: Rows of `prompt`, text or chat messages, and `score`, a number within the grid's range or a list
+            with one for each annotator.
+        eval_dataset: Likewise, or a dict of datasets. `num_generations_eval` rationales are written for each row.
+        processing_class: Tokenizer; it must be a fast one. None: the model's own.
+        **kwargs: `callbacks`, `optimizers`, `quantization_config` and `peft_config` of GRPOTrainer.
+
+    Raises:
+        ValueError: Rows without a gold score (see `REALConfig.invalid_rows`), a judge of several aspects, or an
+            argument that cannot be honoured.
+
+    Source: https://arxiv.org/abs/2603.17145
+    """
+
+    _tag_names = ["trl", "tract", "real"]  # noqa: RUF012  # TRL's own convention
+    _name = "REAL"
+    _paper = {"title": "REAL: Regression-Aware Reinforcement Learning for LLM-as-a-Judge", "id": "2603.17145"}  # noqa: RUF012
+
+    judge_config: JudgeConfig
+    _signature_columns: Any
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: GRPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> None:
+        unknown = set(kwargs) - {"callbacks", "optimizers", "quantization_config", "peft_config"}
+        if unknown:
+            raise ValueError(
+                f"{min(unknown)}: REALTrainer's reward is the judge's own error, behind one rationale a turn. Leave it "
+                "out"
+            )
+        check_adapters(model, kwargs.get("peft_config"))
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+        args = REALConfig.from_args(args, name.rstrip("/").split("/")[-1] or "model")
+        if processing_class is None:
+            processing_class = policy_tokenizer(name, (args.model_init_kwargs or {}).get("revision"))
+        if train_dataset is None:
+            raise ValueError("train_dataset is missing: rows of `prompt` and `score`")
+        self._given_rows = train_dataset
+        self._template, self.judge_config = find_judge(name, args, processing_class, train_dataset)
+        (self.scale,) = self.judge_config.scales
+        if isinstance(model, str):
+            model = load_policy(model, processing_class, args, kwargs.get("quantization_config"))
+            if not isinstance(model, str):
+                kwargs.pop("quantization_config", None)
+        config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
+        room = getattr(config.get_text_config(), "max_position_embeddings", None)
+        check = functools.partial(checked_rows, self._template, self.scale, args, room)
+        train_dataset = check(train_dataset, "train")
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {key: check(rows, key) for key, rows in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = check(eval_dataset, "eval")
+        super().__init__(
+            model=model,
+            reward_funcs=[squared_error],
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        mark_base(self.model)
+        self._add_score_head()
+        low, high = self.scale.grid.values[0], self.scale.grid.values[-1]
+        self._penalty = (high - low) ** 2 if args.no_score_penalty is None else args.no_score_penalty
+        self._values = torch.tensor(self.scale.grid.values, device=self.accelerator.device)
+        # Of the batch that is being generated, in its order: the prompts, the rationales, all ranks' advantages.
+        self._asked: list[Asked] = []
+        self._rollouts: list[Rollout] = []
+        self._new_advantages = torch.empty(0)
+        # Of a forward pass that scores too: whose rows have a score; what came out.
+        self._scored: torch.Tensor | None = None
+        self._outputs: Any = None
+        self._logps: Any = None
+        self._sampled_prompts: list[list[int]] = []
+        self._golds: list[float] = []
+        self._rollout_metrics = {mode: RolloutMetrics() for mode in ("train", "eval")}
+        self._warnings = RolloutWarnings(self.scale.grid.values, self._penalty)
+        if self.use_vllm and not self._template_thinks:
+            own = self.vllm_generation.generation_kwargs
+            given = own.get("stop") or []
+            stops = [given] if isinstance(given, str) else list(given)
+            self.vllm_generation.generation_kwargs = {**own, "stop": [*stops, self.scale.marker]}
+
+    @property
+    def _template_thinks(self) -> bool:
+        """Whether a marker may stand inside the thinking, where it does not count; an engine would stop there."""
+        return self._template.settings.thinking == "rationale"
+
+    def _add_score_head(self) -> None:
+        base = self.accelerator.unwrap_model(self.model)
+        base = base.get_base_model() if hasattr(base, "get_base_model") else base
+        grid = self.scale.grid
+        refusal = why_not_one_forward(base) if grid.paths else None
+        add_score_head(base, [grid], one_forward=refusal is None)
+        if grid.paths:
+            self._warn([several_tokens(grid.trie, refusal)])
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        own = ["score", "completion", "tools", "chat_template_kwargs"]
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *own]))
+
+    # Generation: prompts as the judge is asked, rationales cut at the marker.
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return [asked_ids(self._template, asked) for asked in self._asked], None, {}
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        with self._stopping_at_the_marker():
+            return super()._generate_single_turn(*args, **kwargs)
+
+    @contextmanager
+    def _stopping_at_the_marker(self) -> Iterator[None]:
+        if self.use_vllm:  # which was told before
+            yield
+            return
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        ending = Ending(self._template.tokenizer, marker_stop(self.scale, [asked.frame for asked in self._asked]))
+        generate = model.generate
+
+        def stopping(*args: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+            rows, length = input_ids.shape
+            watch = StopText(ending, [length] * rows, [set() for _ in range(rows)])
+            return generate(*args, input_ids=input_ids, stopping_criteria=StoppingCriteriaList([watch]), **kwargs)
+
+        model.generate = stopping
+        try:
+            yield
+        finally:
+            del model.generate
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        prompt_ids, completion_ids, _, completions, logprobs, *rest = super()._generate(prompts)
+        told = logprobs or [None] * len(completion_ids)
+        self._rollouts = [
+            as_rollout(self._template, asked, self.scale, ids, own)
+            for asked, ids, own in zip(self._asked, completion_ids, told, strict=True)
+        ]
+        # Of whole turns, and a rationale ends none: told of under names of their own.
+        for name in [name for name in self._metrics[self._mode] if name.startswith("completions/")]:
+            del self._metrics[self._mode][name]
+        mask = [[1] * each.sampled + [0] * (len(each.ids) - each.sampled) for each in self._rollouts]
+        own_logprobs = None if logprobs is None else [each.logprobs for each in self._rollouts]
+        ids = [each.ids for each in self._rollouts]
+        self._sampled_prompts = prompt_ids
+        return prompt_ids, ids, mask, completions, own_logprobs, *rest
+
+    # Rewards: of the present model, in one forward pass without gradient.
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _calculate_rewards(
+        self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
+    ) -> torch.Tensor:
+        device = self.accelerator.device
+        scored = torch.tensor([each.scored for each in self._rollouts], device=device)
+        logprobs = self._score_logprobs(scored)  # (N, K), of the scored ones alone something
+        gold = torch.tensor(self._golds, dtype=logprobs.dtype, device=device)
+        loss, terms = self._losses(logprobs, gold)
+        loss = loss.where(scored, torch.full_like(loss, self._penalty))
+        sizes = [[each.sampled, each.rewritten] for each in self._rollouts]
+        own = torch.cat(
+            [
+                torch.stack(
+                    [loss, gold, terms.expected, terms.squared_error, logprobs.exp().sum(dim=1), scored], dim=1
+                ),
+                torch.tensor(sizes, dtype=loss.dtype, device=device),
+            ],
+            dim=1,
+        )
+        table: torch.Tensor = self.accelerator.gather(own)  # of all ranks
+        num_generations = self.num_generations if self._mode == "train" else self.num_generations_eval
+        self._rollout_metrics[self._mode].add(table, num_generations)
+        rewards = -table[:, 0]
+        if num_generations > 1:
+            normalised = self.args.advantages == "normalised"
+            self._new_advantages = advantages_of(rewards, num_generations, normalised=normalised)
+        else:
+            self._new_advantages = torch.zeros_like(rewards)
+        return rewards[:, None]
+
+    def _losses(self, logprobs: torch.Tensor, gold: torch.Tensor) -> tuple[torch.Tensor, ScoreTerms]:
+        """What each score adds to the objective, `(S,)`, and what it is made of."""
+        normalize, weight = self.judge_config.normalize_grid, self.args.gold_weight
+        terms = score_terms(logprobs, gold, self._values, raft_weight=1.0, normalize=normalize)
+        if not weight:
+            return terms.squared_error, terms
+        return terms.squared_error - weight * gold_log_likelihood(logprobs, gold, self._values), terms
+
+    @torch.no_grad()
+    def _score_logprobs(self, scored: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of the grid behind each rationale, `(N, K)`; 0 where no score can follow."""
+        size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
+        found = []
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            for start in range(0, len(scored), size):
+                rows = range(start, min(start + size, len(scored)))
+                ids = [torch.tensor([*self._sampled_prompts[row], *self._rollouts[row].ids]) for row in rows]
+                mask = pad([torch.ones_like(row) for row in ids], padding_value=0, padding_side="right")
+                input_ids = pad(ids, padding_value=self._tokenizer.pad_token_id, padding_side="right")
+                mask, input_ids = mask.to(scored.device), input_ids.to(scored.device)
+                with self.accelerator.autocast():
+                    outputs = self.model(
+                        input_ids=input_ids,
+                        attention_mask=mask,
+                        labels=torch.full_like(input_ids, -100),
+                        fused_lm_head=True,
+                        score_positions=_last(mask, scored[rows.start : rows.stop]),
+                    )
+                own = outputs.score_logprobs
+                found.append(own.new_zeros(len(rows), own.shape[1]))
+                found[-1][scored[rows.start : rows.stop]] = own
+        return torch.cat(found)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._asked = [self._template.ask(row) for row in inputs]
+        self._golds = [self._gold(row) for row in inputs]
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        first = self.accelerator.process_index * len(inputs)
+        output["advantages"] = self._new_advantages[first : first + len(inputs)]
+        logged = self._logs["advantages"]
+        for _ in range(min(len(self._new_advantages), len(logged))):
+            logged.pop()
+        logged.extend(self._new_advantages.tolist())
+        device = self.accelerator.device
+        output["gold"] = torch.tensor(self._golds, dtype=self._new_advantages.dtype, device=device)
+        output["scored"] = torch.tensor([each.scored for each in self._rollouts], device=device)
+        return output
+
+    def _gold(self, row: Mapping[str, Any]) -> float:
+        golds = mean_golds(row, [self.scale])
+        if golds is None:
+            raise ValueError("a row of the stream has no `score`: give every row one")
+        return golds[0]
+
+    # The loss: TRL's own policy term, and the direct term from the same forward pass.
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        scored = self._scored
+        if scored is None:
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+        def scoring(**inputs: Any) -> Any:
+            outputs = model(**inputs, score_positions=_last(inputs["attention_mask"], scored))
+            self._outputs = outputs.score_logprobs
+            return outputs
+
+        found = super()._get_per_token_logps_and_entropies(scoring, *args, **kwargs)
+        self._logps = found[0]
+        return found
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """GRPO's own loss of the rationale's tokens, and the direct term from the same forward pass."""
+        inputs = dict(inputs)
+        scored, gold = inputs.pop("scored"), inputs.pop("gold")
+        training = self.model.training
+        mask = inputs["completion_mask"] * inputs["tool_mask"]  # (B, T), sampled tokens
+        batches = self.args.steps_per_generation if training else 1
+        count = len(mask) * batches * self.accelerator.num_processes
+        divided = divisors(
+            self.loss_type,
+            mask,
+            max_completion_length=self.max_completion_length,
+            mean_length=inputs["num_items_in_batch"].clamp(min=1).to(inputs["advantages"]) / count,
+        )
+        if self.args.advantages == "unbiased" and self.loss_type not in EVEN_LENGTHS:
+            # Long and short rationales would not weigh alike, and no factor of the direct term could make up for that.
+            even = inputs["num_items_in_batch"].clamp(min=1).to(divided) / count
+            inputs["advantages"] = inputs["advantages"] * divided / even
+            divided = even.expand_as(divided)
+        self._scored = scored
+        try:
+            policy_loss: torch.Tensor = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self._scored = None
+        loss, _ = self._losses(self._outputs, gold[scored])
+        if not training:
+            mean: torch.Tensor = (loss.sum() + self._penalty * (~scored).sum()) / len(scored)
+            return mean
+        ratio = sequence_ratio(
+            self._logps,
+            inputs.get("old_per_token_logps"),
+            inputs.get("importance_sampling_ratio"),
+            mask,
+            self.args.vllm_importance_sampling_clip_max,
+        )
+        direct_loss = (ratio[scored] * loss / divided[scored]).sum() / len(scored)
+        self._outputs = self._logps = None
+        # The host divides its own term by the accumulation steps, and leaves the sum as it is.
+        weight = self.args.direct_weight / self.current_gradient_accumulation_steps
+        return torch.add(policy_loss, direct_loss, alpha=weight)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log what became of the rationales beside TRL's own means."""
+        means = self._rollout_metrics[self._mode].means()
+        self._metrics[self._mode].update({name: [value] for name, value in means.items()})
+        if self._mode == "train":
+            entropy = self._metrics["train"].get("entropy") or [float("nan")]
+            self._warn(self._warnings.after_log(means, sum(entropy) / len(entropy), self.state.global_step))
+        super().log(logs, start_time)
+
+    def _rendered(self, row: Mapping[str, Any]) -> RenderedRow:
+        asked = self._template.ask(row)
+        return RenderedRow(asked, asked.text, (), (), ())
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write a model card that says what the judge scores and how to use it."""
+        if self.is_world_process_zero():
+            tags = [tags] if isinstance(tags, str) else list(tags or [])
+            write_model_card(
+                self.args,
+                self.judge_config,
+                base_model=getattr(self.model.config, "_name_or_path", None),
+                model_name=model_name,
+                hub_id=self.hub_model_id,
+                dataset_name=dataset_name,
+                tags=[*self._tag_names, *tags],
+                metrics=next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {}),
+                rows=TrainingRows.of(self._given_rows, self._rendered),
+                adapter=self._adapter,
+            )
+
+
+def _last(mask: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
+    """Where a score would be next: at the last token of each scored row, bool `(B, L)`."""
+    index = torch.arange(mask.shape[1], device=mask.device)
+    last = (index * mask).argmax(dim=1)
+    return (index == last[:, None]) & scored[:, None]

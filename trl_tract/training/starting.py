@@ -1,0 +1,215 @@
+"""What a reinforcement stage starts from: the policy, the judge that it is, its rows. Knows nothing of losses."""
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+from trl.data_utils import get_dataset_column_names
+
+from trl_tract.backends.loading import adapter_config, check_model, load, load_tokenizer, tokenizer_id
+from trl_tract.rows.dataset import find_scales, refusal_summary
+from trl_tract.rows.golds import mean_golds
+from trl_tract.rows.rendering import asks_in_chat, settled
+from trl_tract.rows.row import ROW_NUMBER
+from trl_tract.rows.template import Template
+from trl_tract.rows.tokens import asked_ids, resolve_asked
+from trl_tract.saved.judge_config import FILE_NAME, JudgeConfig
+from trl_tract.scale.scale import Scale
+from trl_tract.scale.text import ScoreNotFoundError
+from trl_tract.training.real_config import REALConfig
+from trl_tract.training.resuming import settings_of
+
+logger = logging.get_logger(__name__)
+
+_Rows: TypeAlias = Dataset | IterableDataset
+
+
+def policy_tokenizer(model_id: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory or hub id: an adapter's own if it has one, else its base's."""
+    check_model(model_id)
+    adapter = adapter_config(model_id, revision)
+    base = model_id if adapter is None else str(adapter.base_model_name_or_path)
+    return load_tokenizer(tokenizer_id(model_id, base, revision))
+
+
+def load_policy(
+    model_id: str, tokenizer: PreTrainedTokenizerBase, args: REALConfig, quantization_config: Any = None
+) -> Any:
+    """An adapter on its base, to be trained on; of a full model its name, which TRL loads.
+
+    Args:
+        model_id: Directory or hub id.
+        tokenizer: Of the model.
+        args: Whose `model_init_kwargs` the base is loaded with.
+        quantization_config: Of the base.
+    """
+    check_model(model_id)
+    init: dict[str, Any] = {**(args.model_init_kwargs or {})}
+    if adapter_config(model_id, init.get("revision")) is None:
+        return model_id
+    if quantization_config is not None:
+        init["quantization_config"] = quantization_config
+    # TRL's own default: what is trained is trained in 32 bits, and bf16 by autocast.
+    dtype, revision = init.pop("dtype", None) or "float32", init.pop("revision", None)
+    model, _ = load(model_id, tokenizer, dtype, args.device, False, revision, trainable=True, **init)
+    return model
+
+
+def find_judge(
+    model_id: str, args: REALConfig, tokenizer: PreTrainedTokenizerBase, rows: _Rows
+) -> tuple[Template, JudgeConfig]:
+    """How prompts are asked and scores are written: as the model was trained with TRACT, else as `args` have it.
+
+    Raises:
+        ValueError: `args` contradict what the model was trained with, or the judge is of a kind that this stage
+            cannot train.
+    """
+    saved = _saved(model_id, (args.model_init_kwargs or {}).get("revision"))
+    if saved is not None:
+        if len(saved.scales) > 1:
+            names = ", ".join(scale.name for scale in saved.scales)
+            raise ValueError(
+                f"{model_id} scores the aspects {names}, each behind a rationale of its own, and the reinforcement "
+                "stage trains judges of one score. Train a judge for the aspect that matters"
+            )
+        if not saved.writes_rationale:
+            raise ValueError(
+                f"{model_id} gives its scores without a rationale (drop_rationale), so there is nothing to reinforce"
+            )
+        _check_same(model_id, args, saved)
+        return Template(tokenizer, saved.template), saved
+    settings = settled(tokenizer, settings_of(args), rows)
+    template = Template(tokenizer, settings)
+    scales = args.scales
+    if "completion" in (get_dataset_column_names(rows) or []):
+        scales = find_scales(template, rows, scales)  # as the rows write them
+    else:
+        scales = _resolved(template, rows, scales)
+    return template, JudgeConfig(scales, bool(args.normalize_grid), True, settings, asks_in_chat(rows))
+
+
+def _saved(model_id: str, revision: str | None) -> JudgeConfig | None:
+    if not model_id:  # made in memory
+        return None
+    try:
+        return JudgeConfig.load(model_id, revision)
+    except FileNotFoundError:
+        if not Path(model_id).is_dir():
+            logger.warning(
+                f"no {FILE_NAME} was found at {model_id}: grid, marker and template settings are those of REALConfig"
+            )
+        return None
+
+
+def _check_same(model_id: str, args: REALConfig, saved: JudgeConfig) -> None:
+    scale = saved.scales[0]
+    trained = {
+        "score_values": list(scale.grid.values),
+        "score_texts": list(scale.grid.texts),
+        "score_marker": scale.marker,
+        "normalize_grid": saved.normalize_grid,
+        "thinking": saved.template.thinking,
+        "template_date": saved.template.date,
+        "chat_template_kwargs": dict(saved.template.chat_template_kwargs),
+    }
+    for name, value in trained.items():
+        given = getattr(args, name)
+        if given is not None and given != value:
+            raise ValueError(
+                f"{name}={given!r}, but {model_id} was trained with {value!r}. Leave it out: it is read from "
+                f"{FILE_NAME}"
+            )
+
+
+def _resolved(template: Template, rows: _Rows, scales: tuple[Scale, ...]) -> tuple[Scale, ...]:
+    """The scales with their tokens behind the first prompt that can be asked."""
+    problem: Exception = ValueError("there are no rows")
+    for row in itertools.islice(rows, 1000):
+        try:
+            return resolve_asked(template, row, scales)
+        except (ScoreNotFoundError, KeyError, TypeError) as error:
+            problem = error
+    raise ValueError(f"none of the first rows has a prompt that can be asked: {problem}")
+
+
+def checked_rows(
+    template: Template, scale: Scale, args: REALConfig, room: int | None, rows: _Rows, dataset_name: str
+) -> _Rows:
+    """Refuse or drop, and name, rows that cannot be asked or have no gold score.
+
+    Args:
+        template: Of the prompts.
+        scale: Of the scores.
+        args: `invalid_rows` and `max_completion_length`.
+        room: Tokens of the model's context window; None: no limit.
+        rows: Of `prompt` and `score`.
+        dataset_name: For messages.
+
+    Raises:
+        ValueError: There are such rows and `invalid_rows` is `raise`, or no other rows.
+    """
+    columns = get_dataset_column_names(rows) or []
+    if columns and not ({"prompt"} <= set(columns) and {"score", "completion"} & set(columns)):
+        raise ValueError(
+            f"the {dataset_name} dataset has the columns {', '.join(sorted(columns))}: pass rows with `prompt` and "
+            "`score`"
+        )
+    longest = None if room is None else room - int(args.max_completion_length or 0)
+    if isinstance(rows, IterableDataset):
+        return rows if args.invalid_rows == "raise" else _kept(template, scale, longest, rows, dataset_name)
+    if len(rows) == 0:
+        raise ValueError(f"the {dataset_name} dataset is empty")
+    refused, kept = [], []
+    for number, row in enumerate(rows):
+        found = problem_of(template, scale, longest, row)
+        if found is None:
+            kept.append(number)
+        else:
+            refused.append((row.get(ROW_NUMBER, number), *found, 0))
+    if not refused:
+        return rows
+    summary = refusal_summary(refused, len(rows), dataset_name, None)
+    if args.invalid_rows == "raise":
+        raise ValueError(f"{summary} Or set invalid_rows='drop' to continue without them.")
+    if not kept:
+        raise ValueError(f"No row is left. {summary}")
+    logger.warning(f"Continuing without them: {summary}")
+    return rows.select(kept)
+
+
+def _kept(template: Template, scale: Scale, longest: int | None, rows: IterableDataset, name: str) -> IterableDataset:
+    dropped = 0
+
+    def keep(row: Mapping[str, Any], number: int) -> bool:
+        nonlocal dropped
+        found = problem_of(template, scale, longest, row)
+        dropped += found is not None
+        if found is not None and dropped & (dropped - 1) == 0:  # at 1, 2, 4, 8, ...
+            summary = refusal_summary([(number, *found, 0)], None, name, None)
+            logger.warning(f"Dropped {dropped} row(s) of the stream so far, the last one: {summary}")
+        return found is None
+
+    return rows.filter(keep, with_indices=True)
+
+
+def problem_of(template: Template, scale: Scale, longest: int | None, row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Kind of what is wrong with a row, and the message; None where nothing is."""
+    try:
+        if row.get("prompt") is None:
+            raise ScoreNotFoundError("no prompt", "the prompt is missing")
+        if mean_golds(row, [scale]) is None:
+            raise ScoreNotFoundError("no score", "the score is missing")
+        asked = template.ask(row)
+        length = len(asked_ids(template, asked)) if longest is not None else 0
+    except ScoreNotFoundError as error:
+        return error.kind, str(error)
+    if longest is not None and length > longest:
+        return "too long", (
+            f"the prompt has {length:,} tokens, and the model's context window leaves {max(longest, 0):,} beside "
+            "max_completion_length"
+        )
+    return None
