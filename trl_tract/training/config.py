@@ -32,8 +32,9 @@ class KeepsSecrets:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # As the host writes it to training_args.bin. Copies in memory, which keep what is secret, come below.
-        make, arguments, state, *rest = super().__reduce_ex__(protocol)
-        return (make, arguments, without_secrets(state), *rest)  # type: ignore[arg-type]
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, state, *rest = reduced
+        return (make, arguments, without_secrets(state), *rest)
 
     def __copy__(self) -> Self:
         other = object.__new__(type(self))
