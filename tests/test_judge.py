@@ -190,11 +190,10 @@ def test_progress_counts_an_item_when_it_is_scored():
 
 def test_a_bar_is_shown_where_someone_watches_and_not_elsewhere(monkeypatch, capsys):
     # Whoever imported ipykernel before.
-    for place in ("trl_tract.judge.judge", "trl_tract.text.progress"):
-        monkeypatch.setattr(f"{place}.is_watched", lambda: False)
+    monkeypatch.setattr("trl_tract.text.progress.is_watched", lambda: False)
     judge(" fine [RESULT]").judge(["a", "b"])
     assert not capsys.readouterr().err
-    monkeypatch.setattr("trl_tract.judge.judge.is_watched", lambda: True)
+    monkeypatch.setattr("trl_tract.text.progress.is_watched", lambda: True)
     judge(" fine [RESULT]").judge(["a", "b"])
     assert "2 of 2" in capsys.readouterr().err
 

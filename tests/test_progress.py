@@ -47,6 +47,23 @@ def test_the_last_line_is_written_once():
     assert log.getvalue().count("2 of 2 rows") == 1
 
 
+def test_short_work_of_a_patient_one_leaves_no_line():
+    log = io.StringIO()
+    with ProgressLines(total=2, desc="judging", unit="item", file=log, patient=True) as lines:
+        lines.update(2)
+    assert log.getvalue() == ""
+
+
+def test_long_work_of_a_patient_one_is_told_to_its_end():
+    log = io.StringIO()
+    with ProgressLines(total=4, desc="judging", unit="item", file=log, patient=True) as lines:
+        lines.update()
+        lines._written_at -= 31  # as if half a minute had gone by
+        lines.update()
+        lines.update(2)
+    assert [line[:18] for line in log.getvalue().splitlines()] == ["judging: 2 of 4 it", "judging: 4 of 4 it"]
+
+
 def test_a_hidden_one_writes_nothing(capsys):
     with progress(total=3, desc="judging", unit="row", hidden=True) as lines:
         lines.update(3)

@@ -1,5 +1,6 @@
 """CoTRAILJudge: sample a rationale, then report the expected score (CoT-RAIL). Knows nothing of training."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from trl_tract.scale.trie import GridProbabilities
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.rubric import Rubric
 from trl_tract.sources.schemas import as_chat
-from trl_tract.text.progress import is_watched, progress
+from trl_tract.text.progress import progress
 
 __all__ = ["CoTRAILJudge", "Judgement"]
 
@@ -256,7 +257,7 @@ class CoTRAILJudge:
             seed: Random seed in place of the judge's, or one for each item.
             on_progress: Called with the number of items that are done since it was called before. Rationales are
                 written for all items and then scored: an item whose rationale is written counts a half. None: a bar on
-                a terminal and in a notebook.
+                a terminal and in a notebook, and elsewhere a line every 30 seconds.
         """
         if isinstance(rows, str | Mapping):
             raise TypeError(f"rows is one {type(rows).__name__}: put it into a list, as in judge.judge([row])[0]")
@@ -264,8 +265,9 @@ class CoTRAILJudge:
             raise TypeError("rows is a table: give its rows, as in judge.judge(table.to_dict('records'))")
         if not hasattr(rows, "__len__"):
             raise TypeError(f"rows is a {type(rows).__name__}: make it a list, as in judge.judge(list(rows))")
-        if on_progress is None and len(rows) > 1 and is_watched():
-            with progress(total=len(rows), desc="judging", unit="item") as bar:
+        if on_progress is None:
+            hidden = len(rows) < 2 or os.environ.get("RANK", "0") != "0"  # of several processes one speaks
+            with progress(total=len(rows), desc="judging", unit="item", hidden=hidden, patient=True) as bar:
                 return self.judge(rows, seed=seed, on_progress=bar.update)
         seed = self.seed if seed is None else seed
         seeds = [seed] * len(rows) if isinstance(seed, int) else list(seed)

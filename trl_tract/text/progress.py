@@ -31,6 +31,7 @@ class ProgressLines:
         file: Where the lines go; None: standard error.
         mininterval: Seconds between two lines.
         disable: Write nothing.
+        patient: Write nothing before `mininterval` seconds have passed: of short work not a line.
     """
 
     def __init__(
@@ -43,12 +44,15 @@ class ProgressLines:
         file: TextIO | None = None,
         mininterval: float = SECONDS,
         disable: bool = False,
+        patient: bool = False,
     ) -> None:
         self.n, self.total, self.desc, self.unit = initial, total, desc, unit
         self._initial, self._file, self._mininterval, self._disable = initial, file or sys.stderr, mininterval, disable
         self._started = time.monotonic()
-        self._written_at, self._written_n = -SECONDS, -1
-        self._write()
+        self._written_at, self._written_n = self._started, initial
+        self._has_written = not patient
+        if not patient:
+            self._write()
 
     def __enter__(self) -> "ProgressLines":
         return self
@@ -67,14 +71,14 @@ class ProgressLines:
             self._write()
 
     def close(self) -> None:
-        """Write the last line, unless it stands there."""
-        if self._written_n != self.n:
+        """Write the last line, unless it stands there, or there was none before."""
+        if self._has_written and self._written_n != self.n:
             self._write()
 
     def _write(self) -> None:
         if self._disable:
             return
-        self._written_at, self._written_n = time.monotonic(), self.n
+        self._written_at, self._written_n, self._has_written = time.monotonic(), self.n, True
         elapsed, done = self._written_at - self._started, self.n - self._initial
         line = tqdm.format_meter(
             self.n,
@@ -89,11 +93,11 @@ class ProgressLines:
         print(line, file=self._file, flush=True)
 
 
-def progress(*, total: int, desc: str, unit: str, initial: int = 0, hidden: bool = False) -> Any:
-    """A bar where someone watches it, lines elsewhere."""
-    kind: Any = tqdm if is_watched() else ProgressLines
+def progress(*, total: int, desc: str, unit: str, initial: int = 0, hidden: bool = False, patient: bool = False) -> Any:
+    """A bar where someone watches it, lines elsewhere; `patient`: lines of long work alone."""
     # Never None, with which tqdm is silent wherever it writes to a file.
-    return kind(total=total, desc=desc, unit=unit, initial=initial, disable=hidden)
+    settings: dict[str, Any] = {"total": total, "desc": desc, "unit": unit, "initial": initial, "disable": hidden}
+    return tqdm(**settings) if is_watched() else ProgressLines(**settings, patient=patient)
 
 
 class Passes:
