@@ -195,7 +195,7 @@ def test_a_bar_is_shown_where_someone_watches_and_not_elsewhere(monkeypatch, cap
     assert not capsys.readouterr().err
     monkeypatch.setattr("trl_tract.text.progress.is_watched", lambda: True)
     judge(" fine [RESULT]").judge(["a", "b"])
-    assert "2 of 2" in capsys.readouterr().err
+    assert "2/2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("probs", [[0.0] * 5, [0.5] * 5])

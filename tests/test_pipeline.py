@@ -14,7 +14,7 @@ import torch
 from conftest import make_model, make_rows, make_tokenizer
 from safetensors.torch import load_file
 
-from trl_tract import CoTRAILJudge, run_tract
+from trl_tract import CoTRAILJudge, TransformersBackend, run_tract, score_report
 from trl_tract.cli import COMMANDS, main
 from trl_tract.files.journal import digest, read_json, read_jsonl, write_jsonl
 from trl_tract.runs.judged import Judged
@@ -22,6 +22,7 @@ from trl_tract.runs.pipeline import JUDGED, STEPS
 from trl_tract.runs.results import write_run_page
 from trl_tract.runs.run import Run
 from trl_tract.runs.spec import RunSpec
+from trl_tract.saved.judge_config import JudgeConfig
 
 TRAINING = {
     "max_steps": 2,
@@ -72,11 +73,11 @@ def test_every_step_leaves_its_result(finished):
 
 def test_the_report_says_why_items_have_no_score(finished):
     # The random model never writes its marker.
-    (reason, count), *more = finished[1].errors["TRACT"].items()
-    assert (count, more) == (4, [])
-    assert reason.startswith("no rationale reached '[RESULT]' in 1 attempts")
+    errors = finished[1].errors["TRACT"]
+    assert sum(errors.values()) == 4
+    assert all(reason.startswith("no rationale reached '[RESULT]' in 1 attempts") for reason in errors)
     report = json.loads((finished[0] / "out" / "report.json").read_text())
-    assert report["judges"]["TRACT"]["errors"] == {reason: 4}
+    assert report["judges"]["TRACT"]["errors"] == errors
 
 
 def test_a_run_ends_with_a_page_and_its_pictures(finished):
@@ -103,7 +104,7 @@ def test_a_run_without_matplotlib_ends_with_everything_but_the_page(finished, mo
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     said = []
-    judges = {name: Judged(out / folder).scales[""] for name, folder in JUDGED.items()}
+    judges = {name: Judged(out / JUDGED[name]).scales[""] for name in ("stage one", "TRACT")}
     write_run_page(out, judges, result.reports, said.append)
     assert said == ['    no report page: The report page needs matplotlib: pip install "trl-tract[report]"']
 
@@ -225,6 +226,25 @@ def test_a_run_whose_model_was_deleted_makes_it_again(again):
     assert all(
         torch.equal(weight, weights[name]) for name, weight in load_file(out / "tract/model.safetensors").items()
     )
+
+
+def test_the_seed_model_can_be_judged_too_also_when_the_rest_is_finished(again, seed_model):
+    out, start = again
+    said = start(seed_baseline=True)
+    assert sum("finished before" in line for line in said) == 6  # all but the new step and the report
+    config = JudgeConfig.load(out / "tract")
+    judge = CoTRAILJudge.from_config(
+        config, TransformersBackend(seed_model), **GENERATION, append_marker=True, normalize_grid=True
+    )
+    items = list(read_jsonl(out / "eval.jsonl"))
+    rmse = score_report([each.score for each in judge.judge(items)], [item["score"] for item in items]).rmse.value
+    judges = json.loads((out / "report.json").read_text())["judges"]
+    assert list(judges) == ["seed model", "stage one", "TRACT"]
+    assert judges["seed model"]["rmse"]["value"] == pytest.approx(rmse)
+    card = (out / "tract" / "README.md").read_text(encoding="utf-8")
+    assert re.search(r"\| metric \| value \| 95 % interval \|( [\w ]+ \|)? seed model \|", card)
+    assert re.search(rf"\| rmse \|.*\| {rmse:.3f} \|$", card, re.MULTILINE)
+    assert "<bdi>seed model</bdi>" in (out / "report.html").read_text(encoding="utf-8")
 
 
 def files_that_count(out: Path) -> list[Path]:
@@ -439,7 +459,7 @@ def test_the_steps_of_the_command_line_make_a_judge(seed_model, tmp_path, capsys
     printed = capsys.readouterr().out
     assert "pearson" in printed
     assert f"{out['judged']} (grid mass unknown)" in printed
-    assert "no score for 6 item(s): no rationale reached '[RESULT]'" in printed
+    assert "item(s): no rationale reached '[RESULT]' in 1 attempts" in printed
 
 
 def test_judgements_say_on_which_grid_they_were_made(finished):

@@ -107,6 +107,7 @@ def _run(arguments: Sequence[str]) -> int:
         on_failure=run.on_failure,
         keep_annotated=run.keep_annotated,
         rationales=run.rationales,
+        seed_baseline=run.seed_baseline,
         backend=generation.engine(),
     )
     if run.dry_run:

@@ -144,6 +144,13 @@ class RunArguments:
         default=False,
         metadata={"help": "Train stage two on the annotated rationales as well."},
     )
+    seed_baseline: bool = field(
+        default=False,
+        metadata={
+            "help": "Judge the held-out items with the untrained seed model too, and compare the judge with it in "
+            "report and card."
+        },
+    )
     dry_run: bool = field(default=False, metadata={"help": DRY_RUN})
 
 

@@ -16,13 +16,14 @@ from trl_tract.runs.steps import DistillStep, JudgeStep, TrainStep
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.door import write_rows
 
-JUDGED = {"stage one": "judged-stage1", "TRACT": "judged-tract"}
+JUDGED = {"seed model": "judged-seed", "stage one": "judged-stage1", "TRACT": "judged-tract"}
 """The judges of a run, the one that is compared with the others last, and their folders of judgements."""
 STEPS: Mapping[str, str] = {
     "prepare": "Reading the rows",
     "stage1": "Stage one: the seed model on the annotated rationales",
     "distill": "Self-generation: the stage-one model writes its own rationales",
     "stage2": "Stage two: the seed model again, on those rationales",
+    "judge-seed": "Judging the held-out items with the seed model, untrained",
     "judge-stage1": "Judging the held-out items with the stage-one model",
     "judge-tract": "Judging the held-out items with the TRACT model",
     "report": "Writing the report",
@@ -31,6 +32,7 @@ STEPS: Mapping[str, str] = {
 ONE_STAGE: Mapping[str, str] = {
     "prepare": STEPS["prepare"],
     "stage2": "Training: the seed model on prompts and scores (no rationales, so no second stage)",
+    "judge-seed": STEPS["judge-seed"],
     "judge-tract": "Judging the held-out items",
     "report": STEPS["report"],
 }
@@ -73,6 +75,7 @@ def run_tract(
     on_failure: str = "keep_gold",
     keep_annotated: bool = False,
     rationales: str = "given",
+    seed_baseline: bool = False,
     backend: Mapping[str, Any] | None = None,
     isolate: bool | None = None,
     say: Callable[[str], None] = say_now,
@@ -97,6 +100,9 @@ def run_tract(
         on_failure: What happens to rationales that never reach the marker: see CoTSelfDistill.
         keep_annotated: Stage two on annotated and self-written rationales, not on the latter alone.
         rationales: `given`: train on the rows that have one. `none`: train on prompts and scores alone, in one stage.
+        seed_baseline: Judge the held-out items with the untrained seed model too, and compare with it in the report. It
+            does not know the marker, so the marker is written behind whatever it wrote; and it puts little probability
+            on the grid, so its scores are the mean on the grid.
         backend: What generates: `name` (`transformers` or `vllm`) and arguments of that backend, such as `batch_size`.
         isolate: Run each step in a process of its own; by default on a GPU.
         say: Prints the headings.
@@ -114,6 +120,7 @@ def run_tract(
         on_failure=on_failure,
         keep_annotated=keep_annotated,
         rationales=rationales,
+        seed_baseline=seed_baseline,
         backend=dict(backend or {}),
     )
     return carry_out(spec, Path(output_dir), isolate=isolate, say=say)
@@ -165,7 +172,19 @@ def carry_out(
         )
         run.step(f"judge-{name}", titles[f"judge-{name}"], step, makes=[folder], of=["prepare", stage])
 
-    judged = dict(JUDGED)
+    def judge_untrained() -> None:
+        settings = {**spec.generation, "append_marker": True, "normalize_grid": True}
+        step = JudgeStep(
+            spec.model,
+            str(eval_file),
+            str(directory / "judged-seed"),
+            settings,
+            dict(spec.backend),
+            asked_like=str(directory / "tract"),
+        )
+        run.step("judge-seed", titles["judge-seed"], step, makes=["judged-seed"], of=["prepare", "stage2"])
+
+    judged = {name: folder for name, folder in JUDGED.items() if f"judge-{folder.partition('-')[2]}" in titles}
     if spec.writes_rationales:
         run.step("stage1", titles["stage1"], train(train_file, "stage1"), makes=["stage1"], of=["prepare"])
         distill = DistillStep(
@@ -183,10 +202,12 @@ def carry_out(
         run.step("distill", titles["distill"], distill, makes=["self-generated"], of=["prepare", "stage1"])
         stage_two = train(directory / "self-generated" / "rows.jsonl", "tract", directory / "stage1")
         run.step("stage2", titles["stage2"], stage_two, makes=["tract"], of=["distill"])
-        judge("stage1", "stage1")
     else:
-        del judged["stage one"]
         run.step("stage2", titles["stage2"], train(train_file, "tract"), makes=["tract"], of=["prepare"])
+    if "judge-seed" in titles:
+        judge_untrained()
+    if "judge-stage1" in titles:
+        judge("stage1", "stage1")
     judge("stage2", "tract")
     judges = {name: Judged(directory / folder) for name, folder in judged.items()}
     result = summarise(directory, judges, run.seconds)
@@ -196,8 +217,8 @@ def carry_out(
         for scale in judges["TRACT"].scales:
             on_scale = {name: judge.scales[scale] for name, judge in judges.items()}
             write_run_page(directory, on_scale, result.reports, say)
-            own = result.reports[on_scale["TRACT"].called("TRACT")]
-            finish_card(directory, on_scale["TRACT"], own, data=spec.data, held_out=spec.eval_data or spec.data)
+            reports = {name: result.reports[judge.called(name)] for name, judge in on_scale.items()}
+            finish_card(directory, on_scale["TRACT"], reports, data=spec.data, held_out=spec.eval_data or spec.data)
 
     before = [name for name in titles if name.startswith("judge-")]
     run.step("report", titles["report"], report, makes=["report.json", "report*.html", "report*-plots/*"], of=before)
@@ -208,7 +229,8 @@ def carry_out(
 
 def steps_of(spec: RunSpec) -> Mapping[str, str]:
     """The steps that a run will have, and what they are called."""
-    return STEPS if spec.writes_rationales else ONE_STAGE
+    steps = STEPS if spec.writes_rationales else ONE_STAGE
+    return {name: title for name, title in steps.items() if name != "judge-seed" or spec.seed_baseline}
 
 
 def summarise(directory: Path, judges: Mapping[str, Judged], seconds: dict[str, float]) -> RunResult:

@@ -99,13 +99,15 @@ def write_run_page(
         say(f"    {page} and {len(pictures)} pictures in {page.stem}-plots")
 
 
-def finish_card(run: Path, judged: JudgedScale, report: ScoreReport, *, data: str, held_out: str) -> None:
+def finish_card(
+    run: Path, judged: JudgedScale, reports: Mapping[str, ScoreReport], *, data: str, held_out: str
+) -> None:
     """Tell the TRACT model's card what training could not know: the evaluation, where rows came from, stage one.
 
     Args:
         run: The run's folder.
         judged: The TRACT model's judgements on one scale: called for each of them in turn.
-        report: Their agreement with the gold scores.
+        reports: Agreement with the gold scores: of the judges that are compared with it, and of its own, last.
         data: File or hub id of the annotated rows.
         held_out: File or hub id of the items that were judged.
     """
@@ -117,9 +119,11 @@ def finish_card(run: Path, judged: JudgedScale, report: ScoreReport, *, data: st
     on_disk = Path(held_out).exists()
     settings = {name: value for name, value in judged.folder.shown_settings.items() if name != "model"}
     sampling = ", ".join(f"{name} {value}" for name, value in settings.items())
+    *_, report = reports.values()
     add_evaluation(
         card,
         report,
+        others={name: other for name, other in reports.items() if name == "seed model"},
         dataset_name=Path(held_out).name if on_disk else held_out,
         dataset_type=None if on_disk else held_out,
         grid_mass=judged.mean_grid_mass,

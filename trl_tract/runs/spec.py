@@ -35,6 +35,7 @@ class RunSpec:
         on_failure: What happens to rationales that fail.
         keep_annotated: Whether stage two has the annotated rationales too.
         rationales: Where rationales come from: `given` by the rows, or `none` at all.
+        seed_baseline: Whether the seed model judges the held-out items too, as it is.
         backend: What generates.
     """
 
@@ -50,6 +51,7 @@ class RunSpec:
     on_failure: str = "keep_gold"
     keep_annotated: bool = False
     rationales: str = "given"
+    seed_baseline: bool = False
     backend: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

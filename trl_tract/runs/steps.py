@@ -18,6 +18,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_tract.backends import make_backend
 from trl_tract.backends.base import settings_that_count
+from trl_tract.backends.loading import load_tokenizer
 from trl_tract.distill.distill import CoTSelfDistill
 from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.files.blocks import BlockLog, Record, Report
@@ -195,6 +196,8 @@ class JudgeStep:
         settings: Arguments of CoTRAILJudge.
         backend: Arguments of `make_backend`: `name`, and what that backend takes.
         untrained: The model was never trained as a judge: grid and marker come from `settings`.
+        asked_like: A judge's directory, from which grid, marker, prompts and tokenizer come, for a model that was never
+            trained as one; None: the model is a judge.
         shard: `i/n`, this job's share of the rows; None: this process's share under a launcher.
         block_size: Items that are judged together and then written to disk.
     """
@@ -206,6 +209,7 @@ class JudgeStep:
     settings: dict[str, Any] = field(default_factory=dict)
     backend: dict[str, Any] = field(default_factory=dict)
     untrained: bool = False
+    asked_like: str | None = None
     shard: str | None = None
     block_size: int = 64
 
@@ -216,7 +220,8 @@ class JudgeStep:
             scales = read_scales(settings)
         else:
             # What is missing is said before the directory is claimed for this model.
-            scales = JudgeConfig.load(self.model).scales
+            config = JudgeConfig.load(self.asked_like or self.model)
+            scales = config.scales
             if scales[0].name:
                 settings.setdefault("aspects", {scale.name: scale.to_dict() for scale in scales})
             else:
@@ -242,6 +247,9 @@ class JudgeStep:
         backend = backend or make_backend(self.model, **self.backend)
         if self.untrained:
             judge = CoTRAILJudge(backend, **self.settings)
+        elif self.asked_like is not None:
+            backend.tokenizer = load_tokenizer(self.asked_like)  # with the template that rows were made with
+            judge = CoTRAILJudge.from_config(config, backend, **self.settings)
         else:
             judge = CoTRAILJudge.from_pretrained(self.model, backend, **self.settings)
 

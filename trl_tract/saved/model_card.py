@@ -134,6 +134,7 @@ def add_evaluation(
     errors: Mapping[str, int] | None = None,
     notes: Sequence[str] = (),
     aspect: str | None = None,
+    others: Mapping[str, ScoreReport] | None = None,
 ) -> None:
     """Put the evaluation on held-out items into a card: a table with intervals, and the Hub's metadata.
 
@@ -146,15 +147,21 @@ def add_evaluation(
         errors: Why items have no score, and how many for each reason.
         notes: Lines to add, plain text.
         aspect: The one that the report is about, where the judge scores several; its table goes behind those before.
+        others: Name -> agreement of another judge of the same items, for a column beside the baselines.
 
     Raises:
         ValueError: The card has no place for an evaluation any more.
     """
     card = ModelCard.load(readme)
     reasons = "; ".join(f"{reason}: {count}" for reason, count in (errors or {}).items())
+    compared = {
+        name: {metric: value for metric in METRICS if not np.isnan(value := getattr(other, metric).value)}
+        for name, other in (others or {}).items()
+    }
     content = render(
         "evaluation",
         report=report,
+        baselines={**report.baselines, **compared},
         verdict=report.verdict,
         dataset=dataset_name,
         aspect=aspect,
