@@ -13,7 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_tract.commands import options
+from trl_tract.commands import looking, options
 from trl_tract.text.terminal import can_write, uses_colour
 
 if TYPE_CHECKING:
@@ -64,15 +64,15 @@ def _option_groups(command: str) -> list[type]:
         return [options.TrainArguments, options.ColumnArguments, *trained]
     groups: dict[str, list[type]] = {
         "demo": [options.DemoArguments],
-        "check": [options.CheckArguments, options.ColumnArguments],
+        "check": [looking.CheckArguments, options.ColumnArguments],
         "distill": [options.DistillArguments, options.ColumnArguments, *generation, options.WorkerArguments],
         "judge": [
             *(options.JudgeArguments, options.RuleArguments, options.ColumnArguments),
             *(*generation, options.WorkerArguments),
         ],
         "serve": [options.ServeArguments, options.RuleArguments, *generation],
-        "report": [options.ReportArguments],
-        "recalibrate": [options.RecalibrateArguments],
+        "report": [looking.ReportArguments],
+        "recalibrate": [looking.RecalibrateArguments],
         "env": [],
     }
     return groups[command]
@@ -302,7 +302,7 @@ def _report(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _report_scale(args: options.ReportArguments, judged: Sequence[tuple[str, "JudgedScale"]]) -> None:
+def _report_scale(args: looking.ReportArguments, judged: Sequence[tuple[str, "JudgedScale"]]) -> None:
     """Report on the scores on one scale, of one judge or of two."""
     from trl_tract.runs.judged import check_same_items
     from trl_tract.runs.results import judged_items, page_file
