@@ -191,3 +191,22 @@ def test_stored_work_costs_a_file_a_block(monkeypatch):
     # Four blocks of 100 rows, the result, finished.json, settings.json, and locks: of the directory, worker and result.
     assert blocks.measure(100, block_size=32)["files"] == 4 + 3 + 3
     sys.modules.pop("blocks")
+
+
+@pytest.mark.slow
+def test_both_modes_of_thinking_are_trained_and_compared(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import thinking_judge
+
+    make_model(std=0.02).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    sizes = ["--model", str(tmp_path / "model"), "--rows", "4", "--items", "6"]
+    thinking_judge.main(["--output_dir", str(tmp_path / "out"), *sizes])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (seed,) = result["results"]
+    assert list(seed["judges"]) == ["off, stage one", "off, TRACT", "rationale, stage one", "rationale, TRACT"]
+    assert seed["rationale_minus_off"]["TRACT"].keys() >= {"pearson", "rmse"}
+    assert {own["rows"] for own in seed["self_generated"].values()} == {4}
+    for mode in ("off", "rationale"):
+        config = json.loads((tmp_path / "out" / f"{mode}-0" / "tract" / "tract_config.json").read_text())
+        assert config["thinking"] == mode

@@ -15,12 +15,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from trl_tract import CoTRAILJudge
+from trl_tract.backends import ScriptedBackend
 from trl_tract.cli import main
 from trl_tract.files.journal import read_jsonl
 from trl_tract.rows.row import REFUSED
+from trl_tract.rows.template import Template
+from trl_tract.rows.tokens import asked_ids, prompt_ids
 from trl_tract.scale.scale import read_scales
 from trl_tract.sources.arrow import training_dataset
+from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.door import Refusal, Source, write_rows
+from trl_tract.sources.rubric import Rubric
 
 SCALES = read_scales({})
 FORMATS = ["jsonl", "json", "csv", "tsv", "parquet"]
@@ -333,6 +339,28 @@ def test_missing_text_is_missing_not_nan(tmp_path):
     rows = rows_of([{"group": math.nan}, {"group": math.nan}])
     groups = {item.group for _, item in Source(written(tmp_path, "jsonl", rows), SCALES).items()}
     assert len(groups) == 2
+
+
+def test_a_prompt_that_is_made_of_judged_texts_spells_no_control_token(tmp_path):
+    record = {"instruction": "ask", "response": "no<|im_end|>", "rationale": "rude", "score": 1}
+    rubric = Rubric("Polite?", {str(score): "so" for score in range(1, 6)})
+    (tmp_path / "rows.jsonl").write_text(json.dumps(record))
+    source = Source(str(tmp_path / "rows.jsonl"), SCALES, OwnColumns({}, rubric))
+    tokenizer = make_tokenizer()
+    judge = CoTRAILJudge(ScriptedBackend(lambda prompt, seed: "rude [RESULT] 1", tokenizer, probs=[1, 0, 0, 0, 0]))
+    judge.rubric, special = rubric, set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    for chat in (False, True):
+        judge.chat = chat
+        (trained,), (judged,) = ([row for _, row in rows(chat)] for rows in (source.training_rows, source.judged_rows))
+        judge.judge_response(instruction="ask", response="no<|im_end|>")
+        given = judge.backend.generate_calls[-1]["prompts"][0]
+        bare = prompt_ids(tokenizer, [{"role": "user", "content": "ask"}]) if chat else []
+        for ids in (
+            given,
+            *(asked_ids(Template(tokenizer), Template(tokenizer).ask(row)) for row in (trained, judged)),
+        ):
+            assert ids == given
+            assert [token for token in ids if token in special] == [token for token in bare if token in special]
 
 
 def test_rows_of_the_package_are_read_as_they_are(tmp_path):

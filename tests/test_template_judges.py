@@ -14,12 +14,10 @@ import pytest
 from datasets import Dataset
 from template_tokenizers import TEMPLATES, template_tokenizer
 from test_templates import FAMILIES, modes
-from tiny import PLAIN, make_model
 
 from trl_tract import CoTRAILJudge, CoTSelfDistill
 from trl_tract.backends import Backend, Generation
 from trl_tract.backends.stop_text import Ending
-from trl_tract.cli import main
 from trl_tract.rows.dataset import find_scales
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.rendering import settled
@@ -125,36 +123,3 @@ def test_a_rows_own_variables_and_tools_count_wherever_it_is_asked(tmp_path: Pat
     written = distiller.distill(Dataset.from_list(rows), tmp_path / "written")
     assert written["rationale_source"] == ["self"] * 4
     assert trained_on(tokenizer, list(written), "rationale") == (config, ids)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "mode"),
-    [("qwen3_5_think", "rationale"), ("qwen3_5_think", "off"), ("gptoss", "rationale"), ("deepseekv3", "rationale")],
-)
-def test_a_trained_judge_gives_from_files_what_it_gives_in_python(name: str, mode: str, tmp_path: Path) -> None:
-    tokenizer, seed, judge = template_tokenizer(name), tmp_path / "seed", tmp_path / "judge"
-    model = make_model(vocab=len(tokenizer))
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(seed)
-    tokenizer.save_pretrained(seed)
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows_of()))
-    training = {**PLAIN, "learning_rate": 0.01, "optim": "adamw_torch", "max_steps": 150, "thinking": mode}
-    training |= {"score_in_ce": True, "logging_strategy": "no"}
-    flags = [flag for key, value in training.items() for flag in (f"--{key}", str(value))]
-    asked = ["--max_new_tokens", "60", "--temperature", "0", "--repetition_penalty", "1"]
-    assert (
-        main(["train", "--model_name_or_path", str(seed), "--data", str(data), "--output_dir", str(judge), *flags]) == 0
-    )
-    assert (
-        main(["judge", "--model", str(judge), "--data", str(data), "--output_dir", str(tmp_path / "out"), *asked]) == 0
-    )
-    lines = (tmp_path / "out" / "judgements.jsonl").read_text().splitlines()
-    from_files = [json.loads(line) for line in lines]
-    loaded = CoTRAILJudge.from_pretrained(judge, max_new_tokens=60, temperature=0, repetition_penalty=1)
-    in_python = loaded.judge(rows_of())
-    assert [each["rationales"] for each in from_files] == [each.rationales for each in in_python]
-    np.testing.assert_allclose([each["score"] for each in from_files], [each.score for each in in_python], rtol=1e-6)
-    np.testing.assert_allclose([each.score for each in in_python], GOLDS, atol=0.15)
-    assert min(each.grid_mass for each in in_python) > 0.9

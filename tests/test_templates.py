@@ -279,6 +279,22 @@ def test_special_tokens_spelled_in_a_message_are_text(name: str) -> None:
     assert with_tokens[0] == with_tokens[1]
 
 
+def test_special_tokens_in_plain_text_are_what_the_row_says_they_are() -> None:
+    template, spelled = Template(make_tokenizer(chat=False)), "It says <|im_end|>. [RESULT] 4"
+    added = set(template.tokenizer.added_tokens_decoder)
+
+    def control(**columns: Any) -> list[str]:
+        ids = trained(template, {"prompt": "Judge: <|im_start|> ->", "completion": f" {spelled}", **columns})
+        return template.tokenizer.convert_ids_to_tokens([token for token in ids if token in added])
+
+    assert control() == ["<|im_start|>", "<|im_end|>", "<|end|>"]  # as SFTTrainer has it
+    for said in (None, False, float("nan")):
+        assert control(prompt_is_text=said) == control()
+    assert control(prompt_is_text=True) == ["<|end|>"]
+    ids = trained(template, {"prompt": "Judge <|im_start|>", "completion": f" {spelled}", "prompt_is_text": True})
+    assert template.tokenizer.decode(ids) == f"Judge <|im_start|> {spelled}<|end|>"
+
+
 def test_a_marker_that_is_a_special_token_is_one_in_completions() -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["[RESULT]"], special_tokens=True)

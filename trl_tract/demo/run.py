@@ -82,8 +82,8 @@ def run_demo(
     train_file, eval_file, seed_model = directory / "train.jsonl", directory / "eval.jsonl", directory / "seed-model"
 
     def prepare() -> None:
-        write_jsonl(train_file, _rows("train", size.training_rows, scores))
-        write_jsonl(eval_file, _rows("eval", size.held_out_items, scores))
+        write_jsonl(train_file, demo_rows("train", size.training_rows, scores))
+        write_jsonl(eval_file, demo_rows("eval", size.held_out_items, scores))
         if model is None:
             dtype = fastest_dtype()
             print(f"    seed model: {save_seed_model(seed_model, dtype)}, {dtype}")
@@ -94,10 +94,10 @@ def run_demo(
     config = AutoConfig.from_pretrained(start)
     # A model that was saved in bfloat16 is also trained in it; a float32 one is, on most CPUs, faster as it is.
     bf16 = config.dtype == torch.bfloat16
-    lora = {**LORA, "lora_target_modules": _upper_layers(config.num_hidden_layers)}
+    lora = {**LORA, "lora_target_modules": upper_layers(config.num_hidden_layers)}
 
     def train(name: str, rows: Path, objective: dict[str, Any]) -> TrainStep:
-        training = {**_training(size, seed), "bf16": bf16, **objective, "score_values": scores.values()}
+        training = {**training_settings(size, seed), "bf16": bf16, **objective, "score_values": scores.values()}
         # The error is in squared units of the scale, so a step of 25 makes it 625 times what it is on 1 to 5.
         training["raft_weight"] /= scores.step**2
         return TrainStep(start, str(rows), str(directory / name), None, training, lora)
@@ -148,13 +148,14 @@ COT_RAFT = {"raft_weight": 0.2, "score_in_ce": True}
 CROSS_ENTROPY = {"raft_weight": 0.0, "score_in_ce": True}
 
 
-def _upper_layers(layers: int) -> list[str]:
+def upper_layers(layers: int) -> list[str]:
     """Linear modules of the upper half of a Llama-like model: below them no backward pass is needed."""
     modules = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
     return [f"{layer}.{module}" for layer in range(layers * 7 // 15, layers) for module in modules]
 
 
-def _training(size: Size, seed: int) -> dict[str, Any]:
+def training_settings(size: Size, seed: int) -> dict[str, Any]:
+    """Fields of TRACTConfig that all trainings of the demo have alike."""
     return {
         "num_train_epochs": size.epochs,
         "per_device_train_batch_size": size.batch_size,
@@ -170,7 +171,7 @@ def _training(size: Size, seed: int) -> dict[str, Any]:
     }
 
 
-def _rows(split: str, count: int, scale: Scale) -> list[dict[str, Any]]:
+def demo_rows(split: str, count: int, scale: Scale = ONE_TO_FIVE) -> list[dict[str, Any]]:
     """The committed rows, or the same on another scale."""
     if scale != ONE_TO_FIVE:
         return make_rows(split, count, scale=scale)

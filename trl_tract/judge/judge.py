@@ -25,7 +25,7 @@ from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, some_scor
 from trl_tract.scale.trie import GridProbabilities
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.rubric import Rubric
-from trl_tract.sources.schemas import as_chat
+from trl_tract.sources.schemas import as_text
 from trl_tract.text.progress import progress
 
 __all__ = ["CoTRAILJudge", "Judgement"]
@@ -236,7 +236,7 @@ class CoTRAILJudge:
                 'code, and use judge(); or set judge.rubric = Rubric.load("rubric.yaml") (trl_tract.sources.rubric)'
             )
         row: Row = {"prompt": self.rubric.prompt(instruction, response, reference, self.scales[0].marker)}
-        return as_chat(row) if self.asks_chat else row
+        return as_text(row, self.asks_chat)
 
     @property
     def asks_chat(self) -> bool:

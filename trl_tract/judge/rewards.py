@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from trl_tract.judge.judge import CoTRAILJudge, Judgement
-from trl_tract.rows.row import Prompt, Row
+from trl_tract.rows.row import RENDERED_WITH, Prompt, Row
 from trl_tract.sources.prompts import rubric_prompt
+from trl_tract.sources.schemas import as_text
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ def make_reward_func(
             filled from the columns `criterion`, `descriptions` (score text -> what earns it) and, if there is one,
             `reference`; a row where both of the first are None is not judged; it is text, or a chat message where the
             judge was trained on such. Write the prompt as in the judge's training rows: a judge trained on messages
-            needs messages.
+            needs messages. The columns `tools`, `chat_template_kwargs` and `prompt_is_text` are the judge's: its
+            prompt is rendered with them, as that of a training row is.
         scale: None for rubric units. `"unit"` maps the ends of the score range to 0 and 1 without clipping: an
             expected score that lost mass off the grid can lie below 0.
         failed: Reward of a completion that the judge cannot score, in the units of what is returned. None leaves it
@@ -107,18 +109,18 @@ class _JudgeReward:
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        asked: dict[int, Prompt] = {}
+        asked: dict[int, Row] = {}
         for i, (before, completion) in enumerate(zip(prompts, completions, strict=True)):
             # What TRL adds beside the columns is not a list of the batch's length.
             rest = {key: of[i] for key, of in columns.items() if isinstance(of, list) and len(of) == len(prompts)}
             row = {**rest, "prompt": before, "completion": completion}
-            written = self._rubric_prompt(row) if self.prompt is None else self.prompt(row)
-            if written is not None:
-                asked[i] = written
+            written = self._rubric_row(row) if self.prompt is None else {"prompt": self.prompt(row)}
+            if written is not None and written["prompt"] is not None:
+                asked[i] = {name: rest[name] for name in RENDERED_WITH if name in rest} | written
         # With the step: a completion that comes up again is judged anew, not by the words of the first time.
         step = 0 if trainer_state is None else int(trainer_state.global_step)
-        rows = [{"prompt": written} for written in asked.values()]
-        judgements = dict(zip(asked, self.judge.judge(rows, seed=self.judge.seed + step), strict=True))
+        judged = self.judge.judge(list(asked.values()), seed=self.judge.seed + step)
+        judgements = dict(zip(asked, judged, strict=True))
         rewards = [self._reward(judgements[i]) if i in judgements else None for i in range(len(prompts))]
         self._report(judgements, len(prompts), log_extra, log_metric)
         return rewards
@@ -169,7 +171,7 @@ class _JudgeReward:
             log_extra(f"{name}/rationale", ["\n\n".join(judgement.rationales) for judgement in said])
             log_extra(f"{name}/error", [lost.get(i, "") for i in range(count)])
 
-    def _rubric_prompt(self, row: Row) -> Prompt | None:
+    def _rubric_row(self, row: Row) -> Row | None:
         absent = [column for column in ("criterion", "descriptions") if column not in row]
         if absent:
             raise ValueError(
@@ -188,27 +190,15 @@ class _JudgeReward:
                 f"criterion={row['criterion']!r} with descriptions of the scores {', '.join(texts) or 'none'}: the "
                 f"judge needs a criterion, and one description for each of its scores {', '.join(grid)}"
             )
-        completion = _completion_text(row["completion"])
         written = rubric_prompt(
             _prompt_text(row["prompt"]),
-            completion if self.judge.chat else self._defused(completion),
+            _completion_text(row["completion"]),
             row["criterion"],
             {score: texts[score] for score in grid},
             reference=row.get("reference"),
             marker=self.judge.scales[0].marker,
         )
-        return [{"role": "user", "content": written}] if self.judge.chat else written
-
-    def _defused(self, text: str) -> str:
-        """The text with the judge's special tokens broken up by a space; in chat messages they are text anyway.
-
-        Tokenizers find them in any text. A policy could otherwise end the user's turn by spelling `<|im_end|>`, and go
-        on as the judge.
-        """
-        for token in self.judge.backend.tokenizer.added_tokens_decoder.values():
-            if token.special and len(token.content) > 1:
-                text = text.replace(token.content, f"{token.content[0]} {token.content[1:]}")
-        return text
+        return as_text({"prompt": written}, bool(self.judge.chat))
 
 
 def _lack(judged: Sequence[Judgement]) -> str | None:

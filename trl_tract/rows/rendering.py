@@ -89,8 +89,8 @@ class _Body:
     def behind(self, asked: Asked, template: Template, formats: Sequence[CompletionFormat]) -> RenderedRow:
         ending = asked.frame.ending
         # Plain text may have been written by hand with all its control tokens, its end included.
-        text = self.text + ("" if asked.add_special_tokens and self.text.endswith(ending) else ending)
-        cuts = () if asked.add_special_tokens else template.cuts(self.text, self.real)
+        text = self.text + ("" if not asked.literal and self.text.endswith(ending) else ending)
+        cuts = template.cuts(self.text, self.real) if asked.literal else ()
         begin = len(asked.text)
         return RenderedRow(
             asked,

@@ -165,12 +165,14 @@ class Asked:
         cuts: Where it has to be cut before it is tokenised, so that what is text does not become a control token.
         frame: What stands around a rationale behind it.
         add_special_tokens: Whether the tokenizer puts its own before it: True for plain text.
+        literal: Whether control tokens that are spelled in it and behind it are text.
     """
 
     text: str
     cuts: tuple[int, ...]
     frame: Frame
     add_special_tokens: bool
+    literal: bool
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ class Template:
         return given if isinstance(given, Template) else cls(given)
 
     def ask(self, row: Mapping[str, Any]) -> Asked:
-        """The prompt of a row, with the row's own `tools` and `chat_template_kwargs`.
+        """The prompt of a row, with the row's own `tools`, `chat_template_kwargs` and `prompt_is_text`.
 
         Raises:
             ScoreNotFoundError: The template refuses it, or it holds more than text.
@@ -201,12 +203,13 @@ class Template:
         if isinstance(prompt, str):
             eos = self.tokenizer.eos_token or ""
             whole_characters(prompt)
-            return Asked(prompt, (), Frame(ending=eos), True)
+            literal = row.get("prompt_is_text") in (True,)  # NaN is none
+            return Asked(prompt, self.cuts(prompt) if literal else (), Frame(ending=eos), True, literal)
         frame = self.frame(row)
         messages = [marked(message, self._control, frame.parts) for message in prompt]
         text, cuts = cut(self._render(messages, frame.variables, generation=True) + frame.opening, self._control)
         whole_characters(text)
-        return Asked(text, cuts, frame, False)
+        return Asked(text, cuts, frame, False, True)
 
     def before(self, row: Mapping[str, Any]) -> str:
         """What the template writes by itself before the first message of a row, its header included."""

@@ -64,6 +64,7 @@ def _text(scales: Sequence[Scale]) -> Features:
             **(several if scales[0].name else {"score": List(Value("float64"))}),
             "tools": Value("string"),
             "chat_template_kwargs": Json(),
+            "prompt_is_text": Value("bool"),
             "rationale_source": Value("string"),
             ROW_NUMBER: Value("int64"),
         }
@@ -79,7 +80,7 @@ def _tokenised(first: Row) -> Features:
 def _cells(row: Row, scales: Sequence[Scale]) -> dict[str, Any]:
     row = as_prompt_completion(row)
     golds = read_golds(row, scales)
-    cells = {name: row.get(name) for name in ("tools", "rationale_source")}
+    cells = {name: row.get(name) for name in ("tools", "prompt_is_text", "rationale_source")}
     if cells["tools"] is not None and not isinstance(cells["tools"], str):
         cells["tools"] = json.dumps(cells["tools"])
     # `Json` takes text that is JSON as it stands: a prompt of "12" would come back as a number.

@@ -8,7 +8,7 @@ from typing import Any
 
 from trl_tract.files.journal import write_json
 from trl_tract.rows.golds import is_missing, mean_golds, read_golds
-from trl_tract.rows.row import Row
+from trl_tract.rows.row import RENDERED_WITH, Row
 from trl_tract.scale.scale import Scale
 from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError
 from trl_tract.sources.rubric import Rubric
@@ -29,7 +29,7 @@ ROLES = {
     "id": "a name for the row",
     "subset": "the part of a benchmark that a pair belongs to",
 }
-_CARRIED = ("group", "id", "subset", "tools", "chat_template_kwargs")
+_CARRIED = ("group", "id", "subset", *RENDERED_WITH)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from trl_tract.scale.text import ScoreNotFoundError
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.files import read_records
 from trl_tract.sources.preferences import SIDES
-from trl_tract.sources.schemas import Item, as_chat, read_items, scored_alone
+from trl_tract.sources.schemas import Item, as_text, read_items, scored_alone
 
 
 class Refusal(NamedTuple):
@@ -213,8 +213,8 @@ def _digest(group: str) -> bytes:
 
 
 def written_rows(item: Item, rows: Iterable[Row], chat: bool) -> Iterator[Row]:
-    """Rows of an item, a converted prompt as chat messages if the model's tokenizer has a template."""
-    return (as_chat(row) if chat and item.converted else row for row in rows)
+    """Rows of an item; a prompt that was made here is chat messages where the model's tokenizer has a template."""
+    return (as_text(row, chat) if item.converted else row for row in rows)
 
 
 def write_rows(path: Path, rows: Iterable[tuple[int, Row]]) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from trl_tract.rows.golds import is_missing, mean_golds, read_golds
 from trl_tract.rows.rendering import as_prompt_completion, with_completion
-from trl_tract.rows.row import Row
+from trl_tract.rows.row import RENDERED_WITH, Row
 from trl_tract.scale.scale import Scale
 from trl_tract.scale.text import ScoreNotFoundError
 from trl_tract.sources.columns import ROLES, OwnColumns
@@ -31,7 +31,7 @@ UNDERSTOOD = (
 _FEEDBACK = ("instruction", "response", "criteria", *(f"score{score}_description" for score in range(1, 6)), "score")
 KNOWN = {
     *ROLES,
-    *("scores", "messages", "conversations", "tools", "chat_template_kwargs", "gpt4_score", "gpt4_feedback"),
+    *("scores", "messages", "conversations", *RENDERED_WITH, "gpt4_score", "gpt4_feedback"),
     *(f"orig_{name}" for name in (*_FEEDBACK, "feedback", "reference_answer")),
     *("chosen_instruction", "rejected_instruction"),
 }
@@ -194,6 +194,8 @@ def _check_chat(row: Row) -> None:
                 raise ScoreNotFoundError("not text", f"a chat message of the {name} needs a `role`: {message!r:.80}")
     if row.get("completion") is not None and isinstance(row["prompt"], str) != isinstance(row["completion"], str):
         raise ScoreNotFoundError("mixed types", "prompt and completion must both be text, or both chat messages")
+    if row.get("prompt_is_text") not in (None, True, False):
+        raise ScoreNotFoundError("unreadable", f"prompt_is_text is {row['prompt_is_text']!r}, not true or false")
     for name, kind in (("tools", list), ("chat_template_kwargs", dict)):
         value = row.get(name)
         if isinstance(value, str):
@@ -214,11 +216,14 @@ def scored_alone(row: Row, scales: Sequence[Scale]) -> Row:
     return {**row, **with_completion(row["prompt"], "".join(pieces))}
 
 
-def as_chat(row: Row) -> Row:
-    """A plain-text row as chat messages."""
+def as_text(row: Row, chat: bool) -> Row:
+    """A row whose prompt was made of texts that are judged: no control token comes of what they spell.
+
+    As chat messages, which are text, or as plain text that says that it is.
+    """
     if not isinstance(row["prompt"], str):
         return row
-    chat = {**row, "prompt": [{"role": "user", "content": row["prompt"]}]}
-    if "completion" in row:
-        chat["completion"] = with_completion([], row["completion"])["completion"]
-    return chat
+    if not chat:
+        return {**row, "prompt_is_text": True}
+    completion = with_completion([], row["completion"]) if "completion" in row else {}
+    return {**row, **completion, "prompt": [{"role": "user", "content": row["prompt"]}]}
