@@ -17,7 +17,7 @@ from test_branches import assert_same_gradients, batch_of, gradients, loss_of
 from test_trie import written_rows
 
 from trl_tract import ScoreGrid, TRACTConfig
-from trl_tract.backends.branches import Branches
+from trl_tract.backends.branches import TreePass
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.scale import locate_scores, read_aspects
 from trl_tract.scale.text import ScoreNotFoundError
@@ -212,12 +212,12 @@ def test_the_same_rows_give_the_same_update(tmp_path, monkeypatch, six_padded, n
 def test_only_scores_of_several_tokens_get_branches(tmp_path, monkeypatch):
     seen = []
 
-    class Counted(Branches):
-        def __init__(self, trie: Any, positions: torch.Tensor, config: Any) -> None:
+    class Counted(TreePass):
+        def __init__(self, trie: Any, positions: torch.Tensor, config: Any, *, share: bool) -> None:
             seen.append(int(positions.sum()))
-            super().__init__(trie, positions, config)
+            super().__init__(trie, positions, config, share=share)
 
-    monkeypatch.setattr("trl_tract.training.score_head.Branches", Counted)
+    monkeypatch.setattr("trl_tract.training.score_head.TreePass", Counted)
     loss_of(make_trainer(tmp_path, make_rows(ASPECTS, 4), tokenizer=TOKENIZER, aspects=ASPECTS))
     assert seen == [4]  # of 8 scores
 

@@ -16,7 +16,7 @@ from test_trie import GRIDS, written_rows
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, MambaConfig, MistralConfig, Qwen3Config
 
 from trl_tract import ScoreGrid
-from trl_tract.backends.branches import Branches, further_forwards, why_not_one_forward
+from trl_tract.backends.branches import TreePass, further_forwards, why_not_one_forward
 from trl_tract.scale.trie import TokenTrie
 
 MARKER = "[RESULT]"
@@ -378,7 +378,7 @@ def test_branches_see_a_sliding_window_as_it_would_be_in_place(model, attention)
     positions = torch.zeros(2, 19, dtype=torch.bool)
     positions[0, [9, 16]] = positions[1, 12] = True
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
-    branches = Branches(trie, positions, model.config)
+    branches = TreePass(trie, positions, model.config, share=False)
     with torch.no_grad():
         wanted = further_forwards(model.base_model, inputs, positions, trie)
         output = model.base_model(**branches.extend(model.base_model, (), inputs)[1])
@@ -397,7 +397,7 @@ def test_left_padding_is_not_seen(vocabularies):
     for input_ids, attention_mask, at in ((row, torch.ones_like(row), 6), (padded, mask, 10)):
         positions = torch.zeros(1, input_ids.shape[1] - 1, dtype=torch.bool)
         positions[0, at] = True
-        branches = Branches(trie, positions, model.config)
+        branches = TreePass(trie, positions, model.config, share=False)
         ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": ids}
         with torch.no_grad():
@@ -447,7 +447,7 @@ def test_single_tokens_go_the_old_way(tmp_path, vocabularies, monkeypatch):
         raise AssertionError("no branches are needed")
 
     for name in (
-        "training.score_head.Branches",
+        "training.score_head.TreePass",
         "training.score_head.further_forwards",
         "scale.logprobs.trie_logprobs",
     ):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ASPECTS, make_aspect_rows, make_model, make_rows, make_tokenizer, make_trainer
+from conftest import ASPECTS, make_aspect_rows, make_model, make_rows, make_tokenizer, make_trainer, sharing
 from datasets import Dataset
 
 TOKENIZER = make_tokenizer()
@@ -173,6 +173,7 @@ TWO_RANKS: dict[str, tuple[int, dict[str, Any]]] = {
     "unequal numbers of scores": (12, {"per_device_train_batch_size": 2}),
     "no score on one rank": (12, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}),
     "scores of several tokens": (12, {"per_device_train_batch_size": 2}),
+    "rows that share a prompt": (12, {"per_device_train_batch_size": 2, "share_prompts": True}),
     "several tokens, no score on one rank": (12, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}),
 }
 # Half points: 3 is the beginning of 3.5, and the end of the row tells them apart.
@@ -186,7 +187,9 @@ def grid_of(name: str) -> dict[str, Any]:
 
 def rows_of(name: str, output_dir: Path) -> Any:
     """The rows of one case of TWO_RANKS."""
-    count, _ = TWO_RANKS[name]
+    count, settings = TWO_RANKS[name]
+    if "share_prompts" in settings:
+        return sharing(make_rows(count), each=2)
     # Accelerate hands out batches of one row in turn, so every odd row goes to the second rank.
     without = {"unequal numbers of scores": [1, 2, 5]}.get(name, range(1, count, 2) if "no score on" in name else [])
     if not without:

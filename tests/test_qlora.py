@@ -9,7 +9,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from conftest import PLAIN, make_model, make_rows, make_tokenizer
+from conftest import PLAIN, make_model, make_rows, make_tokenizer, sharing
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_options import gradient_of, oracle_terms
@@ -43,13 +43,15 @@ def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def qlora_trainer(seed_model: Path, output_dir: Path, compute_dtype: torch.dtype, **settings: Any) -> TRACTTrainer:
+def qlora_trainer(
+    seed_model: Path, output_dir: Path, compute_dtype: torch.dtype, rows: Any = ROWS, **settings: Any
+) -> TRACTTrainer:
     settings = {"max_steps": 2, "learning_rate": LEARNING_RATE, "train_sampling_strategy": "sequential", **settings}
     return TRACTTrainer(
         str(seed_model),
         args=TRACTConfig(str(output_dir), **{**PLAIN, **settings}),
-        train_dataset=Dataset.from_list(ROWS),
-        eval_dataset=Dataset.from_list(ROWS),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows),
         quantization_config=nf4(compute_dtype),
         peft_config=lora_config(),
     )
@@ -150,6 +152,17 @@ def saved(run, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("saved")
     run["trainer"].save_model(str(directory))
     return directory
+
+
+def test_rows_that_share_a_prompt_train_like_separate_rows(seed_model, tmp_path):
+    rows = sharing(ROWS, each=4)
+    losses = []
+    for share in (True, False):
+        trainer = qlora_trainer(seed_model, tmp_path, torch.float32, rows=rows, share_prompts=share, max_steps=1)
+        trainer.train()
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] != losses[1]  # rounded in another order: they have been computed in another way
 
 
 def test_the_saved_adapter_judges_on_its_base_in_full_precision(run, saved):

@@ -13,7 +13,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from conftest import make_model, make_rows, make_tokenizer, make_trainer
+from conftest import make_model, make_rows, make_tokenizer, make_trainer, sharing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -33,7 +33,14 @@ ZERO3 = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
 }
-CASES = ("own head", "tied embeddings", "scores of several tokens", "further forward passes", "several aspects")
+CASES = (
+    "own head",
+    "tied embeddings",
+    "scores of several tokens",
+    "further forward passes",
+    "several aspects",
+    "shared prompts",
+)
 
 
 def start(name: str) -> Any:
@@ -46,6 +53,8 @@ def start(name: str) -> Any:
 def scores_of(name: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Eight rows, and the grid that they are scored on."""
     rows = make_rows(8)
+    if name == "shared prompts":
+        return sharing(rows, each=2), {"share_prompts": True}
     if name in ("scores of several tokens", "further forward passes"):
         # Half points: 3 is the beginning of 3.5, and the end of the row tells them apart.
         return rows, {"score_values": [half / 2 for half in range(2, 11)]}
@@ -162,8 +171,9 @@ def alone(request, tmp_path_factory) -> tuple[str, dict[str, torch.Tensor], dict
 def test_fsdp2_gives_the_gradients_of_whole_weights(tmp_path, two_ranks, alone):
     name, wanted, _ = alone
     ranks = two_ranks(gradients_under_fsdp2, tmp_path, name)
-    # The rows with two scores are longer, and pack into other sequences.
-    assert [num_scores for _, num_scores in ranks] == ([8, 8] if name == "several aspects" else [5, 3])
+    # Rows with two scores and rows with other prompts are of other lengths, and pack into other sequences.
+    scores = {"several aspects": [8, 8], "shared prompts": [4, 4]}.get(name, [5, 3])
+    assert [num_scores for _, num_scores in ranks] == scores
     for found, _ in ranks:
         assert_same_step(found, wanted)
 

@@ -185,6 +185,19 @@ def make_rows(n: int, *, seed: int = 0, chat: bool = False, fractions: bool = Tr
     return rows
 
 
+def sharing(rows: list[dict[str, Any]], each: int = 3) -> list[dict[str, Any]]:
+    """The rows with `each` behind the prompt of the first of them, and completions that all begin alike."""
+    shared = []
+    for i, row in enumerate(rows):
+        completion, prompt = row["completion"], rows[i - i % each]["prompt"]
+        if isinstance(completion, str):
+            completion = f" the reply is{completion}"
+        else:
+            completion = [{"role": "assistant", "content": f"the reply is {completion[0]['content']}"}]
+        shared.append({**row, "prompt": prompt, "completion": completion})
+    return shared
+
+
 ASPECTS = {"tone": {"marker": "[TONE]"}, "facts": {"marker": "[FACTS]"}}
 
 

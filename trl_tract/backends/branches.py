@@ -1,8 +1,9 @@
-"""Hidden states behind every inner node of a grid's trie, for all scores of a batch.
+"""One forward pass over a batch in which what begins alike is computed once, and branches stand behind its scores.
 
-In one forward pass: the nodes are appended behind each row as branches, with the positions that they would have in
-place and a mask through which each sees the row up to its score and its own ancestors. Where a model's attention takes
-no such mask, in further forward passes over the row up to its score and each branch: slow, and the same numbers.
+Branches: for a grid of several tokens, hidden states are needed behind every inner node of its trie. Both are one tree
+of tokens, each with the position that it has in place, and with a mask through which it sees what stands before it.
+Where a model's attention takes no such mask, rows are computed one by one, and branches in further forward passes over
+the row up to its score and each branch: slow, and the same numbers.
 
 Knows attention masks; knows nothing of losses, heads or trainers.
 """
@@ -11,12 +12,15 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import PreTrainedModel
 
+from trl_tract.backends.tree import Ints, cost_of, lay_out
 from trl_tract.scale.trie import TokenTrie
 
-_MASKED = ("sdpa", "eager")
+_MASKED = ("sdpa", "eager", "flex_attention")
 _LAYERS = {"full_attention", "sliding_attention"}
 # Largest difference of the two ways, relative to the hidden states: far above the rounding of 16 bits, far below that
 # of a branch that sees what it must not.
@@ -30,131 +34,202 @@ class ScorePlaces:
     Attributes:
         rows: The row of each, `(S,)`, ascending.
         starts: Index of its first token, `(S,)`, ascending within a row.
-        slots: Its number within its row, `(S,)`.
     """
 
     rows: torch.Tensor
     starts: torch.Tensor
-    slots: torch.Tensor
 
     @classmethod
     def of(cls, score_positions: torch.Tensor) -> "ScorePlaces":
         """From the mask that is True where the next token is a score's first, bool `(B, L - 1)` or `(B, L)`."""
         rows, before = score_positions.nonzero(as_tuple=True)
-        slots = score_positions.long().cumsum(dim=1)[rows, before] - 1
-        return cls(rows, before + 1, slots)
+        return cls(rows, before + 1)
 
 
-class Branches:
-    """Branches behind the rows of one batch: extends what goes into the backbone, and takes apart what comes out.
+class TreePass:
+    """One forward pass over a batch in which what begins alike stands once, and branches stand behind its scores.
+
+    Extends what goes into the backbone, and takes apart what comes out: whoever looks at the output sees the rows as
+    they were given.
 
     Args:
-        trie: Of the grid.
+        trie: Of the grids of several tokens; None where there are none, and hence no branches.
         score_positions: True where the next token is a score's first, bool `(B, L - 1)`; or `(B, L)` where a score
             has yet to be written.
         config: Of the language model; says which layers see a window alone, and how masks are written.
+        share: Whether rows are merged that begin alike. Where that does not pay, they are left as they are.
     """
 
-    def __init__(self, trie: TokenTrie, score_positions: torch.Tensor, config: Any) -> None:
+    def __init__(self, trie: TokenTrie | None, score_positions: torch.Tensor, config: Any, *, share: bool) -> None:
         self.places = ScorePlaces.of(score_positions)
-        self.length = 0  # L, once it is seen
-        self.config = config
-        self.nodes = trie.nodes[1:]
-        per_row = int(score_positions.sum(dim=1).max()) if score_positions.numel() else 0
-        self.shape = (score_positions.shape[0], per_row, len(self.nodes))
+        self.config, self.share = config, share
+        self.nodes = () if trie is None else trie.nodes[1:]
+        self.taken: tuple[torch.Tensor, torch.Tensor] | None = None  # where rows and branches stand, (B, L), (S, N - 1)
 
     def extend(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-        """A forward pre-hook of the backbone that appends the branches."""
+        """A forward pre-hook of the backbone that gives it the tree."""
         # Some models hand `input_ids` to their backbone by its place.
         kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
-        input_ids = kwargs["input_ids"]
-        self.length = input_ids.shape[1]
-        device, (rows, per_row, count) = input_ids.device, self.shape
-        places = self.places
-        before, position_ids, kept, documents = _described(kwargs)
-        # Slots without a score hold a branch that sees itself alone.
-        starts = torch.zeros(rows, per_row, dtype=torch.long, device=device)
-        starts[places.rows, places.slots] = places.starts
-        depths = torch.tensor([len(node) for node in self.nodes], device=device)
-        first = position_ids.gather(1, (starts - 1).clamp(min=0))  # (B, R): of the last token before a score
-        positions = torch.cat([position_ids, (first[..., None] + depths).flatten(1)], dim=1)
-        tokens = torch.tensor([node[-1] for node in self.nodes], device=device).expand(rows, per_row, count)
+        batch = _Documents.of(kwargs)
+        # A path to each end of the trie serves all nodes on the way.
+        ends = [node for node in self.nodes if not any(other[:-1] == node for other in self.nodes)]
+        before = (self.places.rows * batch.shape[1] + self.places.starts - 1).tolist()
+        paths = [batch.path(place, end) for place in before for end in ends]
+        if not batch.sequences or not (paths or self.share):
+            return (), kwargs
+        owners = [*range(len(batch.sequences)), *(batch.numbers[place] for place in before for _ in ends)]
+        attention = attention_cost(self.config)
+        layout, cost = lay_out([*batch.sequences, *paths], owners, share=self.share, attention=attention)
+        if not paths and batch.cost(attention, self.config._attn_implementation) <= cost:
+            return (), kwargs
 
-        index = torch.arange(self.length, device=device)
-        sees_row = (index < starts[..., None]) & kept[:, None]  # (B, R, L)
-        sees_row &= documents[:, None] == documents.gather(1, (starts - 1).clamp(min=0))[..., None]
-        ancestors = torch.tensor(
-            [[node[: len(other)] == other for other in self.nodes] for node in self.nodes], device=device
+        device = kwargs["input_ids"].device
+        behind = layout.places[len(batch.sequences) :]
+        through = [next(i for i, end in enumerate(ends) if end[: len(node)] == node) for node in self.nodes]
+        branches = [
+            behind[score * len(ends) + end][batch.depths[place] + len(node)]
+            for score, place in enumerate(before)
+            for end, node in zip(through, self.nodes, strict=True)
+        ]
+        self.taken = (
+            torch.from_numpy(batch.spread(layout.places)).to(device),
+            torch.tensor(branches, dtype=torch.long, device=device).reshape(len(before), len(self.nodes)),
         )
-        visible = torch.zeros(rows, positions.shape[1], positions.shape[1], dtype=torch.bool, device=device)
-        visible[:, : self.length, : self.length] = before
-        visible[:, self.length :, : self.length] = sees_row.repeat_interleave(count, dim=1)
-        own = torch.eye(per_row, dtype=torch.bool, device=device)
-        visible[:, self.length :, self.length :] = torch.kron(own, ancestors)
-        distance = positions[:, :, None] - positions[:, None, :]
-
+        positions = torch.from_numpy(layout.positions).to(device)
         dtype = module.get_input_embeddings().weight.dtype
-        kwargs = {name: value for name, value in kwargs.items() if name not in _OF_PACKED_KERNELS}
-        kwargs["input_ids"] = torch.cat([input_ids, tokens.flatten(1)], dim=1)
-        kwargs["position_ids"] = positions
-        kwargs["attention_mask"] = layer_masks(self.config, visible, distance, dtype)
+        kwargs = {name: value for name, value in kwargs.items() if name not in _OF_PACKED_KERNELS} | {
+            "input_ids": torch.from_numpy(layout.tokens).to(device),
+            "position_ids": positions,
+            "attention_mask": layer_masks(self.config, torch.from_numpy(layout.ends).to(device), positions, dtype),
+        }
         return (), kwargs
 
-    def split(self, output: Any) -> torch.Tensor:
-        """Cut the branches off a backbone's output, and return their hidden states, `(S, N - 1, H)`."""
-        hidden_states: torch.Tensor = output.last_hidden_state  # (B, L + M, H)
-        rows, per_row, count = self.shape
-        branches = hidden_states[:, self.length :].reshape(rows, per_row, count, hidden_states.shape[-1])
-        output.last_hidden_state = hidden_states[:, : self.length]
+    def split(self, output: Any) -> torch.Tensor | None:
+        """Put the rows back into a backbone's output; return the branches' hidden states, `(S, N - 1, H)`, if any."""
+        hidden_states: torch.Tensor = output.last_hidden_state  # (R, T, H)
+        if self.taken is None:
+            return hidden_states.new_zeros(0, len(self.nodes), hidden_states.shape[-1]) if self.nodes else None
+        rows, branches = (places.to(hidden_states.device) for places in self.taken)
+        flat = hidden_states.flatten(0, 1)
+        output.last_hidden_state = torch.nn.functional.embedding(rows, flat)  # (B, L, H)
         if getattr(output, "router_logits", None) is not None:
-            # The load balance of a mixture of experts is that of the rows themselves.
-            total = hidden_states.shape[1]
+            # The load balance of a mixture of experts is that of the rows themselves, each with all its tokens.
             output.router_logits = tuple(
-                logits.reshape(rows, total, -1)[:, : self.length].reshape(rows * self.length, -1)
+                torch.nn.functional.embedding(rows.flatten().to(logits.device), logits)
                 for logits in output.router_logits
             )
-        return branches[self.places.rows, self.places.slots]
+        return torch.nn.functional.embedding(branches, flat) if self.nodes else None
+
+
+@dataclass(frozen=True)
+class _Documents:
+    """The documents of a batch: its rows without their padding, or what was packed into them.
+
+    Attributes:
+        shape: Of the batch, `(B, L)`.
+        sequences: Token ids and positions of each document, `(n, 2)`.
+        where: Where in the `B * L` each stands.
+        numbers: The document of each token of the batch, `(B * L,)`.
+        depths: Its index there, `(B * L,)`.
+    """
+
+    shape: tuple[int, int]
+    sequences: list[Ints]
+    where: list[Ints]
+    numbers: Ints
+    depths: Ints
+
+    @classmethod
+    def of(cls, kwargs: dict[str, Any]) -> "_Documents":
+        input_ids: torch.Tensor = kwargs["input_ids"]
+        position_ids, kept, documents = _described(kwargs)
+        # The one wait for the device.
+        described = torch.stack([input_ids, position_ids, kept.long(), documents]).cpu().numpy()
+        ids, positions, present, owners = described.reshape(4, -1)
+        rows, length = input_ids.shape
+        owners = np.where(present > 0, owners + np.arange(rows).repeat(length) * (length + 1), -1)
+        where = [np.flatnonzero(owners == owner) for owner in np.unique(owners[owners >= 0])]
+        numbers, depths = np.zeros((2, len(ids)), np.int64)
+        for number, indices in enumerate(where):
+            numbers[indices], depths[indices] = number, np.arange(len(indices))
+        sequences = [np.stack([ids[indices], positions[indices]], axis=1) for indices in where]
+        return cls((rows, length), sequences, where, numbers, depths)
+
+    def path(self, place: int, end: tuple[int, ...]) -> Ints:
+        """A document up to one of its tokens, and a branch behind it."""
+        prefix = self.sequences[self.numbers[place]][: self.depths[place] + 1]
+        return np.concatenate([prefix, np.stack([end, prefix[-1, 1] + 1 + np.arange(len(end))], axis=1)])
+
+    def spread(self, places: list[Ints]) -> Ints:
+        """Where each token of the batch stands in the tree, `(B, L)`; for padding, at which nobody looks, 0."""
+        spread = np.zeros(len(self.numbers), np.int64)
+        for indices, place in zip(self.where, places, strict=False):
+            spread[indices] = place
+        return spread.reshape(self.shape)
+
+    def cost(self, attention: float, implementation: str) -> float:
+        """Of the rows as they are; see `tree.cost_of`."""
+        whole = sum(map(len, self.where)) == len(self.numbers) and len(self.where) == self.shape[0]
+        # Where no mask is needed, sdpa leaves out the half of each row that causal attention does not see.
+        return cost_of(*self.shape, attention / 2 if whole and implementation == "sdpa" else attention)
+
+
+def attention_cost(config: Any) -> float:
+    """What it costs a token that a row is one token longer, relative to the rest of its cost; see `tree.lay_out`.
+
+    From multiplications in one layer, forward: four projections and three matrices of the MLP against the two products
+    of attention. The factor is from measurements on a CPU, where a product with a mask takes that much longer.
+    """
+    width = config.hidden_size
+    heads = config.num_attention_heads * (getattr(config, "head_dim", None) or width // config.num_attention_heads)
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    return float(2.5 * heads / (4 * width * heads + 3 * width * inner))
 
 
 # Padding-free kernels read the documents from these; a mask says it all.
 _OF_PACKED_KERNELS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
-def _described(kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a batch's tokens see, `(B, L, L)`; their positions, what is no padding, their documents, `(B, L)` each."""
+def _described(kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a batch's tokens: positions, what is no padding, and the number of the document in its row, `(B, L)` each."""
     input_ids: torch.Tensor = kwargs["input_ids"]
     padding, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
     rows, length = input_ids.shape
-    index = torch.arange(length, device=input_ids.device)
     documents = torch.zeros_like(input_ids)
     if position_ids is None:
-        position_ids = index.expand(rows, length)
+        position_ids = torch.arange(length, device=input_ids.device).expand(rows, length)
     elif padding is None:
         # The rule by which transformers finds packed rows: a document begins where positions do not go on.
         jumps = position_ids.diff(prepend=position_ids[:, :1] - 1, dim=1) != 1
         documents = jumps.cumsum(dim=1).expand(rows, length)
     kept = torch.ones_like(input_ids, dtype=torch.bool) if padding is None else padding.bool()
-    before = (index <= index[:, None]) & kept[:, None] & (documents[:, :, None] == documents[:, None])
-    # A token of left padding sees itself, or its softmax would be over nothing.
-    return before | (index == index[:, None]), position_ids.expand(rows, length), kept, documents
+    return position_ids.expand(rows, length), kept, documents
 
 
-def layer_masks(config: Any, visible: torch.Tensor, distance: torch.Tensor, dtype: torch.dtype) -> Any:
-    """Write what each token sees as the masks that a model's layers take.
+def layer_masks(config: Any, ends: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> Any:
+    """Write what each token of a tree sees as the masks that a model's layers take.
 
     Args:
         config: Of the language model.
-        visible: bool `(B, T, T)`, queries by keys.
-        distance: Positions from key to query, `(B, T, T)`.
+        ends: Index behind the last descendant of each token, `(R, T)`; see `tree.Layout`.
+        positions: Of each token, `(R, T)`.
         dtype: Of the hidden states.
 
     Returns:
-        `(B, 1, T, T)`: bool for sdpa, else 0 and the lowest number; by the type of layer where types differ.
+        `(R, 1, T, T)`: bool for sdpa, 0 and the lowest number for eager, which would add a bool mask as 0 and 1; a
+        BlockMask for flex_attention. By the type of layer where types differ.
     """
+    index = torch.arange(ends.shape[1], device=ends.device)
+    visible = (index <= index[:, None]) & (index[:, None] < ends[:, None])
 
-    def written(mask: torch.Tensor) -> torch.Tensor:
+    def written(mask: torch.Tensor) -> Any:
         if config._attn_implementation == "sdpa":
             return mask[:, None]
+        if config._attn_implementation == "flex_attention":
+            rows, length = ends.shape
+            return create_block_mask(
+                lambda row, head, query, key: mask[row, query, key], rows, None, length, length, device=ends.device
+            )
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)[
             :, None
         ]
@@ -163,7 +238,7 @@ def layer_masks(config: Any, visible: torch.Tensor, distance: torch.Tensor, dtyp
     types = set(getattr(config, "layer_types", None) or ())
     if window is None or (types and "sliding_attention" not in types):
         return written(visible)
-    seen = visible & (distance < window)
+    seen = visible & (positions[:, :, None] - positions[:, None] < window)
     if not types:
         return written(seen)
     return {"full_attention": written(visible), "sliding_attention": written(seen)}
@@ -182,14 +257,15 @@ def further_forwards(
     """
     places = ScorePlaces.of(score_positions)
     input_ids = inputs["input_ids"]
-    before, position_ids, _, _ = _described(inputs)
+    position_ids, kept, documents = _described(inputs)
     nodes = trie.nodes[1:]
     # A pass over a branch's end serves all nodes on the way.
     ends = [node for node in nodes if not any(other[:-1] == node for other in nodes)]
     rows: list[tuple[torch.Tensor, torch.Tensor]] = []
     lengths: list[int] = []
     for row, start in zip(places.rows.tolist(), places.starts.tolist(), strict=True):
-        seen = before[row, start - 1]
+        seen = kept[row] & (documents[row] == documents[row, start - 1])
+        seen[start:] = False
         prefix, positions = input_ids[row][seen], position_ids[row][seen]
         lengths.append(len(prefix))
         for end in ends:
@@ -253,6 +329,8 @@ def why_not_one_forward(model: PreTrainedModel) -> str | None:
     attention = config._attn_implementation
     if attention not in _MASKED:
         return f"attn_implementation={attention!r} takes no mask (sdpa and eager do)"
+    if attention == "flex_attention" and model.device.type == "cpu":
+        return "flex_attention has no backward pass on a CPU"
     others = set(getattr(config, "layer_types", None) or ()) - _LAYERS
     if others or getattr(model, "_is_stateful", False):
         kinds = ", ".join(sorted(others)) or config.model_type
@@ -295,10 +373,10 @@ def _tried_out(model: PreTrainedModel, config: Any) -> float:
     try:
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
         wanted = further_forwards(backbone, inputs, score_positions, trie)
-        branches = Branches(trie, score_positions, config)
+        tree = TreePass(trie, score_positions, config, share=True)
         try:
-            _, extended = branches.extend(backbone, (), inputs)
-            found = branches.split(backbone(**extended))
+            _, extended = tree.extend(backbone, (), inputs)
+            found: Any = tree.split(backbone(**extended))
         except (TypeError, ValueError, RuntimeError, KeyError, IndexError):
             return float("inf")
     finally:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from trl_tract.backends.base import Backend, Generation, Sampling, SamplingOptions, prompt_seeds
-from trl_tract.backends.branches import Branches, why_not_one_forward
+from trl_tract.backends.branches import TreePass, why_not_one_forward
 from trl_tract.backends.continuation import Continuation
 from trl_tract.backends.drawing import DrawEach, random_numbers
 from trl_tract.backends.forward import common_prefixes, exact_head, innermost, last_logits, left_padded, shared_cache
@@ -227,10 +227,18 @@ class TransformersBackend(Backend):
             position_ids = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
             behind = torch.zeros_like(attention_mask, dtype=torch.bool)
             behind[:, -1] = True
-            branches = Branches(trie, behind, owner.config.get_text_config())
-            hook = owner.base_model.register_forward_pre_hook(branches.extend, with_kwargs=True)
+            tree = TreePass(trie, behind, owner.config.get_text_config(), share=True)
+
+            def ends(module: Any, inputs: Any, output: Any) -> None:
+                # Of each row the last token and its branches are all that the head is given.
+                branches: Any = tree.split(output)
+                output.last_hidden_state = torch.cat([output.last_hidden_state[:, -1:], branches], dim=1)  # (B, N, H)
+
+            hooks = [
+                owner.base_model.register_forward_pre_hook(tree.extend, with_kwargs=True),
+                owner.base_model.register_forward_hook(ends),
+            ]
             try:
-                # The root's logits stand right before the branches', since padding is on the left.
                 logits = self.model(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
@@ -239,7 +247,8 @@ class TransformersBackend(Backend):
                     logits_to_keep=len(trie.nodes),
                 ).logits  # (B, N, V)
             finally:
-                hook.remove()
+                for hook in hooks:
+                    hook.remove()
             logprobs[batch] = trie_logprobs(logits[:, 0], logits[:, 1:], trie).double().cpu().numpy()
             return []
 

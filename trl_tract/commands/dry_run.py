@@ -132,6 +132,8 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
             # The stage-one model's own rationales are taken to be as long as the annotated ones.
             times = spec.num_generations if name == "stage2" and spec.writes_rationales else 1
             lines.append(str(Plan.of(report.tokens * times, training, _processes())))
+            if times > 1 and spec.stage_two_training["share_prompts"]:
+                lines.append(f"share_prompts: the {times} rationales of a prompt stand in one micro-batch, behind it")
         elif spec.writes_rationales and report.tokens and name in _GENERATED:
             prompts, each = (report.trained, spec.num_generations) if name == "distill" else (held_out, 1)
             most = int(spec.generation.get("max_new_tokens", 1024))

@@ -154,12 +154,12 @@ def carry_out(
     run.step("prepare", titles["prepare"], prepare, makes=["train.jsonl", "eval.jsonl", "*.numbers.json"])
     say(f"    {_count(train_file)} training rows, {_count(eval_file)} held-out items")
 
-    def train(rows: Path, name: str, asked_like: Path | None = None) -> TrainStep:
+    def train(rows: Path, name: str, training: Mapping[str, Any], asked_like: Path | None = None) -> TrainStep:
         return TrainStep(
             spec.model,
             str(rows),
             str(directory / name),
-            training={**spec.training, **spec.judged_in_training},
+            training={**training, **spec.judged_in_training},
             model_args=dict(spec.model_args),
             asked_like=None if asked_like is None else str(asked_like),
             own=None if spec.own is None else spec.own.to_dict(),
@@ -186,7 +186,9 @@ def carry_out(
 
     judged = {name: folder for name, folder in JUDGED.items() if f"judge-{folder.partition('-')[2]}" in titles}
     if spec.writes_rationales:
-        run.step("stage1", titles["stage1"], train(train_file, "stage1"), makes=["stage1"], of=["prepare"])
+        run.step(
+            "stage1", titles["stage1"], train(train_file, "stage1", spec.training), makes=["stage1"], of=["prepare"]
+        )
         distill = DistillStep(
             str(directory / "stage1"),
             str(train_file),
@@ -200,10 +202,11 @@ def carry_out(
             dict(spec.backend),
         )
         run.step("distill", titles["distill"], distill, makes=["self-generated"], of=["prepare", "stage1"])
-        stage_two = train(directory / "self-generated" / "rows.jsonl", "tract", directory / "stage1")
+        own_rows = directory / "self-generated" / "rows.jsonl"
+        stage_two = train(own_rows, "tract", spec.stage_two_training, directory / "stage1")
         run.step("stage2", titles["stage2"], stage_two, makes=["tract"], of=["distill"])
     else:
-        run.step("stage2", titles["stage2"], train(train_file, "tract"), makes=["tract"], of=["prepare"])
+        run.step("stage2", titles["stage2"], train(train_file, "tract", spec.training), makes=["tract"], of=["prepare"])
     if "judge-seed" in titles:
         judge_untrained()
     if "judge-stage1" in titles:

@@ -98,6 +98,16 @@ class RunSpec:
         given = read_settings(self.training.get("judge_eval_settings")) or {}
         return {"judge_eval_settings": {**self.generation, **batch, **given}}
 
+    @property
+    def stage_two_training(self) -> dict[str, Any]:
+        """Fields of TRACTConfig for stage two, which shares prompts with several rationales if nothing else is said."""
+        training = dict(self.training)
+        if training.get("share_prompts") is None:
+            several_rows = int(training.get("per_device_train_batch_size", 8)) > 1
+            noise = training.get("neftune_noise_alpha") is not None  # refused together
+            training["share_prompts"] = self.num_generations > 1 and several_rows and not noise
+        return training
+
     def settings(self) -> dict[str, Any]:
         """Whatever changes the results of the run, by which its directory is recognised."""
         template = self.training.get("chat_template_path")

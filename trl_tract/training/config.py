@@ -189,6 +189,26 @@ class TRACTConfig(KeepsSecrets, SFTConfig):
         },
     )
 
+    share_prompts: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute what rows of a micro-batch begin alike with once for all of them: the same update, up to "
+            "rounding, for less time and memory where prompts are long and shared. Needs sdpa, eager or, on a GPU, "
+            "flex attention; others compute each row by itself and say so. None: in stage two of a run with "
+            "`num_generations` above 1, otherwise not."
+        },
+    )
+    share_batches: str = field(
+        default="prompt",
+        metadata={
+            "help": "With `share_prompts`, what stands together in a micro-batch: `prompt`, the rows of one prompt, "
+            "such as its several rationales; `question`, also rows whose prompts begin alike, such as answers to one "
+            "question behind the same rubric; `none`, rows as `train_sampling_strategy` has them. Micro-batches come "
+            "in random order: an update of several of them (accumulation, ranks) mixes prompts.",
+            "choices": ["prompt", "question", "none"],
+        },
+    )
+
     hub_private_repo: bool | None = field(
         default=True,
         metadata={
@@ -250,6 +270,13 @@ class TRACTConfig(KeepsSecrets, SFTConfig):
             raise ValueError(
                 f"truncation_mode={self.truncation_mode!r} would cut the rubric off. Rows that do not fit are refused: "
                 "leave it out, and set max_length or invalid_rows"
+            )
+        if self.share_batches not in ("prompt", "question", "none"):
+            raise ValueError(f"share_batches={self.share_batches!r} is unknown: choose 'prompt', 'question' or 'none'")
+        if self.share_prompts and self.neftune_noise_alpha is not None:
+            raise ValueError(
+                "share_prompts and neftune_noise_alpha: the noise depends on how long a sequence is, and rows that "
+                "share a beginning become one sequence. Leave one of them out"
             )
         if self.activation_offloading and not torch.accelerator.is_available():
             raise ValueError(

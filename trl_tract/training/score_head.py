@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from trl_tract.backends.branches import Branches, further_forwards
+from trl_tract.backends.branches import TreePass, further_forwards
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.logprobs import scale_logprobs
 from trl_tract.scale.trie import TokenTrie
@@ -30,6 +30,7 @@ class _ScorePass:
         aspects: Each position's grid, of the same shape, int64; None where there is one.
         inputs: What the backbone is called with.
         one_forward: Whether the trie's nodes go into the same forward pass.
+        share: Whether rows that begin alike are computed as one.
         kept: Positions whose hidden states the model's own head is given, bool `(B, L - 1)`; None: all.
     """
 
@@ -43,29 +44,30 @@ class _ScorePass:
         inputs: dict[str, Any],
         *,
         one_forward: bool,
+        share: bool,
         kept: torch.Tensor | None,
     ) -> None:
         self.model, self.grids, self.union, self.positions, self.kept = model, grids, union, positions, kept
         self.numbers = None if aspects is None else aspects[positions]  # (S,)
-        self.branches: Branches | None = None
         self.inner: torch.Tensor | None = None  # hidden states behind the trie's nodes, (P, N - 1, H)
         self.logprobs: torch.Tensor | None = None
+        places = positions
         if union is not None:
-            places = positions
             if aspects is not None:  # a score that is one token needs no branches
-                branching = torch.tensor([bool(grid.paths) for grid in grids], device=aspects.device)
-                places = positions & branching[aspects.clamp(min=0)]
-            if one_forward:
-                self.branches = Branches(union, places, model.config.get_text_config())
-            else:
+                several = torch.tensor([bool(grid.paths) for grid in grids], device=aspects.device)
+                places = positions & several[aspects.clamp(min=0)]
+            if not one_forward:
                 self.inner = further_forwards(model.base_model, inputs, places, union)
+        self.tree: TreePass | None = None
+        if one_forward and (union is not None or share):
+            self.tree = TreePass(union, places, model.config.get_text_config(), share=share)
 
     def __enter__(self) -> "_ScorePass":
         # Before the fused head, so that autograd reaches it afterwards: else its gradient of the head's weight, (V, H),
         # would be alive beside the fused head's tiles, at the peak of the step.
         self.hooks = [self.model.base_model.register_forward_hook(self._score)]
-        if self.branches is not None:
-            self.hooks.append(self.model.base_model.register_forward_pre_hook(self.branches.extend, with_kwargs=True))
+        if self.tree is not None:
+            self.hooks.append(self.model.base_model.register_forward_pre_hook(self.tree.extend, with_kwargs=True))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -73,7 +75,7 @@ class _ScorePass:
             hook.remove()
 
     def _score(self, module: Any, inputs: Any, output: Any) -> Any:
-        inner = self.inner if self.branches is None else self.branches.split(output)
+        inner = self.inner if self.tree is None else self.tree.split(output)
         hidden_states = output.last_hidden_state  # (B, L, H)
         states = hidden_states[:, : self.positions.shape[1]][self.positions.to(hidden_states.device)]  # (S, H)
         count = len(states)
@@ -91,7 +93,9 @@ class _ScorePass:
         return output
 
 
-def add_score_head(model: PreTrainedModel, grids: Sequence[ScoreGrid], *, one_forward: bool = True) -> None:
+def add_score_head(
+    model: PreTrainedModel, grids: Sequence[ScoreGrid], *, one_forward: bool = True, share: bool = False
+) -> None:
     """Let `model(..., score_positions=mask)` also return `score_logprobs`, at the cost of the S score rows alone.
 
     `score_positions`, bool `(B, L - 1)`, is True where the next token is a score, or `(B, L)` where rows end in front
@@ -107,6 +111,7 @@ def add_score_head(model: PreTrainedModel, grids: Sequence[ScoreGrid], *, one_fo
         grids: Of the scales, resolved.
         one_forward: Whether the nodes of a grid of several tokens a score go into the same forward pass, as branches;
             see `branches.py`.
+        share: Whether rows that begin alike are computed as one sequence, where `one_forward` and where that pays.
     """
     tries = [grid.trie for grid in grids if grid.paths]
     union = TokenTrie.union(tries) if tries else None
@@ -130,7 +135,15 @@ def add_score_head(model: PreTrainedModel, grids: Sequence[ScoreGrid], *, one_fo
             kept[0, 0] |= ~kept.any()
             kwargs["labels"], kwargs["shift_labels"] = None, labels[:, 1:][kept][None]
         scores = _ScorePass(
-            self, grids, union, score_positions, score_aspects, kwargs, one_forward=one_forward, kept=kept
+            self,
+            grids,
+            union,
+            score_positions,
+            score_aspects,
+            kwargs,
+            one_forward=one_forward,
+            share=share,
+            kept=kept,
         )
         with scores:
             outputs = inner_forward(*args, **kwargs)

@@ -8,13 +8,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from torch.utils.data import Sampler
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from transformers.utils import logging
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names, pack_dataset
 
-from trl_tract.backends.branches import several_tokens, why_not_one_forward
+from trl_tract.backends.branches import attention_cost, several_tokens, why_not_one_forward
 from trl_tract.rows.dataset import ScoreCollator, check_columns, find_scales, prepare_rows, score_mask
 from trl_tract.rows.encoding import (
     ASPECT_COLUMN,
@@ -40,6 +41,7 @@ from trl_tract.training.losses import score_terms
 from trl_tract.training.resuming import settings_of
 from trl_tract.training.score_head import add_score_head
 from trl_tract.training.score_metrics import ScoreMetrics
+from trl_tract.training.sharing import savings, sharing_sampler, sharing_warnings
 
 logger = logging.get_logger(__name__)
 
@@ -137,10 +139,14 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         grids = [scale.grid for scale in self.scales]
         tries = [grid.trie for grid in grids if grid.paths]
-        refusal = why_not_one_forward(base) if tries else None
-        add_score_head(base, grids, one_forward=refusal is None)
+        share = bool(self.args.share_prompts)
+        refusal = why_not_one_forward(base) if tries or share else None
+        add_score_head(base, grids, one_forward=refusal is None, share=share)
         if tries:
             self._warn([several_tokens(TokenTrie.union(tries), refusal)])
+        if share:
+            self._warn(sharing_warnings(refusal, self._adapter, self.args))
+        self._shares = share and refusal is None
         # Of each scale a row, filled up with scores that cannot be.
         rows = [torch.tensor(grid.values) for grid in grids]
         values = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.accelerator.device)
@@ -208,6 +214,15 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self._columns]))
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        sampler = sharing_sampler(rows, self.args, self._train_batch_size) if self._shares else None
+        if sampler is None:
+            return super()._get_train_sampler(train_dataset)  # type: ignore[no-any-return]
+        attention = attention_cost(self.model.config.get_text_config())
+        self._warn([savings(rows, list(sampler), sampler.batch_size, attention)])
+        return sampler
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
