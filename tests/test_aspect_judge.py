@@ -139,7 +139,7 @@ def test_a_trained_judge_scores_as_its_trainer_does(tmp_path):
     assert [aspect.name for aspect in judge.scales] == ["tone", "facts"]
     assert judge.scales == trainer.scales
 
-    from trl_tract.judge.scoring import grid_probabilities
+    from trl_tract.backends.grid_scores import grid_probabilities
 
     for row, expected in zip(rows, wanted, strict=True):
         tone, facts = row["completion"].split("\n")

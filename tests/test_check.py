@@ -163,12 +163,11 @@ def test_records_that_cannot_be_read_are_counted_with_the_rest(tmp_path, model, 
     assert "2 of 5 rows.jsonl rows refused (no score; first: row 3): the row has a prompt, but neither" in printed
 
 
-def test_rows_without_completions_are_nothing_to_train_on(tmp_path, model, capsys):
-    code, printed = checked(tmp_path, model, [{"prompt": "ask", "score": 4}], capsys)
-    assert code == 1
-    assert "1 records have a score but no completion" in printed
-    assert "Nothing to train on" in printed
-    assert "No row would be refused" not in printed
+def test_rows_without_completions_are_counted_as_rows_to_write_for(tmp_path, model, capsys):
+    code, printed = checked(tmp_path, model, [{"prompt": "ask", "score": 4}, *make_rows(1)], capsys)
+    assert code == 0
+    assert "2 of 2 rows would be trained on" in printed
+    assert "1 rows have no rationale" in printed
 
 
 def test_the_rows_that_are_asked_for_are_shown(tmp_path, model, capsys):

@@ -117,7 +117,7 @@ def test_the_scores_of_several_people_stay_apart_for_the_report(kind, tmp_path):
 @in_every_format
 def test_without_rationales_a_row_is_trained_on_its_gold_score_alone(kind, tmp_path):
     rows = rows_of([{"score": [4, 3, 3]}, {"score": 2, "completion": math.nan}, {}])
-    source = Source(written(tmp_path, kind, rows), SCALES, bare=True)
+    source = Source(written(tmp_path, kind, rows), SCALES, bare="all")
     found = [(row["completion"], row["score"]) for _, row in source.training_rows(chat=False)]
     assert found == [("[RESULT] 3", [4, 3, 3]), ("[RESULT] 2", 2), ("[RESULT] 5", 5)]
 

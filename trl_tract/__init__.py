@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trl_tract.backends import ServerBackend, TransformersBackend, VLLMBackend
+    from trl_tract.distill.bootstrap import CoTBootstrap
     from trl_tract.distill.distill import CoTSelfDistill
     from trl_tract.evaluation.report import score_report
     from trl_tract.judge.judge import CoTRAILJudge, Judgement
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 # Imported at first use: `trl-tract --help` and a user's own imports should not wait for TRL.
 _FILES = {
+    "CoTBootstrap": "distill.bootstrap",
     "CoTRAILJudge": "judge.judge",
     "CoTSelfDistill": "distill.distill",
     "JudgeEvalCallback": "training.judge_eval",
@@ -45,6 +47,7 @@ _FILES = {
 }
 
 __all__ = [
+    "CoTBootstrap",
     "CoTRAILJudge",
     "CoTSelfDistill",
     "JudgeEvalCallback",

@@ -4,20 +4,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from trl_tract.backends.base import Backend, FinishReason, Generation, Sampling, SamplingOptions, Stop
-from trl_tract.backends.factory import BACKENDS, make_backend
+from trl_tract.backends.factory import BACKENDS, make_author, make_backend
 from trl_tract.backends.scripted import ScriptedBackend
 from trl_tract.backends.transformers import TransformersBackend
 
 if TYPE_CHECKING:
+    from trl_tract.backends.chat import ChatBackend
     from trl_tract.backends.server import ServerBackend
     from trl_tract.backends.vllm import VLLMBackend
 
 # Imported at first use: most runs need neither an HTTP client nor vLLM.
-_FILES = {"ServerBackend": "server", "VLLMBackend": "vllm"}
+_FILES = {"ChatBackend": "chat", "ServerBackend": "server", "VLLMBackend": "vllm"}
 
 __all__ = [
     "BACKENDS",
     "Backend",
+    "ChatBackend",
     "FinishReason",
     "Generation",
     "Sampling",
@@ -27,6 +29,7 @@ __all__ = [
     "Stop",
     "TransformersBackend",
     "VLLMBackend",
+    "make_author",
     "make_backend",
 ]
 

@@ -1,12 +1,35 @@
 """A backend by its name, for whoever reads names from a command line or a file."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl_tract.backends.base import Backend
 from trl_tract.backends.loading import load_tokenizer
 from trl_tract.backends.transformers import TransformersBackend
 
+if TYPE_CHECKING:
+    from trl_tract.backends.chat import ChatBackend
+
 BACKENDS = ("transformers", "vllm", "server")
+
+
+def make_author(model: str, name: str = "transformers", **options: Any) -> "Backend | ChatBackend":
+    """Who writes rationales: a backend, or with the name `chat` a model behind a chat endpoint.
+
+    Args:
+        model: As in `make_backend`; with `chat`, the model's name there.
+        name: One of `BACKENDS`, or `chat`.
+        **options: Arguments of the class. With `chat`: `base_url`, and `served_model` if it is not `model`.
+
+    Raises:
+        ValueError, ImportError: See `make_backend`.
+    """
+    if name != "chat":
+        return make_backend(model, name, **options)
+    from trl_tract.backends.chat import ChatBackend
+
+    if not options.get("base_url"):
+        raise ValueError("the chat backend needs base_url: where the endpoint is, such as http://localhost:11434/v1")
+    return ChatBackend(options.pop("base_url"), options.pop("served_model", None) or model, **options)
 
 
 def make_backend(model: str, name: str = "transformers", **options: Any) -> Backend:

@@ -27,7 +27,7 @@ from trl_tract.rows.template import Template, TemplateSettings
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale, read_scales
 from trl_tract.sources.columns import OwnColumns
-from trl_tract.sources.door import Refusal, Source, written_rows
+from trl_tract.sources.door import Bare, Refusal, Source, written_rows
 from trl_tract.sources.schemas import Item
 from trl_tract.text.display import visible
 from trl_tract.text.terminal import aligned, bars
@@ -78,6 +78,7 @@ class RowsReport:
         records: Records that were read.
         trained: Training rows that would be trained on.
         judged_only: Records with a gold score but without a completion: they can be judged, not trained on.
+        bare: Records that are examined with their gold score alone in place of a completion.
         groups: Different groups among the training rows.
         prompt_tokens: Of each trained row.
         completion_tokens: Of each trained row.
@@ -93,6 +94,7 @@ class RowsReport:
     records: int = 0
     trained: int = 0
     judged_only: int = 0
+    bare: int = 0
     groups: int = 0
     prompt_tokens: "array[int]" = field(default_factory=lambda: array("l"))
     completion_tokens: "array[int]" = field(default_factory=lambda: array("l"))
@@ -193,6 +195,7 @@ def _rows(
             report.refused.append(item)
             continue
         report.judged_only += not item.training
+        report.bare += item.bare
         groups.update([hash(item.group)] if item.training else [])
         report.groups = len(groups)
         yield from ((number, row, item.converted) for row in written_rows(item, item.training, chat))
@@ -251,8 +254,9 @@ def check(
     """
     tokenizer = tokenizer_to_train(model, training.get("chat_template_path"))
     scales, max_length = read_scales(training), training.get("max_length", 3000)
+    bare: Bare = "all" if training.get("drop_rationale") else "lacking"
     report, encoder = examine(
-        Source(source, scales, own).found(), Path(source).name, tokenizer, training, examples=rows
+        Source(source, scales, own, bare=bare).found(), Path(source).name, tokenizer, training, examples=rows
     )
     say(_counts(report))
     if encoder is not None and report.trained:
@@ -274,15 +278,17 @@ def check(
             say(f"\nrow {number} is not shown: there is no such row that would be trained on")
         say(f"\n{_max_length(report, max_length)}")
     elif not report.refused:
-        say(
-            "\nNothing to train on: no row has a completion (rationale, marker and score). Give the rationales, as "
-            "--columns rationale=COLUMN, or judge these rows with a trained judge"
-        )
+        say("\nNothing to train on: no row has a prompt and a score")
     if report.refused:
         say(f"\nRefused: {what_is_refused(report, max_length)}")
         say("Training stops there; with invalid_rows='drop' it continues without them")
     elif report.trained:
         say("\nNo row would be refused")
+    if bare == "lacking" and report.bare:
+        say(
+            f"{report.bare:,} rows have no rationale: `trl-tract run` writes it for them (--rationales auto), or "
+            "trains without (--rationales none). Lengths are without what is still to be written"
+        )
     for line in contradictions(report, scales):
         say(line)
     return report.usable

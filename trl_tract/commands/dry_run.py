@@ -23,7 +23,7 @@ from trl_tract.runs.run import finished_steps, nothing_trained
 from trl_tract.runs.spec import RunSpec
 from trl_tract.scale.scale import read_scales
 from trl_tract.sources.columns import OwnColumns
-from trl_tract.sources.door import Refusal, Source
+from trl_tract.sources.door import Bare, Refusal, Source
 from trl_tract.sources.schemas import Item
 from trl_tract.training.config import TRACTConfig
 from trl_tract.training.early_warnings import EarlyWarnings
@@ -101,9 +101,12 @@ class Plan:
 
 def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = print) -> bool:
     """Print what `run_tract` would do with the same arguments; whether it would take all rows."""
+    spec = spec.settled(say)
     training = spec.training
     done = _finished(Path(output_dir), spec.settings())
     data, held_out = spec.source(spec.data), 0
+    if spec.bootstraps:  # what is still to be written is left out
+        data = replace(data, bare="lacking")
     split = None
     if spec.eval_data is None:
         # Refusals are told below, all together.
@@ -128,6 +131,9 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
         lines = [f"[{number}/{len(steps)}] {title}"]
         if name in done:
             lines[0] += f": finished before, in {done[name]:.0f} s"
+        elif name == "bootstrap":
+            rows = report.trained if spec.rationales == "bootstrap" else report.bare
+            lines.append(f"{rows:,} rows; what it will cost is said at its start")
         elif report.tokens and name in ("stage1", "stage2"):
             # The stage-one model's own rationales are taken to be as long as the annotated ones.
             times = spec.num_generations if name == "stage2" and spec.writes_rationales else 1
@@ -141,6 +147,8 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
             lines.append(f"{total:,} rationales for {prompts:,} prompts, at most {most:,} tokens each")
         say("\n    ".join(lines))
     say(f"\n{report.trained:,} rows to train on, {held_out:,} held-out items")
+    if spec.bootstraps:
+        say("Rows whose rationale is still to be written are counted with their prompt and score alone")
     _warn(training, output_dir, say)
     return _rest(report, encoder, training, colour, say)
 
@@ -182,13 +190,16 @@ def dry_train(
     """Print what `trl-tract train` would do with the same arguments; whether it would take all rows."""
     tokenizer = tokenizer_to_train(model, training.get("chat_template_path"))
     scales = read_scales(training)
+    bare: Bare = "all" if training.get("drop_rationale") else "none"
     say(f"Dry run: nothing is trained or written. trl-tract train would train one stage in {output_dir}:")
     taken = True
     if eval_data is not None:
-        report, _ = examine(Source(eval_data, scales, own).found(), Path(eval_data).name, tokenizer, training)
+        report, _ = examine(
+            Source(eval_data, scales, own, bare=bare).found(), Path(eval_data).name, tokenizer, training
+        )
         say(f"{report.trained:,} rows to evaluate on")
         taken = _rest(report, None, training, colour, say)
-    report, encoder = examine(Source(data, scales, own).found(), Path(data).name, tokenizer, training)
+    report, encoder = examine(Source(data, scales, own, bare=bare).found(), Path(data).name, tokenizer, training)
     say(f"{report.trained:,} rows to train on")
     if report.tokens:
         say(str(Plan.of(report.tokens, training, _processes())))

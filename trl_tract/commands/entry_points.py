@@ -6,19 +6,15 @@ Knows nothing of exit codes for errors, or of how they are printed: that is `cli
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trl_tract.commands import looking, options
+from trl_tract.commands import bootstrap, looking, options, reporting
 from trl_tract.text.terminal import can_write, uses_colour
-
-if TYPE_CHECKING:
-    from trl_tract.evaluation.report import ScoreReport
-    from trl_tract.runs.judged import JudgedScale
 
 USAGE = """\
 usage: trl-tract COMMAND [options]      trl-tract COMMAND --help lists the options of a command
@@ -29,6 +25,7 @@ start here:
   run          train on your rows in both stages, then evaluate; run again to continue
 
 one step at a time:
+  bootstrap    write rationales for rows that have only scores
   train        train one stage on rows with rationales and scores
   distill      write new rationales for the training rows with the stage-one model
   judge        score rows with a trained judge, or compare pairs of responses
@@ -65,6 +62,7 @@ def _option_groups(command: str) -> list[type]:
     groups: dict[str, list[type]] = {
         "demo": [options.DemoArguments],
         "check": [looking.CheckArguments, options.ColumnArguments],
+        "bootstrap": [bootstrap.BootstrapArguments, options.ColumnArguments, generation[1], options.WorkerArguments],
         "distill": [options.DistillArguments, options.ColumnArguments, *generation, options.WorkerArguments],
         "judge": [
             *(options.JudgeArguments, options.RuleArguments, options.ColumnArguments),
@@ -108,6 +106,7 @@ def _run(arguments: Sequence[str]) -> int:
         keep_annotated=run.keep_annotated,
         rationales=run.rationales,
         seed_baseline=run.seed_baseline,
+        bootstrap=run.bootstrap_settings(),
         backend=generation.engine(),
     )
     if run.dry_run:
@@ -119,7 +118,7 @@ def _run(arguments: Sequence[str]) -> int:
     for name, report in result.reports.items():
         mass = result.grid_mass[name]
         print(f"\n{name} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})\n{report}")
-        _print_errors(result.errors[name])
+        reporting.print_errors(result.errors[name])
     print(f"\nThe judge is in {result.model}; all figures are in {training.output_dir}/report.json")
     return 0
 
@@ -127,7 +126,7 @@ def _run(arguments: Sequence[str]) -> int:
 def _train(arguments: Sequence[str]) -> int:
     from trl_tract.backends.loading import tokenizer_to_train
     from trl_tract.runs.steps import TrainStep
-    from trl_tract.sources.door import Source, rows_file
+    from trl_tract.sources.door import Bare, Source, rows_file
     from trl_tract.training.config import field_values
 
     rows, columns, training, model = _parse("train", arguments)
@@ -150,7 +149,8 @@ def _train(arguments: Sequence[str]) -> int:
     chat = bool(tokenizer_to_train(name, training.chat_template_path).chat_template)
 
     def read(source: str) -> AbstractContextManager[Path]:
-        return rows_file(Source(source, training.scales, own, training.invalid_rows).training_rows(chat))
+        bare: Bare = "all" if training.drop_rationale else "none"
+        return rows_file(Source(source, training.scales, own, training.invalid_rows, bare=bare).training_rows(chat))
 
     with read(rows.data) as data, read(rows.eval_data) if rows.eval_data else nullcontext() as eval_data:
         evaluated = None if eval_data is None else str(eval_data)
@@ -159,6 +159,10 @@ def _train(arguments: Sequence[str]) -> int:
     if _is_first_process():
         print(f"The model is in {training.output_dir}")
     return 0
+
+
+def _bootstrap(arguments: Sequence[str]) -> int:
+    return bootstrap.write_rationales(*_parse("bootstrap", arguments))
 
 
 def _distill(arguments: Sequence[str]) -> int:
@@ -227,7 +231,7 @@ def _judge(arguments: Sequence[str]) -> int:
         else:
             for scale in judged.scales.values():
                 if len(scale.items):
-                    _print_report(rows.model, scale, scale.report())
+                    reporting.print_report(rows.model, scale, scale.report())
         print(f"The judgements are in {written}")
     return 0
 
@@ -272,68 +276,8 @@ def _recalibrate(arguments: Sequence[str]) -> int:
 
 
 def _report(arguments: Sequence[str]) -> int:
-    from trl_tract.runs.judged import Judged
-    from trl_tract.runs.pipeline import judged_folders
-    from trl_tract.sources.preferences import pair_report
-
     (args,) = _parse("report", arguments, positional="--judgements")
-    # A YAML file may name a single directory without making it a list.
-    given = [args.judgements] if isinstance(args.judgements, str) else args.judgements
-    if len(given) > 2:
-        raise ValueError(f"{len(given)} directories were given. Give one to report on, or two to compare")
-    of_runs = [judged_folders(folder) for folder in given]
-    # Of one run both judges; of two, the judge that each ends with.
-    folders = of_runs[0] if len(given) == 1 else [folders[0] for folders in of_runs]
-    judged = [(folder, Judged(folder)) for folder in folders]
-    if any(each.holds_pairs for _, each in judged):
-        for folder, each in judged:
-            print(f"{folder}\n{pair_report(each.sides, n_bootstrap=args.n_bootstrap)}\n")
-        if args.html:
-            raise ValueError("--html: the page needs gold scores, and pairs have none. Leave it out")
-        return 0
-    first, last = judged[0][1], judged[-1][1]
-    if first.scales.keys() != last.scales.keys():
-        names = [", ".join(name or "one score" for name in each.scales) for each in (first, last)]
-        raise ValueError(
-            f"{folders[0]} has judgements of {names[0]}, {folders[-1]} of {names[1]}: they cannot be compared"
-        )
-    for name in first.scales:
-        _report_scale(args, [(folder, each.scales[name]) for folder, each in judged])
-    return 0
-
-
-def _report_scale(args: looking.ReportArguments, judged: Sequence[tuple[str, "JudgedScale"]]) -> None:
-    """Report on the scores on one scale, of one judge or of two."""
-    from trl_tract.runs.judged import check_same_items
-    from trl_tract.runs.results import judged_items, page_file
-    from trl_tract.scale.grid import ScoreGrid
-
-    (folder, main), *others = judged
-    for other, scale in others:
-        check_same_items(main, scale, (folder, other))
-    grid = ScoreGrid.from_values(args.score_values).values if args.score_values else main.grid
-    reports = [scale.report(n_bootstrap=args.n_bootstrap, grid=grid) for _, scale in judged]
-    for (name, scale), report in zip(judged, reports, strict=True):
-        _print_report(name, scale, report)
-    for other, scale in others:
-        print(f"a: {main.called(folder)}, b: {scale.called(other)}")
-        print(main.minus(scale, n_bootstrap=args.n_bootstrap, grid=grid))
-    if args.html:
-        from trl_tract.page import write_page
-
-        compared = {other: (scale, report) for (other, scale), report in zip(others, reports[1:], strict=True)}
-        items = judged_items(main, reports[0], data=args.data, others=compared)
-        page, *pictures = write_page(items, page_file(Path(args.html), main.name))
-        print(f"The page is {page}; its {len(pictures)} pictures are in {page.stem}-plots beside it")
-
-
-def _print_report(name: str, scale: "JudgedScale", report: "ScoreReport") -> None:
-    mass = scale.mean_grid_mass
-    print(f"{scale.called(name)} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})\n{report}")
-    if without := len(scale.folder) - len(scale.items):
-        print(f"{without} items have no gold score and are left out")
-    _print_errors(scale.errors)
-    print()
+    return reporting.report(args)
 
 
 def _demo(arguments: Sequence[str]) -> int:
@@ -393,11 +337,6 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _print_errors(errors: Mapping[str, int]) -> None:
-    for reason, count in errors.items():
-        print(f"no score for {count} item(s): {reason}")
-
-
 def _required_model(model: Any) -> str:
     if not model.model_name_or_path:
         raise ValueError("--model is missing. Give the directory or hub id of the model to start from")
@@ -409,6 +348,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "check": _check,
     "run": _run,
     "train": _train,
+    "bootstrap": _bootstrap,
     "distill": _distill,
     "judge": _judge,
     "serve": _serve,

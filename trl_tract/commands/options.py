@@ -118,11 +118,20 @@ class RunArguments:
 
     data: str = field(metadata={"help": ROWS})
     rationales: str = field(
-        default="given",
+        default="auto",
         metadata={
-            "help": "given: train on the rows that have a rationale. none: train on prompts and scores alone, in one "
-            "stage; the judge then writes no rationale.",
-            "choices": ["given", "none"],
+            "help": "auto: write rationales for the rows that have only scores; the others keep theirs. given: train "
+            "on the rows that have one. bootstrap: write them anew for all rows. none: train on prompts and scores "
+            "alone, in one stage; the judge then writes no rationale.",
+            "choices": ["auto", "given", "bootstrap", "none"],
+        },
+    )
+    bootstrap: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "How rationales are written, as JSON, or a mapping in a YAML file: any option of `trl-tract "
+            'bootstrap` that says how, such as {"num_generations": 8, "tolerance": 0.5}. `model` and `backend` '
+            '({"name": "chat", "base_url": ...}) name who writes, if it is not the seed model.'
         },
     )
     eval_data: str | None = field(
@@ -152,6 +161,22 @@ class RunArguments:
         },
     )
     dry_run: bool = field(default=False, metadata={"help": DRY_RUN})
+
+    def bootstrap_settings(self) -> dict[str, Any]:
+        """`bootstrap` as a mapping.
+
+        Raises:
+            ValueError: It is none.
+        """
+        settings: Any = self.bootstrap or {}
+        if isinstance(settings, str):
+            try:
+                settings = json.loads(settings)
+            except ValueError as error:
+                raise ValueError(f"--bootstrap is not JSON: {error}") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"--bootstrap is {type(settings).__name__}, not a mapping of settings")
+        return settings
 
 
 @dataclass

@@ -3,44 +3,35 @@
 The gold score is attached, the model's own score is never read. Knows nothing of the trainer.
 """
 
-import logging
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Value
 
 from trl_tract.backends import Backend, Sampling, TransformersBackend
 from trl_tract.distill.failures import Failure
+from trl_tract.distill.rationale_run import RationaleRun, replace_completion
 from trl_tract.distill.summary import DistillSummary, read_summary
 from trl_tract.distill.writing import Draft, Writer
-from trl_tract.files.blocks import BlockLog, Record, Report
-from trl_tract.files.fingerprint import made_by
-from trl_tract.files.journal import JsonlRows, KnownRows, Rows, write_json, write_jsonl
+from trl_tract.files.blocks import Record, Report
+from trl_tract.files.journal import Rows
 from trl_tract.files.shards import Shard
-from trl_tract.rows.golds import is_missing, mean_golds
-from trl_tract.rows.rendering import as_prompt_completion, settled, written_completion
+from trl_tract.rows.rendering import as_prompt_completion, written_completion
 from trl_tract.rows.row import Row
-from trl_tract.rows.template import Asked, Frame, Template, TemplateSettings, Thinking
-from trl_tract.rows.tokens import resolve_asked
+from trl_tract.rows.template import Frame, TemplateSettings, Thinking
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.scale import given_scales
-from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError
+from trl_tract.scale.text import CompletionFormat
 from trl_tract.sources.files import plain
 
 __all__ = ["PROVENANCE", "CoTSelfDistill", "DistillSummary", "Rows", "read_summary"]
 
-logger = logging.getLogger(__name__)
-
-ON_FAILURE = ("keep_gold", "drop", "raise")
 PROVENANCE = {"rationale_source": Value("string"), "finish_reason": Value("string"), "attempts": Value("int64")}
-_MANY_FAILED = 0.2
 
 
-class CoTSelfDistill:
+class CoTSelfDistill(RationaleRun):
     """Replace the rationales of training rows by the model's own, and keep the gold scores.
 
     What is finished is on disk: killed at any instant and started again with the same arguments, a run goes on. Under
@@ -77,6 +68,13 @@ class CoTSelfDistill:
     Source of the defaults: the authors' settings, https://aclanthology.org/2025.acl-long.147
     """
 
+    what = "self-distillation"
+    on_failure_now: ClassVar[Mapping[str, str]] = {
+        "keep_gold": "keeps their annotated rationales",
+        "drop": "leaves them out",
+        "raise": "stops",
+    }
+
     def __init__(
         self,
         backend: Backend,
@@ -100,31 +98,30 @@ class CoTSelfDistill:
         thinking: Thinking = "auto",
         template_date: str | None = None,
     ) -> None:
-        if on_failure not in ON_FAILURE:
-            raise ValueError(f"on_failure={on_failure!r} is unknown: choose one of {', '.join(ON_FAILURE)}")
         for name, count in (("num_generations", num_generations), ("max_attempts", max_attempts)):
             if count < 1:
                 raise ValueError(f"{name}={count} must be 1 or more")
-        self.backend = backend
-        self.scales = given_scales(score_values, completion_format or CompletionFormat(score_marker), aspects)
-        self.num_generations = num_generations
-        self.sampling = Sampling(
+        sampling = Sampling(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
             repetition_penalty=repetition_penalty,
         )
-        self.sampling.check(num_generations, self.scales[0].marker)
-        self.seed = seed
+        scales = given_scales(score_values, completion_format or CompletionFormat(score_marker), aspects)
+        sampling.check(num_generations, scales[0].marker)
+        super().__init__(
+            backend,
+            scales,
+            sampling,
+            num_generations=num_generations,
+            seed=seed,
+            on_failure=on_failure,
+            block_size=block_size,
+            template=TemplateSettings(chat_template_kwargs or {}, thinking, template_date),
+        )
         self.max_attempts = max_attempts
-        self.on_failure = on_failure
         self.allow_leaks = allow_leaks
         self.keep_annotated = keep_annotated
-        self.block_size = block_size
-        self.template = Template(
-            backend.tokenizer, TemplateSettings(chat_template_kwargs or {}, thinking, template_date)
-        )
-        self._tokens_found = False
 
     @classmethod
     def from_pretrained(
@@ -168,20 +165,7 @@ class CoTSelfDistill:
             RuntimeError: Another process is at work in `output_dir`; or, with `on_failure="raise"`, a rationale failed
                 in all its attempts.
         """
-        if not isinstance(dataset, Dataset):
-            raise TypeError(f"dataset is a {type(dataset).__name__}: make it a Dataset, as in Dataset.from_list(rows)")
-        if not len(dataset):
-            raise ValueError("the dataset holds no rows")
-        times = next((name for name, kind in dataset.features.items() if re.search(r"time(32|64)\[", str(kind))), None)
-        if times is not None:  # Arrow makes dates of their text, but no times of day
-            raise ValueError(f"the column {times} holds times of day: leave it out, or make it text")
-        directory = Path(output_dir)
-        self._distill(dataset, directory, None)
-        features = Features({**dataset.features, **PROVENANCE})
-        rows: Dataset = Dataset.from_json(
-            str(directory / "rows.jsonl"), features=features, cache_dir=str(directory / "cache")
-        )
-        return rows
+        return self._of_dataset(dataset, output_dir)
 
     def distill_file(self, data: str | Path, output_dir: str | Path, *, shard: Shard | None = None) -> Path | None:
         """Like `distill`, for a JSONL file of any size: its rows are read when their turn comes.
@@ -197,9 +181,7 @@ class CoTSelfDistill:
         Raises:
             ValueError, FileExistsError, OSError, RuntimeError: As in `distill`.
         """
-        directory = Path(output_dir)
-        finished = self._distill(JsonlRows(Path(data)), directory, shard)
-        return directory / "rows.jsonl" if finished else None
+        return self._of_file(data, output_dir, shard)
 
     @staticmethod
     def push_to_hub(output_dir: str | Path, repo_id: str, **options: Any) -> str:
@@ -223,107 +205,25 @@ class CoTSelfDistill:
 
         return push_rows(Path(output_dir), repo_id, **options)
 
-    def _distill(self, rows: Rows, directory: Path, shard: Shard | None) -> bool:
-        rendered = settled(self.backend.tokenizer, self.template.settings, rows)
-        self.template = Template(self.backend.tokenizer, rendered)
-        refused: dict[int, str] = {}
-        known = KnownRows(rows, lambda row, number: self._check(row, number, refused))
-        self._tell_of(refused, len(known))
-        settings = {**self._settings(), **made_by(self.backend)}
-        log = BlockLog(directory, settings, "self-distillation", rows=known, block_size=self.block_size, shard=shard)
+    def _added(self, features: Mapping[str, Any]) -> Mapping[str, Any]:
+        return PROVENANCE
 
-        def write(records: Iterator[Record]) -> None:
-            summary = DistillSummary(len(known), len(known) * self.num_generations)
-            write_jsonl(directory / "rows.jsonl", self._stage_two_rows(known, records, summary))
-            write_json(directory / "summary.json", summary.to_dict())
-            if sum(summary.failed.values()) > _MANY_FAILED * summary.rationales:
-                logger.warning("many rationales failed:\n%s", summary)
-
-        return log.run(
-            self._block,
-            write,
-            ("rows.jsonl", "summary.json"),
-            max_calls=self.backend.max_calls,
-            cancel=getattr(self.backend, "cancel", None),  # a double of a user's own need not have it
-        )
-
-    def _settings(self) -> dict[str, Any]:
+    def _own_settings(self) -> dict[str, Any]:
         return {
-            "model": self.backend.model_id,
-            "backend": self.backend.name,
-            **self._scale_settings(),
-            **self._template_settings(),
-            "num_generations": self.num_generations,
-            **asdict(self.sampling),
-            "seed": self.seed,
             "max_attempts": self.max_attempts,
-            "on_failure": self.on_failure,
             "allow_leaks": self.allow_leaks,
             "keep_annotated": self.keep_annotated,
         }
 
-    def _template_settings(self) -> dict[str, Any]:
-        """What differs from templates without settings, so that runs from before there were any go on."""
-        return {
-            name: value for name, value in self.template.settings.arguments.items() if value not in ({}, "off", None)
-        }
-
-    def _scale_settings(self) -> dict[str, Any]:
-        if len(self.scales) > 1:
-            return {"aspects": {scale.name: scale.to_dict() for scale in self.scales}}
-        (scale,) = self.scales
-        values, texts = list(scale.grid.values), list(scale.grid.texts)
-        return {"score_values": values, "score_texts": texts, "format": scale.format.to_dict()}
-
-    def _check(self, row: Row, number: int, refused: dict[int, str]) -> None:
-        """Look at what a row needs; `refused` receives the prompts that a chat template refuses."""
-        for name, cell in row.items():
-            try:
-                plain(cell)
-            except TypeError as error:
-                raise ValueError(f"row {number}: the column {name} {error}: leave it out, or make it text") from error
-        self._golds(row, number)
-        try:
-            pair = as_prompt_completion(row)
-        except ScoreNotFoundError as error:
-            raise ValueError(f"row {number}: {error}") from error
-        if is_missing(pair.get("prompt")):
-            raise ValueError(f"row {number} has no prompt: its columns are {', '.join(sorted(row))}")
-        keeps_completions = self.on_failure == "keep_gold" or self.keep_annotated
-        if keeps_completions and is_missing(pair.get("completion")):
-            raise ValueError(
-                f"row {number} has no completion to keep if its rationale fails: set on_failure to 'drop' or 'raise'"
-            )
-        try:
-            self.template.ask(pair)
-        except ScoreNotFoundError as error:
-            refused[number] = str(error)
-
-    def _tell_of(self, refused: Mapping[int, str], count: int) -> None:
-        if not refused:
-            return
-        number, reason = next(iter(refused.items()))
-        told = f"the chat template refuses {len(refused)} of {count} prompts (first: row {number}: {reason})"
-        if self.on_failure == "raise" or len(refused) == count:
-            raise ValueError(f"{told}. Fix these rows, or set on_failure to 'keep_gold' or 'drop'")
-        kept = "leaves them out" if self.on_failure == "drop" else "keeps their annotated rationales"
-        logger.warning("%s: on_failure=%r %s", told, self.on_failure, kept)
-
-    def _golds(self, row: Mapping[str, Any], number: int) -> list[str]:
-        """The gold scores of a row as they are written: each scale's nearest text."""
-        try:
-            golds = mean_golds(row, self.scales)
-            if golds is None:
-                raise ScoreNotFoundError("no score", "there is neither a score nor a completion")
-        except ScoreNotFoundError as error:
-            raise ValueError(f"row {number} has no gold score: {error}") from error
-        return [scale.grid.nearest_text(gold) for scale, gold in zip(self.scales, golds, strict=True)]
+    def _needs_completion(self) -> bool:
+        return self.on_failure == "keep_gold" or self.keep_annotated
 
     def _block(self, rows: Sequence[Row], start: int, report: Report) -> list[Record]:
         """What became of the rationales of a block of rows."""
         pairs = [as_prompt_completion(row) for row in rows]
-        golds = [self._golds(row, start + number) for number, row in enumerate(rows)]
+        golds = [self._texts(self._golds(row, start + number)) for number, row in enumerate(rows)]
         self._find_tokens(pairs)
+        assert self.template is not None  # a `Backend` has a tokenizer
         slots = [(number, sample) for number in range(len(rows)) for sample in range(self.num_generations)]
         asked = [self._asked(pair) for pair in pairs]
         drafts = [Draft(pairs[number], asked[number], golds[number]) for number, _ in slots]
@@ -352,24 +252,9 @@ class CoTSelfDistill:
             )
         return records
 
-    def _asked(self, pair: Row) -> Asked | None:
-        """A prompt as the model is asked; None where the chat template refuses it."""
-        try:
-            return self.template.ask(pair)
-        except ScoreNotFoundError:
-            return None
-
-    def _find_tokens(self, pairs: Sequence[Row]) -> None:
-        """Look up the scores' tokens, behind which rationales are written, unless they are those of the training."""
-        for pair in pairs:
-            if self._tokens_found:
-                return
-            try:
-                grids = [here.grid for here in resolve_asked(self.template, pair, self.scales)]
-            except ScoreNotFoundError:
-                continue  # its draft says so
-            self.scales = tuple(replace(scale, grid=grid) for scale, grid in zip(self.scales, grids, strict=True))
-            self._tokens_found = True
+    def _written(self, rows: Rows, records: Iterator[Record]) -> tuple[DistillSummary, Iterator[Row]]:
+        summary = DistillSummary(len(rows), len(rows) * self.num_generations)
+        return summary, self._stage_two_rows(rows, records, summary)
 
     def _stage_two_rows(self, rows: Rows, records: Iterator[Record], summary: DistillSummary) -> Iterator[Row]:
         for record in records:
@@ -381,16 +266,16 @@ class CoTSelfDistill:
             provenance = {"finish_reason": "stop", "attempts": attempts}
             if self.keep_annotated and record["sample"] == 0:
                 summary.annotated += 1
-                yield {**row, "rationale_source": "annotated", "finish_reason": None, "attempts": 0}
+                yield {**row, "rationale_source": _annotated(row), "finish_reason": None, "attempts": 0}
             summary.resampled += attempts > 1
             for failure, count in Counter(failures).items():
                 summary.attempts_failed[failure] += count
             if rationales is not None:
                 summary.self_written += 1
-                pieces = list(zip(rationales, self._golds(row, number), strict=True))
+                pieces = list(zip(rationales, self._texts(self._golds(row, number)), strict=True))
                 asked = self._asked(as_prompt_completion(row))
                 frame = Frame() if asked is None else asked.frame
-                _replace_completion(row, written_completion(frame, self.scales, pieces))
+                replace_completion(row, written_completion(frame, self.scales, pieces))
                 yield {**row, "rationale_source": "self", **provenance}
                 continue
             last = failures[-1]
@@ -400,15 +285,9 @@ class CoTSelfDistill:
                 summary.dropped += 1
             else:
                 summary.annotated += 1
-                yield {**row, "rationale_source": "annotated", **provenance, "finish_reason": last}
+                yield {**row, **provenance, "rationale_source": _annotated(row), "finish_reason": last}
 
 
-def _replace_completion(row: Row, text: str) -> None:
-    """Put `text` where the row's type has its completion."""
-    turn = {"role": "assistant", "content": text}
-    for column in ("messages", "conversations"):
-        if column in row:
-            last = row[column][-1]
-            row[column] = [*row[column][:-1], {"from": last["from"], "value": text} if "from" in last else turn]
-            return
-    row["completion"] = text if isinstance(row["prompt"], str) else [turn]
+def _annotated(row: Row) -> str:
+    """Where the rationale that a row came with is from: a bootstrap has written it down."""
+    return str(row.get("rationale_source") or "annotated")

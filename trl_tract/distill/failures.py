@@ -11,6 +11,8 @@ import numpy as np
 
 Failure = Literal["no marker", "length", "prompt too long", "prompt refused", "empty", "repetition", "leak", "thinking"]
 FAILURES: tuple[Failure, ...] = get_args(Failure)
+BOOTSTRAP_FAILURES = (*FAILURES, "off score")
+"""Those of a bootstrap too, where a rationale has to come to the gold score."""
 
 _LOOP_REPEATS = 8
 _LOOP_CHARACTERS = 160
@@ -86,3 +88,31 @@ def stated_score(texts: tuple[str, ...]) -> re.Pattern[str]:
         rf"\b{word}{between}\s*[:=]?\s*[\"'(\[*]*(?:{score}){ends}|(?<![\w.])(?:{score})\s*(?:/|out\s+of)\s*{highest}{ends}",
         re.IGNORECASE,
     )
+
+
+_SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*(?=\s|$)|[。！？।۔؟…]|\n")
+
+
+def whole_sentences(text: str) -> str:
+    """A text that was cut somewhere, up to the end of its last whole sentence; of its last word where it has none.
+
+    Example:
+        >>> whole_sentences("It is polite. It has 2.5 times as many wo")
+        'It is polite.'
+    """
+    ends = [found.end() for found in _SENTENCE_END.finditer(text)]
+    # Not all languages mark where a sentence ends.
+    return text[: ends[-1]].rstrip() if ends else (text.rstrip().rpartition(" ")[0] or text)
+
+
+def before_score(text: str, texts: tuple[str, ...]) -> str:
+    """A text up to the sentence that writes one of the scores `texts` out; whole where none does, or it is the first.
+
+    Example:
+        >>> before_score("It is polite. So I give a score of 4. Good.", ("1", "2", "3", "4", "5"))
+        'It is polite.'
+    """
+    found = stated_score(texts).search(text)
+    ends = [] if found is None else [end.end() for end in _SENTENCE_END.finditer(text, 0, found.start())]
+    before = text[: ends[-1]].rstrip() if ends else ""
+    return before if before.strip() else text

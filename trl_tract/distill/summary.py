@@ -33,6 +33,11 @@ class DistillSummary:
     failed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FAILURES, 0))
     attempts_failed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FAILURES, 0))
 
+    @property
+    def many_failed(self) -> bool:
+        """Whether more than a fifth failed."""
+        return 5 * sum(self.failed.values()) > self.rationales
+
     def to_dict(self) -> dict[str, Any]:
         """All attributes by name."""
         return asdict(self)

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trl_tract.backends import Backend, Sampling, TransformersBackend
+from trl_tract.backends.grid_scores import grid_probabilities
 from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.judge.judgement import Judgement
 from trl_tract.judge.loop import Loop
-from trl_tract.judge.scoring import Rule, Sampler, grid_probabilities
+from trl_tract.judge.scoring import Rule, Sampler
 from trl_tract.rows.row import REFUSED, Prompt, Row
 from trl_tract.rows.template import Asked, Template, TemplateSettings, Thinking
 from trl_tract.rows.tokens import prefix_ids, resolve_asked

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from trl_tract.backends import Generation, Stop
+from trl_tract.backends.grid_scores import grid_probabilities
 from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.files.journal import digest
 from trl_tract.judge.judgement import Judgement
-from trl_tract.judge.scoring import NO_ROOM, Rule, Sampler, grid_probabilities
+from trl_tract.judge.scoring import NO_ROOM, Rule, Sampler
 from trl_tract.rows.template import Asked, Frame, Template
 from trl_tract.rows.thinking import answered, may_end, read_rationale, stop_rules
 from trl_tract.rows.tokens import asked_ids, prefix_ids

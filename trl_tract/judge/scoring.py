@@ -18,7 +18,7 @@ from trl_tract.judge.judgement import Judgement
 from trl_tract.scale.decisions import DECISIONS, POOLS, Decision, Pool, check_quantile, decide, temper
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale
-from trl_tract.scale.trie import GridProbabilities, walk_trie
+from trl_tract.scale.trie import GridProbabilities
 
 Key = TypeVar("Key")
 NO_ROOM = "prompt and rationale leave no room in the model's context window"
@@ -115,22 +115,6 @@ class Sampler:
 def as_seed(parts: Sequence[Any]) -> int:
     """A seed of 32 bits that depends on all of the parts."""
     return int(digest(list(parts))[:8], 16)
-
-
-def grid_probabilities(backend: Backend, grid: ScoreGrid, prefixes: Sequence[Sequence[int]]) -> GridProbabilities:
-    """Probabilities of a grid's scores behind token prefixes, and what was left out of them.
-
-    One batched pass, or, where a backend asks for scores of several tokens token by token, one a level of their trie.
-    """
-    if not prefixes:
-        return GridProbabilities.exact(np.zeros((0, len(grid))))
-    if grid.paths:
-        # A double of a user's own need not have the method.
-        whole = getattr(backend, "trie_logprobs", None)
-        if whole is not None and (logprobs := whole(prefixes, grid.trie)) is not None:
-            return GridProbabilities.exact(np.exp(logprobs))
-        return walk_trie(grid.trie, prefixes, backend.next_token_logprobs, grid.values)
-    return GridProbabilities.exact(np.exp(backend.next_token_logprobs(prefixes, grid.token_ids)))
 
 
 @dataclass(frozen=True)

@@ -102,12 +102,17 @@ class _Body:
 
 
 def as_prompt_completion(row: Mapping[str, Any]) -> Row:
-    """A `messages` row with its last assistant turn as the completion; other rows unchanged."""
+    """A `messages` row with its last assistant turn as the completion; other rows unchanged.
+
+    One that has a score in a column need not have that turn: it is a row without a completion then.
+    """
     if "messages" not in row and "conversations" not in row:
         return dict(row)
     rest: Row = maybe_convert_to_chatml(dict(row))
     messages = list(rest.pop("messages"))
     if not messages or messages[-1]["role"] != "assistant":
+        if messages and any(rest.get(name) is not None for name in ("score", "scores")):
+            return {**rest, "prompt": messages}
         raise ScoreNotFoundError("no completion", "the last message is not the assistant's")
     return {**rest, "prompt": messages[:-1], "completion": messages[-1:]}
 

@@ -10,11 +10,12 @@ from trl_tract.evaluation.report import ScoreReport
 from trl_tract.files.journal import changed_settings, write_json
 from trl_tract.runs.judged import Judged
 from trl_tract.runs.results import finish_card, write_run_page
-from trl_tract.runs.run import Run, say_now
+from trl_tract.runs.run import Run
 from trl_tract.runs.spec import RunSpec
-from trl_tract.runs.steps import DistillStep, JudgeStep, TrainStep
+from trl_tract.runs.steps import BootstrapStep, DistillStep, JudgeStep, TrainStep, say_now
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.door import write_rows
+from trl_tract.sources.schemas import Item
 
 JUDGED = {"seed model": "judged-seed", "stage one": "judged-stage1", "TRACT": "judged-tract"}
 """The judges of a run, the one that is compared with the others last, and their folders of judgements."""
@@ -29,6 +30,8 @@ STEPS: Mapping[str, str] = {
     "report": "Writing the report",
 }
 """The steps of a run in their order, and what they are called."""
+BOOTSTRAP = {"bootstrap": "Bootstrap: rationales for the rows that have only scores"}
+"""The step behind `prepare` where rows lack rationales."""
 ONE_STAGE: Mapping[str, str] = {
     "prepare": STEPS["prepare"],
     "stage2": "Training: the seed model on prompts and scores (no rationales, so no second stage)",
@@ -74,7 +77,8 @@ def run_tract(
     num_generations: int = 1,
     on_failure: str = "keep_gold",
     keep_annotated: bool = False,
-    rationales: str = "given",
+    rationales: str = "auto",
+    bootstrap: Mapping[str, Any] | None = None,
     seed_baseline: bool = False,
     backend: Mapping[str, Any] | None = None,
     isolate: bool | None = None,
@@ -99,7 +103,11 @@ def run_tract(
         num_generations: Stage-two rows for each prompt.
         on_failure: What happens to rationales that never reach the marker: see CoTSelfDistill.
         keep_annotated: Stage two on annotated and self-written rationales, not on the latter alone.
-        rationales: `given`: train on the rows that have one. `none`: train on prompts and scores alone, in one stage.
+        rationales: `auto`: the seed model writes them for rows that have only scores, and the others keep theirs.
+            `given`: train on the rows that have one. `bootstrap`: write them anew for all rows. `none`: train on
+            prompts and scores alone, in one stage.
+        bootstrap: How they are written: arguments of CoTBootstrap; and `model` and `backend` (`name` and arguments of
+            that backend, such as `{"name": "chat", "base_url": ...}`) if it is not the seed model that writes.
         seed_baseline: Judge the held-out items with the untrained seed model too, and compare with it in the report. It
             does not know the marker, so the marker is written behind whatever it wrote; and it puts little probability
             on the grid, so its scores are the mean on the grid.
@@ -120,6 +128,7 @@ def run_tract(
         on_failure=on_failure,
         keep_annotated=keep_annotated,
         rationales=rationales,
+        bootstrap=dict(bootstrap or {}),
         seed_baseline=seed_baseline,
         backend=dict(backend or {}),
     )
@@ -135,24 +144,52 @@ def carry_out(
             "a server cannot serve models that a run has yet to train: use the backend vllm or transformers"
         )
     check_seed(spec.model)
+    spec = spec.settled(say)
     titles = steps_of(spec)
     settings = spec.settings()
     run = Run(directory, settings, isolate=isolate, total=len(titles), say=say)
-    train_file, eval_file = directory / "train.jsonl", directory / "eval.jsonl"
+    given_file, eval_file = directory / "train.jsonl", directory / "eval.jsonl"
+    # What stage one trains on, and the step that makes it.
+    train_file, rows_of = (
+        (directory / "bootstrapped" / "rows.jsonl", "bootstrap") if spec.bootstraps else (given_file, "prepare")
+    )
 
     def prepare() -> None:
         chat = bool(tokenizer_to_train(spec.model, spec.training.get("chat_template_path")).chat_template)
         data = spec.source(spec.data, say)
         if spec.eval_data is None:
             split = spec.split(data)
-            write_rows(train_file, data.training_rows(chat, lambda item: not split(item)))
-            write_rows(eval_file, data.rows(chat, lambda item: [item.reference] if split(item) else []))
+            held_out = data.rows(chat, lambda item: [item.reference] if split(item) else [])
         else:
-            write_rows(train_file, data.training_rows(chat))
-            write_rows(eval_file, spec.source(spec.eval_data, say).rows(chat, lambda item: [item.reference]))
+            split = _nothing
+            held_out = spec.source(spec.eval_data, say).rows(chat, lambda item: [item.reference])
+        if spec.bootstraps:
+            # Rows without completions among them: the bootstrap writes those.
+            given = data.rows(chat, lambda item: [] if split(item) else spec.to_write(item))
+        else:
+            given = data.training_rows(chat, lambda item: not split(item))
+        write_rows(given_file, given)
+        write_rows(eval_file, held_out)
 
     run.step("prepare", titles["prepare"], prepare, makes=["train.jsonl", "eval.jsonl", "*.numbers.json"])
-    say(f"    {_count(train_file)} training rows, {_count(eval_file)} held-out items")
+    say(f"    {_count(given_file)} training rows, {_count(eval_file)} held-out items")
+    if spec.bootstraps:
+        step = BootstrapStep(
+            spec.model,
+            str(given_file),
+            str(train_file.parent),
+            spec.bootstrap_settings(),
+            dict(spec.bootstrap.get("backend") or spec.backend),
+            author=spec.bootstrap.get("model"),
+            chat_template=spec.training.get("chat_template_path"),
+        )
+        run.step("bootstrap", titles["bootstrap"], step, makes=[train_file.parent.name], of=["prepare"])
+        if not _count(train_file):
+            raise ValueError(
+                f"no row is left to train on: the bootstrap kept no rationale ({train_file.parent}/summary.json says "
+                "why). Let another model write them (bootstrap: model, backend), raise num_generations or tolerance "
+                "there, or set rationales='none'"
+            )
 
     def train(rows: Path, name: str, training: Mapping[str, Any], asked_like: Path | None = None) -> TrainStep:
         return TrainStep(
@@ -186,9 +223,7 @@ def carry_out(
 
     judged = {name: folder for name, folder in JUDGED.items() if f"judge-{folder.partition('-')[2]}" in titles}
     if spec.writes_rationales:
-        run.step(
-            "stage1", titles["stage1"], train(train_file, "stage1", spec.training), makes=["stage1"], of=["prepare"]
-        )
+        run.step("stage1", titles["stage1"], train(train_file, "stage1", spec.training), makes=["stage1"], of=[rows_of])
         distill = DistillStep(
             str(directory / "stage1"),
             str(train_file),
@@ -201,7 +236,7 @@ def carry_out(
             },
             dict(spec.backend),
         )
-        run.step("distill", titles["distill"], distill, makes=["self-generated"], of=["prepare", "stage1"])
+        run.step("distill", titles["distill"], distill, makes=["self-generated"], of=[rows_of, "stage1"])
         own_rows = directory / "self-generated" / "rows.jsonl"
         stage_two = train(own_rows, "tract", spec.stage_two_training, directory / "stage1")
         run.step("stage2", titles["stage2"], stage_two, makes=["tract"], of=["distill"])
@@ -232,7 +267,13 @@ def carry_out(
 
 def steps_of(spec: RunSpec) -> Mapping[str, str]:
     """The steps that a run will have, and what they are called."""
-    steps = STEPS if spec.writes_rationales else ONE_STAGE
+    if not spec.writes_rationales:
+        steps = ONE_STAGE
+    elif spec.bootstraps:
+        first, *others = STEPS.items()
+        steps = dict([first, *BOOTSTRAP.items(), *others])
+    else:
+        steps = STEPS
     return {name: title for name, title in steps.items() if name != "judge-seed" or spec.seed_baseline}
 
 
@@ -273,6 +314,10 @@ def judged_folders(folder: str) -> list[str]:
         return [folder]
     found = [Path(folder) / name for name in reversed(JUDGED.values())]
     return [str(each) for each in found if (each / "judgements.jsonl").is_file()] or [folder]
+
+
+def _nothing(item: Item) -> bool:
+    return False
 
 
 def _count(file: Path) -> int:

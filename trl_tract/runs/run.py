@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,8 @@ from filelock import FileLock, Timeout
 
 from trl_tract.files.fingerprint import file_digests, model_files
 from trl_tract.files.journal import digest, guard, read_json, refuse_links, write_json
-from trl_tract.runs.steps import Step, run_step
+from trl_tract.runs.steps import Step, run_step, say_now
 
-say_now: Callable[[str], None] = partial(print, flush=True)
 _BESIDE = {"trainer_state.json", "settings.json", "finished.json", "summary.json"}
 
 

@@ -1,20 +1,22 @@
 """What a run is asked for, as `run_tract` and the dry run share it. Knows nothing of how a run is done."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trl_tract.backends.base import settings_that_count
 from trl_tract.files.fingerprint import made_by
 from trl_tract.files.seal import contents
-from trl_tract.scale.scale import Scale, read_scales
+from trl_tract.rows.row import Row
+from trl_tract.rows.template import TemplateSettings
+from trl_tract.scale.scale import Scale, read_scales, scale_arguments
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.door import Source, held_out
 from trl_tract.sources.schemas import Item
 from trl_tract.text.secrets import without_secrets
 from trl_tract.training.config import read_settings
 
-RATIONALES = ("given", "none")
+RATIONALES = ("auto", "given", "bootstrap", "none")
 _ASIDE = {"output_dir", "hub_token", "push_to_hub_token"}  # of training, what changes no result
 
 
@@ -34,7 +36,10 @@ class RunSpec:
         num_generations: Stage-two rows for each prompt.
         on_failure: What happens to rationales that fail.
         keep_annotated: Whether stage two has the annotated rationales too.
-        rationales: Where rationales come from: `given` by the rows, or `none` at all.
+        rationales: Where rationales come from: `auto`, those that rows lack are bootstrapped; `given`, only rows that
+            have one are trained on; `bootstrap`, all are bootstrapped; `none`, the judge writes none.
+        bootstrap: Arguments of CoTBootstrap; and `model`, who writes, if it is not the seed model, and `backend`, the
+            arguments of its backend.
         seed_baseline: Whether the seed model judges the held-out items too, as it is.
         backend: What generates.
     """
@@ -50,7 +55,8 @@ class RunSpec:
     num_generations: int = 1
     on_failure: str = "keep_gold"
     keep_annotated: bool = False
-    rationales: str = "given"
+    rationales: str = "auto"
+    bootstrap: Mapping[str, Any] = field(default_factory=dict)
     seed_baseline: bool = False
     backend: Mapping[str, Any] = field(default_factory=dict)
 
@@ -58,12 +64,40 @@ class RunSpec:
         """Make one of two ways to say that there are no rationales.
 
         Raises:
-            ValueError: `rationales` is unknown.
+            ValueError: `rationales` is unknown, or contradicts `drop_rationale`.
         """
         if self.rationales not in RATIONALES:
             raise ValueError(f"rationales={self.rationales!r} is unknown: choose one of {', '.join(RATIONALES)}")
+        if self.rationales == "bootstrap" and self.training.get("drop_rationale"):
+            raise ValueError("rationales='bootstrap' writes rationales, and drop_rationale leaves them out: choose one")
         if self.rationales == "none":
             object.__setattr__(self, "training", {**self.training, "drop_rationale": True})
+        elif self.training.get("drop_rationale"):
+            object.__setattr__(self, "rationales", "none")
+
+    def settled(self, say: Callable[[str], None] = print) -> "RunSpec":
+        """With `auto` decided by the rows, and what is decided said."""
+        if self.rationales not in ("auto", "bootstrap"):
+            return self
+        items = [not item.training for _, item in self.source(self.data).found() if isinstance(item, Item)]
+        lacking = sum(items)
+        if self.rationales == "bootstrap":
+            say(f"Rationales: written anew for all {len(items):,} rows (rationales='bootstrap')")
+            return self
+        if not lacking:
+            return replace(self, rationales="given")
+        kept = "" if lacking == len(items) else "; the others keep theirs"
+        say(
+            f"Rationales: {lacking:,} of {len(items):,} rows have none. {self.author} writes them{kept}. To train "
+            "without rationales, set rationales='none'"
+        )
+        return self
+
+    @property
+    def author(self) -> str:
+        """Who writes the rationales that rows lack, as a message calls it."""
+        model = self.bootstrap.get("model")
+        return "The seed model" if model is None else f"The model {model}"
 
     @property
     def scales(self) -> tuple[Scale, ...]:
@@ -73,7 +107,21 @@ class RunSpec:
     def source(self, name: str, say: Callable[[str], None] = print) -> Source:
         """The rows of `data` or `eval_data`, as the run reads them."""
         drop = str(self.training.get("invalid_rows", "raise"))
-        return Source(name, self.scales, self.own, drop, say, not self.writes_rationales)
+        return Source(name, self.scales, self.own, drop, say, "none" if self.writes_rationales else "all")
+
+    def to_write(self, item: Item) -> Sequence[Row]:
+        """The rows of an item that the bootstrap reads: without a completion where it is to write one."""
+        return [item.reference] if self.rationales == "bootstrap" or not item.training else item.training
+
+    def bootstrap_settings(self) -> dict[str, Any]:
+        """As arguments of CoTBootstrap."""
+        template = TemplateSettings.of_training(self.training)
+        names = self.bootstrap.keys() - {"model", "backend"}
+        return {
+            **scale_arguments(self.scales),
+            **template.arguments,
+            **{name: self.bootstrap[name] for name in names},
+        }
 
     def split(self, data: Source) -> Callable[[Item], bool]:
         """Whether an item of `data` is held out."""
@@ -88,6 +136,11 @@ class RunSpec:
     def writes_rationales(self) -> bool:
         """Whether judges write rationales; without any there is nothing to self-generate, and one stage alone."""
         return not self.training.get("drop_rationale")
+
+    @property
+    def bootstraps(self) -> bool:
+        """Whether rationales are written before the training; asked of settled specs."""
+        return self.rationales in ("auto", "bootstrap")
 
     @property
     def judged_in_training(self) -> dict[str, Any]:
@@ -128,4 +181,6 @@ class RunSpec:
             "engine": settings_that_count(self.backend),
             **made_by(None, self.model),
         }
+        if self.bootstraps:
+            settings |= {"rationales": self.rationales, "bootstrap": without_secrets(self.bootstrap)}
         return settings if self.own is None else settings | {"own_columns": self.own.to_dict()}

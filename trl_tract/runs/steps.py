@@ -7,8 +7,9 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,9 +17,10 @@ from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from trl_tract.backends import make_backend
+from trl_tract.backends import make_author, make_backend
 from trl_tract.backends.base import settings_that_count
-from trl_tract.backends.loading import load_tokenizer
+from trl_tract.backends.loading import load_tokenizer, tokenizer_to_train
+from trl_tract.distill.bootstrap import CoTBootstrap
 from trl_tract.distill.distill import CoTSelfDistill
 from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.files.blocks import BlockLog, Record, Report
@@ -51,6 +53,7 @@ from trl_tract.training.config import TRACTConfig
 from trl_tract.training.log_lines import write_lines_in_logs
 from trl_tract.training.trainer import TRACTTrainer
 
+say_now: Callable[[str], None] = partial(print, flush=True)
 ROWS = "_rows"
 """Folder of a model's directory where its rows are while it is trained; the hub's client leaves `_*` alone."""
 
@@ -186,6 +189,43 @@ class DistillStep:
 
 
 @dataclass
+class BootstrapStep:
+    """Let a model write rationales for the rows that have only scores.
+
+    Attributes:
+        model: Who writes: a model directory or hub id; the seed model where `author` is None.
+        data: JSONL of rows, some or all without a completion.
+        output_dir: Receives `rows.jsonl`, all rows with completions, and `summary.json`.
+        settings: Arguments of CoTBootstrap.
+        backend: Arguments of `make_backend`: `name`, and what that backend takes; or of `ChatBackend`, with the name
+            `chat`.
+        author: Who writes, if not `model`.
+        chat_template: Jinja file, or model, with the chat template that `model` is asked with; None: its own.
+        shard: `i/n`, this job's share of the rows; None: this process's share under a launcher.
+    """
+
+    kind: ClassVar[str] = "bootstrap"
+    model: str
+    data: str
+    output_dir: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    backend: dict[str, Any] = field(default_factory=dict)
+    author: str | None = None
+    chat_template: str | None = None
+    shard: str | None = None
+
+    def run(self) -> Path | None:
+        """Generate, or go on generating; the rows, or None if other shards still have to be done."""
+        shard = Shard.parse(self.shard) if self.shard else None
+        author = make_author(self.author or self.model, **self.backend)
+        if author.tokenizer is not None and self.chat_template and self.author is None:
+            author.tokenizer.chat_template = tokenizer_to_train(self.model, self.chat_template).chat_template
+        probe = author.tokenizer is not None  # who is paid by the token is not measured
+        writer = CoTBootstrap(author, **{"probe": probe, "say": say_now, **self.settings})
+        return writer.bootstrap_file(self.data, self.output_dir, shard=shard)
+
+
+@dataclass
 class JudgeStep:
     """Judge rows; what is finished of them survives an interruption.
 
@@ -267,10 +307,8 @@ class JudgeStep:
         return final if log.run(work, write, (final.name,), max_calls=backend.max_calls, cancel=cancel) else None
 
 
-Step = TrainStep | DistillStep | JudgeStep
-STEPS: dict[str, type[TrainStep] | type[DistillStep] | type[JudgeStep]] = {
-    step.kind: step for step in (TrainStep, DistillStep, JudgeStep)
-}
+Step = TrainStep | BootstrapStep | DistillStep | JudgeStep
+STEPS: dict[str, type[Step]] = {step.kind: step for step in (TrainStep, BootstrapStep, DistillStep, JudgeStep)}
 
 
 def run_step(step: Step, spec_file: Path, *, isolate: bool) -> None:

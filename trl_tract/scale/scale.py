@@ -98,6 +98,15 @@ def given_scales(
     return (Scale("", ScoreGrid.from_values(values), completion_format),)
 
 
+def scale_arguments(scales: Sequence[Scale]) -> dict[str, Any]:
+    """Scales as arguments of whoever takes them: the opposite of `given_scales`, but for how rows write them."""
+    if scales[0].name:
+        return {"aspects": {scale.name: scale.to_dict() for scale in scales}}
+    (scale,) = scales
+    values = dict(zip(scale.grid.texts, scale.grid.values, strict=True))
+    return {"score_values": values, "score_marker": scale.marker}
+
+
 def read_aspects(aspects: Mapping[str, Mapping[str, Any]] | str) -> tuple[Scale, ...]:
     """Check the aspects of a configuration.
 

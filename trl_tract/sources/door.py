@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from trl_tract.files.journal import read_jsonl, write_json, write_jsonl
 from trl_tract.rows.dataset import refusal_summary
@@ -22,6 +22,8 @@ from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.files import read_records
 from trl_tract.sources.preferences import SIDES
 from trl_tract.sources.schemas import Item, as_text, read_items, scored_alone
+
+Bare = Literal["none", "lacking", "all"]
 
 
 class Refusal(NamedTuple):
@@ -50,7 +52,8 @@ class Source:
         own: The user's rubric and column names; None: a schema that is known.
         invalid_rows: `raise`, or `drop` to go on without the records that are refused.
         say: Told what was dropped, once.
-        bare: Whether its training rows are prompts and gold scores alone, whatever rationales there are.
+        bare: Which items are trained on as prompts and gold scores alone: `none` of them, those `lacking` a rationale,
+            or `all`.
     """
 
     name: str
@@ -58,7 +61,7 @@ class Source:
     own: OwnColumns | None = None
     invalid_rows: str = "raise"
     say: Callable[[str], None] = print
-    bare: bool = False
+    bare: Bare = "none"
     _said: list[str] = field(default_factory=list, compare=False)
 
     @property
@@ -135,10 +138,15 @@ class Source:
                 yield from ((number, row) for row in written_rows(item, item.training, chat))
         if not taken:
             raise ValueError(
-                f"{self.name}: none of the rows has a completion (or rationale), so there is none to train on"
+                f"{self.name}: none of the rows has a completion (or rationale), so there is none to train on. "
+                "`trl-tract bootstrap` writes rationales, and `trl-tract run` does so by itself; --drop_rationale true "
+                "trains without"
             )
         if without:
-            self._tell(f"{without:,} rows of {self.title} have a score but no completion: they are not trained on")
+            self._tell(
+                f"{without:,} rows of {self.title} have a score but no completion: they are not trained on. `trl-tract "
+                "bootstrap` writes rationales for them"
+            )
 
     def rows(self, chat: bool, select: Callable[[Item], Iterable[Row]]) -> Iterator[tuple[int, Row]]:
         """The rows of each item that `select` takes."""
@@ -156,9 +164,10 @@ class Source:
                 yield from ((number, row) for row in written_rows(item, [item.reference], chat))
 
     def _bared(self, item: Item) -> Item:
-        if not self.bare or not item.reference:  # rows that came as tokens are as they are
+        is_bare = self.bare == "all" or (self.bare == "lacking" and not item.training)
+        if not is_bare or not item.reference:  # rows that came as tokens are as they are
             return item
-        return replace(item, training=(scored_alone(item.reference, self.scales),))
+        return replace(item, training=(scored_alone(item.reference, self.scales),), bare=True)
 
     def _tell(self, what: str) -> None:
         if what not in self._said:

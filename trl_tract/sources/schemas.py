@@ -48,12 +48,14 @@ class Item:
         training: Its training rows, one for each annotated rationale; empty if it has none.
         reference: Its row without a completion: `prompt`, `score` (a list where several people gave one) and `group`.
         converted: Whether the prompt was made from another schema, as plain text.
+        bare: Whether its training row is a gold score alone, without a rationale.
     """
 
     group: str
     training: tuple[Row, ...]
     reference: Row
     converted: bool = False
+    bare: bool = False
 
 
 def read_items(

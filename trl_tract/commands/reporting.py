@@ -1,0 +1,83 @@
+"""`trl-tract report`, and what other commands print of judgements. Heavy imports wait until they are needed."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trl_tract.commands.looking import ReportArguments
+
+if TYPE_CHECKING:
+    from trl_tract.evaluation.report import ScoreReport
+    from trl_tract.runs.judged import JudgedScale
+
+
+def report(args: ReportArguments) -> int:
+    """Do what the options of `report` say; the exit code."""
+    from trl_tract.runs.judged import Judged
+    from trl_tract.runs.pipeline import judged_folders
+    from trl_tract.sources.preferences import pair_report
+
+    # A YAML file may name a single directory without making it a list.
+    given = [args.judgements] if isinstance(args.judgements, str) else args.judgements
+    if len(given) > 2:
+        raise ValueError(f"{len(given)} directories were given. Give one to report on, or two to compare")
+    of_runs = [judged_folders(folder) for folder in given]
+    # Of one run both judges; of two, the judge that each ends with.
+    folders = of_runs[0] if len(given) == 1 else [folders[0] for folders in of_runs]
+    judged = [(folder, Judged(folder)) for folder in folders]
+    if any(each.holds_pairs for _, each in judged):
+        for folder, each in judged:
+            print(f"{folder}\n{pair_report(each.sides, n_bootstrap=args.n_bootstrap)}\n")
+        if args.html:
+            raise ValueError("--html: the page needs gold scores, and pairs have none. Leave it out")
+        return 0
+    first, last = judged[0][1], judged[-1][1]
+    if first.scales.keys() != last.scales.keys():
+        names = [", ".join(name or "one score" for name in each.scales) for each in (first, last)]
+        raise ValueError(
+            f"{folders[0]} has judgements of {names[0]}, {folders[-1]} of {names[1]}: they cannot be compared"
+        )
+    for name in first.scales:
+        _report_scale(args, [(folder, each.scales[name]) for folder, each in judged])
+    return 0
+
+
+def _report_scale(args: ReportArguments, judged: Sequence[tuple[str, "JudgedScale"]]) -> None:
+    """Report on the scores on one scale, of one judge or of two."""
+    from trl_tract.runs.judged import check_same_items
+    from trl_tract.runs.results import judged_items, page_file
+    from trl_tract.scale.grid import ScoreGrid
+
+    (folder, main), *others = judged
+    for other, scale in others:
+        check_same_items(main, scale, (folder, other))
+    grid = ScoreGrid.from_values(args.score_values).values if args.score_values else main.grid
+    reports = [scale.report(n_bootstrap=args.n_bootstrap, grid=grid) for _, scale in judged]
+    for (name, scale), report in zip(judged, reports, strict=True):
+        print_report(name, scale, report)
+    for other, scale in others:
+        print(f"a: {main.called(folder)}, b: {scale.called(other)}")
+        print(main.minus(scale, n_bootstrap=args.n_bootstrap, grid=grid))
+    if args.html:
+        from trl_tract.page import write_page
+
+        compared = {other: (scale, report) for (other, scale), report in zip(others, reports[1:], strict=True)}
+        items = judged_items(main, reports[0], data=args.data, others=compared)
+        page, *pictures = write_page(items, page_file(Path(args.html), main.name))
+        print(f"The page is {page}; its {len(pictures)} pictures are in {page.stem}-plots beside it")
+
+
+def print_report(name: str, scale: "JudgedScale", report: "ScoreReport") -> None:
+    """Print one judge's agreement with the gold scores on one scale."""
+    mass = scale.mean_grid_mass
+    print(f"{scale.called(name)} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})\n{report}")
+    if without := len(scale.folder) - len(scale.items):
+        print(f"{without} items have no gold score and are left out")
+    print_errors(scale.errors)
+    print()
+
+
+def print_errors(errors: Mapping[str, int]) -> None:
+    """Print why items have no score."""
+    for reason, count in errors.items():
+        print(f"no score for {count} item(s): {reason}")

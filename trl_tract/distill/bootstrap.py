@@ -1,0 +1,388 @@
+"""CoTBootstrap: rationales for rows that have only scores. Knows nothing of the trainer."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from datasets import Dataset, Value
+
+from trl_tract.backends import Backend, Sampling
+from trl_tract.distill.authors import Author, ChatAuthor, Draft, ModelAuthor
+from trl_tract.distill.bootstrap_summary import BootstrapCost, BootstrapSummary
+from trl_tract.distill.choosing import Told, default_tolerance, has_rationale, written_like
+from trl_tract.distill.rationale_run import RationaleRun, replace_completion
+from trl_tract.files.blocks import BlockLog, Record, Report
+from trl_tract.files.journal import Rows
+from trl_tract.files.shards import Shard
+from trl_tract.rows.rendering import as_prompt_completion, written_completion
+from trl_tract.rows.row import Row
+from trl_tract.rows.template import Frame, TemplateSettings, Thinking
+from trl_tract.scale.scale import given_scales
+from trl_tract.scale.text import CompletionFormat
+from trl_tract.sources.files import plain
+from trl_tract.text.progress import Passes
+
+if TYPE_CHECKING:
+    from trl_tract.backends import ChatBackend
+
+_MEASURED = 64  # rows whose prompts are counted for the cost
+_PROBED, _PROBE_TOKENS = 2, 32  # rows and tokens that the speed is measured on
+
+
+class CoTBootstrap(RationaleRun):
+    """Write rationales for rows that have only a prompt and a score by people.
+
+    For each row several rationales are sampled from a model that does not know the score. Kept are those that come to
+    it: whose expected score, or for a chat endpoint the score that it wrote, is within `tolerance` of it. Where none
+    does, the model is asked again with the score shown. Rows that have a rationale keep it.
+
+    What is finished is on disk: killed at any instant and started again with the same arguments, a run goes on. Under
+    `torchrun` or `accelerate launch` the processes share the rows.
+
+    Args:
+        backend: Who writes: the seed model, any other one, or a `ChatBackend`.
+        score_values: The score grid, in rubric units; or texts with their values.
+        score_marker: Text at which a rationale ends.
+        completion_format: How rationale, marker and score are joined; by default as in the rows that have a rationale,
+            or one space each.
+        aspects: Where a completion has several scores: see `TRACTConfig.aspects`, in place of the three above. Each
+            rationale is written behind the gold score of the aspect before it.
+        num_generations: Rationales sampled for a row at first, and again with the score shown.
+        tolerance: How far the score of a rationale may be from the gold score, rubric units; by default half the
+            smallest step of the grid, or an eighth of its range where that is more.
+        show_score: Ask again with the gold score shown where no rationale came to it. Such a rationale may justify the
+            score for the wrong reasons: it is marked in `rationale_source`, and not kept if it gives the score away.
+        keep: Rationales kept for a row, the closest first; each is a row of the result.
+        rewrite: Write rationales for rows that have one too.
+        on_failure: What becomes of a row for which none was kept: `drop` leaves it out, `keep` leaves it without a
+            rationale, `raise` stops. Each is counted in `summary.json`.
+        temperature: Temperature at which a rationale is sampled; 0 decodes greedily, and needs `num_generations=1`.
+        top_p: Nucleus sampling threshold of the rationale.
+        repetition_penalty: Penalty on tokens that the prompt or the rationale has already; 1: none.
+        max_new_tokens: Tokens a rationale may have. One that is cut ends with its last whole sentence.
+        seed: Random seed of sampling; the same seed gives the same rationales with the transformers backend, however
+            often the run was stopped and however many processes shared it.
+        block_size: Prompts that are generated together and then written to disk.
+        prices: Price of a million tokens, of those read and of those written, for the cost that is said first.
+        probe: Measure the speed on two rows first, for the time that is said first.
+        chat_template_kwargs: Variables that the chat template is rendered with; those of a row go before them.
+        thinking: `off`, `rationale` or `auto`: see `TRACTConfig.thinking`.
+        template_date: What a chat template that asks for the date is told, YYYY-MM-DD; None: today.
+        say: Told the cost at first, and the table in the end.
+
+    Attributes:
+        scales: The scales of a completion in their order; the name of a single one is empty.
+        tolerances: One for each scale, rubric units.
+
+    Raises:
+        ValueError: A setting out of range.
+
+    Sources: sampled blind and kept by agreement, https://arxiv.org/abs/2510.25860; the answer shown where that fails,
+    STaR, https://arxiv.org/abs/2203.14465; why such rationales are marked, https://arxiv.org/abs/2602.04649
+    """
+
+    what = "bootstrap"
+    on_failure_now: ClassVar[Mapping[str, str]] = {
+        "drop": "leaves them out",
+        "keep": "leaves them without a rationale",
+        "raise": "stops",
+    }
+
+    def __init__(
+        self,
+        backend: "Backend | ChatBackend",
+        *,
+        score_values: Sequence[float] | Mapping[str, float] | str = (1, 2, 3, 4, 5),
+        score_marker: str = "[RESULT]",
+        completion_format: CompletionFormat | None = None,
+        aspects: Mapping[str, Mapping[str, Any]] | str | None = None,
+        num_generations: int = 4,
+        tolerance: float | None = None,
+        show_score: bool = True,
+        keep: int = 1,
+        rewrite: bool = False,
+        on_failure: str = "drop",
+        temperature: float = 0.7,
+        top_p: float = 0.9,
+        repetition_penalty: float = 1.03,
+        max_new_tokens: int = 256,
+        seed: int = 42,
+        block_size: int = 64,
+        prices: Sequence[float] | None = None,
+        probe: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        thinking: Thinking = "auto",
+        template_date: str | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        for name, count in (("num_generations", num_generations), ("keep", keep)):
+            if count < 1:
+                raise ValueError(f"{name}={count} must be 1 or more")
+        if tolerance is not None and not tolerance >= 0:
+            raise ValueError(f"tolerance={tolerance} must be 0 or more")
+        if prices is not None and (len(prices) != 2 or min(prices) < 0):
+            raise ValueError(f"prices={prices!r} must be two numbers: per million tokens read, and written")
+        scales = given_scales(score_values, completion_format or CompletionFormat(score_marker), aspects)
+        sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty)
+        sampling.check(num_generations, scales[0].marker)
+        super().__init__(
+            backend,
+            scales,
+            sampling,
+            num_generations=num_generations,
+            seed=seed,
+            on_failure=on_failure,
+            block_size=block_size,
+            template=TemplateSettings(chat_template_kwargs or {}, thinking, template_date),
+        )
+        self.tolerances = [
+            default_tolerance(scale.grid.values) if tolerance is None else float(tolerance) for scale in scales
+        ]
+        self.show_score = show_score
+        self.keep = keep
+        self.rewrite = rewrite
+        self.prices = prices
+        self.probe = probe
+        self.say = say
+        self._format_given = completion_format is not None
+        self._lacking = 0
+
+    def bootstrap(self, dataset: Dataset, output_dir: str | Path) -> Dataset:
+        """Write a rationale for every row that has none.
+
+        `output_dir` receives the rationales in `blocks/` as they are produced, and in the end `rows.jsonl` and
+        `summary.json`, whose table is said.
+
+        Args:
+            dataset: Rows with `prompt` and `score` (several people's as a list, the mean counts), or `messages` without
+                the judge's turn. `completion` may be missing, in all rows or in some.
+            output_dir: Holds one run; another run's directory is refused.
+
+        Returns:
+            The rows with completions, the same columns, and `rationale_source` (`blind`, `shown`, `annotated`, or None
+            for a row that was left without), `rationale_score` (what the rationale comes to, rubric units; with
+            aspects a mapping) and `attempts`.
+
+        Raises:
+            ValueError: A row has no gold score or no prompt. It is named, before anything is generated.
+            FileExistsError: `output_dir` holds another run.
+            OSError: The disk is full; what was written stays, and the run can be continued.
+            RuntimeError: Another process is at work in `output_dir`; or, with `on_failure="raise"`, no rationale of a
+                row was kept.
+        """
+        return self._of_dataset(dataset, output_dir)
+
+    def bootstrap_file(self, data: str | Path, output_dir: str | Path, *, shard: Shard | None = None) -> Path | None:
+        """Like `bootstrap`, for a JSONL file of any size: its rows are read when their turn comes.
+
+        Args:
+            data: JSONL of rows.
+            output_dir: Holds one run.
+            shard: This job's share of the rows, for an array of jobs; by default this process's share under a launcher.
+
+        Returns:
+            `rows.jsonl` in `output_dir`; None if other shards still have to be done.
+
+        Raises:
+            ValueError, FileExistsError, OSError, RuntimeError: As in `bootstrap`.
+        """
+        return self._of_file(data, output_dir, shard)
+
+    def _run(self, rows: Rows, directory: Path, shard: Shard | None) -> bool:
+        self._lacking = 0
+        if not self._format_given:
+            self.scales = written_like(rows, self.scales)
+        return super()._run(rows, directory, shard)
+
+    def _check(self, row: Row, number: int, refused: dict[int, str]) -> None:
+        super()._check(row, number, refused)
+        self._lacking += self._is_asked(row)
+
+    def _is_asked(self, row: Row) -> bool:
+        return self.rewrite or not has_rationale(row)
+
+    def _added(self, features: Mapping[str, Any]) -> Mapping[str, Any]:
+        names = [scale.name for scale in self.scales]
+        score: Any = {name: Value("float64") for name in names} if names[0] else Value("float64")
+        added = {"rationale_source": Value("string"), "rationale_score": score, "attempts": Value("int64")}
+        known = features.get("completion")
+        if not {"messages", "conversations"} & features.keys() and (known is None or known == Value("null")):
+            is_text = str(getattr(features["prompt"], "dtype", "")) in ("string", "large_string")
+            turn = [{"role": Value("string"), "content": Value("string")}]
+            added["completion"] = Value("string") if is_text else turn
+        return added
+
+    def _own_settings(self) -> dict[str, Any]:
+        return {
+            "tolerance": self.tolerances,
+            "show_score": self.show_score,
+            "keep": self.keep,
+            "rewrite": self.rewrite,
+        }
+
+    def _begin(self, log: BlockLog) -> None:
+        if log.finished or log.shard.index or not self._lacking:
+            return
+        self.say(f"{self.what}: {self._cost(log)}")
+
+    def _cost(self, log: BlockLog) -> BootstrapCost:
+        """What is left to do, from the prompts of a few rows all over the file."""
+        rows = round(self._lacking * (1 - log.finished_rows / len(log.rows)))
+        numbers = np.unique(np.linspace(0, len(log.rows) - 1, _MEASURED).astype(int)).tolist()
+        pairs = [as_prompt_completion(log.rows[number]) for number in numbers]
+        self._find_tokens(pairs)
+        author = self._author()
+        lengths = [author.prompt_tokens(pair) for pair in pairs]
+        times = (1 + self.show_score) * len(self.scales)
+        asked = rows * self.num_generations * times
+        # A chat endpoint is sent the prompt with each request; a model of one's own reads it once.
+        prompts = asked if isinstance(author, ChatAuthor) else rows * times
+        read, written = round(prompts * float(np.mean(lengths))), asked * self.sampling.max_new_tokens
+        money = None
+        if self.prices is not None:
+            money = (read * self.prices[0] + written * self.prices[1]) / 1e6
+        seconds = None
+        if self.probe and rows:
+            seconds = self._seconds_a_token(author, pairs) * written
+        return BootstrapCost(rows, asked, read, written, seconds, money)
+
+    def _seconds_a_token(self, author: Author, pairs: Sequence[Row]) -> float:
+        """Measured on a few rows, reading the prompt included."""
+        short = replace(self.sampling, max_new_tokens=min(_PROBE_TOKENS, self.sampling.max_new_tokens))
+        author.sampling = short
+        drafts = [self._draft(place, pair, self._golds(pair, place)) for place, pair in enumerate(pairs[:_PROBED])]
+        started = time.monotonic()
+        written = author.write(
+            drafts, self.num_generations, [self.seed, "probe"], shown=False, on_progress=lambda _: None
+        )
+        count = sum(candidate.tokens for own in written for candidate in own)
+        return (time.monotonic() - started) / max(count, 1)
+
+    def _author(self) -> Author:
+        if self.template is None:
+            return ChatAuthor(self.backend, self.scales, self.sampling)
+        return ModelAuthor(self.backend, self.template, self.scales, self.sampling)
+
+    def _draft(self, place: int, pair: Row, golds: list[float]) -> Draft:
+        return Draft(place, pair, self._asked(pair), golds, self._texts(golds))
+
+    def _block(self, rows: Sequence[Row], start: int, report: Report) -> list[Record]:
+        pairs = [as_prompt_completion(row) for row in rows]
+        self._find_tokens(pairs)
+        golds = [self._golds(row, start + number) for number, row in enumerate(rows)]
+        asked = [place for place, row in enumerate(rows) if self._is_asked(row)]
+        passes = Passes(report, len(rows), len(self.scales))
+        drafts = [self._draft(place, pairs[place], golds[place]) for place in asked]
+        author, told = self._author(), Told()
+        for number in range(len(self.scales)):
+            passes.add(len(rows) - len(asked))
+            drafts = self._next(author, drafts, [start, number], told, passes.add) if drafts else []
+        passes.finish()
+        records: list[Record] = []
+        for place, row in enumerate(rows):
+            if not self._is_asked(row):
+                records.append({"row": start + place, "kept": None})
+                continue
+            kept = [draft for draft in drafts if draft.number == place]
+            failures = told.failures.get(place, Counter())
+            if not kept and self.on_failure == "raise":
+                reasons = ", ".join(f"{name} {count}" for name, count in failures.items())
+                raise RuntimeError(
+                    f"row {start + place}: none of {told.sampled[place]} rationales was kept ({reasons}). Raise "
+                    "num_generations, tolerance or max_new_tokens, or set on_failure to 'drop' or 'keep'"
+                )
+            records.append(
+                {
+                    "row": start + place,
+                    "kept": [
+                        {
+                            "rationales": [rationale for rationale, _ in draft.pieces],
+                            "scores": [None if np.isnan(score) else score for score in draft.scores],
+                            "source": "shown" if "shown" in draft.sources else "blind",
+                        }
+                        for draft in kept
+                    ],
+                    "failures": dict(failures),
+                    "sampled": told.sampled[place],
+                    "tokens": told.tokens[place],
+                }
+            )
+        return records
+
+    def _next(
+        self,
+        author: Author,
+        drafts: Sequence[Draft],
+        seed: Sequence[int],
+        told: Told,
+        on_progress: Callable[[float], None],
+    ) -> list[Draft]:
+        """The drafts with their next rationale: as many of each as are kept, and none where none is."""
+        number = len(drafts[0].pieces)
+        tolerance, keep = self.tolerances[number], self.keep if number == 0 else 1
+        grown: dict[int, list[Draft]] = {}
+        left = list(range(len(drafts)))
+        for source in ("blind", "shown") if self.show_score else ("blind",):
+            if not left:
+                break
+            own_seed = [self.seed, *seed, source]
+            asked = [drafts[place] for place in left]
+            tell = on_progress if source == "blind" else _silent
+            written = author.write(asked, self.num_generations, own_seed, shown=source == "shown", on_progress=tell)
+            for place, candidates in zip(left, written, strict=True):
+                draft = drafts[place]
+                good = told.of(draft.number, candidates, draft.golds[number], tolerance if source == "blind" else None)
+                grown[place] = [
+                    replace(
+                        draft,
+                        pieces=(*draft.pieces, (one.rationale, draft.texts[number])),
+                        scores=(*draft.scores, one.score),
+                        sources=(*draft.sources, source),
+                    )
+                    for one in good[:keep]
+                ]
+            left = [place for place in left if not grown[place]]
+        return [draft for place in range(len(drafts)) for draft in grown[place]]
+
+    def _written(self, rows: Rows, records: Iterator[Record]) -> tuple[BootstrapSummary, Iterator[Row]]:
+        summary = BootstrapSummary.of(len(rows), self.scales)
+        return summary, self._rows(rows, records, summary)
+
+    def _rows(self, rows: Rows, records: Iterator[Record], summary: BootstrapSummary) -> Iterator[Row]:
+        for record in records:
+            number: int = record["row"]
+            row: Row = plain(rows[number])
+            if record["kept"] is None:
+                summary.annotated += 1
+                yield {**row, "rationale_source": "annotated", "rationale_score": None, "attempts": 0}
+                continue
+            texts = self._texts(self._golds(row, number))
+            summary.sampled += record["sampled"]
+            summary.tokens += record["tokens"]
+            for failure, count in record["failures"].items():
+                summary.failed[failure] += count
+            kept = record["kept"]
+            summary.rationales += len(kept)
+            outcome = kept[0]["source"] if kept else "given up"
+            summary.count(outcome, {scale.name: text for scale, text in zip(self.scales, texts, strict=True)})
+            provenance = {"rationale_source": None, "rationale_score": None, "attempts": record["sampled"]}
+            if not kept and self.on_failure == "keep":
+                yield {**row, **provenance}
+            asked = self._asked(as_prompt_completion(row)) if kept else None
+            frame = Frame() if asked is None else asked.frame
+            for one in kept:
+                done = dict(row)
+                pieces = list(zip(one["rationales"], texts, strict=True))
+                replace_completion(done, written_completion(frame, self.scales, pieces))
+                names = [scale.name for scale in self.scales]
+                score = dict(zip(names, one["scores"], strict=True)) if names[0] else one["scores"][0]
+                yield {**done, **provenance, "rationale_source": one["source"], "rationale_score": score}
+        self.say(str(summary))
+
+
+def _silent(count: float) -> None:
+    pass
