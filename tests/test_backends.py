@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from trl_tract.backends import Backend, Generation, ScriptedBackend, TransformersBackend
-from trl_tract.backends.drawing import DrawEach, random_numbers
+from trl_tract.backends.base import Sampling
+from trl_tract.backends.drawing import DrawEach, Drawing, random_numbers
 
 CONTEXT = 96
 EXACT = {"atol": 1e-10, "rtol": 0}  # nats, between two ways of computing the same in float64
@@ -163,15 +164,13 @@ class TestGenerate:
         backend.generate(prompts, max_new_tokens=8)
         assert torch.equal(torch.get_rng_state(), before)
 
-    def test_top_k_of_the_checkpoint_and_of_the_library_is_off(self, model, tokenizer, monkeypatch):
+    def test_top_k_of_the_checkpoint_and_of_the_library_is_off(self, model, tokenizer):
         # At a huge temperature the 300 tokens are equally likely: 200 draws give about 300 (1 - e^(-2/3)) = 146 kinds,
         # with the library's default top-k at most 50, with the checkpoint's at most 2.
         model.generation_config = GenerationConfig(top_k=2, do_sample=True)
-        drawn = []
-        generate = model.generate
-        monkeypatch.setattr(model, "generate", lambda **kwargs: drawn.append(generate(**kwargs)) or drawn[-1])
-        TransformersBackend(model, tokenizer, batch_size=200).generate([[5]], n=200, max_new_tokens=1, temperature=1e6)
-        assert len(drawn[0][:, -1].unique()) > 100
+        backend = TransformersBackend(model, tokenizer, batch_size=200)
+        (texts,) = backend.generate([[5]], n=200, max_new_tokens=1, temperature=1e6)
+        assert len({text.token_ids for text in texts}) > 100
 
     def test_penalties_and_suppressed_tokens_of_the_checkpoint_are_off(self, backend, prompts):
         plain = backend.generate(prompts, temperature=0, max_new_tokens=12)
@@ -214,30 +213,45 @@ class TestGenerate:
 
 
 class TestDraw:
-    SCORES = torch.log(torch.tensor([[0.1, 0.2, 0.0, 0.7]]))
+    LOGITS = torch.log(torch.tensor([[0.1, 0.2, 0.0, 0.7]]))
 
-    @pytest.mark.parametrize(
-        ("number", "token"), [(0.0, 0), (0.0999, 0), (0.1001, 1), (0.2999, 1), (0.3001, 3), (0.9999, 3)]
-    )
-    def test_the_token_is_where_the_cumulated_probability_passes_the_number(self, number, token):
+    def draw(self, numbers, logits=LOGITS, **settings):
+        rows = len(numbers)
+        input_ids = torch.ones(rows, 1, dtype=torch.long)
+        return Drawing(Sampling(**settings))(input_ids, logits.expand(rows, -1), numbers).tolist()
+
+    def test_the_token_is_where_the_cumulated_probability_passes_the_number(self):
         # 0.1, 0.3, 0.3, 1.0: token 2 has no probability and is never drawn.
-        drawn = DrawEach([np.array([number])], 1.0, 1.0)(None, self.SCORES)
-        assert drawn.tolist() == [[0.0 if place == token else -math.inf for place in range(4)]]
+        assert self.draw([0.0, 0.0999, 0.1001, 0.2999, 0.3001, 0.9999]) == [0, 0, 1, 1, 3, 3]
 
     def test_a_number_that_rounding_leaves_beyond_the_last_is_the_likeliest_token_s(self):
-        assert DrawEach([np.array([1.0])], 1.0, 1.0)(None, self.SCORES).argmax() == 3
+        assert self.draw([1.0]) == [3]
+
+    def test_no_number_draws_an_impossible_token(self):
+        logits = torch.tensor([[-math.inf, 0.0, -math.inf]])
+        assert self.draw([0.0, 0.5, 1 - 2**-53], logits) == [1, 1, 1]
 
     def test_tokens_come_up_as_often_as_their_probabilities_say(self):
-        numbers = [random_numbers(0, sample, 1) for sample in range(4000)]
-        drawn = DrawEach(numbers, 0.5, 0.95)(None, self.SCORES.expand(4000, 4)).argmax(dim=-1)
+        numbers = [float(random_numbers(0, sample, 1)[0]) for sample in range(4000)]
+        drawn = torch.tensor(self.draw(numbers, temperature=0.5, top_p=0.95))
         # Squared by the temperature: 0.01, 0.04, 0, 0.49 of 0.54; the first is beyond 95 %.
         counts = torch.bincount(drawn, minlength=4)
         assert counts[[0, 2]].tolist() == [0, 0]
         assert counts[1] / 4000 == pytest.approx(0.04 / 0.53, abs=0.013)  # three standard deviations
 
-    def test_the_next_step_takes_the_next_number(self):
-        draw = DrawEach([np.array([0.05, 0.2, 0.9])], 1.0, 1.0)
-        assert [int(draw(None, self.SCORES).argmax()) for _ in range(3)] == [0, 1, 3]
+    def test_the_repetition_penalty_counts_what_stands_before(self):
+        logits = torch.tensor([[0.5, 1.2, 0.7]])
+        assert self.draw([0.0], logits, temperature=0) == [1]
+        assert self.draw([0.0], logits, temperature=0, repetition_penalty=2.0) == [2]  # token 1 stands before
+
+    def test_in_generate_the_next_step_takes_the_next_number_and_padding_is_no_token(self):
+        drawing = Drawing(Sampling(repetition_penalty=1e9))
+        draw = DrawEach(drawing, torch.tensor([[True, False]]), lambda step: [[0.3, 0.7][step]])
+        # The penalty makes a logit of 1 a 0. Token 1 stands before, 0 is padding: e, 1, e of 2 e + 1 are .42, .16, .42
+        first = draw(torch.tensor([[0, 1]]), torch.ones(1, 3))
+        assert first.tolist() == [[0.0, -math.inf, -math.inf]]
+        # Then token 2 stands before as well: e, 1, 1 of e + 2 are .58, .21, .21.
+        assert draw(torch.tensor([[0, 1, 2]]), torch.ones(1, 3)).argmax() == 1
 
     def test_samples_of_one_seed_draw_different_numbers(self):
         assert not np.isin(random_numbers(3, 0, 50), random_numbers(3, 1, 50)).any()
@@ -609,6 +623,7 @@ class TestOutOfMemory:
     @pytest.fixture
     def small_device(self, backend, monkeypatch):
         """A model that fails on more than one sequence, and the sizes that it was asked for."""
+        backend.generate([[5]], max_new_tokens=1)  # tries the model out
         sizes = []
         forward = backend.model.forward
 

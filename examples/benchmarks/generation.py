@@ -29,7 +29,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 import trl_tract
 from trl_tract import CoTSelfDistill, TransformersBackend
 from trl_tract.backends import Generation, ScriptedBackend
-from trl_tract.backends import transformers as transformers_backend
 from trl_tract.rows.tokens import prompt_ids
 
 QUESTIONS = ["durable", "samples", "memory"]
@@ -158,17 +156,6 @@ def ask_durable(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return [result]
 
 
-@contextmanager
-def every_row_computes_its_prompt() -> Iterator[None]:
-    """The backend as it is for models whose cache cannot be shared."""
-    sharing = transformers_backend.shared_cache
-    transformers_backend.shared_cache = lambda *arguments: {}
-    try:
-        yield
-    finally:
-        transformers_backend.shared_cache = sharing
-
-
 def ask_samples(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """n continuations of one prompt, the prefill shared and not."""
     backend = FullLength(arguments.model, max(arguments.n), arguments.dtype)
@@ -179,8 +166,9 @@ def ask_samples(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         backend.generate([ids], n=n, max_new_tokens=arguments.new_tokens)
 
     def unshared(n: int) -> None:
-        with every_row_computes_its_prompt():
-            shared(n)
+        backend._shares = False  # as for models whose keys and values cannot be shared
+        shared(n)
+        backend._shares = True
 
     results = []
     for n in arguments.n:

@@ -7,6 +7,7 @@ whatever a tokenizer would make of the same text a second time.
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Literal, Protocol, Self, TypedDict, Unpack, runtime_checkable
@@ -262,6 +263,13 @@ class Backend(Protocol):
         None, as by default, where an engine cannot: the same is then asked for with `next_token_logprobs`.
         """
         return None
+
+    def reuse(self) -> AbstractContextManager[None]:
+        """While open, what was computed for one call may serve the next: the model's weights must not change.
+
+        An engine that keeps nothing, or always does, needs none: nothing by default.
+        """
+        return nullcontext()
 
     def cancel(self) -> None:
         """End the calls under way in other threads, such as after Ctrl-C. Nothing by default."""

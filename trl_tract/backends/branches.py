@@ -221,14 +221,19 @@ def layer_masks(config: Any, ends: torch.Tensor, positions: torch.Tensor, dtype:
     """
     index = torch.arange(ends.shape[1], device=ends.device)
     visible = (index <= index[:, None]) & (index[:, None] < ends[:, None])
+    return written_masks(config, visible, positions[:, :, None] - positions[:, None], dtype)
+
+
+def written_masks(config: Any, visible: torch.Tensor, distance: torch.Tensor, dtype: torch.dtype) -> Any:
+    """The same of what is visible to each query, bool `(R, Q, T)`, and how many positions it lies back, `(R, Q, T)`."""
 
     def written(mask: torch.Tensor) -> Any:
         if config._attn_implementation == "sdpa":
             return mask[:, None]
         if config._attn_implementation == "flex_attention":
-            rows, length = ends.shape
+            rows, queries, keys = mask.shape
             return create_block_mask(
-                lambda row, head, query, key: mask[row, query, key], rows, None, length, length, device=ends.device
+                lambda row, head, query, key: mask[row, query, key], rows, None, queries, keys, device=mask.device
             )
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)[
             :, None
@@ -238,7 +243,7 @@ def layer_masks(config: Any, ends: torch.Tensor, positions: torch.Tensor, dtype:
     types = set(getattr(config, "layer_types", None) or ())
     if window is None or (types and "sliding_attention" not in types):
         return written(visible)
-    seen = visible & (positions[:, :, None] - positions[:, None] < window)
+    seen = visible & (distance < window)
     if not types:
         return written(seen)
     return {"full_attention": written(visible), "sliding_attention": written(seen)}

@@ -5,13 +5,21 @@ knows nothing of prompts, of what ends a text, or of scores.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from trl_tract.backends.base import Sampling
 
 
 def random_numbers(seed: int, sample: int, count: int) -> NDArray[np.float64]:
@@ -20,33 +28,63 @@ def random_numbers(seed: int, sample: int, count: int) -> NDArray[np.float64]:
     return np.random.Generator(np.random.Philox(key=key)).random(count)
 
 
-class DrawEach(LogitsProcessor):
-    """Leaves each row the one token that it draws, for a greedy search to take.
+class Drawing:
+    """Draws the next token of each row, with the library's own processors.
 
     Args:
-        numbers: Random numbers in [0, 1) for each row, of its next tokens in order.
-        temperature: Of the softmax, above 0.
-        top_p: Nucleus sampling threshold, in (0, 1].
+        settings: How.
     """
 
-    def __init__(self, numbers: Sequence[NDArray[np.float64]], temperature: float, top_p: float) -> None:
-        self._numbers = np.stack(list(numbers))
-        self._step = 0
-        self._warpers = [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
-        self._warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
+    def __init__(self, settings: Sampling) -> None:
+        self._is_greedy = settings.temperature == 0
+        self._processors: Any = LogitsProcessorList()
+        if settings.repetition_penalty != 1:
+            self._processors.append(RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty)))
+        if not self._is_greedy and settings.temperature != 1:
+            self._processors.append(TemperatureLogitsWarper(float(settings.temperature)))
+        if not self._is_greedy and settings.top_p < 1:
+            self._processors.append(TopPLogitsWarper(float(settings.top_p)))
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
-        """Scores `(B, V)` of which one in each row is not -inf."""
-        for warper in self._warpers:
-            scores = warper(input_ids, scores)
+    def __call__(self, input_ids: Any, logits: torch.Tensor, numbers: Sequence[float]) -> torch.Tensor:
+        """Tokens, `(B,)`.
+
+        Args:
+            input_ids: What stands before, `(B, L)`. Padding has to be a token that stands there as well, since the
+                repetition penalty counts it.
+            logits: `(B, V)`.
+            numbers: A random number in [0, 1) for each row.
+        """
+        scores = self._processors(input_ids, logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        if self._is_greedy:
+            tokens: torch.Tensor = scores.argmax(dim=-1)
+            return tokens
         probs = scores.softmax(dim=-1)
         # In float32 a sum of 100,000 numbers is off by more than many tokens' probabilities. MPS has nothing else.
         exact = torch.float32 if probs.device.type == "mps" else torch.float64
         below = probs.cumsum(dim=-1, dtype=exact)
-        number = torch.from_numpy(self._numbers[:, self._step]).to(below.device, exact)[:, None]
-        self._step += 1
+        number = torch.tensor(numbers, dtype=exact, device=below.device)[:, None]
         # The first token up to which there is more than the number: it has a probability itself.
         place = torch.searchsorted(below, number * below[:, -1:], right=True)
         # What rounding leaves beyond the last is the likeliest one's.
-        place = torch.where(place < probs.shape[1], place, probs.argmax(dim=-1, keepdim=True))
-        return torch.full_like(scores, -torch.inf).scatter(1, place, 0.0)
+        return torch.where(place < probs.shape[1], place, probs.argmax(dim=-1, keepdim=True))[:, 0]
+
+
+class DrawEach(LogitsProcessor):
+    """The same in `model.generate`: leaves each row the one token that it draws, for a greedy search to take.
+
+    Args:
+        drawing: Draws.
+        padding: True where a row is padded, `(B, L)` at the start.
+        numbers: The random numbers of all rows, by how many tokens were written since.
+    """
+
+    def __init__(self, drawing: Drawing, padding: torch.Tensor, numbers: Callable[[int], Sequence[float]]) -> None:
+        self._drawing, self._padding, self._numbers = drawing, padding, numbers
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
+        """Scores `(B, V)` of which one in each row is not -inf."""
+        start = self._padding.shape[1]
+        before = torch.where(self._padding, input_ids[:, start - 1 : start], input_ids[:, :start])
+        ids = torch.cat([before, input_ids[:, start:]], dim=1)
+        tokens = self._drawing(ids, scores, self._numbers(input_ids.shape[1] - start))
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)

@@ -1,51 +1,30 @@
-"""Forward passes over left-padded rows, and what rows have in common computed once for all of them.
+"""Forward passes that go on from keys and values which are there already.
 
 Knows models and their caches; knows nothing of sampling, of stop texts or of scores.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from trl_tract.backends.branches import written_masks
+from trl_tract.backends.key_values import KeyValueTree, read_row, roomy_cache, shared_beginnings
+from trl_tract.backends.whole import innermost, left_padded, whole_rows
+from trl_tract.scale.trie import TokenTrie
+
 _PART = 2**14  # tokens of the vocabulary
-
-
-def innermost(model: PreTrainedModel | PeftModel) -> Any:
-    """The transformers model under an adapter: it holds the forward signature and the generation settings."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both `(B, L)` int64."""
-    length = max(len(row) for row in rows)
-    ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-    return ids.to(device), mask.to(device)
-
-
-def forward(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, **cache: Any) -> Any:
-    """The model's own output; logits are those of the last position alone where the model can do that.
-
-    Args:
-        model: The model.
-        input_ids: Left-padded rows, `(B, L)`.
-        attention_mask: `(B, P + L)`, where `P` tokens of each row are in the cache.
-        **cache: The cache, by the name that the model calls it, and `use_cache`.
-    """
-    parameters = inspect.signature(innermost(model).forward).parameters
-    extra: dict[str, Any] = {}
-    if "position_ids" in parameters:
-        positions = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
-        extra["position_ids"] = positions[:, -input_ids.shape[1] :]
-    if "logits_to_keep" in parameters:
-        extra["logits_to_keep"] = 1
-    return model(input_ids=input_ids, attention_mask=attention_mask, **extra, **cache)
+_LEAST = 16  # tokens that computing a beginning once has to save: a pass of its own costs something too
+# Largest difference of logits behind keys and values from those of whole rows, relative to their size: far above the
+# rounding of 16 bits, far below that of tokens that are seen at the wrong place.
+_SAME = 0.1
+_MASKED = ("sdpa", "eager")
+_LAYERS = {"full_attention", "sliding_attention"}
 
 
 @contextmanager
@@ -72,94 +51,195 @@ def exact_head(model: Any) -> Iterator[None]:
         hook.remove()
 
 
-def last_logits(model: Any, rows: Sequence[Sequence[int]], prefixes: Sequence[int], pad: int) -> torch.Tensor:
-    """Logits after the last token of each row, `(B, V)`; equal beginnings are computed once.
+class Forward:
+    """Passes of one model over what rows have beyond tokens whose keys and values a tree holds.
 
     Args:
         model: The model, in evaluation mode.
-        rows: Token ids, `B` sequences.
-        prefixes: How many tokens of each row may be shared, fewer than it has; see `common_prefixes`.
         pad: Token id to pad with.
     """
-    beginnings = [row[:length] for row, length in zip(rows, prefixes, strict=True)]
-    cache = shared_cache(model, beginnings, pad, gaps=True)
-    if not cache:
-        logits = forward(model, *left_padded(rows, pad, model.device), use_cache=False).logits
-    else:
-        # Behind the beginnings the rows are padded once more, and only the mask and the positions tell.
-        _, before = left_padded(beginnings, pad, model.device)
-        ids, mask = left_padded([row[n:] for row, n in zip(rows, prefixes, strict=True)], pad, model.device)
-        logits = forward(model, ids, torch.cat([before, mask], dim=1), use_cache=True, **cache).logits
-    last: torch.Tensor = logits[:, -1]
-    return last
+
+    def __init__(self, model: Any, pad: int) -> None:
+        self.model, self.pad = model, pad
+        owner = innermost(model)
+        self.config = owner.config.get_text_config()
+        self.layers = len(_host_layers(owner))
+        self.parameters = inspect.signature(owner.forward).parameters
+        self.cache_name = _cache_argument(owner)
+        self._dtype = owner.get_input_embeddings().weight.dtype
+        self._sees_windows = _sees_windows(self.config)
+
+    def __call__(self, input_ids: torch.Tensor, kept: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Logits after the last token of each row, `(B, V)`.
+
+        Args:
+            input_ids: The rows' next tokens, `(B, T)`.
+            kept: What is no padding among the cache's P tokens and these, bool `(B, P + T)`.
+            cache: Takes the new tokens' keys and values.
+        """
+        count = input_ids.shape[1]
+        positions = (kept.cumsum(dim=-1) - 1).clamp(min=0)
+        mask: Any = kept.long()
+        if self._sees_windows:  # by the place in the row, padding between its tokens would be counted
+            index = torch.arange(kept.shape[1], device=kept.device)
+            mask = self._masks(_sees_before(index, kept, count), positions, positions[:, -count:])
+        return self._run(input_ids, mask, positions[:, -count:], cache, 1)[:, -1]
+
+    def nodes(self, rows: Sequence[Sequence[int]], tree: KeyValueTree, trie: TokenTrie) -> torch.Tensor:
+        """Logits after the last token of each row, and behind each other node of a trie that follows it, `(B, N, V)`.
+
+        The nodes are one sequence with the row's last tokens, each with the position that it would have in place, and
+        each sees the row and its own ancestors.
+        """
+        ids, kept, cache, known = self._open(rows, tree, room=len(trie.nodes) - 1)
+        nodes = trie.nodes[1:]
+        before = (kept.cumsum(dim=-1) - 1).clamp(min=0)
+        depths = torch.tensor([len(node) for node in nodes], device=ids.device)
+        positions = torch.cat([before, before[:, -1:] + depths], dim=1)
+        count, index = ids.shape[1], torch.arange(kept.shape[1], device=kept.device)
+        ancestors = torch.tensor([[node[: len(one)] == one for one in nodes] for node in nodes], device=ids.device)
+        rows_see = torch.nn.functional.pad(_sees_before(index, kept, count), (0, len(nodes)))
+        nodes_see = torch.cat([kept[:, None].expand(-1, len(nodes), -1), ancestors.expand(len(rows), -1, -1)], dim=2)
+        queries = positions[:, -(count + len(nodes)) :]
+        mask = self._masks(torch.cat([rows_see, nodes_see], dim=1), positions, queries)
+        tokens = torch.tensor([node[-1] for node in nodes], device=ids.device).expand(len(rows), -1)
+        logits = self._run(torch.cat([ids, tokens], dim=1), mask, queries, cache, len(trie.nodes))
+        self._keep(rows, tree, cache, known, kept.shape[1])
+        return logits[:, -len(trie.nodes) :]
+
+    def last(self, rows: Sequence[Sequence[int]], tree: KeyValueTree) -> torch.Tensor:
+        """Logits after the last token of each row, `(B, V)`; the tree then knows the rows."""
+        ids, kept, cache, known = self._open(rows, tree)
+        logits = self(ids, kept, cache)
+        self._keep(rows, tree, cache, known, kept.shape[1])
+        return logits
+
+    def learn(
+        self, rows: Sequence[Sequence[int]], tree: KeyValueTree, fits: Callable[[int, int], bool], *, whole: bool = True
+    ) -> None:
+        """Let the tree know rows, beginnings that several share computed once.
+
+        Args:
+            rows: Token ids.
+            tree: What it knows is not computed.
+            fits: Whether so many rows of so many tokens are one pass.
+            whole: False: shared beginnings alone.
+        """
+        while todo := shared_beginnings(rows, tree, _LEAST):
+            self._learn(todo, tree, fits)
+        if whole:
+            self._learn([row for row in rows if tree.length(row) < len(row)], tree, fits)
+
+    def _learn(self, rows: Sequence[Sequence[int]], tree: KeyValueTree, fits: Callable[[int, int], bool]) -> None:
+        todo = sorted(rows, key=len, reverse=True)
+        while todo:
+            count = next((size for size in range(len(todo), 1, -1) if fits(size, len(todo[0]))), 1)
+            self.last(todo[:count], tree)
+            todo = todo[count:]
+
+    def _open(
+        self, rows: Sequence[Sequence[int]], tree: KeyValueTree, room: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor, DynamicCache, list[int]]:
+        """What is to be computed of rows, `(B, T)`; what is no padding, `(B, P + T)`; the cache; how much each has."""
+        known = [min(tree.length(row), len(row) - 1) for row in rows]
+        ids, new = left_padded([row[n:] for row, n in zip(rows, known, strict=True)], self.pad, self.model.device)
+        before = max(known)
+        kept = torch.tensor([[0] * (before - n) + [1] * n for n in known], device=new.device).reshape(len(rows), before)
+        cache = roomy_cache(self.layers, len(rows), before, before + ids.shape[1] + room)
+        for row, (tokens, n) in enumerate(zip(rows, known, strict=True)):
+            tree.fill(cache, row, before, tokens[:n])
+        return ids, torch.cat([kept, new], dim=1).bool(), cache, known
+
+    def _keep(
+        self, rows: Sequence[Sequence[int]], tree: KeyValueTree, cache: DynamicCache, known: Sequence[int], end: int
+    ) -> None:
+        for row, (tokens, n) in enumerate(zip(rows, known, strict=True)):
+            tree.add(tokens, n, read_row(cache, row, end - len(tokens) + n, end))
+
+    def _masks(self, visible: torch.Tensor, keys: torch.Tensor, queries: torch.Tensor) -> Any:
+        return written_masks(self.config, visible, queries[:, :, None] - keys[:, None], self._dtype)
+
+    def _run(
+        self, input_ids: torch.Tensor, mask: Any, positions: torch.Tensor, cache: DynamicCache, keep: int
+    ) -> torch.Tensor:
+        extra = {"logits_to_keep": keep} if "logits_to_keep" in self.parameters else {}
+        logits: torch.Tensor = self.model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            **{self.cache_name: cache},
+            **extra,
+        ).logits
+        return logits
 
 
-def common_prefixes(rows: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """For each row the number of its group, and how many tokens its group begins with in common.
-
-    Rows that follow each other are of one group as long as they share half of their tokens or more: a prompt with
-    several rationales. The last token is never shared.
-    """
-    groups: list[list[Sequence[int]]] = []
-    common: list[Sequence[int]] = []
-    for row in rows:
-        shared = _common_beginning(common[-1], row) if groups else []
-        if shared and 2 * len(shared) >= len(row):
-            groups[-1].append(row)
-            common[-1] = shared
-        else:
-            groups.append([row])
-            common.append(row)
-    lengths = [min(len(begin), *(len(row) - 1 for row in group)) for begin, group in zip(common, groups, strict=True)]
-    return [(number, lengths[number]) for number, group in enumerate(groups) for _ in group]
+def _sees_before(index: torch.Tensor, kept: torch.Tensor, count: int) -> torch.Tensor:
+    """What each of the last `count` tokens sees, `(B, T, P + T)`; padding sees itself, or it would see nothing."""
+    queries = index[-count:, None]
+    return ((index <= queries) & kept[:, None]) | (index == queries)
 
 
-def _common_beginning(one: Sequence[int], other: Sequence[int]) -> Sequence[int]:
-    differ = (place for place, (left, right) in enumerate(zip(one, other, strict=False)) if left != right)
-    return one[: next(differ, min(len(one), len(other)))]
+def _host_layers(owner: Any) -> list[Any]:
+    layers: list[Any] = DynamicCache(config=owner.config.get_text_config()).layers
+    return layers
 
 
-def shared_cache(model: Any, prefixes: Sequence[Sequence[int]], pad: int, *, gaps: bool = False) -> dict[str, Any]:
-    """Keys and values of the rows' prefixes, where equal prefixes are computed once.
-
-    Args:
-        model: The model, in evaluation mode.
-        prefixes: Token ids that each row begins with, `B` sequences.
-        pad: Token id to pad with.
-        gaps: Rows go on behind padding. A window would count that padding, and so would a model that is not told
-            positions.
-
-    Returns:
-        The cache of `B` rows, left padded to the longest prefix, by the name that the model calls it: an argument for
-        `forward` or `model.generate`. Empty where nothing is to be gained (all prefixes differ, or are empty) or where
-        the model's cache cannot be shared.
-    """
-    unique = list(dict.fromkeys(tuple(prefix) for prefix in prefixes))
-    name = _cache_argument(model, gaps)
-    if name is None or len(unique) == len(prefixes) or not any(unique):
-        return {}
-    cache: Any = DynamicCache(config=innermost(model).config.get_text_config())
-    forward(model, *left_padded(unique, pad, model.device), use_cache=True, **{name: cache})
-    place = {prefix: row for row, prefix in enumerate(unique)}
-    # Not batch_repeat_interleave: a batch may hold three rows of one prompt and one of the next.
-    cache.batch_select_indices(torch.tensor([place[tuple(prefix)] for prefix in prefixes]))
-    return {name: cache}
+def _sees_windows(config: Any) -> bool:
+    types = set(getattr(config, "layer_types", None) or ())
+    return getattr(config, "sliding_window", None) is not None and (not types or "sliding_attention" in types)
 
 
-def _cache_argument(model: Any, gaps: bool) -> str | None:
-    """What the model calls its cache; None if its memory of a prefix is not keys and values of tokens alone.
+def _cache_argument(owner: Any) -> str:
+    # transformers renames the argument in 5.24.
+    parameters = inspect.signature(owner.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), "")
 
-    A window of the last tokens is: it holds what it would hold had every row computed it. State-space and convolution
-    layers keep a running state that `generate` does not go on from in the same way, models with a memory of their own
-    kind take another argument, and a prompt-learning adapter puts vectors of its own before the tokens.
+
+def why_not_shared(model: Any, pad: int) -> str | None:
+    """Why keys and values of a model cannot be gone on from in another row; None if they can.
+
+    State-space and convolution layers keep a running state of all that came before, models with a memory of their own
+    kind take another argument, and a prompt-learning adapter puts vectors of its own before the tokens. What the
+    configuration does not tell is tried out on a few tokens.
     """
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return None
+        return "its adapter puts vectors of its own before the tokens"
     owner = innermost(model)
-    layers = DynamicCache(config=owner.config.get_text_config()).layers
-    known = (DynamicLayer,) if gaps else (DynamicLayer, DynamicSlidingWindowLayer)
-    parameters = inspect.signature(owner.forward).parameters
-    if any(type(layer) not in known for layer in layers) or (gaps and "position_ids" not in parameters):
-        return None
-    # transformers renames the argument in 5.24.
-    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
+    config = owner.config.get_text_config()
+    if not _cache_argument(owner) or "position_ids" not in inspect.signature(owner.forward).parameters:
+        return "it takes no cache of keys and values, or no positions"
+    odd = {type(layer) for layer in _host_layers(owner)} - {DynamicLayer, DynamicSlidingWindowLayer}
+    others = set(getattr(config, "layer_types", None) or ()) - _LAYERS
+    if odd or others or getattr(owner, "_is_stateful", False):
+        kinds = ", ".join(sorted(others or {layer.__name__ for layer in odd})) or config.model_type
+        return f"it has layers that are no plain attention ({kinds})"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its attention looks ahead"
+    rope = str(getattr(config, "rope_parameters", None))
+    if "'dynamic'" in rope or "'longrope'" in rope:
+        return "the positions of its keys depend on the length of the row"
+    if _sees_windows(config) and config._attn_implementation not in _MASKED:
+        return f"it has windows, and attn_implementation={config._attn_implementation!r} takes no mask"
+    difference = _tried_out(model, pad)
+    if not difference <= _SAME:  # NaN is no agreement
+        return f"{type(owner).__name__} answers differently behind a cache (logits differ by {difference:.0%})"
+    return None
+
+
+@torch.no_grad()
+def _tried_out(model: Any, pad: int) -> float:
+    """How far logits of rows that go on from a shared beginning are from whole rows', relative to their size."""
+    vocabulary = innermost(model).config.get_text_config().vocab_size
+    tokens = [(7 * place + 2) % vocabulary for place in range(24)]  # any do, as long as they differ
+    rows = [tokens[:12], [*tokens[:8], *tokens[12:14]], tokens[14:17]]
+    try:
+        wanted = whole_rows(model, rows, pad)
+        forward, tree = Forward(model, pad), KeyValueTree(most=0)
+        forward.last([tokens[:8]], tree)
+        found = forward.last(rows, tree)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError):
+        return float("inf")
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())

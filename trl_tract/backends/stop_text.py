@@ -140,49 +140,56 @@ class Ending:
         )
 
 
+class Watch:
+    """Looks at one continuation after each of its tokens.
+
+    Args:
+        ending: The stop text.
+        mentions: Where it was found not to count.
+    """
+
+    def __init__(self, ending: Ending, mentions: set[int]) -> None:
+        self.ending = ending
+        self.mentions = mentions
+        self._is_open = False  # the last tokens were the stop text's
+
+    def __call__(self, written: Sequence[int]) -> "tuple[int, bool | Doubt] | None":
+        """Where the stop text stands that ends the continuation here, and whether in doubt; None: it goes on."""
+        if self.ending.stop is None or not (self._is_open or self.ending.may_end(written[-1])):
+            return None
+        self._is_open = False
+        if self.ending.stop not in self.ending.decode(written[-self.ending.window :]):  # most do not hold it
+            return None
+        for place, follows in self.ending.occurrences(written, self.ending.decode(written)):
+            if follows is None:
+                self._is_open = True
+            elif follows and place not in self.mentions:
+                return place, follows
+        return None
+
+
 class StopText(StoppingCriteria):
-    """Ends each row once its continuation holds the stop text.
+    """Ends each row of `model.generate` once its continuation holds the stop text.
 
     The library's own `stop_strings` prepares a table over the whole vocabulary, works on it at every step, and lets
     the end of the prompt count as the beginning of the stop text.
 
     Args:
-        ending: The stop text.
+        watches: Of each row.
         starts: Where each row's continuation starts in the batch's token ids, `(B,)`.
 
-        mentions: By row, where the stop text was found not to count.
-
     Attributes:
-        ended_at: By row, the length of the batch's token ids when that row's stop text was complete.
-        doubts: By row that ended so, where the stop text stands, and the doubt.
+        found: By row that ended, the length of the batch's token ids then, and what its watch said.
     """
 
-    def __init__(self, ending: Ending, starts: list[int], mentions: list[set[int]]) -> None:
-        self.ending = ending
+    def __init__(self, watches: list[Watch], starts: list[int]) -> None:
+        self.watches = watches
         self.starts = starts
-        self.mentions = mentions
-        self.ended_at: dict[int, int] = {}
-        self.doubts: dict[int, tuple[int, Doubt]] = {}
-        self._open: set[int] = set()  # rows whose last tokens were the stop text's
+        self.found: dict[int, tuple[int, tuple[int, bool | Doubt]]] = {}
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         """Which rows have ended, `(B,)` bool."""
-        length = input_ids.shape[1]
-        for row, token in enumerate(input_ids[:, -1].tolist()):
-            if row in self.ended_at or not (row in self._open or self.ending.may_end(token)):
-                continue
-            self._open.discard(row)
-            ids = input_ids[row, self.starts[row] :].tolist()
-            window = self.ending.decode(ids[-self.ending.window :])
-            if self.ending.stop is None or self.ending.stop not in window:  # most do not hold it
-                continue
-            for place, follows in self.ending.occurrences(ids, self.ending.decode(ids)):
-                if follows is None:
-                    self._open.add(row)
-                elif follows and place not in self.mentions[row]:
-                    self.ended_at[row] = length
-                    if isinstance(follows, Doubt):
-                        self.doubts[row] = (place, follows)
-                    break
-        ended = [row in self.ended_at for row in range(len(input_ids))]
-        return torch.tensor(ended, device=input_ids.device)
+        for row, (watch, start) in enumerate(zip(self.watches, self.starts, strict=True)):
+            if row not in self.found and (found := watch(input_ids[row, start:].tolist())) is not None:
+                self.found[row] = (input_ids.shape[1], found)
+        return torch.tensor([row in self.found for row in range(len(input_ids))], device=input_ids.device)

@@ -10,34 +10,30 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike, fspath
-from typing import Any, TypeVar, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_tract.backends.base import Backend, Generation, Sampling, SamplingOptions, prompt_seeds
-from trl_tract.backends.branches import TreePass, why_not_one_forward
+from trl_tract.backends.branches import why_not_one_forward
 from trl_tract.backends.continuation import Continuation
-from trl_tract.backends.drawing import DrawEach, random_numbers
-from trl_tract.backends.forward import common_prefixes, exact_head, innermost, last_logits, left_padded, shared_cache
+from trl_tract.backends.decoding import Decoding
+from trl_tract.backends.drawing import Drawing, random_numbers
+from trl_tract.backends.forward import Forward, exact_head, why_not_shared
+from trl_tract.backends.key_values import KeyValueTree, arranged
 from trl_tract.backends.loading import load, load_tokenizer, loaded_fingerprint, tokenizer_fingerprint
-from trl_tract.backends.stop_text import LEAST_MASS, Ending, StopText
+from trl_tract.backends.room import Room
+from trl_tract.backends.stop_text import LEAST_MASS, Ending
 from trl_tract.backends.tokens import checked_ids
+from trl_tract.backends.whole import branched, innermost, no_settings, whole_rows, write_with_generate
 from trl_tract.scale.logprobs import trie_logprobs
 from trl_tract.scale.trie import TokenTrie
 
 logger = logging.getLogger(__name__)
-
-_Item = TypeVar("_Item")
 
 
 class TransformersBackend(Backend):
@@ -52,7 +48,9 @@ class TransformersBackend(Backend):
             weights may have moved away from that checkpoint.
         model: The model that answers.
         tokenizer: Its tokenizer.
-        batch_size: Sequences in one forward pass; halved for the rest of a call when the device runs out of memory.
+        batch_size: Sequences in one forward pass at most.
+        batch_tokens: Tokens of all of them at most, padding and what stands before them included. Both are halved for
+            the rest of a call when the device runs out of memory.
         max_calls: 1: a batch at a time.
     """
 
@@ -64,7 +62,8 @@ class TransformersBackend(Backend):
         model: str | PathLike[str] | PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        batch_size: int = 8,
+        batch_size: int = 32,
+        batch_tokens: int = 16384,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         merge_adapter: bool = False,
@@ -76,7 +75,9 @@ class TransformersBackend(Backend):
             model: Directory or hub id of a full model or of a PEFT adapter (loaded on the base that it names), or a
                 loaded model.
             tokenizer: The checkpoint's own by default: the adapter's if it has one, else its base's.
-            batch_size: Sequences in one forward pass; each of `n` continuations of a prompt is one.
+            batch_size: Sequences in one forward pass at most; each of `n` continuations of a prompt is one.
+            batch_tokens: Tokens of all sequences of a batch at most, padding and prompts included: their keys and
+                values are in memory at once. Twice as many are kept of what is asked again within one judgement.
             dtype: Of the weights; the checkpoint's own by default.
             device: Where to load; the accelerator if there is one, each process of `torchrun` or `accelerate launch`
                 its own, else the CPU.
@@ -85,11 +86,12 @@ class TransformersBackend(Backend):
             revision: Branch, tag or commit of the model on the hub; the newest on its main branch by default.
 
         Raises:
-            ValueError: `batch_size` below 1; `dtype`, `device`, `merge_adapter` or `revision` given with a loaded
-                model; an encoder-decoder; no tokenizer to be found; an adapter that does not name its base.
+            ValueError: `batch_size` or `batch_tokens` below 1; `dtype`, `device`, `merge_adapter` or `revision` given
+                with a loaded model; an encoder-decoder; no tokenizer to be found; an adapter that names no base.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be 1 or more")
+        for name, value in {"batch_size": batch_size, "batch_tokens": batch_tokens}.items():
+            if value < 1:
+                raise ValueError(f"{name}={value} must be 1 or more")
         self.model: Any
         self._loading: dict[str, Any] = {}
         self._is_borrowed = not isinstance(model, str | PathLike)
@@ -112,7 +114,9 @@ class TransformersBackend(Backend):
             self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(origin)
         if self.model.config.is_encoder_decoder:
             raise ValueError(f"{self.model_id} is an encoder-decoder; only causal language models can be used")
-        self.batch_size = batch_size
+        self.batch_size, self.batch_tokens = batch_size, batch_tokens
+        self._tree: KeyValueTree | None = None  # while something may be asked again
+        self._shares: bool | None = None  # until it is asked
         self._takes_branches: bool | None = None  # until it is asked
 
     def generate(
@@ -127,12 +131,13 @@ class TransformersBackend(Backend):
     ) -> list[list[Generation]]:
         """Sample `n` continuations of each prompt; see `Backend.generate`.
 
-        Longest prompts run first, `batch_size` sequences at a time, so that padding is small and memory runs out early
-        or never. Only the settings given here shape the text: those that the checkpoint brings (top-k, penalties,
-        suppressed tokens) are set aside, but for its end-of-sequence tokens. The repetition penalty counts the
-        prompt's tokens too. Each continuation draws its tokens by random numbers of its own: in float32 its text does
-        not depend on what else is in its batch. Weights of 16 bits round differently in another batch, which can turn
-        a token.
+        Only the settings given here shape the text: those that the checkpoint brings (top-k, penalties, suppressed
+        tokens) are set aside, but for its end-of-sequence tokens. The repetition penalty counts the prompt's tokens
+        too. A text depends on its prompt and seed, and on its neighbours no more than the rounding of their batch moves
+        a probability.
+
+        Prompts that begin alike share the computation of their beginning, longest prompts run first, and the place of a
+        text that ends is filled at once.
         """
         settings = Sampling(**sampling)
         settings.check(n, stop)
@@ -140,39 +145,52 @@ class TransformersBackend(Backend):
         seeds = prompt_seeds(seed, len(rows))
         results: list[list[Generation]] = [[] for _ in rows]
         pending: deque[Continuation] = deque()
-        resumed: deque[Continuation] = deque()
-        for prompt in sorted(range(len(rows)), key=lambda row: -len(rows[row])):
-            room = math.inf if self._context is None else self._context - len(rows[prompt])
-            if room < 2:
+        texts: list[list[Continuation]] = [[] for _ in rows]
+        for prompt, ids in enumerate(rows):
+            left = math.inf if self._context is None else self._context - len(ids)
+            if left < 2:
                 results[prompt] = [Generation("", "prompt_too_long", 0)] * n
-            else:
-                limit = int(min(settings.max_new_tokens, room))
-                numbers = [random_numbers(seeds[prompt], sample, limit) for sample in range(n)]
-                pending.extend(Continuation(prompt, rows[prompt], limit, own) for own in numbers)
+                continue
+            limit = int(min(settings.max_new_tokens, left))
+            for sample in range(n):
+                texts[prompt].append(Continuation(prompt, ids, random_numbers(seeds[prompt], sample, limit)))
+        pending.extend(text for prompt in arranged(rows) for text in texts[prompt])
         _report(on_progress, sum(bool(done) for done in results))
         ending = Ending(self.tokenizer, stop)
         eos = self._eos_ids()
+        doubted: list[Continuation] = []
+        missing = [n] * len(rows)
 
-        def step(batch: list[Continuation]) -> list[Continuation]:
-            self._extend(batch, settings, eos, ending)
-            doubted = [sequence for sequence in batch if sequence.doubt is not None]
-            self._settle(doubted, ending)
-            finished = 0
-            for sequence in batch:
-                if not sequence.goes_on:
-                    at_eos = bool(sequence.written) and sequence.written[-1] in eos
-                    written = ending.finish(sequence.written, at_eos=at_eos, taken=sequence.taken)
-                    results[sequence.prompt].append(written)
-                    finished += len(results[sequence.prompt]) == n
-            _report(on_progress, finished)
-            resumed.extend(sequence for sequence in doubted if sequence.goes_on)
-            return [sequence for sequence in batch if sequence.goes_on and sequence not in doubted]
+        def finished(some: Sequence[Continuation]) -> None:
+            doubted.extend(text for text in some if text.doubt is not None)
+            done = [text for text in some if text.doubt is None]
+            for text in done:
+                missing[text.prompt] -= 1
+            _report(on_progress, sum(not missing[prompt] for prompt in {text.prompt for text in done}))
 
-        with self._borrowed_model():
-            self._in_batches(pending, step)
-            while resumed:
-                pending, resumed = resumed, deque()
-                self._in_batches(pending, step)
+        keeps, drawing, room = self._tree is not None, Drawing(settings), self._room()
+
+        def write(batch: list[Continuation]) -> list[Continuation]:
+            write_with_generate(self.model, batch, drawing, ending, eos, self._pad_id())
+            finished([text for text in batch if not text.goes_on])
+            return [text for text in batch if text.goes_on]
+
+        with self.reuse(), self._borrowed_model():
+            tree = self._shared_tree()
+            while pending:
+                if tree is not None:
+                    Decoding(self._forward(), tree, room, drawing, ending, eos, keeps=keeps).run(pending, finished)
+                else:
+                    room.in_batches(pending, write, lambda text: len(text.before) + text.room, self._forget)
+                settled = list(doubted)
+                doubted.clear()
+                self._settle(settled, ending)
+                pending.extend(text for text in settled if text.goes_on)
+                finished([text for text in settled if not text.goes_on])
+        for prompt, some in enumerate(texts):
+            for text in some:
+                at_eos = bool(text.written) and text.written[-1] in eos
+                results[prompt].append(ending.finish(text.written, at_eos=at_eos, taken=text.taken))
         return results
 
     def next_token_logprobs(
@@ -181,26 +199,18 @@ class TransformersBackend(Backend):
         """Log-probabilities of `token_ids` as the next token; see `Backend.next_token_logprobs`.
 
         One forward pass of the model itself, so that logits which it caps or scales are capped or scaled; head and
-        softmax are computed in float32. Rows that follow each other and begin alike, as the rationales of one prompt
-        do, share the computation of their beginning.
+        softmax are computed in float32. Rows that begin alike share the computation of their beginning.
         """
         rows = self._checked(token_id_lists, "token_id_lists")
         (wanted,) = self._checked([token_ids], "token_ids")
         logprobs = np.full((len(rows), len(wanted)), np.nan)
-        window = self._context
-        kin = common_prefixes(rows)
-        fitting = [row for row in range(len(rows)) if window is None or len(rows[row]) <= window]
 
-        def step(batch: list[int]) -> list[int]:
-            last = last_logits(self.model, [rows[row] for row in batch], [kin[row][1] for row in batch], self._pad_id())
+        def ask(batch: list[list[int]], tree: KeyValueTree | None) -> torch.Tensor:
+            last = whole_rows(self.model, batch, self._pad_id()) if tree is None else self._forward().last(batch, tree)
             # Softmax over all of V first: gathering before it would renormalise over the tokens asked for.
-            last = last.to(torch.promote_types(last.dtype, torch.float32)).log_softmax(dim=-1)
-            logprobs[batch] = last[:, wanted].double().cpu().numpy()
-            return []
+            return last.to(torch.promote_types(last.dtype, torch.float32)).log_softmax(dim=-1)[:, wanted]
 
-        fitting.sort(key=lambda row: (-kin[row][1], kin[row][0], -len(rows[row])))  # longest first, kin together
-        with self._borrowed_model(), exact_head(self.model):
-            self._in_batches(deque(fitting), step)
+        self._ask(rows, 0, ask, logprobs)
         return logprobs
 
     def trie_logprobs(self, token_id_lists: Sequence[Sequence[int]], trie: TokenTrie) -> NDArray[np.float64] | None:
@@ -219,42 +229,82 @@ class TransformersBackend(Backend):
         if not self._takes_branches or "logits_to_keep" not in inspect.signature(owner.forward).parameters:
             return None
         logprobs = np.full((len(rows), len(trie.paths)), np.nan)
-        room = math.inf if self._context is None else self._context - len(trie.nodes[-1])
-        fitting = [row for row in range(len(rows)) if len(rows[row]) <= room]
 
-        def step(batch: list[int]) -> list[int]:
-            input_ids, attention_mask = left_padded([rows[row] for row in batch], self._pad_id(), self.model.device)
-            position_ids = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
-            behind = torch.zeros_like(attention_mask, dtype=torch.bool)
-            behind[:, -1] = True
-            tree = TreePass(trie, behind, owner.config.get_text_config(), share=True)
+        def ask(batch: list[list[int]], tree: KeyValueTree | None) -> torch.Tensor:
+            if tree is None:
+                logits = branched(self.model, batch, trie, self._pad_id())
+            else:
+                logits = self._forward().nodes(batch, tree, trie)
+            return trie_logprobs(logits[:, 0], logits[:, 1:], trie)
 
-            def ends(module: Any, inputs: Any, output: Any) -> None:
-                # Of each row the last token and its branches are all that the head is given.
-                branches: Any = tree.split(output)
-                output.last_hidden_state = torch.cat([output.last_hidden_state[:, -1:], branches], dim=1)  # (B, N, H)
-
-            hooks = [
-                owner.base_model.register_forward_pre_hook(tree.extend, with_kwargs=True),
-                owner.base_model.register_forward_hook(ends),
-            ]
-            try:
-                logits = self.model(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    position_ids=position_ids,
-                    use_cache=False,
-                    logits_to_keep=len(trie.nodes),
-                ).logits  # (B, N, V)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            logprobs[batch] = trie_logprobs(logits[:, 0], logits[:, 1:], trie).double().cpu().numpy()
-            return []
-
-        with self._borrowed_model(), exact_head(self.model):
-            self._in_batches(deque(sorted(fitting, key=lambda row: -len(rows[row]))), step)
+        self._ask(rows, len(trie.nodes[-1]), ask, logprobs)
         return logprobs
+
+    @contextmanager
+    def reuse(self) -> Iterator[None]:
+        """Keep keys and values of what is computed inside, and go on from them; see `Backend.reuse`."""
+        if self._tree is not None:
+            yield
+            return
+        self._tree = KeyValueTree(2 * self.batch_tokens)
+        try:
+            yield
+        finally:
+            self._tree = None
+
+    def _shared_tree(self) -> KeyValueTree | None:
+        """The tree of the call under way; None where the model's keys and values cannot be shared."""
+        if self._shares is None:
+            refusal = why_not_shared(self.model, self._pad_id())
+            self._shares = refusal is None
+            if refusal is not None:
+                logger.warning("prompts that begin alike are computed one by one: %s", refusal)
+        return self._tree if self._shares else None
+
+    def _forget(self) -> None:
+        if self._tree is not None:
+            self._tree.shrink()
+
+    def _forward(self) -> Forward:
+        return Forward(self.model, self._pad_id())
+
+    def _room(self) -> Room:
+        return Room(self.batch_size, self.batch_tokens)
+
+    def _ask(
+        self,
+        rows: Sequence[list[int]],
+        beyond: int,
+        ask: Callable[[list[list[int]], KeyValueTree | None], torch.Tensor],
+        answers: NDArray[np.float64],
+    ) -> None:
+        """Ask for log-probabilities behind rows, in batches, and write them into `answers`.
+
+        Args:
+            rows: Token ids.
+            beyond: Tokens that the context window has to hold behind a row.
+            ask: A batch's, `(B, K)`.
+            answers: `(len(rows), K)`; stays as it is where a row does not fit.
+        """
+        window = self._context
+        fitting = [row for row in range(len(rows)) if window is None or len(rows[row]) + beyond <= window]
+        room = self._room()
+        with self.reuse(), self._borrowed_model(), exact_head(self.model):
+            tree = self._shared_tree()
+            order = [fitting[place] for place in arranged([rows[row] for row in fitting])]
+            if tree is not None:  # first those that are known, before others take their place
+                order.sort(key=lambda row: 2 * tree.length(rows[row]) < len(rows[row]))
+
+            def step(batch: list[int]) -> list[int]:
+                asked = [rows[row] for row in batch]
+                if tree is not None:
+                    self._forward().learn([row[:-1] for row in asked], tree, room.fits, whole=False)
+                answers[batch] = ask(asked, tree).double().cpu().numpy()
+                if tree is not None:
+                    tree.trim()
+                return []
+
+            room.in_batches(deque(order), step, lambda row: len(rows[row]) + beyond, self._forget)
 
     def fingerprint(self) -> dict[str, str]:
         """Digests of a model that came loaded, as it is now; of one that was loaded here, `model_id` tells."""
@@ -271,46 +321,6 @@ class TransformersBackend(Backend):
         }
         return self._loading | others
 
-    def _extend(self, batch: list[Continuation], settings: Sampling, eos: list[int], ending: Ending) -> None:
-        """Write on every sequence until it ends, or until the first of them has no room left."""
-        rows = [sequence.prompt_ids + sequence.written for sequence in batch]
-        input_ids, attention_mask = left_padded(rows, self._pad_id(), self.model.device)
-        length = input_ids.shape[1]
-        criteria = StoppingCriteriaList()
-        starts = [length - len(sequence.written) for sequence in batch]
-        watch = StopText(ending, starts, [sequence.mentions for sequence in batch])
-        if ending.stop is not None:
-            criteria.append(watch)
-        room = min(sequence.limit - len(sequence.written) for sequence in batch)
-        draw = LogitsProcessorList()
-        if settings.temperature > 0:
-            numbers = [each.numbers[len(each.written) : len(each.written) + room] for each in batch]
-            draw.append(DrawEach(numbers, settings.temperature, settings.top_p))
-        penalty = settings.repetition_penalty
-        output = self.model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            generation_config=_settings(
-                do_sample=False,
-                repetition_penalty=None if penalty == 1 else penalty,
-                max_new_tokens=room,
-                eos_token_id=eos or None,
-                pad_token_id=self._pad_id(),
-            ),
-            stopping_criteria=criteria,
-            logits_processor=draw,
-            # The last token is left to the decoding: its logits are what the rows of a prompt draw from.
-            **shared_cache(self.model, [row[:-1] for row in rows], self._pad_id()),
-        )
-        for row, (sequence, new) in enumerate(zip(batch, output[:, length:].tolist(), strict=True)):
-            # What follows the end is padding, and padding may be an end-of-sequence token too: the first end counts.
-            ends = [place + 1 for place, token in enumerate(new) if token in eos][:1]
-            if row in watch.ended_at:
-                ends.append(watch.ended_at[row] - length)
-            sequence.ended = bool(ends)
-            sequence.written += new[: min(ends, default=len(new))]
-            sequence.doubt = watch.doubts.get(row)
-
     def _settle(self, doubted: Sequence[Continuation], ending: Ending) -> None:
         """Ask whether a score was to be expected where something else was sampled; where none was, the text goes on."""
         if not doubted or ending.stop is None:
@@ -320,30 +330,6 @@ class TransformersBackend(Backend):
         for each, mass in zip(doubted, masses, strict=True):
             each.settle(float(mass), LEAST_MASS)
 
-    def _in_batches(self, pending: deque[_Item], step: Callable[[list[_Item]], list[_Item]]) -> None:
-        """Hand batches from the left of `pending` to `step`, and put back what it returns, until nothing is left."""
-        size = self.batch_size
-        while pending:
-            batch = [pending.popleft() for _ in range(min(size, len(pending)))]
-            out_of_memory = False
-            try:
-                left = step(batch)
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                left, out_of_memory = batch, True
-            if out_of_memory:  # Outside the handler: the exception's frames hold the batch's tensors.
-                if size == self.batch_size:
-                    logger.warning(
-                        "out of memory with %d sequences at a time: going on with smaller batches (batch_size=%d)",
-                        len(batch),
-                        self.batch_size,
-                    )
-                size = len(batch) // 2
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-            pending.extendleft(reversed(left))
-
     @contextmanager
     def _borrowed_model(self) -> Iterator[None]:
         """The model in evaluation mode and without its checkpoint's sampling settings; both are put back."""
@@ -352,7 +338,7 @@ class TransformersBackend(Backend):
         modes = [(module, module.training) for module in self.model.modules()]
         try:
             # Set aside rather than overridden: fields such as `suppress_tokens` have no neutral value to pass.
-            owner.generation_config = _settings()
+            owner.generation_config = no_settings()
             self.model.eval()
             with torch.no_grad():
                 yield
@@ -384,8 +370,3 @@ class TransformersBackend(Backend):
 def _report(on_progress: Callable[[int], None] | None, finished: int) -> None:
     if on_progress is not None and finished:
         on_progress(finished)
-
-
-def _settings(**fields: Any) -> Any:
-    generation_config: Any = GenerationConfig  # Its constructor is untyped.
-    return generation_config(**fields)

@@ -5,6 +5,7 @@ nearest text of the grid. Every sampled completion goes its own way. Knows nothi
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +67,13 @@ class Loop:
             seeds: Item -> its random seed.
             report: Told how many items are done, at each pass over them a part.
         """
+        # A double of a user's own need not have the method.
+        with getattr(self.sampler.backend, "reuse", nullcontext)():
+            return self._judge(asked, seeds, report)
+
+    def _judge(
+        self, asked: Mapping[int, Asked], seeds: Mapping[int, int], report: Callable[[int], None]
+    ) -> dict[int, Judgement]:
         ids = {item: asked_ids(self.template, each) for item, each in asked.items()}
         drawn = {item: digest([seeds[item], list(own)]) for item, own in ids.items()}
         chains = {item: [_Chain(item, n, asked[item]) for n in range(self.num_generations)] for item in ids}
