@@ -307,3 +307,11 @@ def test_a_difference_stays_inside_what_two_metrics_can_be_apart():
     assert 1.9 < difference.pearson.value < difference.pearson.high <= 2
     assert difference.accuracy.high <= 1
     assert interval(1.9, np.array([1.0, 1.5, 2.0]), 5, "difference").high > 2
+
+
+def test_where_a_resample_is_perfect_a_strong_correlation_does_not_reach_the_other_sign():
+    # Fisher's scale is so steep here that the standard error carried over to it would reach from -1 to 0.97.
+    resampled = np.array([-1.0] * 20 + [-0.983] * 50 + [-0.9] * 20 + [-0.55] * 10)
+    found = interval(-0.983, resampled, 15, "correlation")
+    assert found.low == -1
+    assert found.high < -0.5

@@ -413,7 +413,7 @@ def test_two_judges_are_reported_on_and_compared(tmp_path, capsys):
     # Absolute errors: 0.2 of a, 1 + 1 + 1 + 1 + 1 of b, over 8 items.
     difference = printed.split(f"a: {a}")[1]
     assert difference.split("mae")[1].split()[0] == "-0.600"
-    assert "20 bootstrap resamples of 4 groups" in difference
+    assert "no intervals: 4 groups, and they need 5" in difference
 
 
 @pytest.mark.parametrize(

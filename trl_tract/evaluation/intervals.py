@@ -169,9 +169,13 @@ def interval(value: float, resampled: Floats, n_units: int, kind: Kind, limit: f
     if abs(centre) > _END:
         return nowhere
     # A resample without the one item that was misjudged is perfect, and infinite on this scale: then the standard error
-    # is carried over by the scale's slope.
+    # is carried over by the scale's slope. Near the end of the scale the slope may be too steep for that: an interval
+    # of -0.98 would reach up to 0.97.
     inside = bool((np.abs(carried) < _END).all())
-    error = correction * float(carried.std()) if inside else error * scale.slope(value)
+    sloped = error * scale.slope(value)
+    if not inside and kind == "correlation" and t * sloped > abs(centre):
+        return Interval(value, max(value - t * error, -1.0), min(value + t * error, 1.0))
+    error = correction * float(carried.std()) if inside else sloped
     return Interval(value, float(scale.back(centre - t * error)), float(scale.back(centre + t * error)))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trl_tract.evaluation.intervals import KINDS, Interval, Kind, bootstrap, interval
+from trl_tract.evaluation.intervals import KINDS, MIN_UNITS, Interval, Kind, bootstrap, interval
 from trl_tract.evaluation.pairs import METRICS, Floats, Ints, JudgedPairs, as_pairs
 from trl_tract.evaluation.standing import Standing, standing
 from trl_tract.evaluation.tables import aligned, markdown, number
@@ -49,6 +49,16 @@ class _Agreement:
         """Name -> metrics to compare with; there are none for a difference."""
         return {}
 
+    @property
+    def resampled(self) -> str:
+        """What the intervals come from, or why there are none."""
+        if self.n_bootstrap == 0:
+            return "no intervals: n_bootstrap is 0"
+        count, units = (self.n, "items") if self.n_groups is None else (self.n_groups, "groups")
+        if count < MIN_UNITS:
+            return f"no intervals: {count} {units}, and they need {MIN_UNITS}"
+        return f"95 % intervals: {self.n_bootstrap} bootstrap resamples of {count} {units}, seed {self.seed}"
+
     def _lines(self, heading: str) -> str:
         rows = [["metric", heading, "low", "high", *self.baselines]]
         for name in METRICS:
@@ -56,10 +66,7 @@ class _Agreement:
             others = [baseline.get(name, np.nan) for baseline in self.baselines.values()]
             cells = ("-" if np.isnan(cell) else f"{cell:.3f}" for cell in (interval.low, interval.high, *others))
             rows.append([name, number(interval.value), *cells])
-        if self.n_bootstrap == 0:
-            return f"{aligned(rows)}\nno intervals: n_bootstrap is 0"
-        units = f"{self.n} items" if self.n_groups is None else f"{self.n_groups} groups"
-        return f"{aligned(rows)}\n95 % intervals: {self.n_bootstrap} bootstrap resamples of {units}, seed {self.seed}"
+        return f"{aligned(rows)}\n{self.resampled}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ def learning_charts(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[C
             if (points := _points(history, prefix + key))
         }
         if lines:
-            charts.append(_learning(key, title, unit, lines))
+            charts.append(_learning(key, title, unit, lines, list(curves)))
     return charts
 
 
@@ -53,8 +53,13 @@ def _points(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float,
     ]
 
 
-def _learning(key: str, title: str, unit: str, lines: Mapping[tuple[str, str], list[tuple[float, float]]]) -> Chart:
-    stages = list(dict.fromkeys(stage for stage, _ in lines))
+def _learning(
+    key: str,
+    title: str,
+    unit: str,
+    lines: Mapping[tuple[str, str], list[tuple[float, float]]],
+    stages: Sequence[str],
+) -> Chart:
 
     def draw(axes: Axes, theme: Theme) -> None:
         for (stage, prefix), points in lines.items():
