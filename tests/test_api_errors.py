@@ -165,6 +165,11 @@ MISTAKES = {
         TypeError,
         'descriptions is a list: give score text -> what earns it, as in {"1": "wrong", "2": "right"}',
     ),
+    "an order of prompts that is none": (
+        lambda _: rubric_prompt("a", "b", "c", {"1": "bad", "2": "good"}, order="response first"),
+        ValueError,
+        "order='response first' is unknown: choose 'standard' or 'shared-first'",
+    ),
     "more scores than rationales": (
         lambda _: from_prometheus_eval({"instruction": "a", "gpt4_score": [1, 2], "gpt4_feedback": ["b"]}),
         ValueError,

@@ -9,6 +9,7 @@ from conftest import make_aspect_rows, make_model, make_rows, make_tokenizer, ma
 from test_aspects import ASPECTS
 from test_aspects import make_rows as aspect_rows
 
+from trl_tract.backends.tree import distinct_share
 from trl_tract.cli import main
 from trl_tract.commands.check import examine, lengths_table, score_histogram
 from trl_tract.commands.token_view import around_score, labelled, legend, painted, view_row
@@ -246,3 +247,30 @@ def test_own_completions_that_contradict_their_gold_scores_are_warned_of(tmp_pat
         _, out = checked(tmp_path, model, rows, capsys, "--rubric", str(tmp_path / "rubric.yaml"))
         assert ("Warning" in out) == warned
         assert ("correlation" in out) == warned
+
+
+def test_the_tokens_that_rows_share_are_counted_in_either_order(tmp_path, model, capsys):
+    # Eight answers to one question, which is most of the prompt; a ninth row of another question.
+    rubric = tmp_path / "rubric.yaml"
+    rubric.write_text("criterion: Is it right?\nscores: {1: no, 2: some, 3: half, 4: most, 5: yes}\n")
+    rows = [{"instruction": "why " * 50, "response": f"{i} so", "rationale": "good", "score": 5} for i in range(8)]
+    other = {"instruction": "how", "response": "so", "rationale": "bad", "score": 1}
+    code, printed = checked(tmp_path, model, [*rows, other], capsys, "--rubric", str(rubric))
+    assert code == 0
+    standard, first = (int(share) for share in re.findall(r"(\d+)% (?:of the tokens|with `order)", printed))
+    # By hand: of eight rows that share all but answer and completion, and one that shares the rubric.
+    assert first < 35 < standard < 100
+
+
+def test_tokens_are_shared_in_files_longer_than_what_is_looked_at(tmp_path, model, capsys, monkeypatch):
+    # Rows are read ahead: their number is no measure of what has been counted.
+    monkeypatch.setattr("trl_tract.commands.check._LOOKED_AT", 3)
+    code, printed = checked(tmp_path, model, make_rows(9), capsys)
+    assert code == 0
+    assert "of the tokens are computed" in printed
+
+
+def test_distinct_tokens_are_counted_by_hand():
+    # Sorted: 5 5 5 1, 5 5 5 2 | 7 7, in batches of two: 4 + 1 of 8 tokens, and 2 of 2.
+    sequences = [np.stack([ids, range(len(ids))], axis=1) for ids in ([5, 5, 5, 2], [7, 7], [5, 5, 5, 1])]
+    assert distinct_share(sequences, 2) == 0.7

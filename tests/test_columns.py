@@ -1,5 +1,6 @@
 """A user's own rubric and columns become the rows that are understood, and a mistake in them is named."""
 
+import itertools
 import json
 
 import pytest
@@ -142,6 +143,8 @@ def test_a_response_that_is_true_or_nan_is_no_text(rubric):
             r"in `template`, \{answer\} is not understood. Places are: \{",
         ),
         (RUBRIC + "template: 'judge'\n", r"no place for the \{response\}"),
+        (RUBRIC + "order: reversed\n", "order 'reversed' is unknown; it is standard or shared-first"),
+        (RUBRIC + "template: '{response}'\norder: standard\n", "`template` has an order of its own"),
     ],
 )
 def test_a_mistake_in_a_rubric_is_named(text, wanted, tmp_path):
@@ -153,6 +156,24 @@ def test_a_mistake_in_a_rubric_is_named(text, wanted, tmp_path):
 def test_a_rubric_of_other_scores_says_which_option_to_set(rubric):
     with pytest.raises(ValueError, match=r"describes the scores 1, 2, 3, 4, 5, but the grid is 1, 2, 3: give "):
         read_item(RECORD, read_scales({"score_values": [1, 2, 3]}), OwnColumns.parse(COLUMNS, rubric))
+
+
+def test_shared_first_puts_the_response_behind_all_that_others_share(rubric, tmp_path):
+    (tmp_path / "first.yaml").write_text(RUBRIC + "order: shared-first\n")
+    prompts = []
+    for file in (rubric, tmp_path / "first.yaml"):
+        own = OwnColumns.parse([*COLUMNS, "reference=right"], file)
+        for answer in ("2", "three"):
+            item = read_item(RECORD | {"answer": answer, "right": "two"}, SCALES, OwnColumns.from_dict(own.to_dict()))
+            prompts.append(item.training[0]["prompt"])
+    standard, _, first, other = prompts
+    assert sorted(standard.split()) == sorted(first.split())
+    begin = "".join(
+        one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, other, strict=False))
+    )
+    assert begin.endswith("###Response to evaluate:\n")
+    for part in ("Score 5: It is right.", "###Instruction:\n1 + 1?", "###Reference answer:\ntwo"):
+        assert part in begin
 
 
 SOME = """\

@@ -71,6 +71,25 @@ def cost_of(rows: int, length: int, attention: float) -> float:
     return rows * length * (1 + attention * length)
 
 
+def distinct_share(sequences: Sequence[Ints], batch_size: int) -> float:
+    """Which part of their tokens is distinct, where batches are made of sequences that begin alike.
+
+    Args:
+        sequences: Token ids and positions, `(n, 2)` each.
+        batch_size: Sequences in a batch.
+
+    Example:
+        >>> one, other = (np.stack([[5, 5, 5, last], range(4)], axis=1) for last in (1, 2))
+        >>> distinct_share([one, other], 2)
+        0.625
+    """
+    merged = _Merge.of(sequences, [0] * len(sequences))
+    # The first of a batch has nobody before it to begin alike with.
+    seen = sum(common for number, common in enumerate(merged.common) if number % batch_size)
+    total = sum(map(len, sequences))
+    return (total - seen) / total
+
+
 @dataclass(frozen=True)
 class _Merge:
     """An order of sequences in which those that begin alike follow each other.

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from trl_tract.backends.loading import tokenizer_to_train
+from trl_tract.backends.tree import distinct_share
 from trl_tract.commands.template_view import template_words
 from trl_tract.commands.token_view import around_score, view_row
 from trl_tract.rows.dataset import find_scales, refusal_summary
@@ -28,11 +30,14 @@ from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale, read_scales
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.door import Bare, Refusal, Source, written_rows
+from trl_tract.sources.prompts import ORDERS
 from trl_tract.sources.schemas import Item
 from trl_tract.text.display import visible
 from trl_tract.text.terminal import aligned, bars
 
 _EXAMPLES = 5  # rows that are kept to be shown
+_LOOKED_AT = 1000  # records whose common tokens are counted
+_BATCH = 8  # rows in a micro-batch, as the host has them by default
 
 
 @dataclass
@@ -88,6 +93,7 @@ class RowsReport:
         refused: Whatever would not be trained on, and why.
         longest: Tokens of the longest row, one that is cut included: the `max_length` that cuts none.
         examples: The first rows that are trained on, with the numbers of their records.
+        sequences: Token ids and positions of the rows of the first 1,000 records, `(n, 2)` each.
     """
 
     name: str
@@ -104,6 +110,7 @@ class RowsReport:
     refused: list[Refusal] = field(default_factory=list)
     longest: int = 0
     examples: list[tuple[int, Row]] = field(default_factory=list)
+    sequences: list[NDArray[np.int64]] = field(default_factory=list)
 
     @property
     def usable(self) -> bool:
@@ -170,7 +177,10 @@ def examine(
                 agreement.golds.append(gold)
                 agreement.written.append(score)
                 made = made and converted and score == scale.grid.value_of(scale.grid.nearest_text(gold))
-        report.tokens.append(len(columns["input_ids"]))
+        ids = columns["input_ids"]
+        report.tokens.append(len(ids))
+        if number < _LOOKED_AT:
+            report.sequences.append(np.stack([ids, np.arange(len(ids))], axis=1))
         report.prompt_tokens.append(prompt)
         report.completion_tokens.append(length - prompt)
         if number in shown:
@@ -277,6 +287,7 @@ def check(
         for number in sorted(set(rows) - {number for number, _ in report.examples}):
             say(f"\nrow {number} is not shown: there is no such row that would be trained on")
         say(f"\n{_max_length(report, max_length)}")
+        say(_shared(report, source, scales, own, tokenizer, training))
     elif not report.refused:
         say("\nNothing to train on: no row has a prompt and a score")
     if report.refused:
@@ -319,3 +330,28 @@ def _max_length(report: RowsReport, max_length: int | None) -> str:
     if max_length is not None and report.longest > max_length:
         return f"max_length: set it to {report.longest} or more; at {max_length} the longest row is cut"
     return f"max_length: {report.longest} is enough for every row"
+
+
+def _shared(
+    report: RowsReport,
+    source: str,
+    scales: tuple[Scale, ...],
+    own: OwnColumns | None,
+    tokenizer: PreTrainedTokenizerBase,
+    training: Mapping[str, Any],
+) -> str:
+    """Which part of the tokens share_prompts would compute, as prompts are and in the rubric's other order."""
+    if not report.sequences:
+        return f"share_prompts: none of the first {_LOOKED_AT:,} records would be trained on, and these are looked at"
+    share = distinct_share(report.sequences, _BATCH)
+    told = f"share_prompts: in micro-batches of {_BATCH} rows that begin alike, {share:.0%} of the tokens are computed"
+    if own is None or own.rubric is None or own.rubric.template is not None:
+        return told
+    (order,) = ORDERS.keys() - {own.rubric.order}
+    other = Source(source, scales, replace(own, rubric=replace(own.rubric, order=order)))
+    first = itertools.islice(other.found(), _LOOKED_AT)
+    changed, _ = examine(first, report.name, tokenizer, training, examples=())
+    if not changed.sequences:
+        return told
+    share = distinct_share(changed.sequences, _BATCH)
+    return f"{told} (order: {own.rubric.order}), and {share:.0%} with `order: {order}` in the rubric"

@@ -8,19 +8,11 @@ from trl_tract.rows.row import Row
 from trl_tract.scale.scale import read_scales
 from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, score_text
 
-RUBRIC_PROMPT = """\
-{instructions}
-###Instruction:
-{instruction}
-
-###Response to evaluate:
-{response}
-
-{reference_section}###Score rubric: [{criterion}]
-{descriptions}
-
-###Feedback:"""
-
+ORDERS = {
+    "standard": ("instruction", "response", "reference", "rubric"),
+    "shared-first": ("rubric", "instruction", "reference", "response"),
+}
+"""The parts of a rubric's prompt in their order, by its name."""
 
 _INSTRUCTIONS = (
     "Read the response below and judge it by the score rubric alone. First write feedback that says what the response "
@@ -38,6 +30,7 @@ def rubric_prompt(
     reference: str | None = None,
     scale: str | None = None,
     marker: str = "[RESULT]",
+    order: str = "standard",
 ) -> str:
     """Direct-assessment prompt of one response under one rubric.
 
@@ -49,25 +42,36 @@ def rubric_prompt(
         reference: An answer that would earn the highest score.
         scale: What scores there are, where not all are described: `any whole number from 0 to 100`.
         marker: Text that the judge is asked to write before its score.
+        order: `standard`, instruction and response before the rubric; or `shared-first`, the response last, so that
+            prompts about one instruction have most of their tokens in common (`TRACTConfig.share_prompts`). A judge
+            is asked in the order that it was trained on.
 
     Raises:
         TypeError: The descriptions are no mapping.
+        ValueError: There is no such order.
     """
     if not isinstance(descriptions, Mapping):
         raise TypeError(
             f"descriptions is a {type(descriptions).__name__}: give score text -> what earns it, as in "
             '{"1": "wrong", "2": "right"}'
         )
-    return RUBRIC_PROMPT.format(
-        instructions=_INSTRUCTIONS.format(
-            marker=marker, scores=f" out of {', '.join(descriptions)}" if scale is None else f": {scale}"
+    if order not in ORDERS:
+        raise ValueError(f"order={order!r} is unknown: choose {' or '.join(map(repr, ORDERS))}")
+    parts = {
+        "instruction": f"###Instruction:\n{instruction.strip()}",
+        "response": f"###Response to evaluate:\n{response.strip()}",
+        "reference": f"###Reference answer:\n{reference.strip()}" if reference else None,
+        "rubric": "\n".join(
+            [
+                f"###Score rubric: [{criterion.strip()}]",
+                *(f"Score {score}: {text.strip()}" for score, text in descriptions.items()),
+            ]
         ),
-        instruction=instruction.strip(),
-        response=response.strip(),
-        reference_section=f"###Reference answer:\n{reference.strip()}\n\n" if reference else "",
-        criterion=criterion.strip(),
-        descriptions="\n".join(f"Score {score}: {text.strip()}" for score, text in descriptions.items()),
-    )
+    }
+    scores = f" out of {', '.join(descriptions)}" if scale is None else f": {scale}"
+    told = _INSTRUCTIONS.format(marker=marker, scores=scores)
+    ordered = "\n\n".join(part for name in ORDERS[order] if (part := parts[name]) is not None)
+    return f"{told}\n{ordered}\n\n###Feedback:"
 
 
 def from_feedback_collection(row: Mapping[str, Any], *, marker: str = "[RESULT]") -> Row:

@@ -8,7 +8,7 @@ from typing import Any
 
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.text import score_text, some_scores
-from trl_tract.sources.prompts import rubric_prompt
+from trl_tract.sources.prompts import ORDERS, rubric_prompt
 
 _PLACES = ("instruction", "response", "reference", "criterion", "descriptions", "scores", "marker")
 
@@ -23,16 +23,18 @@ class Rubric:
             ranges of them, such as `0-20`.
         template: The prompt with `{response}` and the other places of it to fill; None: `prompts.rubric_prompt`.
         scale: What scores there are, in words; None: those that are described.
+        order: Of the prompt's parts, where there is no template; see `rubric_prompt`.
     """
 
     criterion: str
     descriptions: Mapping[str, str]
     template: str | None = None
     scale: str | None = None
+    order: str = "standard"
 
     @classmethod
     def load(cls, path: str | Path) -> "Rubric":
-        """Read a YAML file with `criterion`, `scores` (score: description) and, if wanted, `scale` and `template`.
+        """Read a YAML file with `criterion`, `scores` (score: description), and `scale`, `order`, `template` if wanted.
 
         Raises:
             FileNotFoundError: No such file.
@@ -50,11 +52,11 @@ class Rubric:
         wanted = "a rubric is YAML with `criterion: text` and `scores:`, under it `1: text`, `2: text` and so on"
         if not isinstance(content, dict) or not {"criterion", "scores"} <= content.keys():
             raise ValueError(f"--rubric {path}: {wanted}")
-        unknown = sorted(map(str, content.keys() - {"criterion", "scores", "scale", "template"}))
+        unknown = sorted(map(str, content.keys() - {"criterion", "scores", "scale", "template", "order"}))
         if unknown:
             raise ValueError(
-                f"--rubric {path}: {', '.join(unknown)} is not understood; {wanted}; `scale: text` and "
-                "`template: text` may be added"
+                f"--rubric {path}: {', '.join(unknown)} is not understood; {wanted}; `scale: text`, "
+                "`order: shared-first` and `template: text` may be added"
             )
         if not isinstance(content["scores"], dict) or len(as_written["scores"]) < 2:
             raise ValueError(f"--rubric {path}: `scores` must describe two scores or more; {wanted}")
@@ -68,13 +70,18 @@ class Rubric:
             if not isinstance(told, str) or not told.strip():
                 raise ValueError(f"--rubric {path}: {name} has no text; {wanted}")
         template, scale = as_written.get("template"), as_written.get("scale")
-        rubric = cls(as_written["criterion"], described, template, None if scale is None else scale.strip())
-        rubric._check_template(path)
+        order = as_written.get("order", "standard").strip()
+        rubric = cls(as_written["criterion"], described, template, None if scale is None else scale.strip(), order)
+        rubric._check_template(path, "order" in as_written)
         return rubric
 
-    def _check_template(self, path: str | Path) -> None:
+    def _check_template(self, path: str | Path, order_given: bool) -> None:
+        if self.order not in ORDERS:
+            raise ValueError(f"--rubric {path}: order {self.order!r} is unknown; it is {' or '.join(ORDERS)}")
         if self.template is None:
             return
+        if order_given:
+            raise ValueError(f"--rubric {path}: `template` has an order of its own: leave `order` out")
         places = re.findall(r"\{(\w+)\}", str(self.template))
         unknown = sorted(set(places) - set(_PLACES))
         if unknown or "response" not in places:
@@ -138,6 +145,7 @@ class Rubric:
                 reference=reference,
                 scale=self.scale,
                 marker=marker,
+                order=self.order,
             )
         filled = {
             "instruction": instruction,
