@@ -190,6 +190,7 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "pytest": _nothing,
     "vllm": _nothing,
     "openssl": _nothing,
+    "inspect": _nothing,
     "mkdocs": _nothing,
     "tee": _nothing,
 }

@@ -1,11 +1,10 @@
 """Does a served judge give every client the answer of `trl-tract judge`, as fast, and does it lose none?
 
-A judge with short rationales (`--model`, or SmolLM2-135M-Instruct after some updates on made-up rows, trained here)
-does the same rows twice: by `trl-tract judge`, and by `trl-tract serve` for `--clients` clients, who send one item a
-request. Then
+A judge of short texts (`--model`, or SmolLM2-135M-Instruct, shown an example in each prompt) does the same rows twice:
+by `trl-tract judge`, and by `trl-tract serve` for `--clients` clients, who send one item a request. Then
 
 - every answer is compared with the judgement of its item (same seed, so the same rationale; scores to 1e-3);
-- hostile bodies are sent between the requests: each has to be refused in words, or answered with an error;
+- hostile bodies are sent between requests: each has to be refused in words, or answered with an error;
 - the server's resident memory is read along the way;
 - a second load is interrupted by SIGTERM: what was taken has to be answered, and the server has to exit with 0.
 
@@ -29,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,50 +38,32 @@ import torch
 
 from trl_tract.files.journal import read_jsonl, write_jsonl
 
-WORDS = ["the", "reply", "is", "short", "clear", "wrong", "long", "says", "why", "thanks", "sorry", "order", "today"]
+WORDS = ["please", "thanks", "sorry", "now", "never", "order", "today", "no", "wrong", "kind"]
 TOLERANCE = 1e-3  # rubric units
 Answer = tuple[int, dict[str, Any]]
 
 
-def make_row(number: int) -> dict[str, Any]:
-    """A short item; the more polite its words, the higher its score."""
-    rng = random.Random(number)
-    score = number % 5 + 1
-    words = rng.sample(WORDS, 8) + ["please"] * (score - 1)
-    rng.shuffle(words)
-    prompt = f"Polite, from 1 to 5? A few words, then [RESULT] and the score.\nReply {number}: {' '.join(words)}"
-    return {
-        "prompt": [{"role": "user", "content": prompt}],
-        "completion": [{"role": "assistant", "content": f"It says please {score - 1} times. [RESULT] {score}"}],
-        "score": float(score),
-    }
+def make_prompt(number: int) -> str:
+    """A short prompt with an example to go by, which the untrained model follows every other time."""
+    words = random.Random(number).sample(WORDS, 4)
+    return f"{' '.join(words[:2])} -> It is fine. [RESULT] 3\n{number} {' '.join(words)} ->"
 
 
-def train(folder: Path, updates: int) -> Path:
-    """A judge that keeps to the format."""
+def make_judge(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct in float32, and what a trained judge would have saved beside it."""
+    from trl_tract.backends.loading import load_tokenizer
     from trl_tract.demo.seed_model import save_seed_model
+    from trl_tract.rows.tokens import resolve_scales
+    from trl_tract.saved.judge_config import JudgeConfig
+    from trl_tract.scale.scale import read_scales
 
-    seed, judge = folder / "seed", folder / "judge"
+    judge = folder / "judge"
     if not (judge / "tract_config.json").exists():
-        save_seed_model(seed, torch.float32)
-        write_jsonl(folder / "train.jsonl", [make_row(number) for number in range(10**6, 10**6 + 8 * updates)])
-        options = {
-            "model": seed,
-            "data": folder / "train.jsonl",
-            "output_dir": judge,
-            "per_device_train_batch_size": 8,
-            "max_steps": updates,
-            "learning_rate": 1e-4,
-            "bf16": "false",
-            "save_strategy": "no",
-            "report_to": "none",
-        }
-        command("train", options).check_returncode()
+        save_seed_model(judge, torch.float32)
+        row = {"prompt": make_prompt(0), "completion": " It is fine. [RESULT] 3"}
+        scales = resolve_scales(load_tokenizer(str(judge)), row, read_scales({}))
+        JudgeConfig(scales, chat=False).save(judge)
     return judge
-
-
-def command(name: str, options: dict[str, Any]) -> "subprocess.CompletedProcess[bytes]":
-    return subprocess.run(arguments(name, options), check=False)
 
 
 def arguments(name: str, options: dict[str, Any]) -> list[str]:
@@ -165,7 +147,11 @@ async def ask(session: aiohttp.ClientSession, url: str, body: Any) -> Answer:
 
 
 async def load(
-    server: Server, rows: list[dict[str, Any]], clients: int, hostile: list[bytes], stop_after: int | None = None
+    server: Server,
+    rows: list[dict[str, Any]],
+    clients: int,
+    hostile: Sequence[bytes] = (),
+    stop_after: int | None = None,
 ) -> dict[str, Any]:
     """Send every row once, from many clients; tell what came back for each."""
     answers: dict[int, Answer] = {}
@@ -196,12 +182,11 @@ async def load(
         async def enemy() -> None:
             for body in hostile:
                 refusals.append(await ask(session, f"{server.url}/judge", body))
-                await asyncio.sleep(0.2)
 
         await asyncio.gather(*(client() for _ in range(clients)), *([enemy()] if hostile else []))
         ended, finished = time.perf_counter(), len(answers)
         rates = {}
-        if stop_after is None:
+        if stop_after is None and not hostile:
             spent = used(server.process.pid)[0] - cpu
             rates = {
                 "rows_per_second": (finished - counted) / (ended - began),
@@ -234,17 +219,16 @@ def is_refused(refusal: Answer) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="Where rows, judge and judgements go.")
-    parser.add_argument("--model", type=Path, help="A judge of chat messages. By default one is trained.")
+    parser.add_argument("--model", type=Path, help="A judge of plain text. By default SmolLM2.")
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--hostile", type=int, default=200)
-    parser.add_argument("--updates", type=int, default=24, help="Of the judge that is trained.")
-    parser.add_argument("--max_new_tokens", type=int, default=16)
+    parser.add_argument("--max_new_tokens", type=int, default=10)
     args = parser.parse_args()
     folder = args.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    model = args.model or train(folder, args.updates)
-    rows = [make_row(number) for number in range(args.requests)]
+    model = args.model or make_judge(folder)
+    rows = [{"prompt": make_prompt(number)} for number in range(args.requests)]
     write_jsonl(folder / "rows.jsonl", rows)
     sampling = {"max_new_tokens": args.max_new_tokens, "max_attempts": 1}
 
@@ -252,12 +236,15 @@ def main() -> None:
     judgements = list(read_jsonl(folder / "judged" / "judgements.jsonl"))
 
     server = Server(model, sampling)
-    served = asyncio.run(load(server, rows, args.clients, hostile_bodies(args.hostile)))
+    served = asyncio.run(load(server, rows, args.clients))
+    # Apart from what is timed: to refuse a megabyte takes time as well.
+    attacked = asyncio.run(load(server, rows[: args.requests // 10], args.clients, hostile_bodies(args.hostile)))
     exit_code = server.stop()
     off = differences(served["answers"], judgements)
+    off_attacked = differences(attacked["answers"], judgements)
 
     server = Server(model, sampling)
-    stopped = asyncio.run(load(server, rows, args.clients, [], stop_after=min(200, args.requests // 4)))
+    stopped = asyncio.run(load(server, rows, args.clients, stop_after=min(200, args.requests // 4)))
     taken = {number: each for number, each in stopped["answers"].items() if each[0] != 503}
     after = differences(taken, judgements)
     stopped_code = server.process.wait(timeout=600)
@@ -271,9 +258,10 @@ def main() -> None:
         "scores": sum(told["score"] is not None for _, told in served["answers"].values()),
         "largest difference": max(off),
         "connection errors": dict(served["errors"]),
-        "hostile bodies": len(served["refusals"]),
-        "hostile bodies refused in words": sum(map(is_refused, served["refusals"])),
-        "statuses of hostile bodies": dict(Counter(status for status, _ in served["refusals"])),
+        "hostile bodies": len(attacked["refusals"]),
+        "hostile bodies refused in words": sum(map(is_refused, attacked["refusals"])),
+        "statuses of hostile bodies": dict(Counter(status for status, _ in attacked["refusals"])),
+        "largest difference beside hostile bodies": max(off_attacked),
         "resident MiB after each 100 answers": [round(each) for each in resident],
         "exit code": exit_code,
         "stopped by SIGTERM": {
@@ -285,9 +273,9 @@ def main() -> None:
         },
     }
     well = (
-        max(off) <= TOLERANCE
+        max(off + off_attacked) <= TOLERANCE
         and len(off) == args.requests
-        and all(map(is_refused, served["refusals"]))
+        and all(map(is_refused, attacked["refusals"]))
         and max(after) <= TOLERANCE
         and exit_code == stopped_code == 0
     )

@@ -29,14 +29,18 @@ class Item(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: Prompt | None = Field(
-        None, description="The judge's prompt, text or chat messages, written as in its training rows."
+        default=None, description="The judge's prompt, text or chat messages, written as in its training rows."
     )
-    response: str | None = Field(None, description="The response to be judged, by the rubric saved with the judge.")
-    instruction: str = Field("", description="What the response answers. With `response` alone.")
+    response: str | None = Field(
+        default=None, description="The response to be judged, by the rubric saved with the judge."
+    )
+    instruction: str = Field(default="", description="What the response answers. With `response` alone.")
     reference: str | None = Field(
-        None, description="An answer that would earn the highest score. With `response` alone."
+        default=None, description="An answer that would earn the highest score. With `response` alone."
     )
-    seed: int | None = Field(None, ge=0, lt=SEEDS, description="Random seed of the rationale; the judge's by default.")
+    seed: int | None = Field(
+        default=None, ge=0, lt=SEEDS, description="Random seed of the rationale; the judge's by default."
+    )
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "Item":
@@ -77,7 +81,9 @@ class Answer(BaseModel):
     spread: float | None = Field(description="Standard deviation of the score under the model, rubric units.")
     grid_mass: float | None = Field(description="Probability on the score grid; far below 1: no score was expected.")
     error: str | None = Field(description="Why there is no score.")
-    aspects: dict[str, "Answer"] | None = Field(None, description="Of a judge of several aspects: each one's answer.")
+    aspects: dict[str, "Answer"] | None = Field(
+        default=None, description="Of a judge of several aspects: each one's answer."
+    )
 
 
 def answer(judgement: Judgement, scales: Sequence[Scale]) -> Answer:
@@ -94,7 +100,6 @@ def answer(judgement: Judgement, scales: Sequence[Scale]) -> Answer:
             spread=_number(judged.std),
             grid_mass=_number(judged.grid_mass),
             error=judged.error,
-            aspects=None,
         )
 
     grids = {scale.name: scale.grid.texts for scale in scales}
@@ -115,13 +120,15 @@ class ChatRequest(BaseModel):
 
     model: str = Field(description="Name of the judge, as /v1/models has it.")
     messages: list[dict[str, Any]] = Field(min_length=1, description="The judge's prompt.")
-    seed: int | None = Field(None, ge=0, lt=SEEDS, description="Random seed of the rationale; the judge's by default.")
-    n: int | None = Field(None, ge=1, le=1, description="1: several rationales are an option of the server.")
-    stream: bool | None = Field(None, description="False: a judgement is answered as a whole.")
-    response_format: dict[str, Any] | None = Field(
-        None, description='`{"type": "json_object"}`: the message is the answer of /judge as JSON.'
+    seed: int | None = Field(
+        default=None, ge=0, lt=SEEDS, description="Random seed of the rationale; the judge's by default."
     )
-    tools: list[Any] | None = Field(None, description="None: a judge calls no tools.")
+    n: int | None = Field(default=None, ge=1, le=1, description="1: several rationales are an option of the server.")
+    stream: bool | None = Field(default=None, description="False: a judgement is answered as a whole.")
+    response_format: dict[str, Any] | None = Field(
+        default=None, description='`{"type": "json_object"}`: the message is the answer of /judge as JSON.'
+    )
+    tools: list[Any] | None = Field(default=None, description="None: a judge calls no tools.")
 
     @model_validator(mode="after")
     def _can_be_done(self) -> "ChatRequest":
