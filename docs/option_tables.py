@@ -12,7 +12,7 @@ from pathlib import Path
 import trl
 
 from trl_tract.commands.entry_points import COMMANDS, _option_groups
-from trl_tract.training.config import TRACTConfig
+from trl_tract.commands.parsing import host_fields
 
 PAGE = Path(__file__).with_name("options.md")
 TABLES = re.compile(r"(?<=<!-- options -->\n\n).*?(?=\n\n<!-- /options -->)", re.DOTALL)
@@ -20,10 +20,10 @@ TABLES = re.compile(r"(?<=<!-- options -->\n\n).*?(?=\n\n<!-- /options -->)", re
 
 def table(kind: type) -> str:
     """One group of options: heading, what it is about, a row for each option."""
-    theirs = {field.name for field in dataclasses.fields(trl.SFTConfig)} - {"max_length", "output_dir"}
+    theirs = host_fields(kind)
     rows = []
     for field in dataclasses.fields(kind):
-        if kind is TRACTConfig and field.name in theirs:
+        if field.name in theirs:
             continue
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         shown = "required" if default is dataclasses.MISSING else "" if default is None else f"`{_written(default)}`"
@@ -31,7 +31,8 @@ def table(kind: type) -> str:
         if choices := field.metadata.get("choices"):
             text += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
         rows.append(f"| `--{field.name}` | {shown} | {text.replace('|', chr(92) + '|')} |")
-    about = "TRACT's own settings" if kind is TRACTConfig else str(kind.__doc__).strip().rstrip(".")
+    own = {"TRACTConfig": "TRACT's own settings", "REALConfig": "The reinforcement stage's own settings"}
+    about = own.get(kind.__name__) or str(kind.__doc__).strip().rstrip(".")
     return "\n".join(
         [f"## {kind.__name__}", "", f"{about}.", "", "| option | default | what it does |", "|---|---|---|", *rows]
     )

@@ -29,7 +29,7 @@ from trl_tract.training.config import TRACTConfig
 from trl_tract.training.early_warnings import EarlyWarnings
 
 Say = Callable[[str], None]
-_GENERATED = {"distill", "judge-seed", "judge-stage1", "judge-tract"}
+_GENERATED = {"distill", "judge-seed", "judge-stage1", "judge-tract", "judge-real"}
 
 
 @dataclass(frozen=True)

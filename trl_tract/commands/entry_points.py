@@ -28,6 +28,7 @@ one step at a time:
   bootstrap    write rationales for rows that have only scores
   train        train one stage on rows with rationales and scores
   distill      write new rationales for the training rows with the stage-one model
+  rl           train a judge further on its own errors: prompts and scores, no rationales
   judge        score rows with a trained judge, or compare pairs of responses
   serve        answer requests with a trained judge, over HTTP
   report       compare judgements with gold scores
@@ -50,8 +51,13 @@ SENTENCES = {
 def _option_groups(command: str) -> list[type]:
     """The dataclasses of a command's options."""
     generation = [options.GenerationArguments, options.EngineArguments]
-    if command in ("run", "train"):
+    if command in ("run", "train", "rl"):
         from trl import ModelConfig
+
+        if command == "rl":
+            from trl_tract.training.real_config import REALConfig
+
+            return [options.RLArguments, options.ColumnArguments, REALConfig, ModelConfig]
 
         from trl_tract.training.config import TRACTConfig
 
@@ -107,6 +113,7 @@ def _run(arguments: Sequence[str]) -> int:
         rationales=run.rationales,
         seed_baseline=run.seed_baseline,
         bootstrap=run.bootstrap_settings(),
+        rl=run.rl_settings(),
         backend=generation.engine(),
     )
     if run.dry_run:
@@ -163,6 +170,32 @@ def _train(arguments: Sequence[str]) -> int:
 
 def _bootstrap(arguments: Sequence[str]) -> int:
     return bootstrap.write_rationales(*_parse("bootstrap", arguments))
+
+
+def _rl(arguments: Sequence[str]) -> int:
+    from trl_tract.runs.steps import RLStep
+    from trl_tract.saved.judge_config import FILE_NAME, JudgeConfig
+    from trl_tract.sources.door import Source, rows_file
+    from trl_tract.training.config import field_values
+    from trl_tract.training.starting import policy_tokenizer
+
+    rows, columns, training, model = _parse("rl", arguments)
+    name = _required_model(model)
+    own, chat = _own(columns, name), bool(policy_tokenizer(name).chat_template)
+    scales = JudgeConfig.load(name).scales if (Path(name) / FILE_NAME).is_file() else training.scales
+    _tell_of_neighbours()
+
+    def read(source: str) -> AbstractContextManager[Path]:
+        items = Source(source, scales, own, training.invalid_rows)
+        return rows_file(items.rows(chat, lambda item: [item.reference]))
+
+    with read(rows.data) as data, read(rows.eval_data) if rows.eval_data else nullcontext() as eval_data:
+        evaluated = None if eval_data is None else str(eval_data)
+        kept = None if own is None else own.to_dict()
+        RLStep(name, str(data), training.output_dir, evaluated, field_values(training), asdict(model), own=kept).run()
+    if _is_first_process():
+        print(f"The judge is in {training.output_dir}")
+    return 0
 
 
 def _distill(arguments: Sequence[str]) -> int:
@@ -350,6 +383,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "bootstrap": _bootstrap,
     "distill": _distill,
+    "rl": _rl,
     "judge": _judge,
     "serve": _serve,
     "report": _report,

@@ -160,6 +160,20 @@ class RunArguments:
             "report and card."
         },
     )
+    rl: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the judge further on its own errors, behind both stages; with --rationales none, train the "
+            "seed model so from the start."
+        },
+    )
+    rl_args: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Fields of REALConfig for that: JSON, or a mapping in a YAML file. What is left out is as in the "
+            "other stages, or REALConfig's default."
+        },
+    )
     dry_run: bool = field(default=False, metadata={"help": DRY_RUN})
 
     def bootstrap_settings(self) -> dict[str, Any]:
@@ -177,6 +191,41 @@ class RunArguments:
         if not isinstance(settings, dict):
             raise ValueError(f"--bootstrap is {type(settings).__name__}, not a mapping of settings")
         return settings
+
+    def rl_settings(self) -> dict[str, Any] | None:
+        """Fields of REALConfig; None where the judge is not trained on its own errors.
+
+        Raises:
+            ValueError: They are no JSON object, or given without `rl`.
+        """
+        if not self.rl:
+            if self.rl_args:
+                raise ValueError("--rl_args says how to train with reinforcement, and --rl true is missing")
+            return None
+        if not isinstance(self.rl_args, str):
+            return dict(self.rl_args or {})
+        try:
+            return dict(json.loads(self.rl_args))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"--rl_args is not a JSON object: {error}") from error
+
+
+@dataclass
+class RLArguments:
+    """Rows of prompts and scores."""
+
+    data: str = field(
+        metadata={
+            "help": "Rows with gold scores; rationales are not needed: a .jsonl, .json, .csv, .tsv or .parquet file, "
+            "or a hub id. If your columns have other names, see --columns and --rubric."
+        }
+    )
+    eval_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows to choose the checkpoint by. By default a tenth of --data is held out for it, 200 at most."
+        },
+    )
 
 
 @dataclass

@@ -9,12 +9,9 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-import trl
 from transformers import TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
-
-from trl_tract.training.config import TRACTConfig
 
 _MODEL = ("model", "model_name_or_path")
 
@@ -109,16 +106,23 @@ def make_parser(command: str, dataclass_types: Sequence[type], description: str 
 def _heading(kind: type, name: str) -> str:
     """Under what an option is listed: the class that it was first written in."""
     if issubclass(kind, TrainingArguments):
-        own = {field.name for field in dataclasses.fields(TRACTConfig)} - {
-            field.name for field in dataclasses.fields(trl.SFTConfig)
-        }
-        if name in own | {"max_length", "output_dir"}:
-            return "TRACT"
+        if name not in host_fields(kind):
+            return kind.__name__.removesuffix("Config")
         inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
-        return "TRL: training (TrainingArguments)" if name in inherited else "TRL: training (SFTConfig)"
+        host = next(each for each in kind.__mro__ if each.__module__.startswith("trl."))
+        return f"TRL: training ({'TrainingArguments' if name in inherited else host.__name__})"
     if kind.__module__.startswith("trl."):
         return "TRL: model, LoRA and quantisation (ModelConfig)"
     return str(kind.__doc__).strip().rstrip(".").lower()
+
+
+def host_fields(kind: type) -> set[str]:
+    """The fields that a configuration has from TRL's own one, without those whose meaning or default it changes."""
+    host = next((each for each in kind.__mro__[1:] if each.__module__.startswith("trl.")), None)
+    if host is None:
+        return set()
+    theirs = {field.name for field in dataclasses.fields(host)}
+    return theirs - {"output_dir"} - {name for name in vars(kind).get("__annotations__", {})}
 
 
 def parse(

@@ -12,13 +12,18 @@ from trl_tract.runs.judged import Judged
 from trl_tract.runs.results import finish_card, write_run_page
 from trl_tract.runs.run import Run
 from trl_tract.runs.spec import RunSpec
-from trl_tract.runs.steps import BootstrapStep, DistillStep, JudgeStep, TrainStep, say_now
+from trl_tract.runs.steps import BootstrapStep, DistillStep, JudgeStep, RLStep, TrainStep, say_now
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.door import write_rows
 from trl_tract.sources.schemas import Item
 
-JUDGED = {"seed model": "judged-seed", "stage one": "judged-stage1", "TRACT": "judged-tract"}
-"""The judges of a run, the one that is compared with the others last, and their folders of judgements."""
+JUDGED = {
+    **{"seed model": "judged-seed", "stage one": "judged-stage1"},
+    **{"TRACT": "judged-tract", "REAL": "judged-real"},
+}
+"""The judges that a run may have, the one that is compared with the others last, and their folders of judgements."""
+MODELS = {"TRACT": "tract", "REAL": "real"}
+"""Those whose cards tell of the evaluation, and their folders."""
 STEPS: Mapping[str, str] = {
     "prepare": "Reading the rows",
     "stage1": "Stage one: the seed model on the annotated rationales",
@@ -40,6 +45,11 @@ ONE_STAGE: Mapping[str, str] = {
     "report": STEPS["report"],
 }
 """The same without rationales."""
+RL_STEPS: Mapping[str, str] = {
+    "rl": "Reinforcement: the judge on its own errors",
+    "judge-real": "Judging the held-out items with the reinforced judge",
+}
+"""What is added before the report where the judge is trained further on its own errors."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class RunResult:
     """What a run ends with.
 
     Attributes:
-        model: Directory of the TRACT model.
+        model: Directory of the model that the run ends with.
         reports: Judge name -> agreement with the gold scores of the held-out items. With several aspects one for each:
             `TRACT, tone`; the next two likewise.
         grid_mass: Judge name -> mean probability on the grid; None where no item has a score.
@@ -81,6 +91,7 @@ def run_tract(
     bootstrap: Mapping[str, Any] | None = None,
     seed_baseline: bool = False,
     backend: Mapping[str, Any] | None = None,
+    rl: Mapping[str, Any] | None = None,
     isolate: bool | None = None,
     say: Callable[[str], None] = say_now,
 ) -> RunResult:
@@ -111,6 +122,8 @@ def run_tract(
         seed_baseline: Judge the held-out items with the untrained seed model too, and compare with it in the report. It
             does not know the marker, so the marker is written behind whatever it wrote; and it puts little probability
             on the grid, so its scores are the mean on the grid.
+        rl: Fields of REALConfig, to train the judge further on its own errors; with `rationales="none"` it is the only
+            training. None: it is not.
         backend: What generates: `name` (`transformers` or `vllm`) and arguments of that backend, such as `batch_size`.
         isolate: Run each step in a process of its own; by default on a GPU.
         say: Prints the headings.
@@ -131,6 +144,7 @@ def run_tract(
         bootstrap=dict(bootstrap or {}),
         seed_baseline=seed_baseline,
         backend=dict(backend or {}),
+        rl=None if rl is None else dict(rl),
     )
     return carry_out(spec, Path(output_dir), isolate=isolate, say=say)
 
@@ -202,6 +216,16 @@ def carry_out(
             own=None if spec.own is None else spec.own.to_dict(),
         )
 
+    def reinforce() -> RLStep:
+        return RLStep(
+            str(directory / "tract") if spec.stages else spec.model,
+            str(given_file),
+            str(directory / "real"),
+            training=spec.rl_training,
+            model_args=dict(spec.model_args),
+            own=None if spec.own is None else spec.own.to_dict(),
+        )
+
     def judge(stage: str, name: str) -> None:
         folder = f"judged-{name}"
         step = JudgeStep(
@@ -209,7 +233,7 @@ def carry_out(
         )
         run.step(f"judge-{name}", titles[f"judge-{name}"], step, makes=[folder], of=["prepare", stage])
 
-    def judge_untrained() -> None:
+    def judge_untrained(name: str, stage: str) -> None:
         settings = {**spec.generation, "append_marker": True, "normalize_grid": True}
         step = JudgeStep(
             spec.model,
@@ -217,12 +241,11 @@ def carry_out(
             str(directory / "judged-seed"),
             settings,
             dict(spec.backend),
-            asked_like=str(directory / "tract"),
+            asked_like=str(directory / name),
         )
-        run.step("judge-seed", titles["judge-seed"], step, makes=["judged-seed"], of=["prepare", "stage2"])
+        run.step("judge-seed", titles["judge-seed"], step, makes=["judged-seed"], of=["prepare", stage])
 
-    judged = {name: folder for name, folder in JUDGED.items() if f"judge-{folder.partition('-')[2]}" in titles}
-    if spec.writes_rationales:
+    if spec.stages:
         run.step("stage1", titles["stage1"], train(train_file, "stage1", spec.training), makes=["stage1"], of=[rows_of])
         distill = DistillStep(
             str(directory / "stage1"),
@@ -240,23 +263,33 @@ def carry_out(
         own_rows = directory / "self-generated" / "rows.jsonl"
         stage_two = train(own_rows, "tract", spec.stage_two_training, directory / "stage1")
         run.step("stage2", titles["stage2"], stage_two, makes=["tract"], of=["distill"])
-    else:
+    elif "stage2" in titles:
         run.step("stage2", titles["stage2"], train(train_file, "tract", spec.training), makes=["tract"], of=["prepare"])
-    if "judge-seed" in titles:
-        judge_untrained()
+    if "judge-seed" in titles and "stage2" in titles:
+        judge_untrained("tract", "stage2")
     if "judge-stage1" in titles:
         judge("stage1", "stage1")
-    judge("stage2", "tract")
-    judges = {name: Judged(directory / folder) for name, folder in judged.items()}
+    if "judge-tract" in titles:
+        judge("stage2", "tract")
+    if "rl" in titles:
+        run.step("rl", titles["rl"], reinforce(), makes=["real"], of=["stage2" if spec.stages else "prepare"])
+        if "judge-seed" in titles and "stage2" not in titles:
+            judge_untrained("real", "rl")
+        judge("rl", "real")
+    found = {name: folder for name, folder in JUDGED.items() if f"judge-{folder.partition('-')[2]}" in titles}
+    judges = {name: Judged(directory / folder) for name, folder in found.items()}
     result = summarise(directory, judges, run.seconds)
 
     def report() -> None:
         write_report(directory, result, judges)
-        for scale in judges["TRACT"].scales:
+        for scale in judges[list(judges)[-1]].scales:
             on_scale = {name: judge.scales[scale] for name, judge in judges.items()}
             write_run_page(directory, on_scale, result.reports, say)
             reports = {name: result.reports[judge.called(name)] for name, judge in on_scale.items()}
-            finish_card(directory, on_scale["TRACT"], reports, data=spec.data, held_out=spec.eval_data or spec.data)
+            for name in (each for each in judges if each in MODELS):
+                compared = dict(list(reports.items())[: list(reports).index(name) + 1])
+                card, held_out = directory / MODELS[name] / "README.md", spec.eval_data or spec.data
+                finish_card(directory, card, on_scale[name], compared, data=spec.data, held_out=held_out)
 
     before = [name for name in titles if name.startswith("judge-")]
     run.step("report", titles["report"], report, makes=["report.json", "report*.html", "report*-plots/*"], of=before)
@@ -267,13 +300,18 @@ def carry_out(
 
 def steps_of(spec: RunSpec) -> Mapping[str, str]:
     """The steps that a run will have, and what they are called."""
-    if not spec.writes_rationales:
-        steps = ONE_STAGE
+    if spec.rl is not None and not spec.stages:
+        steps = {"prepare": STEPS["prepare"], "judge-seed": STEPS["judge-seed"]}
+    elif not spec.stages:
+        steps = dict(ONE_STAGE)
     elif spec.bootstraps:
         first, *others = STEPS.items()
         steps = dict([first, *BOOTSTRAP.items(), *others])
     else:
-        steps = STEPS
+        steps = dict(STEPS)
+    if spec.rl is not None:
+        steps.pop("report", None)
+        steps |= {**RL_STEPS, "report": STEPS["report"]}
     return {name: title for name, title in steps.items() if name != "judge-seed" or spec.seed_baseline}
 
 
@@ -281,7 +319,7 @@ def summarise(directory: Path, judges: Mapping[str, Judged], seconds: dict[str, 
     """Agreement of each judge with the gold scores, by aspect."""
     scales = {scale.called(name): scale for name, judge in judges.items() for scale in judge.scales.values()}
     return RunResult(
-        directory / "tract",
+        directory / MODELS[list(judges)[-1]],
         {name: scale.report() for name, scale in scales.items()},
         {name: scale.mean_grid_mass for name, scale in scales.items()},
         {name: scale.errors for name, scale in scales.items()},

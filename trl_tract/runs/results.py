@@ -15,7 +15,7 @@ from trl_tract.runs.judged import Judged, JudgedScale, Lazy
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.saved.model_card import add_evaluation, add_training_run
 
-STAGES = {"stage one": "stage1", "stage two": "tract"}
+STAGES = {"stage one": "stage1", "stage two": "tract", "reinforcement": "real"}
 """What a run calls its stages, and the folders they train in."""
 
 
@@ -100,19 +100,20 @@ def write_run_page(
 
 
 def finish_card(
-    run: Path, judged: JudgedScale, reports: Mapping[str, ScoreReport], *, data: str, held_out: str
+    run: Path, card: Path, judged: JudgedScale, reports: Mapping[str, ScoreReport], *, data: str, held_out: str
 ) -> None:
-    """Tell the TRACT model's card what training could not know: the evaluation, where rows came from, stage one.
+    """Tell a model's card what training could not know: the evaluation; of TRACT, where rows came from, stage one.
 
     Args:
         run: The run's folder.
-        judged: The TRACT model's judgements on one scale: called for each of them in turn.
+        card: The model's.
+        judged: The model's judgements on one scale: called for each of them in turn.
         reports: Agreement with the gold scores: of the judges that are compared with it, and of its own, last.
         data: File or hub id of the annotated rows.
         held_out: File or hub id of the items that were judged.
     """
-    card, summary = run / "tract" / "README.md", run / "self-generated" / "summary.json"
-    if summary.is_file():
+    summary = run / "self-generated" / "summary.json"
+    if summary.is_file() and card.parent.name == STAGES["stage two"]:
         add_training_run(
             card, run / "stage1" / "README.md", data=data, summary=json.loads(summary.read_text(encoding="utf-8"))
         )

@@ -17,6 +17,16 @@ from trl_tract.text.secrets import without_secrets
 from trl_tract.training.config import read_settings
 
 RATIONALES = ("auto", "given", "bootstrap", "none")
+# Of training, what the reinforcement stage has alike: the machine and the seed.
+_ALIKE = (
+    *("seed", "bf16", "fp16", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs", "report_to"),
+    *("disable_tqdm", "dataloader_pin_memory", "invalid_rows", "hub_private_repo"),
+)
+# And how scores are written, where no judge says so.
+_OF_A_SEED = (
+    *("score_values", "score_texts", "score_marker", "normalize_grid"),
+    *("chat_template_kwargs", "thinking", "template_date"),
+)
 _ASIDE = {"output_dir", "hub_token", "push_to_hub_token"}  # of training, what changes no result
 
 
@@ -42,6 +52,7 @@ class RunSpec:
             arguments of its backend.
         seed_baseline: Whether the seed model judges the held-out items too, as it is.
         backend: What generates.
+        rl: Fields of REALConfig, for training the judge further on its own errors; None: it is not.
     """
 
     model: str
@@ -59,6 +70,7 @@ class RunSpec:
     bootstrap: Mapping[str, Any] = field(default_factory=dict)
     seed_baseline: bool = False
     backend: Mapping[str, Any] = field(default_factory=dict)
+    rl: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Make one of two ways to say that there are no rationales.
@@ -70,7 +82,17 @@ class RunSpec:
             raise ValueError(f"rationales={self.rationales!r} is unknown: choose one of {', '.join(RATIONALES)}")
         if self.rationales == "bootstrap" and self.training.get("drop_rationale"):
             raise ValueError("rationales='bootstrap' writes rationales, and drop_rationale leaves them out: choose one")
-        if self.rationales == "none":
+        if self.rl is not None and len(self.scales) > 1:
+            raise ValueError(
+                "rl trains judges of one score, and aspects names several: leave rl out, or train a judge for the "
+                "aspect that matters"
+            )
+        if self.rl is not None and self.training.get("drop_rationale"):
+            raise ValueError(
+                "rl trains rationales, and drop_rationale leaves them out. To train the seed model on prompts and "
+                "scores with reinforcement alone, set rationales='none' and leave drop_rationale out"
+            )
+        if self.rationales == "none" and self.rl is None:
             object.__setattr__(self, "training", {**self.training, "drop_rationale": True})
         elif self.training.get("drop_rationale"):
             object.__setattr__(self, "rationales", "none")
@@ -107,7 +129,7 @@ class RunSpec:
     def source(self, name: str, say: Callable[[str], None] = print) -> Source:
         """The rows of `data` or `eval_data`, as the run reads them."""
         drop = str(self.training.get("invalid_rows", "raise"))
-        return Source(name, self.scales, self.own, drop, say, "none" if self.writes_rationales else "all")
+        return Source(name, self.scales, self.own, drop, say, "none" if self.stages else "all")
 
     def to_write(self, item: Item) -> Sequence[Row]:
         """The rows of an item that the bootstrap reads: without a completion where it is to write one."""
@@ -141,6 +163,17 @@ class RunSpec:
     def bootstraps(self) -> bool:
         """Whether rationales are written before the training; asked of settled specs."""
         return self.rationales in ("auto", "bootstrap")
+
+    @property
+    def stages(self) -> bool:
+        """Whether TRACT's two stages are run: not without rationales to learn from."""
+        return self.writes_rationales and self.rationales != "none"
+
+    @property
+    def rl_training(self) -> dict[str, Any]:
+        """Fields of REALConfig: what is as in the other stages, then what was given for this one."""
+        alike = _ALIKE if self.stages else (*_ALIKE, *_OF_A_SEED)
+        return {name: self.training[name] for name in alike if name in self.training} | dict(self.rl or {})
 
     @property
     def judged_in_training(self) -> dict[str, Any]:
@@ -183,4 +216,6 @@ class RunSpec:
         }
         if self.bootstraps:
             settings |= {"rationales": self.rationales, "bootstrap": without_secrets(self.bootstrap)}
+        if self.rl is not None:
+            settings |= {"rl": without_secrets(self.rl), "rationales": self.rationales}
         return settings if self.own is None else settings | {"own_columns": self.own.to_dict()}

@@ -122,7 +122,8 @@ class REALConfig(KeepsSecrets, GRPOConfig):
         self._check_sampling()
 
     def _check_template(self) -> None:
-        if self.thinking is not None or self.template_date is not None or self.chat_template_kwargs:
+        given = self._given("thinking", "template_date", "chat_template_kwargs")
+        if given:
             settings = self.template_settings
             self.thinking = None if self.thinking is None else settings.thinking
             self.template_date, self.chat_template_kwargs = settings.date, dict(settings.chat_template_kwargs) or None
@@ -192,8 +193,13 @@ class REALConfig(KeepsSecrets, GRPOConfig):
             return cls(f"{model_name}-REAL")
         if isinstance(args, cls):
             return args
-        given = {name: value for name, value in field_values(args).items() if name != "generation_batch_size"}
-        return cls(**{**given, "hub_private_repo": True if args.hub_private_repo is None else args.hub_private_repo})
+        private = True if args.hub_private_repo is None else args.hub_private_repo
+        return cls.from_fields({**field_values(args), "hub_private_repo": private})
+
+    @classmethod
+    def from_fields(cls, values: Mapping[str, Any]) -> "REALConfig":
+        """From all fields of a configuration, of which the host takes one or the other of two that say the same."""
+        return cls(**{name: value for name, value in values.items() if name != "generation_batch_size"})
 
     def _given(self, *names: str) -> dict[str, Any]:
         return {name: value for name in names if (value := getattr(self, name)) is not None}

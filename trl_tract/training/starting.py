@@ -25,6 +25,7 @@ from trl_tract.training.resuming import settings_of
 
 logger = logging.get_logger(__name__)
 
+_LOOKED_AT = 1000  # rows that show how scores are written
 _Rows: TypeAlias = Dataset | IterableDataset
 
 
@@ -84,11 +85,8 @@ def find_judge(
         return Template(tokenizer, saved.template), saved
     settings = settled(tokenizer, settings_of(args), rows)
     template = Template(tokenizer, settings)
-    scales = args.scales
-    if "completion" in (get_dataset_column_names(rows) or []):
-        scales = find_scales(template, rows, scales)  # as the rows write them
-    else:
-        scales = _resolved(template, rows, scales)
+    written = any(row.get("completion") for row in itertools.islice(rows, _LOOKED_AT))
+    scales = find_scales(template, rows, args.scales) if written else _resolved(template, rows, args.scales)
     return template, JudgeConfig(scales, bool(args.normalize_grid), True, settings, asks_in_chat(rows))
 
 
@@ -128,7 +126,7 @@ def _check_same(model_id: str, args: REALConfig, saved: JudgeConfig) -> None:
 def _resolved(template: Template, rows: _Rows, scales: tuple[Scale, ...]) -> tuple[Scale, ...]:
     """The scales with their tokens behind the first prompt that can be asked."""
     problem: Exception = ValueError("there are no rows")
-    for row in itertools.islice(rows, 1000):
+    for row in itertools.islice(rows, _LOOKED_AT):
         try:
             return resolve_asked(template, row, scales)
         except (ScoreNotFoundError, KeyError, TypeError) as error:
