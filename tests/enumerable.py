@@ -31,8 +31,8 @@ def enumerable_tokenizer() -> Any:
     return fast
 
 
-def enumerable_model() -> Any:
-    model = make_model(vocab=6, width=16, std=0.2).double()
+def enumerable_model(std: float = 0.2) -> Any:
+    model = make_model(vocab=6, width=16, std=std).double()
     model.generation_config.pad_token_id = model.config.pad_token_id = END
     return model
 

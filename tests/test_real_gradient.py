@@ -73,8 +73,10 @@ def enumerated(
 
 
 @functools.cache
-def oracle(grid: tuple[tuple[str, float], ...], gold: float, gold_weight: float = 0.0) -> torch.Tensor:
-    model = enumerable_model()
+def oracle(
+    grid: tuple[tuple[str, float], ...], gold: float, gold_weight: float = 0.0, std: float = 0.2
+) -> torch.Tensor:
+    model = enumerable_model(std)
     return gradient(model, expected_loss(model, IDS, gold, dict(grid), gold_weight=gold_weight))
 
 
@@ -154,9 +156,13 @@ def test_two_ranks_make_the_update_of_one(tmp_path, two_ranks, loss_type):
         assert distance(rank - start, whole - start) < 1e-5
 
 
+# Its gradient stands out further from the noise of sampling: 0.02 off with 8,192 rationales.
+WIDER = 0.4
+
+
 def sampled(output_dir: Path, *, num_generations: int, batch: int, accumulation: int) -> torch.Tensor:
     """The update that the trainer makes of 8,192 rationales that it samples itself."""
-    model = enumerable_model()
+    model = enumerable_model(WIDER)
     before = torch.cat([weight.detach().flatten() for weight in model.parameters()])
     rows = [{"prompt": PROMPT, "score": GOLD}] * (8192 // num_generations)
     trainer = make(
@@ -177,7 +183,7 @@ def sampled(output_dir: Path, *, num_generations: int, batch: int, accumulation:
 @pytest.mark.parametrize(("num_generations", "accumulation"), [(8, 1), (8, 4), (2, 1), (2, 4)])
 def test_sampled_rationales_give_the_gradient(tmp_path, num_generations, accumulation):
     found = sampled(tmp_path, num_generations=num_generations, batch=8192 // accumulation, accumulation=accumulation)
-    assert distance(found, oracle(tuple(ONE_TOKEN.items()), GOLD)) < 0.04
+    assert distance(found, oracle(tuple(ONE_TOKEN.items()), GOLD, std=WIDER)) < 0.04
 
 
 @pytest.mark.slow
@@ -185,7 +191,7 @@ def test_sampled_rationales_give_the_gradient(tmp_path, num_generations, accumul
 def test_two_ranks_that_sample_give_the_gradient(tmp_path, two_ranks):
     sample = functools.partial(sampled, num_generations=8, batch=1024, accumulation=4)
     for found in two_ranks(sample, tmp_path):
-        assert distance(found, oracle(tuple(ONE_TOKEN.items()), GOLD)) < 0.04
+        assert distance(found, oracle(tuple(ONE_TOKEN.items()), GOLD, std=WIDER)) < 0.04
 
 
 def test_a_rationale_without_a_marker_earns_the_penalty_and_is_counted(tmp_path):

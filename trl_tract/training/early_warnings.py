@@ -192,7 +192,7 @@ class RolloutWarnings:
                 f"at step {step} only {mass:.0%} of the probability at the score is on the grid, so expected scores "
                 "are drawn to 0. Train with TRACT first, set gold_weight above 0, or lower the learning rate",
             )
-        if length < max(LEAST_TOKENS, LEAST_SHARE * self.first_length):
+        if length < min(self.first_length, max(LEAST_TOKENS, LEAST_SHARE * self.first_length)):
             said += self._once(
                 "length",
                 f"rationales shrink: {self.first_length:.0f} tokens at the start, {length:.1f} at step {step}. The "
