@@ -21,7 +21,8 @@ from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.files.fingerprint import file_digests, made_by, model_fingerprint
 from trl_tract.files.journal import differences, read_json, read_jsonl, write_json, write_jsonl
 from trl_tract.runs.spec import RunSpec
-from trl_tract.runs.steps import DistillStep, JudgeStep, TrainStep
+from trl_tract.runs.steps import DistillStep, JudgeStep
+from trl_tract.runs.train_steps import TrainStep
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale

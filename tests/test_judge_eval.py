@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import EarlyStoppingCallback
 
 from trl_tract import CoTRAILJudge, JudgeEvalCallback, TRACTTrainer, score_report
-from trl_tract.runs.steps import TrainStep
+from trl_tract.runs.train_steps import TrainStep
 
 ROWS = make_rows(12)
 HELD_OUT = make_rows(6, seed=1)
@@ -222,7 +222,7 @@ def test_a_step_trains_on_none_of_the_rows_that_it_judges(tmp_path, monkeypatch)
             parts.extend([group[row["prompt"]] for row in given[name]] for name in ("train_dataset", "eval_dataset"))
             super().__init__(*args, **given)
 
-    monkeypatch.setattr("trl_tract.runs.steps.TRACTTrainer", Seen)
+    monkeypatch.setattr("trl_tract.runs.train_steps.TRACTTrainer", Seen)
     training = {**PLAIN, **TRAINED, "max_steps": 1, "judge_eval_items": 3, "judge_eval_settings": JUDGING}
     TrainStep(str(tmp_path / "seed"), str(file), str(tmp_path / "out"), training=training).run()
     trained, judged = parts

@@ -6,7 +6,7 @@ import pytest
 
 from trl_tract.files.journal import read_json
 from trl_tract.runs.run import Run, finished_steps
-from trl_tract.runs.steps import TrainStep
+from trl_tract.runs.train_steps import TrainStep
 
 TITLES = {"rows": "Rows", "model": "Model", "judging": "Judging"}
 

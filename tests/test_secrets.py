@@ -17,7 +17,8 @@ from trl_tract import TRACTConfig, run_tract
 from trl_tract.backends.http import JSONServer
 from trl_tract.cli import main
 from trl_tract.files.journal import write_jsonl
-from trl_tract.runs.steps import DistillStep, TrainStep, run_step
+from trl_tract.runs.steps import DistillStep, run_step
+from trl_tract.runs.train_steps import TrainStep
 from trl_tract.training.config import field_values
 
 HUB, INIT, ENVIRONMENT, KEY, PASSWORD = SECRETS = [f"planted-{number}-7f3a9c51e2" for number in range(5)]

@@ -132,7 +132,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 def _train(arguments: Sequence[str]) -> int:
     from trl_tract.backends.loading import tokenizer_to_train
-    from trl_tract.runs.steps import TrainStep
+    from trl_tract.runs.train_steps import TrainStep
     from trl_tract.sources.door import Bare, Source, rows_file
     from trl_tract.training.config import field_values
 
@@ -173,7 +173,7 @@ def _bootstrap(arguments: Sequence[str]) -> int:
 
 
 def _rl(arguments: Sequence[str]) -> int:
-    from trl_tract.runs.steps import RLStep
+    from trl_tract.runs.train_steps import RLStep
     from trl_tract.saved.judge_config import FILE_NAME, JudgeConfig
     from trl_tract.sources.door import Source, rows_file
     from trl_tract.training.config import field_values

@@ -19,7 +19,8 @@ from trl_tract.files.journal import write_jsonl
 from trl_tract.runs.judged import Judged
 from trl_tract.runs.results import write_run_page
 from trl_tract.runs.run import Run
-from trl_tract.runs.steps import DistillStep, JudgeStep, TrainStep
+from trl_tract.runs.steps import DistillStep, JudgeStep
+from trl_tract.runs.train_steps import TrainStep
 
 
 @dataclass(frozen=True)

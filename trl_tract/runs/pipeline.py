@@ -12,7 +12,8 @@ from trl_tract.runs.judged import Judged
 from trl_tract.runs.results import finish_card, write_run_page
 from trl_tract.runs.run import Run
 from trl_tract.runs.spec import RunSpec
-from trl_tract.runs.steps import BootstrapStep, DistillStep, JudgeStep, RLStep, TrainStep, say_now
+from trl_tract.runs.steps import BootstrapStep, DistillStep, JudgeStep, say_now
+from trl_tract.runs.train_steps import RLStep, TrainStep
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.door import write_rows
 from trl_tract.sources.schemas import Item

@@ -26,7 +26,8 @@ from transformers import AutoTokenizer
 from trl_tract.demo.seed_model import save_seed_model
 from trl_tract.files.journal import guard, write_jsonl
 from trl_tract.runs.run import Run
-from trl_tract.runs.steps import DistillStep, JudgeStep, TrainStep
+from trl_tract.runs.steps import DistillStep, JudgeStep
+from trl_tract.runs.train_steps import TrainStep
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale
 from trl_tract.scale.text import CompletionFormat
