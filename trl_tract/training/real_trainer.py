@@ -14,7 +14,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
 from trl_tract.backends.branches import several_tokens, why_not_one_forward
-from trl_tract.backends.stop_text import Ending, StopText
+from trl_tract.backends.stop_text import Ending, StopText, Watch
 from trl_tract.rows.golds import mean_golds
 from trl_tract.rows.rendering import RenderedRow
 from trl_tract.rows.template import Asked
@@ -187,7 +187,7 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
 
         def stopping(*args: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
             rows, length = input_ids.shape
-            watch = StopText(ending, [length] * rows, [set() for _ in range(rows)])
+            watch = StopText([Watch(ending, set()) for _ in range(rows)], [length] * rows)
             return generate(*args, input_ids=input_ids, stopping_criteria=StoppingCriteriaList([watch]), **kwargs)
 
         model.generate = stopping
