@@ -8,7 +8,8 @@ from pathlib import Path
 import trl
 from template_tokenizers import TEMPLATES, template_tokenizer
 
-from trl_tract.rows.template import Frame, Template, TemplateSettings
+from trl_tract.rows.frame import Frame
+from trl_tract.rows.template import Template, TemplateSettings
 from trl_tract.scale.text import ScoreNotFoundError
 
 PAGE = Path(__file__).parents[1] / "docs" / "templates.md"

@@ -66,7 +66,9 @@ def _corpus() -> list[str]:
         "no",
     ]
     lines = [f"The reply {words[i % 17]} {words[i % 13]}: {' '.join(words[i % 9 :])}. Score {i}" for i in range(200)]
-    return [*lines, *(f"write the score.\n\n[RESULT] {i % 5 + 1}\n" for i in range(200))]
+    # Line breaks that join each other and what stands before them, as Qwen's, Llama 3's and Gemma's do.
+    breaks = ["the\n\nreply>\n\nand>\nno\n\n\nyes: \n\nshort.\nThe\n\n"] * 200
+    return [*lines, *breaks, *(f"write the score.\n\n[RESULT] {i % 5 + 1}\n" for i in range(200))]
 
 
 @functools.cache
@@ -87,7 +89,8 @@ def _vocabulary(name: str) -> str:
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     space = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space]) if before else space
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("▁(?=\\S)"), "merged_with_next")
+    words = pre_tokenizers.Split(Regex("▁(?=\\S)"), "merged_with_next")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("\n+"), "isolated"), words])
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>", *bytes_], show_progress=False)
     tokenizer.train_from_iterator(_corpus(), trainer)

@@ -16,7 +16,7 @@ from template_tokenizers import TEMPLATES, template_tokenizer
 from test_templates import FAMILIES, modes
 
 from trl_tract import CoTRAILJudge, CoTSelfDistill
-from trl_tract.backends import Backend, Generation
+from trl_tract.backends import Backend, Generation, ScriptedBackend
 from trl_tract.backends.stop_text import Ending
 from trl_tract.rows.dataset import find_scales
 from trl_tract.rows.encoding import RowEncoder
@@ -95,7 +95,11 @@ def test_a_judge_that_knows_its_rows_by_heart_gives_their_gold_scores(name: str,
 def test_self_distilled_rows_train_on_the_tokens_of_the_rows_that_were_taught(
     name: str, mode: str, tmp_path: Path
 ) -> None:
-    tokenizer, rows = template_tokenizer(name), rows_of(thinking=mode == "rationale")
+    check_distilled_rows(template_tokenizer(name), mode, tmp_path)
+
+
+def check_distilled_rows(tokenizer: Any, mode: str, tmp_path: Path) -> None:
+    rows = rows_of(thinking=mode == "rationale")
     config, ids = trained_on(tokenizer, rows, "auto")
     assert config.template.thinking == mode
     config.save(tmp_path)
@@ -123,3 +127,23 @@ def test_a_rows_own_variables_and_tools_count_wherever_it_is_asked(tmp_path: Pat
     written = distiller.distill(Dataset.from_list(rows), tmp_path / "written")
     assert written["rationale_source"] == ["self"] * 4
     assert trained_on(tokenizer, list(written), "rationale") == (config, ids)
+
+
+def test_each_item_is_sampled_again_by_its_own_way_of_thinking() -> None:
+    source = (
+        "{% set tag = tag or 'think' %}{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "<{{ tag }}>\n{{ m.reasoning_content }}\n</{{ tag }}>\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<{{ tag }}>\n{% endif %}"
+    )
+    tokenizer = template_tokenizer("qwen3", source)
+
+    def script(asked: str, seed: int) -> str:
+        return f"It is polite.</{asked.rpartition('<')[2].strip()[:-1]}> [RESULT] 4"
+
+    backend = ScriptedBackend(script, tokenizer, probs=[0, 0, 0, 1, 0])
+    judge = CoTRAILJudge(backend, thinking="rationale")
+    prompt = [{"role": "user", "content": "Judge."}]
+    tagged = [{"prompt": prompt, "chat_template_kwargs": {"tag": tag}} for tag in ("seed:think", "think")]
+    judged = judge.judge(tagged)
+    assert [(each.score, each.error, each.rationales) for each in judged] == [(4.0, None, ["It is polite."])] * 2
+    assert len(backend.generate_calls) == 1

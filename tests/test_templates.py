@@ -16,6 +16,7 @@ from tokenizers import processors
 from trl_tract import TRACTConfig
 from trl_tract.backends.loading import tokenizer_to_train
 from trl_tract.commands.template_view import template_words
+from trl_tract.rows.dataset import find_scales
 from trl_tract.rows.rendering import (
     render_pieces,
     render_row,
@@ -351,6 +352,111 @@ def test_the_date_of_the_training_is_rendered_again() -> None:
         assert found.date == datetime.date.today().isoformat()
         assert Template(template_tokenizer(name), found).ask(row_of()).text == today
     assert settled(template_tokenizer("qwen3"), TemplateSettings(), [row_of()]).date is None
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As SmolLM3's: the system message switches thinking, in prompts and in answers.
+SWITCHED = (
+    "{% set off = messages[0].role == 'system' and '/no_think' in messages[0].content %}{% for m in messages %}"
+    "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n{{ m.reasoning_content }}\n</think>\n\n"
+    "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n"
+    "{% if off or '/no_think' in messages[-1].content %}{{ '\n' }}</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def template_from(source: str, thinking: Any = "off", **options: Any) -> Template:
+    return Template(template_tokenizer("qwen3", source), TemplateSettings(thinking=thinking, **options))
+
+
+def behind_system(said: str) -> dict[str, Any]:
+    row = row_of()
+    return {**row, "prompt": [{"role": "system", "content": said}, *row["prompt"]]}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% set form = '%d %B %Y' %}{{ strftime_now(form) }}",
+        "{% set now = strftime_now %}{{ now('%d %B %Y') }}",
+        "{{ strftime_now(format='%d' ~ ' %B %Y') }}",
+    ],
+)
+def test_a_date_is_rendered_again_however_a_template_asks_for_it(source: str) -> None:
+    template = template_from(source + CHATML, date="2026-02-01")
+    assert template.ask(row_of()).text.startswith("01 February 2026<")
+
+
+def test_a_template_that_needs_a_system_message_is_found_out_behind_one() -> None:
+    needs = "{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    template, row = template_from(needs + CHATML), behind_system("You judge.")
+    assert render_row(template, row, SCALES).text == render_row(template_from(CHATML), row, SCALES).text
+    with pytest.raises(ScoreNotFoundError, match="no system message"):
+        template.ask(row_of())
+
+
+def test_a_system_message_may_switch_thinking() -> None:
+    closed = "<think>\n\n</think>\n\n"
+    for row in (row_of(), behind_system("/no_think")):
+        rendered = render_row(template_from(SWITCHED), row, SCALES)
+        assert rendered.text.endswith(f"<|im_start|>assistant\n{closed}{SAID}<|im_end|>\n")
+    inside = template_from(SWITCHED, "rationale")
+    assert inside.ask(behind_system("Think.")).text.endswith("<think>\n")
+    for row in (behind_system("/no_think"), row_of(ask="Judge. /no_think")):  # of the second, none can know
+        with pytest.raises(ScoreNotFoundError) as caught:
+            inside.ask(row)
+        assert caught.value.kind == "template"
+
+
+def test_a_template_that_is_never_the_same_is_refused() -> None:
+    with pytest.raises(ScoreNotFoundError, match="each time"):
+        template_from("{{ range(99999) | random }}" + CHATML).ask(row_of())
+
+
+def test_an_answer_may_be_text_where_questions_are_parts() -> None:
+    part = "{% for part in m.content %}{{ part.text }}{% endfor %}"
+    part = f"{{% if m.role == 'user' %}}{part}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
+    rendered = render_row(template_from(CHATML.replace("{{ m.content }}", part)), row_of(), SCALES)
+    assert rendered.text == render_row(template_from(CHATML), row_of(), SCALES).text
+
+
+@pytest.mark.parametrize("name", ["gptoss", "gemma4_v5", "qwen3", "muse_glimmer"])
+def test_thinking_that_a_model_begins_by_itself_holds_no_marker(name: str) -> None:
+    inside = template_of(name, "rationale").frame()
+    opener, closer = inside.tags[0]
+    for frame in (template_of(name).frame(), inside):
+        before = f"It is polite.{closer}" if frame.closing else ""
+        assert may_end(frame, before + "It is ")
+        assert not may_end(frame, f"{before}{opener}I may write ")
+        assert may_end(frame, f"{before}{opener}I may write [RESULT] 2{closer}It is ")
+
+
+@pytest.mark.parametrize(
+    ("message", "thought"),
+    [
+        ({"reasoning_content": [{"type": "text", "text": "It is polite."}], "content": "[RESULT] 4"}, "It is polite."),
+        ({"reasoning_content": "It.", "reasoning": "It.", "content": "[RESULT] 4"}, "It."),
+        ({"reasoning_content": float("nan"), "content": SAID}, "The reply is polite."),
+        ({"reasoning_content": 3, "content": SAID}, None),
+        ({"reasoning_content": "One.", "reasoning": "Another.", "content": "[RESULT] 4"}, None),
+        ({"reasoning_content": "One.", "content": "<think>\nAnother.\n</think>\n\n[RESULT] 4"}, None),
+    ],
+)
+def test_no_thinking_of_a_row_is_left_out(message: Any, thought: str | None) -> None:
+    template = template_of("qwen3", "rationale")
+    if thought is None:
+        with pytest.raises(ScoreNotFoundError):
+            render_row(template, row_of(message), SCALES)
+        return
+    assert f"<think>\n{thought}\n</think>\n\n[RESULT] 4" in render_row(template, row_of(message), SCALES).text
+
+
+def test_a_marker_that_ends_the_turn_is_refused() -> None:
+    rows = [row_of("The reply is polite. <|im_end|> 4")]
+    with pytest.raises(ValueError, match="marker"):
+        find_scales(template_of("qwen3"), rows, read_scales({"score_marker": "<|im_end|>"}))
 
 
 def test_plain_text_is_not_asked_behind_an_end_of_sequence() -> None:

@@ -16,8 +16,9 @@ from trl_tract.distill.asking import asked_row
 from trl_tract.distill.failures import before_score, rationale_failure, stated_score, whole_sentences
 from trl_tract.distill.leaks import gives_away
 from trl_tract.files.journal import digest
+from trl_tract.rows.frame import Frame
 from trl_tract.rows.row import Row
-from trl_tract.rows.template import Asked, Frame, Template
+from trl_tract.rows.template import Asked, Template
 from trl_tract.rows.thinking import answered, may_end, own_thinking, read_rationale, stop_rules
 from trl_tract.rows.tokens import asked_ids, prefix_ids
 from trl_tract.scale.scale import Scale, locate_scores, scored_within

@@ -18,9 +18,10 @@ from trl_tract.distill.rationale_run import RationaleRun, replace_completion
 from trl_tract.files.blocks import BlockLog, Record, Report
 from trl_tract.files.journal import Rows
 from trl_tract.files.shards import Shard
+from trl_tract.rows.frame import Frame
 from trl_tract.rows.rendering import as_prompt_completion, written_completion
 from trl_tract.rows.row import Row
-from trl_tract.rows.template import Frame, TemplateSettings, Thinking
+from trl_tract.rows.template import TemplateSettings, Thinking
 from trl_tract.scale.scale import given_scales
 from trl_tract.scale.text import CompletionFormat
 from trl_tract.sources.files import plain

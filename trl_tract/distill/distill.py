@@ -18,9 +18,10 @@ from trl_tract.distill.writing import Draft, Writer
 from trl_tract.files.blocks import Record, Report
 from trl_tract.files.journal import Rows
 from trl_tract.files.shards import Shard
+from trl_tract.rows.frame import Frame
 from trl_tract.rows.rendering import as_prompt_completion, written_completion
 from trl_tract.rows.row import Row
-from trl_tract.rows.template import Frame, TemplateSettings, Thinking
+from trl_tract.rows.template import TemplateSettings, Thinking
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.scale import given_scales
 from trl_tract.scale.text import CompletionFormat

@@ -8,8 +8,9 @@ from typing import Any
 from trl_tract.backends import Backend, Generation, Sampling, Stop
 from trl_tract.distill.failures import Failure, rationale_failure, stated_score
 from trl_tract.files.journal import digest
+from trl_tract.rows.frame import Frame
 from trl_tract.rows.row import Row
-from trl_tract.rows.template import Asked, Frame, Template
+from trl_tract.rows.template import Asked, Template
 from trl_tract.rows.thinking import answered, may_end, own_thinking, read_rationale, scored_text, stop_rules
 from trl_tract.rows.tokens import prefix_ids
 from trl_tract.scale.scale import Scale, locate_scores, scored_within

@@ -17,7 +17,8 @@ from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.files.journal import digest
 from trl_tract.judge.judgement import Judgement
 from trl_tract.judge.scoring import NO_ROOM, Rule, Sampler
-from trl_tract.rows.template import Asked, Frame, Template
+from trl_tract.rows.frame import Frame
+from trl_tract.rows.template import Asked, Template
 from trl_tract.rows.thinking import answered, may_end, read_rationale, stop_rules
 from trl_tract.rows.tokens import asked_ids, prefix_ids
 from trl_tract.scale.scale import Scale, scored_within
@@ -101,13 +102,14 @@ class Loop:
         """Write the next rationale of each completion that goes on, or the reason why there is none."""
         sampler, scale = self.sampler, self.scales[number]
         # Thinking stands before the first rationale alone.
-        frames = [chain.asked.frame if number == 0 else Frame() for chain in going]
-        stop = Stop.at(scale, **stop_rules(frames))
-        options: dict[str, Any] = {
-            "rejects": lambda text: any(
-                not may_end(frame, text) or scored_within(answered(frame, text), self.scales) for frame in frames[:1]
-            ),
-        }
+        frames = {chain.item: chain.asked.frame for chain in going} if number == 0 else {}
+        stop = Stop.at(scale, **stop_rules(frames.values() if number == 0 else [Frame()]))
+
+        def rejects(key: int, text: str) -> bool:
+            frame = frames.get(key, Frame())
+            return not may_end(frame, text) or scored_within(answered(frame, text), self.scales) is not None
+
+        options: dict[str, Any] = {"rejects": rejects}
         if number == 0:
             options["seed"] = lambda item, attempt: [drawn[item], attempt]
             sampled = sampler.sample(ids, stop, n=self.num_generations, on_progress=passes.add, **options)

@@ -49,7 +49,7 @@ class Sampler:
         *,
         n: int,
         seed: Callable[[Key, int], Sequence[Any]],
-        rejects: Callable[[str], bool],
+        rejects: Callable[[Key, str], bool],
         on_progress: Callable[[int], None],
     ) -> dict[Key, list[Generation]]:
         """Rationales of each prompt.
@@ -77,15 +77,15 @@ class Sampler:
                 again = self.backend.generate([prompts[key] for key, _ in open_slots], n=1, **settings)
                 for (key, sample), generations in zip(open_slots, again, strict=True):
                     results[key][sample] = generations[0]
-            open_slots = [(key, sample) for key, sample in open_slots if self._is_open(results[key][sample], rejects)]
+            open_slots = [(key, one) for key, one in open_slots if self._is_open(results[key][one], key, rejects)]
             if not open_slots or self.append_marker:
                 break
         return results
 
     @staticmethod
-    def _is_open(generation: Generation, rejects: Callable[[str], bool]) -> bool:
+    def _is_open(generation: Generation, key: Key, rejects: Callable[[Key, str], bool]) -> bool:
         if generation.finish_reason == "stop":
-            return rejects(generation.text)
+            return rejects(key, generation.text)
         return generation.finish_reason != "prompt_too_long"
 
     def usable(self, generation: Generation) -> bool:

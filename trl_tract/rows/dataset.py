@@ -42,9 +42,16 @@ def find_scales(
         warn: Told how many rows write marker and score in another way.
 
     Raises:
-        ValueError: None of these rows has all the scores.
+        ValueError: None of these rows has all the scores, or a marker ends the turn.
     """
     template = Template.of(template)
+    eos = template.tokenizer.eos_token
+    for scale in scales:
+        if eos and eos in scale.marker:
+            raise ValueError(
+                f"the marker {scale.marker!r} holds {eos!r}, which ends the model's turn: it would never come to the "
+                "score. Choose another marker"
+            )
     problems: list[tuple[int, ScoreNotFoundError]] = []
     ways: dict[tuple[CompletionFormat, ...], list[tuple[int, Mapping[str, Any]]]] = {}
     count = 0

@@ -13,8 +13,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import is_conversational, maybe_convert_to_chatml
 
+from trl_tract.rows.frame import Frame
 from trl_tract.rows.row import Prompt, Row
-from trl_tract.rows.template import Asked, Frame, Template, TemplateSettings
+from trl_tract.rows.template import Asked, Template, TemplateSettings
 from trl_tract.rows.thinking import own_thinking, scored_text, thought_and_answer, thought_first
 from trl_tract.scale.scale import Scale, locate_scores
 from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, ScoreSpan

@@ -1,10 +1,11 @@
-"""What a chat template writes around a rationale, found by rendering words that stand in for it.
+"""How a row's prompt is asked by a tokenizer's chat template.
 
 A judge is asked with `asked` text; its rationale, marker and score go on behind it, then comes the end of the turn. So
 what is asked is the beginning of what is trained on every template, and nothing that was written is rendered again.
 Knows nothing of scores.
 """
 
+import contextlib
 import datetime
 import functools
 import json
@@ -16,26 +17,14 @@ from typing import Any, Literal
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from trl_tract.rows.messages import cut, marked, turn, whole_characters
+from trl_tract.rows.frame import QUESTION, Frame, Probe
+from trl_tract.rows.messages import cut, marked, text_of, whole_characters
 from trl_tract.rows.row import Prompt
 from trl_tract.scale.text import ScoreNotFoundError
 
 Thinking = Literal["auto", "off", "rationale"]
 THINKING = ("auto", "off", "rationale")
-
-# How families write a thinking block, where a template renders none of a row's thinking.
-_BLOCKS = (
-    ("<think>\n", "\n</think>\n\n"),
-    ("<|channel>thought\n", "\n<channel|>"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("[THINK]", "[/THINK]"),
-    ("<seed:think>\n", "\n</seed:think>\n"),
-)
-_SWITCHES = ("enable_thinking", "thinking")
-REASONING = ("reasoning_content", "reasoning", "thinking")
-# Stand in for a question, a thought and an answer: words that no template writes.
-_ASK, _THOUGHT, _ANSWER = "tractquestion", "tractthought", "tractanswer"
-_NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1""")
+_HEADS = ("system", "developer")
 
 
 @dataclass(frozen=True)
@@ -116,47 +105,6 @@ NO_SETTINGS = TemplateSettings(thinking="off")
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What a chat template writes around a rationale.
-
-    Attributes:
-        variables: What it is rendered with.
-        opening: Between its generation prompt and the rationale. The judge is asked with it.
-        start: Whitespace there that the judge writes itself, because it would melt into the first word.
-        closing: Where the rationale is the thinking: what ends it. Empty where it is not.
-        ending: Behind the score: the end of the turn.
-        parts: Whether it needs contents as parts, `[{"type": "text", "text": ...}]`.
-        block: How a thinking block begins and ends; None where the template is not known to have one.
-        opens: Whether the template's own generation prompt begins one.
-    """
-
-    variables: Mapping[str, Any] = field(default_factory=dict)
-    opening: str = ""
-    start: str = ""
-    closing: str = ""
-    ending: str = ""
-    parts: bool = False
-    block: tuple[str, str] | None = None
-    opens: bool = False
-
-    @property
-    def tags(self) -> tuple[tuple[str, str], ...]:
-        """How thinking may begin and end in a completion."""
-        own = () if self.block is None else ((self.block[0].strip(), self.block[1].strip()),)
-        return (*own, ("<think>", "</think>"))
-
-    @property
-    def shape(self) -> tuple[Any, ...]:
-        """What two frames have alike in which the same may be written."""
-        return self.closing, self.tags
-
-    @property
-    def closer(self) -> str:
-        """`closing` without the whitespace around it."""
-        return self.closing.strip()
-
-
-@dataclass(frozen=True)
 class Asked:
     """A prompt as the text that the model is asked with.
 
@@ -207,14 +155,21 @@ class Template:
             return Asked(prompt, self.cuts(prompt) if literal else (), Frame(ending=eos), True, literal)
         frame = self.frame(row)
         messages = [marked(message, self._control, frame.parts) for message in prompt]
-        text, cuts = cut(self._render(messages, frame.variables, generation=True) + frame.opening, self._control)
+        asked = self._render(messages, frame.variables, True)
+        if frame.begins(asked) != frame.begins(frame.header):
+            raise ScoreNotFoundError(
+                "template",
+                "the chat template opens or closes thinking behind these messages and not behind others: leave out of "
+                "them what switches it, and set thinking or chat_template_kwargs",
+            )
+        text, cuts = cut(asked + frame.opening, self._control)
         whole_characters(text)
         return Asked(text, cuts, frame, False, True)
 
     def before(self, row: Mapping[str, Any]) -> str:
         """What the template writes by itself before the first message of a row, its header included."""
         frame = self.frame(row)
-        return self._question(frame.variables, frame.parts).partition(_ASK)[0]
+        return self._probe(frame.variables, (), frame.parts).question(frame.variables).partition(QUESTION)[0]
 
     def cuts(self, text: str, real: Sequence[tuple[int, int]] = ()) -> tuple[int, ...]:
         """Where `text` is cut so that no control token comes out of it, but for those within the spans `real`."""
@@ -259,16 +214,31 @@ class Template:
                 "or set chat_template_path"
             )
         variables = self._variables(row)
-        key = json.dumps(variables, default=str)
+        frame = self._found(variables)
+        prompt = row.get("prompt")
+        head = prompt[:1] if isinstance(prompt, list) and _role(prompt[0]) in _HEADS else ()
+        if head and (isinstance(frame, ScoreNotFoundError) or frame.block is not None or frame.opening):
+            # Some templates need a system message, and in some it switches thinking.
+            own, parts = ({}, False) if isinstance(frame, ScoreNotFoundError) else (frame.variables, frame.parts)
+            header = self._probe(variables, head, parts).header({**variables, **own})
+            if isinstance(frame, ScoreNotFoundError) or header != frame.header:
+                frame = self._found(variables, head, header)
+        if isinstance(frame, ScoreNotFoundError):
+            raise frame
+        return frame
+
+    def _found(
+        self, variables: Mapping[str, Any], head: Sequence[Any] = (), header: str | None = None
+    ) -> Frame | ScoreNotFoundError:
+        """What was found for these variables before, behind a system message for those with this header."""
+        key = json.dumps([variables, header], default=str)
         if key not in self._frames:
             try:
-                self._frames[key] = self._probe(variables)
+                probe = self._probe(variables, head, False)
+                self._frames[key] = probe.frame(variables, self.settings.thinking == "rationale")
             except ScoreNotFoundError as error:
                 self._frames[key] = error
-        found = self._frames[key]
-        if isinstance(found, ScoreNotFoundError):
-            raise found
-        return found
+        return self._frames[key]
 
     @functools.cached_property
     def thinks(self) -> bool:
@@ -281,89 +251,10 @@ class Template:
             return False
         return True
 
-    def _probe(self, given: Mapping[str, Any]) -> Frame:
-        parts = not self._shown(given, parts=False)
-        if parts and not self._shown(given, parts=True):
-            raise ScoreNotFoundError(
-                "template",
-                "the chat template writes no text of a message, neither as text nor as a part of type text: use "
-                "another one (chat_template_path)",
-            )
-        opened = _opened(self._question(given, parts))
-        rationale = self.settings.thinking == "rationale"
-        source = self._source(given.get("tools"))
-        switches = [{name: rationale} for name in _SWITCHES if name not in given and re.search(rf"\b{name}\b", source)]
-        # A template that asks as it should without a switch is left alone, as SFTTrainer does.
-        for switch in [*switches, {}] if rationale or opened else [{}, *switches]:
-            find = self._thinking if rationale else self._plain
-            frame = find({**given, **switch}, parts)
-            if frame is not None:
-                return replace(frame, parts=parts, opens=opened is not None)
-        if rationale:
-            raise ScoreNotFoundError(
-                "template",
-                "thinking='rationale', but this chat template has no thinking block, or these chat_template_kwargs "
-                "close it: set thinking='off', or use the template of a thinking model",
-            )
-        # An empty block where the template leaves one open; else whatever it asks with.
-        opening = "" if opened is None else self._closing(given, parts, opened)
-        return Frame(given, opening, "", "", self._ending(given, parts), parts, opened, opened is not None)
-
-    def _plain(self, variables: Mapping[str, Any], parts: bool) -> Frame | None:
-        """Where the template's own row goes on behind its own question, and no thinking is left open."""
-        asked, row = self._question(variables, parts), self._row(variables, parts)
-        before = row.partition(_ANSWER)[0]
-        if _ANSWER not in row or not before.startswith(asked) or _opened(before) is not None:
-            return None
-        opening, start = before[len(asked) :], ""
-        if not opening.strip():
-            opening, start = "", opening
-        return Frame(variables, opening, start, "", row.partition(_ANSWER)[2], block=self._block)
-
-    def _thinking(self, variables: Mapping[str, Any], parts: bool) -> Frame | None:
-        """Where the thinking stands."""
-        asked, row = self._question(variables, parts), self._row(variables, parts, thought=_THOUGHT)
-        before, _, behind = row.partition(_THOUGHT)
-        if _ANSWER in behind and before.startswith(asked):
-            closing, _, ending = behind.partition(_ANSWER)
-            opener = before[len(asked) :] or asked.rstrip().rpartition("\n")[2]
-            return Frame(variables, before[len(asked) :], "", closing, ending, block=(opener, closing))
-        opened = _opened(asked)
-        block = opened or self._block
-        if block is None or asked.rstrip().endswith(block[1].strip()):
-            return None
-        opening = "" if opened else block[0]
-        return Frame(variables, opening, "", block[1], self._ending(variables, parts), block=block)
-
-    @functools.cached_property
-    def _block(self) -> tuple[str, str] | None:
-        """How the template writes a thinking block, by its source."""
-        source = self._source(None)
-        return next((block for block in _BLOCKS if block[1].strip() in source), None)
-
-    def _closing(self, variables: Mapping[str, Any], parts: bool, block: tuple[str, str]) -> str:
-        """What ends a block that the template opened."""
-        behind = self._row(variables, parts, thought=_THOUGHT).partition(_THOUGHT)[2]
-        return behind.partition(_ANSWER)[0] if _ANSWER in behind else block[1]
-
-    def _ending(self, variables: Mapping[str, Any], parts: bool) -> str:
-        _, found, behind = self._row(variables, parts).rpartition(_ANSWER)
-        return behind if found else self.tokenizer.eos_token or ""
-
-    def _shown(self, variables: Mapping[str, Any], *, parts: bool) -> bool:
-        try:
-            return _ASK in self._question(variables, parts)
-        except ScoreNotFoundError:
-            if parts:
-                raise
-            return False
-
-    def _question(self, variables: Mapping[str, Any], parts: bool) -> str:
-        return self._render([turn("user", _ASK, parts)], variables, generation=True)
-
-    def _row(self, variables: Mapping[str, Any], parts: bool, thought: str = "") -> str:
-        answer = turn("assistant", _ANSWER, parts) | ({name: thought for name in REASONING} if thought else {})
-        return self._render([turn("user", _ASK, parts), answer], variables)
+    def _probe(self, variables: Mapping[str, Any], head: Sequence[Any], parts: bool) -> Probe:
+        source = self._source(variables.get("tools"))
+        before = tuple((message["role"], text_of(message.get("content"))) for message in head)
+        return Probe(self._render, source, self.tokenizer.eos_token or "", before, parts)
 
     def _source(self, tools: Any) -> str:
         return str(self.tokenizer.get_chat_template(None, tools))
@@ -373,7 +264,7 @@ class Template:
         """Whether the template asks what day it is."""
         return bool(self.tokenizer.chat_template) and "strftime_now" in self._source(None)
 
-    def _render(self, messages: Sequence[Any], variables: Mapping[str, Any], *, generation: bool = False) -> str:
+    def _render(self, messages: Sequence[Any], variables: Mapping[str, Any], generation: bool) -> str:
         rest = dict(variables)
         tools = rest.pop("tools", None)
         source = self._source(tools)
@@ -390,7 +281,15 @@ class Template:
                     **rest,
                 )
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RuntimeError,
+        ) as error:
             raise ScoreNotFoundError("template", f"the chat template refuses it: {error}") from error
 
     @functools.cached_property
@@ -405,14 +304,19 @@ class Template:
         return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
-def _opened(text: str) -> tuple[str, str] | None:
-    """The thinking block that `text` leaves open at its end."""
-    return next((block for block in _BLOCKS if text.rstrip().endswith(block[0].strip())), None)
-
-
 def _on(source: str, date: str | None) -> str:
-    """A template that is told the day `date` whenever it asks; None: today."""
+    """A template that is told the day `date` whenever it asks; None: today.
+
+    A function among its variables would reach it as text.
+    """
     day = datetime.date.fromisoformat(date) if date else datetime.date.today()
-    days = {written: day.strftime(written) for _, written in _NOW.findall(source)}
+    told = []
+    for form in (f"%{pad}{letter}" for letter in "aAbBcdDeFgGHIjklmMnpRStTuUVwWxXyYzZ" for pad in ("-", "")):
+        with contextlib.suppress(ValueError):  # not every system knows all of them
+            told.append(f"replace({json.dumps(form)}, {json.dumps(day.strftime(form))})")
     # The environment takes one newline off behind a tag.
-    return f"{{%- macro strftime_now(form) -%}}{{{{ {json.dumps(days)}[form] }}}}{{%- endmacro %}}\n{source}"
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format | {' | '.join(told)} }}}}{{%- endmacro %}}\n{source}"
+
+
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, Mapping) else None

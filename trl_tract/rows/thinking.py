@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
+from trl_tract.rows.frame import REASONING, Frame
 from trl_tract.rows.messages import text_of
-from trl_tract.rows.template import REASONING, Frame
 from trl_tract.scale.text import ScoreNotFoundError
 
 
@@ -30,9 +30,10 @@ def stop_rules(frames: Iterable[Frame]) -> StopRules:
 
 def may_end(frame: Frame, text: str) -> bool:
     """Whether a marker behind `text`, which the model wrote, counts: not inside a thinking block."""
-    if frame.closing:
-        return frame.closer in text
-    tags, end = own_thinking(text, frame)
+    if frame.closing and frame.closer not in text:
+        return False
+    # Also where it begins to think again behind the thinking that it was asked for.
+    tags, end = own_thinking(text.partition(frame.closer)[2] if frame.closing else text, frame)
     return tags is None or end is not None
 
 
@@ -75,10 +76,13 @@ def thought_and_answer(completion: Any, frame: Frame) -> tuple[str | None, str]:
     content = completion_text(completion)
     if isinstance(completion, str):
         return None, content
-    for name in REASONING:
-        if isinstance(completion[-1].get(name), str) and completion[-1][name].strip():
-            return _without_frame(completion[-1][name]), content.lstrip()
+    beside = {name: text for name in REASONING if (text := _reasoning(completion[-1], name)).strip()}
     tags, end = own_thinking(content, frame)
+    if len(set(beside.values())) + (tags is not None) > 1 and beside:
+        places = " and ".join([*beside, *(["content"] if tags is not None else [])])
+        raise ScoreNotFoundError("thinking", f"there is thinking in {places}. Give it once")
+    if beside:
+        return _without_frame(next(iter(beside.values()))), content.lstrip()
     if tags is not None and end is not None and frame.block is not None:
         thought = content[content.index(tags[0]) + len(tags[0]) : end - len(tags[1])]
         return _without_frame(thought), content[end:].lstrip()
@@ -89,6 +93,16 @@ def thought_and_answer(completion: Any, frame: Frame) -> tuple[str | None, str]:
         if len(parts) == 2 and content.count(closer) == 1:
             return _without_frame(parts[0]), parts[1].lstrip()
     return None, content
+
+
+def _reasoning(message: Mapping[str, Any], name: str) -> str:
+    """Thinking that stands beside the content of a message; empty where there is none.
+
+    Raises:
+        ScoreNotFoundError: It is no text.
+    """
+    value = message.get(name)
+    return "" if value is None or value != value else text_of(value)
 
 
 def _without_frame(thought: str) -> str:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from trl_tract.backends.base import Stop
 from trl_tract.backends.stop_text import Ending
-from trl_tract.rows.template import Asked, Frame, Template
+from trl_tract.rows.frame import Frame
+from trl_tract.rows.template import Asked, Template
 from trl_tract.rows.thinking import read_rationale, stop_rules
 from trl_tract.rows.tokens import marker_prefix
 from trl_tract.scale.scale import Scale

