@@ -211,6 +211,13 @@ def test_a_score_within_a_thought_is_a_part_of_the_thought(tmp_path):
     assert [label for label in trained if label == label] == [4.0]
 
 
+def test_where_every_row_is_dropped_no_rows_come_back(tmp_path):
+    backend = ScriptedBackend(lambda prompt, seed: " never", TOKENIZER)
+    distilled = CoTSelfDistill(backend, on_failure="drop").distill(Dataset.from_list(make_rows(2)), tmp_path / "out")
+    assert len(distilled) == 0
+    assert "attempts" in distilled.column_names
+
+
 def test_another_runs_directory_is_refused(tmp_path):
     rows = Dataset.from_list(make_rows(2))
     scripted().distill(rows, tmp_path / "out")

@@ -50,6 +50,7 @@ RUN: dict[str, list[Block]] = {
 # How many blocks of a page are not run. A new one has to be wanted: it changes this.
 NOT_RUN = {
     "README.md": 3,
+    "docs/bootstrap.md": 2,
     "docs/contributing.md": 2,
     "docs/frameworks.md": 5,
     "docs/generation.md": 4,
@@ -71,6 +72,7 @@ SMALLER = {
         'from_pretrained("stage1")': f'from_pretrained("stage1", {FEW})',
         'Judge.from_pretrained("judge")': f'Judge.from_pretrained("judge", {FEW})',
     },
+    "docs/bootstrap.md": {"keep=1": "keep=1, max_new_tokens=8"},
     "docs/generation.md": {"http://localhost:8000/v1": "FAKE_SERVER"},
     "docs/rewards.md": {
         'from_pretrained("judge")': f'from_pretrained("judge", {FEW})',
@@ -83,7 +85,13 @@ SMALLER = {
 # And what is added to commands.
 SMALL_STEPS = ["--max_steps", "2", "--bf16", "false", "--save_strategy", "no", "--report_to", "none"]
 SMALL_TEXTS = ["--max_new_tokens", "8", "--max_attempts", "1"]
-ADDED = {"run": [*SMALL_STEPS, *SMALL_TEXTS], "train": SMALL_STEPS, "distill": SMALL_TEXTS, "judge": SMALL_TEXTS}
+ADDED = {
+    "bootstrap": SMALL_TEXTS[:2],
+    "run": [*SMALL_STEPS, *SMALL_TEXTS],
+    "train": SMALL_STEPS,
+    "distill": SMALL_TEXTS,
+    "judge": SMALL_TEXTS,
+}
 # What a page takes for granted.
 GIVEN: dict[str, dict[str, Any]] = {"docs/training_options.md": {"rows": Dataset.from_list(make_rows(8))}}
 

@@ -16,7 +16,7 @@ import processes
 import pytest
 from conftest import make_model, make_rows, make_tokenizer
 
-from trl_tract import CoTRAILJudge, CoTSelfDistill, TransformersBackend
+from trl_tract import CoTBootstrap, CoTRAILJudge, CoTSelfDistill, TransformersBackend
 from trl_tract.cli import main
 from trl_tract.files.blocks import BlockLog
 from trl_tract.files.journal import JsonlRows, KnownRows, read_jsonl, write_jsonl
@@ -46,6 +46,12 @@ def save_model(directory: Path) -> str:
 def distil(model: str, data: str, block_size: int, settings: dict[str, Any], out: str) -> None:
     backend = TransformersBackend(model, batch_size=8)
     CoTSelfDistill.from_pretrained(model, backend, block_size=block_size, **settings).distill_file(data, out)
+
+
+def bootstrap(model: str, data: str, block_size: int, settings: dict[str, Any], out: str) -> None:
+    backend = TransformersBackend(model, batch_size=8)
+    form = {"completion_format": FORM, "block_size": block_size, "say": lambda line: None}
+    CoTBootstrap(backend, **form, **settings).bootstrap_file(data, out)
 
 
 def judge(model: str, data: str, out: str) -> None:
@@ -100,6 +106,21 @@ def test_self_distillation_killed_at_twenty_instants_ends_with_the_same_bytes(tm
     ends_with_the_same_bytes(tmp_path, 20, distil, model, str(data), 2, DISTIL)
     rows = list(read_jsonl(tmp_path / "whole" / "rows.jsonl"))
     assert {row["rationale_source"] for row in rows} == {"self", "annotated"}  # both ways out of a block
+
+
+@pytest.mark.slow
+def test_a_bootstrap_killed_at_twenty_instants_ends_with_the_same_bytes(tmp_path):
+    # A random model comes to about 3 whatever it writes: the rows with 3 are found blind, the others shown.
+    model = save_model(tmp_path / "model")
+    data = tmp_path / "rows.jsonl"
+    rows = make_rows(40)
+    for row in rows[5:]:
+        del row["completion"]
+    write_jsonl(data, rows)
+    settings = {"max_new_tokens": 16, "num_generations": 2, "on_failure": "keep"}
+    ends_with_the_same_bytes(tmp_path, 20, bootstrap, model, str(data), 2, settings)
+    found = {row["rationale_source"] for row in read_jsonl(tmp_path / "whole" / "rows.jsonl")}
+    assert found == {"annotated", "blind", "shown"}  # all ways out of a block
 
 
 def test_judging_killed_at_random_instants_ends_with_the_same_bytes(tmp_path):

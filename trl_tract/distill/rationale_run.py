@@ -95,9 +95,10 @@ class RationaleRun(ABC):
         directory = Path(output_dir)
         self._run(dataset, directory, None)
         features = Features({**dataset.features, **self._added(dataset.features)})
-        rows: Dataset = Dataset.from_json(
-            str(directory / "rows.jsonl"), features=features, cache_dir=str(directory / "cache")
-        )
+        file = directory / "rows.jsonl"
+        if not file.stat().st_size:  # every row was dropped: the host reads no empty file
+            return Dataset.from_dict({name: [] for name in features}, features=features)
+        rows: Dataset = Dataset.from_json(str(file), features=features, cache_dir=str(directory / "cache"))
         return rows
 
     def _of_file(self, data: str | Path, output_dir: str | Path, shard: Shard | None) -> Path | None:
