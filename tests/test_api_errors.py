@@ -8,6 +8,7 @@ from conftest import make_model, make_rows, make_tokenizer, make_trainer
 from datasets import Dataset
 
 from trl_tract import (
+    CoTBootstrap,
     CoTRAILJudge,
     CoTSelfDistill,
     JudgeEvalCallback,
@@ -20,7 +21,7 @@ from trl_tract import (
     rubric_prompt,
     run_tract,
 )
-from trl_tract.backends import ScriptedBackend
+from trl_tract.backends import ScriptedBackend, make_author
 from trl_tract.files.journal import write_jsonl
 from trl_tract.sources.door import held_out_rows
 from trl_tract.sources.rubric import Rubric
@@ -143,6 +144,35 @@ MISTAKES = {
         lambda folder: CoTSelfDistill(scripted()).distill(make_rows(2), folder / "out"),
         TypeError,
         "dataset is a list: make it a Dataset, as in Dataset.from_list(rows)",
+    ),
+    "a tolerance below zero": (
+        lambda _: CoTBootstrap(scripted(), tolerance=-1),
+        ValueError,
+        "tolerance=-1 must be 0 or more",
+    ),
+    "one price": (lambda _: CoTBootstrap(scripted(), prices=[1.0]), ValueError, "per million tokens read, and written"),
+    "no rationale to keep": (lambda _: CoTBootstrap(scripted(), keep=0), ValueError, "keep=0 must be 1 or more"),
+    "keep_gold for rows that have none": (
+        lambda _: CoTBootstrap(scripted(), on_failure="keep_gold"),
+        ValueError,
+        "on_failure='keep_gold' is unknown: choose one of drop, keep, raise",
+    ),
+    "a chat endpoint that is nowhere named": (
+        lambda _: make_author("gpt-x", "chat"),
+        ValueError,
+        "the chat backend needs base_url",
+    ),
+    "rationales of an unknown kind": (
+        lambda folder: run_tract("seed", "rows.jsonl", folder, rationales="some"),
+        ValueError,
+        "rationales='some' is unknown: choose one of auto, given, bootstrap, none",
+    ),
+    "rationales written and left out": (
+        lambda folder: run_tract(
+            "seed", "rows.jsonl", folder, rationales="bootstrap", training={"drop_rationale": True}
+        ),
+        ValueError,
+        "choose one",
     ),
     "no rationale to distil": (
         lambda _: CoTSelfDistill(scripted(), num_generations=0),

@@ -130,6 +130,13 @@ def test_rows_that_have_a_rationale_keep_it_and_their_way_of_writing(tmp_path):
     assert [row["rationale_source"] for row in done] == ["annotated", "blind", "blind"]
 
 
+def test_where_all_rows_have_a_rationale_nothing_is_asked_and_no_table_shown(tmp_path):
+    said, backend = [], model(cycle(" good"))
+    done = CoTBootstrap(backend, say=said.append).bootstrap(Dataset.from_list(make_rows(2)), tmp_path / "out")
+    assert done["rationale_source"] == ["annotated"] * 2
+    assert (len(said), backend.generate_calls) == (1, [])
+
+
 def test_all_rationales_are_written_anew_on_request(tmp_path):
     rows = rows_of(4, completion=" old [RESULT] 4")
     assert quiet(model(cycle(" good")), rewrite=True).bootstrap(rows, tmp_path)["completion"] == [" good [RESULT] 4"]

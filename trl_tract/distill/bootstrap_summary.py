@@ -73,7 +73,7 @@ class BootstrapSummary:
 
     def __str__(self) -> str:
         lines = [f"{self.rows:,} rows, {self.annotated:,} of which had a rationale"]
-        for name, scores in self.by_score.items():
+        for name, scores in self.by_score.items() if self.annotated < self.rows else ():
             counts = [(score, [scores[score][outcome] for outcome in OUTCOMES]) for score in scores]
             if name:
                 lines.append(name)
