@@ -83,6 +83,33 @@ def test_a_saved_output_is_drawn_again(step_cost, smoke, tmp_path):
 
 
 @pytest.fixture
+def shared_prompts(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import shared_prompts
+
+    yield shared_prompts
+    for name in ("shared_prompts", "step_cost", "contenders"):
+        sys.modules.pop(name, None)
+
+
+def test_sharing_is_measured_on_the_same_rows_with_fewer_tokens(shared_prompts, capsys, tmp_path):
+    shared_prompts.main(["--smoke", "--device", "cpu"])
+    printed = capsys.readouterr().out.splitlines()
+    result = json.loads(printed[-1])
+    assert result["benchmark"] == "shared_prompts"
+    alike, apart = result["rows"]
+    # Four rows of 40 + 8 tokens: the prompt once and four completions; where nothing is shared, all of them.
+    assert alike["tokens"] == {"separate": 192, "shared": 72}
+    assert apart["tokens"] == {"separate": 192, "shared": 192}
+    assert alike["peak_bytes"]["shared"] < alike["peak_bytes"]["separate"]
+    for row in result["rows"]:
+        assert row["loss_difference"] < 1e-5
+    (tmp_path / "saved.txt").write_text(printed[-1])
+    shared_prompts.main(["--replot", str(tmp_path / "saved.txt"), "--plot", str(tmp_path / "plot.png")])
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.fixture
 def generation(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import generation

@@ -20,6 +20,7 @@ from trl_tract import TRACTConfig, TRACTTrainer
 # Hidden units, units between, layers, heads, heads of keys and values.
 SHAPES = {
     "tiny": (32, 64, 2, 4, 4),
+    "tenth": (576, 1536, 3, 9, 3),  # SmolLM2-135M's width, a tenth of its layers
     "small": (576, 1536, 8, 9, 3),  # SmolLM2-135M's width, 8 of its 30 layers
     "1b": (2048, 8192, 16, 32, 8),  # Llama-3.2-1B
 }
