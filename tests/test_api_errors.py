@@ -2,6 +2,7 @@
 
 import datetime
 
+import numpy as np
 import pandas
 import pytest
 from conftest import make_model, make_rows, make_tokenizer, make_trainer
@@ -29,6 +30,13 @@ from trl_tract.sources.rubric import Rubric
 
 def scripted():
     return ScriptedBackend(lambda *_: "fine. [RESULT]", make_tokenizer())
+
+
+class Short(ScriptedBackend):
+    """Gives the probabilities of three tokens, whatever was asked for."""
+
+    def next_token_logprobs(self, token_id_lists, token_ids):
+        return np.zeros((len(token_id_lists), 3))
 
 
 def judge(**settings):
@@ -83,6 +91,11 @@ MISTAKES = {
         ),
         ValueError,
         "the column at holds times of day",
+    ),
+    "a backend that returns too few probabilities": (
+        lambda _: CoTRAILJudge(Short(lambda *_: "fine. [RESULT]", make_tokenizer())).judge(["a", "b"]),
+        ValueError,
+        "next_token_logprobs of the backend 'scripted' returned an array of shape (2, 3) where (2, 5) was asked for",
     ),
     "no rationale": (lambda _: judge(num_generations=0), ValueError, "num_generations=0 must be 1 or more"),
     "no attempt": (lambda _: judge(max_attempts=0), ValueError, "max_attempts=0 must be 1 or more"),

@@ -312,6 +312,13 @@ def test_an_option_of_a_yaml_file_that_there_is_none_of_is_named(tmp_path, capsy
     )
 
 
+@pytest.mark.parametrize("line", ["html: 010", "judgements: [a, 2026]"])
+def test_text_that_yaml_made_a_number_of_is_refused(tmp_path, capsys, line):
+    (tmp_path / "report.yaml").write_text(f"judgements: a\n{line}\n" if "html" in line else line)
+    assert main(["report", "--config", str(tmp_path / "report.yaml")]) == 1
+    assert "in the YAML file is text, and YAML made the number" in capsys.readouterr().err
+
+
 def test_a_yaml_file_is_read_in_either_spelling(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(f"judgements: {tmp_path}\n")
     for config in (["--config", str(tmp_path / "run.yaml")], [f"--config={tmp_path / 'run.yaml'}"]):

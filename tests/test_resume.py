@@ -205,6 +205,14 @@ def test_a_checkpoint_whose_objective_is_damaged_is_refused(tmp_path, halfway, c
         trainer_of(tmp_path).train(resume_from_checkpoint=True)
 
 
+def test_a_flipped_digit_in_a_checkpoints_objective_is_noticed(tmp_path, halfway):
+    shutil.copytree(halfway, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "checkpoint-4" / "tract_objective.json"
+    file.write_text(file.read_text().replace('"annotator_weight": 0.0', '"annotator_weight": 1.0'))
+    with pytest.raises(ValueError, match=r"tract_objective\.json is damaged \(it does not match its checksum\)"):
+        trainer_of(tmp_path).train(resume_from_checkpoint=True)
+
+
 def test_a_checkpoint_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path):
     with pytest.raises(ValueError, match="out/checkpoint-7"):
         trainer_of(tmp_path).train(resume_from_checkpoint="out/checkpoint-7")

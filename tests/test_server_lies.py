@@ -16,10 +16,10 @@ from fake_server import FakeServer, changed, says
 
 from trl_tract import CoTRAILJudge, CoTSelfDistill, ServerBackend
 from trl_tract.backends import server as server_module
-from trl_tract.backends.answers import same_answers
 from trl_tract.files.journal import write_jsonl
 from trl_tract.runs.steps import JudgeStep
 from trl_tract.scale.trie import GridProbabilities
+from trl_tract.text.probes import same_answers
 
 ASKED = [9, 11]
 

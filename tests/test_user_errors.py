@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import make_model, make_rows, make_tokenizer, make_trainer
 from datasets import Dataset
-from peft import PromptTuningConfig
+from peft import LoraConfig, PromptTuningConfig
 from transformers import ByT5Tokenizer, TrainingArguments
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -227,6 +227,15 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
         {},
         {"extra": {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}},
         ["prompt tuning puts virtual tokens before a row", "Use LoRA"],
+    ),
+    "single tokens of tied embeddings": (
+        make_rows(3),
+        {},
+        {
+            "model": make_model("qwen2"),
+            "extra": {"peft_config": LoraConfig(target_modules="all-linear", trainable_token_indices=[5])},
+        },
+        ["trainable_token_indices on embeddings that are tied", "put the embeddings into target_modules"],
     ),
     "wrapped packing": (
         make_rows(3),

@@ -11,15 +11,6 @@ from typing import Any
 from trl_tract.backends.requests import Written
 
 NO_PROBABILITY = -9999.0  # How vLLM writes minus infinity, which JSON lacks.
-_MOVES = 0.25  # nats by which batches, kernels and 16 bits may move the answers to a probe
-
-
-def same_answers(one: str, other: str) -> bool:
-    """Whether two values of a fingerprint agree: the numbers of a probe ("~ ...") up to what noise moves them."""
-    if not (one.startswith("~ ") and other.startswith("~ ")):
-        return one == other
-    pairs = zip(one.split()[1:], other.split()[1:], strict=False)
-    return len(one.split()) == len(other.split()) and all(abs(float(a) - float(b)) <= _MOVES for a, b in pairs)
 
 
 def json_object(answer: Any) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from trl_tract.backends.answers import (
     json_object,
     read_scores,
     read_written,
-    same_answers,
     served_models,
 )
 from trl_tract.backends.base import Sampling
@@ -27,6 +26,7 @@ from trl_tract.backends.http import JSONServer, Refused
 from trl_tract.backends.loading import load_tokenizer, tokenizer_fingerprint
 from trl_tract.backends.request_loop import RequestLoop
 from trl_tract.backends.requests import RequestBackend, Written
+from trl_tract.text.probes import same_answers
 
 _PROBE = "Score the reply from 1 to 5."
 _PROBED = 16  # tokens whose log-probabilities behind the probe tell one model from another

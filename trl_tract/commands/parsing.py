@@ -57,7 +57,19 @@ class _Parser(TrlParser):
         for name, other in (_MODEL, _MODEL[::-1]):
             if name not in known and other in known and name in kwargs and other not in kwargs:
                 kwargs[other] = kwargs.pop(name)
+        for action in self._actions:
+            if action.type is str and (number := _number_in(kwargs.get(action.dest))) is not None:
+                raise ValueError(
+                    f"{action.dest} in the YAML file is text, and YAML made the number {number} of it (of 010 it makes "
+                    f'8): put it in quotes, as in {action.dest}: "{number}"'
+                )
         return list(super().set_defaults_with_config(**kwargs))
+
+
+def _number_in(value: Any) -> float | None:
+    """A number where text belongs, or in a list of texts; None if there is none."""
+    values = value if isinstance(value, list) else [value]
+    return next((each for each in values if isinstance(each, int | float) and not isinstance(each, bool)), None)
 
 
 def score(text: str) -> float | str:

@@ -15,6 +15,8 @@ from typing import Any, BinaryIO, Protocol
 
 from filelock import FileLock
 
+from trl_tract.text.probes import same_answers
+
 CHECKSUM = "sha256"
 _LOCK = ".lock"
 
@@ -300,21 +302,12 @@ def differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
     """
     one, other = (_flat(json.loads(json.dumps(each, default=str))) for each in (held, wanted))
     by_content = {*wanted.get("contents", ()), *(("model",) if wanted.get("fingerprint") else ())}
-    changed = [name for name in {**one, **other} if not _same(one.get(name), other.get(name))]
+    changed = [name for name in {**one, **other} if not same_answers(one.get(name), other.get(name))]
     return [
         f"{name.removeprefix('fingerprint.')}: {one.get(name)!r} there, {other.get(name)!r} now"
         for name in changed
         if name not in by_content
     ]
-
-
-def _same(held: Any, wanted: Any) -> bool:
-    """Whether two settings are equal; text that begins with "~ " is numbers, which an engine moves a little (nats)."""
-    texts = (held, wanted)
-    if not all(isinstance(text, str) and text.startswith("~ ") for text in texts):
-        return bool(held == wanted)
-    one, other = ([float(number) for number in text.split()[1:]] for text in texts)
-    return len(one) == len(other) and all(abs(a - b) <= 0.25 for a, b in zip(one, other, strict=True))
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -178,7 +178,10 @@ def finished_steps(directory: Path) -> dict[str, float]:
 
 def _steps(directory: Path) -> dict[str, Any]:
     file = directory / "steps.json"
-    steps = read_json(file) if file.exists() else {}
+    try:
+        steps = read_json(file) if file.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{error}, or delete it: every step is then looked at again") from error
     # Before version 0.2 the seconds stood there alone.
     return {name: known if isinstance(known, dict) else {"seconds": known} for name, known in steps.items()}
 

@@ -79,10 +79,29 @@ def check_adapters(model: Any, peft_config: PeftConfig | None) -> None:
 
 
 def mark_base(model: Any) -> None:
-    """Let `check_adapters` recognise a base model whose weights an adapter changed, also when that is unloaded."""
+    """Let `check_adapters` recognise a base model whose weights an adapter changed, also when that is unloaded.
+
+    Raises:
+        ValueError: The adapter leaves a head that TRL cannot read.
+    """
+    _check_head(model)
     if isinstance(model, PeftModel):
         changes = [_change(config, _CHANGES) for config in model.peft_config.values()]
         setattr(model.get_base_model(), _MARK, next((change for change in changes if change), None))
+
+
+def _check_head(model: Any) -> None:
+    """Refuse a head that TRL cannot read.
+
+    Raises:
+        ValueError: An adapter trains single tokens of embeddings that are tied to the head.
+    """
+    head = model.get_base_model().get_output_embeddings() if isinstance(model, PeftModel) else None
+    if head is not None and not hasattr(head, "bias"):
+        raise ValueError(
+            "trainable_token_indices on embeddings that are tied to the output head: TRL's loss cannot read that head. "
+            "Leave trainable_token_indices out, or put the embeddings into target_modules"
+        )
 
 
 def _change(config: PeftConfig, fields: Mapping[str, tuple[Any, ...]]) -> str | None:

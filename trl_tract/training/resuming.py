@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftConfig
 
 from trl_tract.files.checkpoints import last_complete_checkpoint
-from trl_tract.files.journal import write_json
+from trl_tract.files.journal import read_json, write_json
 from trl_tract.rows.template import TemplateSettings
 from trl_tract.saved.judge_config import FILE_NAME as CONFIG_NAME
 from trl_tract.saved.judge_config import JudgeConfig
@@ -21,7 +21,7 @@ _ADAPTER = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_patt
 
 def save_objective(checkpoint: Path, args: TRACTConfig, judge_config: JudgeConfig, adapter: PeftConfig | None) -> None:
     """Write down what a checkpoint is trained towards."""
-    write_json(checkpoint / FILE_NAME, _objective(args, judge_config, adapter))
+    write_json(checkpoint / FILE_NAME, _objective(args, judge_config, adapter), checked=True)
 
 
 def _objective(args: TRACTConfig, judge_config: JudgeConfig | None, adapter: PeftConfig | None) -> dict[str, Any]:
@@ -79,9 +79,9 @@ def _objective_of(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / FILE_NAME
     if file.is_file():
         try:
-            return dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{file} is damaged ({error}): continue from an earlier checkpoint") from error
+            return read_json(file)
+        except ValueError as error:
+            raise ValueError(f"{error}, or continue from an earlier checkpoint") from error
     if not (checkpoint / CONFIG_NAME).is_file():
         return {}
     config = JudgeConfig.load(checkpoint)
