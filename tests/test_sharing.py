@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -454,6 +455,24 @@ def test_a_training_that_goes_on_has_the_batches_of_one_that_did_not_stop(tmp_pa
     assert half.state.global_step == 12 // size + 1
     for name, weight in rest.model.state_dict().items():
         assert torch.equal(weight, whole.model.state_dict()[name])
+
+
+def two_epochs(output_dir: Path, accumulation: int) -> torch.Tensor:
+    settings = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": accumulation,
+        "share_batches": "prompt",
+    }
+    settings |= {"rows": lambda _: sharing(make_rows(12), each=2), "max_steps": -1, "num_train_epochs": 2}
+    return trained(output_dir, share=True, **settings)[0].detach()
+
+
+@pytest.mark.process
+def test_two_ranks_have_the_batches_that_one_accumulates(tmp_path, two_ranks):
+    # Another order in each epoch, and the same one on both ranks.
+    wanted = two_epochs(tmp_path / "alone", 2)
+    for found in two_ranks(two_epochs, tmp_path / "ranks", 1):
+        assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 @pytest.mark.parametrize(
