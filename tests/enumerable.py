@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tiny import PLAIN, make_model, wrap_tokenizer
+from tiny import PLAIN, make_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 END, SPACE, A, ONE, TWO, MARK = range(6)
 MOST = 3  # tokens of a continuation
@@ -26,9 +27,7 @@ def enumerable_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|end|>"])
-    fast = wrap_tokenizer(tokenizer, chat_template=None)
-    fast.pad_token = "<|end|>"
-    return fast
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
 
 
 def enumerable_model(std: float = 0.2) -> Any:
@@ -107,3 +106,4 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": 1.0,
     "max_steps": 1,
 }
+PLAIN_ROWS = [{"prompt": "a" * (1 + number % 3) + "12"[number % 2], "score": 1 + number / 8} for number in range(8)]

@@ -13,6 +13,8 @@ from trl_tract import (
     CoTRAILJudge,
     CoTSelfDistill,
     JudgeEvalCallback,
+    REALConfig,
+    REALTrainer,
     ScoreGrid,
     TRACTConfig,
     TRACTTrainer,
@@ -112,6 +114,36 @@ MISTAKES = {
         "put the words into score_texts",
     ),
     "a grid of one number": (lambda _: TRACTConfig("out", score_values=5), ValueError, "give them in rubric units"),
+    "sampling that the gradient does not know of": (
+        lambda _: REALConfig("out", top_p=0.9),
+        ValueError,
+        "leave top_p at 1.0, or set advantages='normalised'",
+    ),
+    "ratios that are cut below an unchanged model's": (
+        lambda _: REALConfig("out", loss_type="cispo"),
+        ValueError,
+        "Set epsilon_high to 1 or more",
+    ),
+    "whole turns for rationales that end none": (
+        lambda _: REALConfig("out", mask_truncated_completions=True),
+        ValueError,
+        "rationales that never reach the marker earn no_score_penalty",
+    ),
+    "a reward beside the judge's own error": (
+        lambda folder: REALTrainer(seed(folder), REALConfig("out"), reward_funcs=[len]),
+        ValueError,
+        "reward_funcs: REALTrainer's reward is the judge's own error",
+    ),
+    "reinforcement of several aspects": (
+        lambda folder: run(folder, rl={}, training={"aspects": {"a": {"marker": "[A]"}, "b": {"marker": "[B]"}}}),
+        ValueError,
+        "rl trains judges of one score",
+    ),
+    "reinforcement without rationales": (
+        lambda folder: run(folder, rl={}, training={"drop_rationale": True}),
+        ValueError,
+        "set rationales='none' and leave drop_rationale out",
+    ),
     "a weight as text": (lambda _: TRACTConfig("out", raft_weight="1"), ValueError, "raft_weight='1' must be a number"),
     "no length at all": (
         lambda _: TRACTConfig("out", max_length=0),

@@ -220,6 +220,18 @@ def test_stored_work_costs_a_file_a_block(monkeypatch):
     sys.modules.pop("blocks")
 
 
+def test_a_step_of_reinforcement_is_compared_with_one_of_grpo(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import real_step
+
+    real_step.main(["--smoke"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["ratios"].keys() == {"grpo", "real", "shared"}
+    assert result["ratios"]["grpo"] == 1
+    assert all(ratio > 0 for ratio in result["ratios"].values())
+    sys.modules.pop("real_step")
+
+
 @pytest.mark.slow
 def test_both_modes_of_thinking_are_trained_and_compared(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(str(BENCHMARKS))

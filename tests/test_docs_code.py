@@ -58,6 +58,7 @@ NOT_RUN = {
     "docs/index.md": 2,
     "docs/large_runs.md": 1,
     "docs/multi_gpu.md": 1,
+    "docs/real.md": 2,
     "docs/recipes.md": 2,
     "docs/replication.md": 2,
     "docs/training_options.md": 0,

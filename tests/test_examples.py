@@ -19,7 +19,7 @@ from trl_tract.demo.seed_model import package_model, save_seed_model
 from trl_tract.files.journal import read_jsonl, write_jsonl
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SCRIPTS = ["stage_one", "distill", "stage_two", "judge", "grpo_judge_reward"]
+SCRIPTS = ["stage_one", "distill", "stage_two", "judge", "real", "grpo_judge_reward"]
 QUICK = {name: PLAIN[name] for name in ("bf16", "report_to", "save_strategy", "disable_tqdm", "gradient_checkpointing")}
 TRAINING = {**QUICK, "max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
 GRPO = {"use_cpu": True, "num_generations": 2, "max_completion_length": 8, "temperature": 1.0}
@@ -45,6 +45,13 @@ def run_all(script, seed_model, rows, max_new_tokens, **training):
     script("stage_two", model_name_or_path=seed_model, self_generated="self-generated", output_dir="judge", **training)
     script("judge", model="judge", dataset_name=rows, output_file="judged.jsonl", max_new_tokens=max_new_tokens)
     script(
+        "real",
+        model_name_or_path="judge",
+        dataset_name="rows/train.jsonl",
+        output_dir="real",
+        **{**training, "max_steps": 1, "num_generations": 2, "max_completion_length": 8},
+    )
+    script(
         "grpo_judge_reward",
         model_name_or_path=seed_model,
         judge="judge",
@@ -64,7 +71,7 @@ def test_the_scripts_in_order_on_a_random_model(script, capsys):
     write_jsonl(Path("rows/eval.jsonl"), make_rows(3, seed=1, chat=True))
     judged = run_all(script, "seed", "rows", 6, **TRAINING)
     assert len(judged) == 3
-    assert all(Path(folder, "model.safetensors").exists() for folder in ("stage1", "judge", "policy"))
+    assert all(Path(folder, "model.safetensors").exists() for folder in ("stage1", "judge", "real", "policy"))
     assert json.loads(Path("judge/tract_config.json").read_text())["score_texts"] == ["1", "2", "3", "4", "5"]
     assert len(list(read_jsonl(Path("self-generated/rows.jsonl")))) == 4
     assert "of 3 rows have a score" in capsys.readouterr().out

@@ -27,6 +27,7 @@ from enumerable import (
 from peft import LoraConfig, get_peft_model
 
 from trl_tract import REALConfig, REALTrainer
+from trl_tract.training.rollouts import grouped
 
 TOKENIZER = enumerable_tokenizer()
 IDS = TOKENIZER(PROMPT)["input_ids"]
@@ -144,6 +145,21 @@ def test_accumulation_does_not_change_the_update(tmp_path, loss_type):
     parts = given(tmp_path, loss_type=loss_type, per_device_train_batch_size=16, gradient_accumulation_steps=4)
     start = torch.cat([weight.detach().flatten() for weight in enumerable_model().parameters()])
     assert distance(parts - start, whole - start) < 1e-5
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_shared_prompts_do_not_change_the_update(tmp_path, accumulation):
+    batch = {"per_device_train_batch_size": 64 // accumulation, "gradient_accumulation_steps": accumulation}
+    whole = given(tmp_path, **batch)
+    shared = given(tmp_path, share_prompts=True, **batch)
+    start = torch.cat([weight.detach().flatten() for weight in enumerable_model().parameters()])
+    assert distance(shared - start, whole - start) < 1e-5
+
+
+def test_micro_batches_hold_whole_groups_where_prompts_are_shared():
+    rows = torch.tensor([2, 0, 1, 0, 2, 1])
+    batches = [{"group": rows[:3], "of": torch.tensor(5)}, {"group": rows[3:], "of": torch.tensor(5)}]
+    assert [batch["group"].tolist() for batch in grouped(batches)] == [[2, 2, 0], [0, 1, 1]]
 
 
 @pytest.mark.process

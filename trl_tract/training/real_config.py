@@ -79,6 +79,15 @@ class REALConfig(KeepsSecrets, GRPOConfig):
             "`rationale/no_score`. None: the square of the score range, as for the worst score that there is."
         },
     )
+    share_prompts: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute the prompt of a group's rationales once in both forward passes: the same update, up to "
+            "rounding, for less time and memory where prompts are long. A micro-batch then holds whole groups where "
+            "per_device_train_batch_size is a multiple of num_generations. Needs sdpa, eager or, on a GPU, flex "
+            "attention."
+        },
+    )
     invalid_rows: str = field(
         default="raise",
         metadata={

@@ -35,7 +35,7 @@ from trl_tract.training.real_losses import (
     sequence_ratio,
 )
 from trl_tract.training.real_metrics import RolloutMetrics
-from trl_tract.training.rollouts import Rollout, as_rollout, marker_stop
+from trl_tract.training.rollouts import Rollout, as_rollout, grouped, marker_stop, score_places
 from trl_tract.training.score_head import add_score_head
 from trl_tract.training.starting import checked_rows, find_judge, load_policy, policy_tokenizer
 
@@ -78,6 +78,7 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
 
     judge_config: JudgeConfig
     _signature_columns: Any
+    _buffered_inputs: Any
 
     def __init__(
         self,
@@ -157,10 +158,13 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
         base = self.accelerator.unwrap_model(self.model)
         base = base.get_base_model() if hasattr(base, "get_base_model") else base
         grid = self.scale.grid
-        refusal = why_not_one_forward(base) if grid.paths else None
-        add_score_head(base, [grid], one_forward=refusal is None)
+        share = self.args.share_prompts
+        refusal = why_not_one_forward(base) if grid.paths or share else None
+        add_score_head(base, [grid], one_forward=refusal is None, share=share)
         if grid.paths:
             self._warn([several_tokens(grid.trie, refusal)])
+        if share and refusal is not None:
+            self._warn([f"share_prompts: {refusal}, so each rationale's prompt is computed by itself"])
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -211,6 +215,14 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
         ids = [each.ids for each in self._rollouts]
         self._sampled_prompts = prompt_ids
         return prompt_ids, ids, mask, completions, own_logprobs, *rest
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.args.share_prompts and self.model.training and self._buffered_inputs is not before:
+            self._buffered_inputs = grouped(self._buffered_inputs)
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return inputs
 
     # Rewards: of the present model, in one forward pass without gradient.
 
@@ -274,7 +286,7 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
                         attention_mask=mask,
                         labels=torch.full_like(input_ids, -100),
                         fused_lm_head=True,
-                        score_positions=_last(mask, scored[rows.start : rows.stop]),
+                        score_positions=score_places(mask, scored[rows.start : rows.stop]),
                     )
                 own = outputs.score_logprobs
                 found.append(own.new_zeros(len(rows), own.shape[1]))
@@ -294,6 +306,8 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
         device = self.accelerator.device
         output["gold"] = torch.tensor(self._golds, dtype=self._new_advantages.dtype, device=device)
         output["scored"] = torch.tensor([each.scored for each in self._rollouts], device=device)
+        count = self.num_generations if self._mode == "train" else self.num_generations_eval
+        output["group"] = torch.arange(first, first + len(inputs), device=device) // count
         return output
 
     def _gold(self, row: Mapping[str, Any]) -> float:
@@ -310,7 +324,7 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
         def scoring(**inputs: Any) -> Any:
-            outputs = model(**inputs, score_positions=_last(inputs["attention_mask"], scored))
+            outputs = model(**inputs, score_positions=score_places(inputs["attention_mask"], scored))
             self._outputs = outputs.score_logprobs
             return outputs
 
@@ -323,7 +337,7 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
     ) -> torch.Tensor:
         """GRPO's own loss of the rationale's tokens, and the direct term from the same forward pass."""
         inputs = dict(inputs)
-        scored, gold = inputs.pop("scored"), inputs.pop("gold")
+        scored, gold, _ = inputs.pop("scored"), inputs.pop("gold"), inputs.pop("group")
         training = self.model.training
         mask = inputs["completion_mask"] * inputs["tool_mask"]  # (B, T), sampled tokens
         batches = self.args.steps_per_generation if training else 1
@@ -392,10 +406,3 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
                 rows=TrainingRows.of(self._given_rows, self._rendered),
                 adapter=self._adapter,
             )
-
-
-def _last(mask: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
-    """Where a score would be next: at the last token of each scored row, bool `(B, L)`."""
-    index = torch.arange(mask.shape[1], device=mask.device)
-    last = (index * mask).argmax(dim=1)
-    return (index == last[:, None]) & scored[:, None]

@@ -7,6 +7,9 @@ import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import torch
 
 from trl_tract.backends.base import Stop
 from trl_tract.backends.stop_text import Ending
@@ -86,3 +89,26 @@ def as_rollout(
         sampled = len(list(itertools.takewhile(bool, alike)))
     told = None if logprobs is None else [*logprobs[:sampled], *[0.0] * (len(whole) - sampled)]
     return Rollout(whole, sampled, True, told, sampled < count)
+
+
+def grouped(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Micro-batches of the same rows, those of a group side by side, groups in the order in which they come first."""
+    whole = {
+        name: torch.cat([batch[name] for batch in batches]) if value.ndim else value
+        for name, value in batches[0].items()
+    }
+    groups = whole["group"].tolist()
+    order = sorted(range(len(groups)), key=lambda row: groups.index(groups[row]))
+    whole = {name: value[order] if value.ndim else value for name, value in whole.items()}
+    size = len(order) // len(batches)
+    return [
+        {name: value[start : start + size] if value.ndim else value for name, value in whole.items()}
+        for start in range(0, len(order), size)
+    ]
+
+
+def score_places(mask: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
+    """Where a score would be next: at the last token of each scored row, bool `(B, L)`."""
+    index = torch.arange(mask.shape[1], device=mask.device)
+    last = (index * mask).argmax(dim=1)
+    return (index == last[:, None]) & scored[:, None]

@@ -1,0 +1,89 @@
+"""REALTrainer with rationales from a real vLLM in the same process: two steps, weights handed over in between.
+
+For an environment that has vLLM (docs/generation.md). Without one, `pytest -m vllm` fails: it does not skip.
+"""
+
+import functools
+import math
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import PLAIN
+
+from trl_tract import REALConfig, REALTrainer
+from trl_tract.demo.seed_model import save_seed_model
+
+pytestmark = [
+    pytest.mark.vllm,
+    # vLLM and what it imports warn about each other's deprecations.
+    pytest.mark.filterwarnings("ignore"),
+]
+EXAMPLES = (
+    "Reply: Go away.\nFeedback: It is rude. [RESULT] 1\n"
+    "Reply: Thanks, happy to help!\nFeedback: It is polite. [RESULT] 5\n"
+)
+ROWS = [
+    {"prompt": f"{EXAMPLES}Reply: {reply}\nFeedback:", "score": score}
+    for reply, score in [("Shut up.", 1.5), ("Of course, you are very welcome.", 4.5)]
+]
+
+
+@pytest.fixture
+def engine_on_a_cpu(monkeypatch):
+    """TRL's own engine: without compiling, and with weights that can be replaced, which vLLM packs away on a CPU."""
+    import trl.generation.vllm_generation as generation
+    import vllm.model_executor.layers.utils as layers
+
+    def plain(layer, remove_weight):
+        layer.cpu_linear = torch.nn.functional.linear
+
+    packed = layers.dispatch_cpu_unquantized_gemm
+    for module in list(sys.modules.values()):
+        if getattr(module, "dispatch_cpu_unquantized_gemm", None) is packed:
+            monkeypatch.setattr(module, "dispatch_cpu_unquantized_gemm", plain)
+    monkeypatch.setattr(generation, "LLM", functools.partial(generation.LLM, enforce_eager=True, dtype="float32"))
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+def test_vllm_writes_the_rationales_of_two_steps(tmp_path, engine_on_a_cpu):
+    save_seed_model(tmp_path / "seed", torch.float32)
+    args = REALConfig(
+        str(tmp_path / "out"),
+        **{**PLAIN, "logging_strategy": "steps", "logging_steps": 1, "learning_rate": 1e-5},
+        num_generations=4,
+        max_completion_length=32,
+        max_steps=2,
+        use_vllm=True,
+        vllm_max_model_length=256,
+    )
+    trainer = REALTrainer(str(tmp_path / "seed"), args, train_dataset=Dataset.from_list(ROWS))
+    rollouts, ratios = [], []
+    generate, loss = trainer._generate, trainer.compute_loss
+
+    def seen(prompts):
+        found = generate(prompts)
+        rollouts.extend(trainer._rollouts)
+        return found
+
+    def weighed(model, inputs, **kwargs):
+        ratios.append(inputs["importance_sampling_ratio"])
+        return loss(model, inputs, **kwargs)
+
+    trainer._generate, trainer.compute_loss = seen, weighed
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "score/rmse" in entry]
+    assert len(log) == 2
+    assert all(math.isfinite(entry["score/rmse"]) for entry in log)
+    scored = [each for each in rollouts if each.scored]
+    assert scored
+    for each in scored:
+        text = trainer._tokenizer.decode(each.ids)
+        assert text.rstrip().endswith("[RESULT]"), text
+        assert text.count("[RESULT]") == 1
+        assert len(each.logprobs) == len(each.ids)
+    # vLLM's own log-probabilities are those of the model, whose weights it was given before the second step.
+    for each in ratios:
+        torch.testing.assert_close(each, torch.ones_like(each), atol=2e-2, rtol=0)
