@@ -249,3 +249,17 @@ def test_both_modes_of_thinking_are_trained_and_compared(monkeypatch, tmp_path, 
     for mode in ("off", "rationale"):
         config = json.loads((tmp_path / "out" / f"{mode}-0" / "tract" / "tract_config.json").read_text())
         assert config["thinking"] == mode
+
+
+@pytest.mark.process
+def test_shared_inference_smoke_ends_with_json(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import shared_inference
+
+    sys.modules.pop("shared_inference")
+    shared_inference.main(["--smoke", "--ask", "judge"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["benchmark"] == "shared_inference"
+    (row,) = result["rows"]
+    assert (row["ask"], row["prompts"], row["rounds"]) == ("judge", 4, 2)
+    assert row["now_over_before_in_seconds"]["min"] > 0

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, Lfm2Config, MambaConfig, MistralConfig
 
+from trl_tract import CoTRAILJudge
 from trl_tract.backends import Stop, TransformersBackend, decoding
 from trl_tract.backends.continuation import Continuation
 from trl_tract.backends.decoding import Decoding
@@ -69,6 +70,7 @@ def embedded(monkeypatch):
 
 def one_by_one(backend, prompts, *, n=1, **settings):
     """Texts that `model.generate` writes without any sharing, one at a time."""
+    assert backend._shares, "else there was nothing to compare with"
     plain = TransformersBackend(backend.model, backend.tokenizer, batch_size=1)
     plain._shares = False
     return plain.generate(prompts, n=n, **settings)
@@ -221,7 +223,9 @@ class TestScores:
     @pytest.mark.parametrize("name", [*CONFIGS, "gpt2", "mistral"])
     def test_shared_beginnings_change_no_log_probability(self, name, tokenizer, family):
         model = make(name)
-        logprobs = TransformersBackend(model, tokenizer, batch_size=5).next_token_logprobs(family, range(384))
+        backend = TransformersBackend(model, tokenizer, batch_size=5)
+        logprobs = backend.next_token_logprobs(family, range(384))
+        assert backend._shares
         bound = 1e-3 if name in SINGLE else 1e-9
         np.testing.assert_allclose(logprobs, whole_logprobs(model, family), atol=bound, rtol=0)
 
@@ -238,6 +242,7 @@ class TestScores:
                 for cut, text in enumerate(some, start=1)
             ]
             probs = np.exp(backend.next_token_logprobs(rows, range(384)))
+        assert backend._shares
         np.testing.assert_allclose(probs, np.exp(whole_logprobs(model.double(), rows)), atol=bound, rtol=0)
 
     @pytest.mark.parametrize("name", ["llama", "gpt_neox", "mistral", "qwen2", "gpt2"])
@@ -248,6 +253,7 @@ class TestScores:
         with backend.reuse():
             backend.generate(family, max_new_tokens=2)
             together = backend.trie_logprobs(family, trie)
+        assert backend._shares
         paths = [(20, 21), (20, 22, 5), (20, 22, 6), (30,), (31, 20)]
         asked = [[*row, *path[:end]] for row in family for path in paths for end in range(len(path))]
         steps = iter(whole_logprobs(model, asked))
@@ -262,6 +268,45 @@ class TestScores:
             logprobs = backend.next_token_logprobs(family, range(384))
             assert backend._tree.size <= 40
         np.testing.assert_allclose(logprobs, whole_logprobs(model, family), atol=1e-9, rtol=0)
+
+
+ASPECTS = {"tone": {"marker": "[TONE]"}, "facts": {"marker": "[FACTS]", "values": "0..100"}}
+
+
+class TestJudging:
+    @pytest.mark.parametrize(
+        "asked",
+        [
+            {"num_generations": 3},
+            {"score_values": "0..100", "num_generations": 2},
+            {"aspects": ASPECTS, "num_generations": 2},
+            {"writes_rationale": False},
+            {"max_attempts": 3, "append_marker": False, "max_new_tokens": 40},
+        ],
+        ids=["n", "grid of several tokens", "aspects", "no rationale", "attempts"],
+    )
+    @pytest.mark.parametrize("name", ["llama", "mistral"])
+    def test_judgements_are_those_of_whole_rows(self, name, tokenizer, asked):
+        # A rubric that all items share, a question that some do, and answers of many lengths.
+        questions = ("is this polite and clear? " * 3, "is it wrong or long? " * 4)
+        words = ["the", "reply", "is", "short", "polite", "clear", "wrong", "and", "long", "it", "says", "why"]
+        rows = [
+            f"greeting apology no yes {question}{' '.join(words[: 2 + 3 * number])} ->"
+            for number in range(3)
+            for question in questions
+        ]
+        model = make(name)
+        settings = {"append_marker": True, "max_new_tokens": 8, **asked}
+        together, alone = TransformersBackend(model, tokenizer, batch_size=4), TransformersBackend(model, tokenizer)
+        alone._shares = False
+        shared, whole = (CoTRAILJudge(backend, **settings).judge(rows) for backend in (together, alone))
+        assert together._shares
+        for one, other in zip(shared, whole, strict=True):
+            assert (one.rationales, one.error) == (other.rationales, other.error)
+            for mine, its in zip([one, *one.aspects.values()], [other, *other.aspects.values()], strict=True):
+                assert mine.scores == pytest.approx(its.scores, abs=1e-9)
+                np.testing.assert_allclose(mine.probs, its.probs, atol=1e-9)
+        assert settings["append_marker"] is False or not any(one.error for one in shared)
 
 
 def whole_logprobs(model, rows):

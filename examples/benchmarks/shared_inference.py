@@ -18,6 +18,7 @@ A markdown table grows on stdout, ratios are medians over rounds; the last line 
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import platform
@@ -100,7 +101,7 @@ def work(job: dict[str, Any]) -> None:
         return []
 
     run = judge if job["ask"] == "judge" else distill
-    for _ in [None, *iter(sys.stdin.readline, "")]:
+    for _ in itertools.chain([None], iter(sys.stdin.readline, "")):
         wall, cpu = time.perf_counter(), time.process_time()
         scores = run()
         took = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu, "scores": scores}

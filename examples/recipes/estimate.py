@@ -206,7 +206,9 @@ def generation_memory(size: ModelSize, *, batch: int, tokens: int) -> Memory:
 
     The base of an adapter is loaded in its own precision, also where it was trained in 4 bits.
     """
-    cache = 2 * size.stored * size.layers * size.key * batch * tokens
+    # All rationales of a batch, by the backend's own bound; and the beginnings of prompts that it keeps.
+    kept = min(batch * tokens, max(BATCH_TOKENS, tokens)) + BATCH_TOKENS // 4
+    cache = 2 * size.stored * size.layers * size.key * kept
     return Memory(
         {
             "weights": size.stored * size.total,
@@ -219,6 +221,7 @@ def generation_memory(size: ModelSize, *, batch: int, tokens: int) -> Memory:
 
 
 RATIONALE = 400  # tokens with a label a row
+BATCH_TOKENS = 16384  # TransformersBackend's default
 _SEVEN_B = {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
 
 # As their published configurations give them.
@@ -273,7 +276,7 @@ def estimate(recipe: Path) -> Estimate:
     training = training_memory(size, settings, settings, batch, gpus)
     if "trl-tract run" not in text:
         return Estimate(training, None)
-    together, new = settings.get("generation_batch_size", 8), settings.get("max_new_tokens", 1024)
+    together, new = settings.get("generation_batch_size", 32), settings.get("max_new_tokens", 1024)
     return Estimate(training, generation_memory(size, batch=together, tokens=length - RATIONALE + new))
 
 

@@ -55,7 +55,7 @@ class BootstrapArguments:
     )
     generation_seed: int = field(default=42, metadata={"help": "Random seed of the sampling."})
     generation_batch_size: int = field(
-        default=8, metadata={"help": "Rationales generated at once (transformers backend only)."}
+        default=32, metadata={"help": "Rationales generated at once at most (transformers backend only)."}
     )
     backend: str = field(
         default="transformers",
