@@ -207,7 +207,7 @@ def generation_memory(size: ModelSize, *, batch: int, tokens: int) -> Memory:
     The base of an adapter is loaded in its own precision, also where it was trained in 4 bits.
     """
     # All rationales of a batch, by the backend's own bound; and the beginnings of prompts that it keeps.
-    kept = min(batch * tokens, max(BATCH_TOKENS, tokens)) + BATCH_TOKENS // 4
+    kept = min(batch * tokens, max(BATCH_TOKENS, tokens)) + BATCH_TOKENS // 8
     cache = 2 * size.stored * size.layers * size.key * kept
     return Memory(
         {
@@ -221,7 +221,7 @@ def generation_memory(size: ModelSize, *, batch: int, tokens: int) -> Memory:
 
 
 RATIONALE = 400  # tokens with a label a row
-BATCH_TOKENS = 16384  # TransformersBackend's default
+BATCH_TOKENS = 32768  # TransformersBackend's default
 _SEVEN_B = {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
 
 # As their published configurations give them.

@@ -63,7 +63,7 @@ class TransformersBackend(Backend):
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         batch_size: int = 32,
-        batch_tokens: int = 16384,
+        batch_tokens: int = 32768,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         merge_adapter: bool = False,
@@ -77,8 +77,8 @@ class TransformersBackend(Backend):
             tokenizer: The checkpoint's own by default: the adapter's if it has one, else its base's.
             batch_size: Sequences in one forward pass at most; each of `n` continuations of a prompt is one.
             batch_tokens: Tokens of all sequences of a batch at most, padding and prompts included: their keys and
-                values are in memory at once. A quarter as many are kept of prompts that others begin like, and while
-                items are judged twice as many of all that is asked again.
+                values are in memory at once. An eighth as many are kept of prompts that others begin like, and while
+                items are judged once more as many of all that is asked again.
             dtype: Of the weights; the checkpoint's own by default.
             device: Where to load; the accelerator if there is one, each process of `torchrun` or `accelerate launch`
                 its own, else the CPU.
@@ -176,7 +176,7 @@ class TransformersBackend(Backend):
             finished([text for text in batch if not text.goes_on])
             return [text for text in batch if text.goes_on]
 
-        with self._remembering(self.batch_tokens // 4), self._borrowed_model():
+        with self._remembering(self.batch_tokens // 8), self._borrowed_model():
             tree = self._shared_tree()
             while pending:
                 if tree is not None:
@@ -244,7 +244,7 @@ class TransformersBackend(Backend):
     @contextmanager
     def reuse(self) -> Iterator[None]:
         """Keep keys and values of what is computed inside, and go on from them; see `Backend.reuse`."""
-        with self._remembering(2 * self.batch_tokens):
+        with self._remembering(self.batch_tokens):
             yield
 
     @contextmanager
@@ -296,7 +296,7 @@ class TransformersBackend(Backend):
         window = self._context
         fitting = [row for row in range(len(rows)) if window is None or len(rows[row]) + beyond <= window]
         room = self._room()
-        with self._remembering(self.batch_tokens // 4), self._borrowed_model(), exact_head(self.model):
+        with self._remembering(self.batch_tokens // 8), self._borrowed_model(), exact_head(self.model):
             tree = self._shared_tree()
             order = [fitting[place] for place in arranged([rows[row] for row in fitting])]
             if tree is not None:  # first those that are known, before others take their place
