@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,19 @@ def test_a_short_common_beginning_is_no_reason_for_one_long_row():
     rows = [numbered([7, 7, *range(10 + i, 108 + i)]) for i in range(8)]
     layout, _ = lay_out(rows, range(8), share=True, attention=0.01)
     assert layout.tokens.shape == (8, 100)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "cost"),
+    [
+        # 2.5 x heads / (4 x width x heads + 3 x width x inner), with heads as wide as the model where nothing is said.
+        ({"hidden_size": 8}, 2.5 * 8 / (4 * 8 * 8 + 3 * 8 * 32)),
+        ({"hidden_size": 8, "num_attention_heads": 2, "head_dim": 8, "intermediate_size": 16}, 40 / (512 + 384)),
+        ({"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": [8, 24]}, 20 / (256 + 384)),
+    ],
+)
+def test_the_price_of_attention_follows_from_a_models_widths(sizes, cost):
+    assert branches.attention_cost(SimpleNamespace(**sizes)) == pytest.approx(cost)
 
 
 # Hidden states

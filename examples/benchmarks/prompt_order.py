@@ -65,7 +65,7 @@ def judged(args: argparse.Namespace, order: str, seed: int) -> dict[str, Any]:
         (folder / "trained").touch()
     command(
         *("judge", "--model", str(folder / "judge"), "--data", str(base / "held-out.csv")),
-        *("--output_dir", str(folder / "judged"), "--max_new_tokens", "60", "--seed", "0"),
+        *("--output_dir", str(folder / "judged"), "--max_new_tokens", "60"),
     )
     (scale,) = Judged(folder / "judged").scales.values()
     return {"order": order, "seed": seed, **scale.report().to_dict()}

@@ -9,6 +9,7 @@ Knows attention masks; knows nothing of losses, heads or trainers.
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,8 +182,10 @@ def attention_cost(config: Any) -> float:
     of attention. The factor is from measurements on a CPU, where a product with a mask takes that much longer.
     """
     width = config.hidden_size
-    heads = config.num_attention_heads * (getattr(config, "head_dim", None) or width // config.num_attention_heads)
+    heads = (getattr(config, "num_attention_heads", None) or 0) * (getattr(config, "head_dim", None) or 0) or width
     inner = getattr(config, "intermediate_size", None) or 4 * width
+    if isinstance(inner, Sequence):  # one for each layer
+        inner = sum(inner) / len(inner)
     return float(2.5 * heads / (4 * width * heads + 3 * width * inner))
 
 
