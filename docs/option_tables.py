@@ -1,20 +1,24 @@
-"""The tables of options.md, made from the options themselves.
+"""The tables of options.md and api.md, made from the options and the public names themselves.
 
 python docs/option_tables.py          # writes them anew
 python docs/option_tables.py --check  # ends with 1 if they are not up to date
 """
 
 import dataclasses
+import inspect
 import re
 import sys
 from pathlib import Path
 
 import trl
 
+import trl_tract
 from trl_tract.commands.entry_points import COMMANDS, _option_groups
 from trl_tract.commands.parsing import host_fields
 
 PAGE = Path(__file__).with_name("options.md")
+NAMES_PAGE = Path(__file__).with_name("api.md")
+NAMES = re.compile(r"(?<=<!-- names -->\n\n).*?(?=\n\n<!-- /names -->)", re.DOTALL)
 TABLES = re.compile(r"(?<=<!-- options -->\n\n).*?(?=\n\n<!-- /options -->)", re.DOTALL)
 
 
@@ -51,7 +55,21 @@ def page() -> str:
     return TABLES.sub(lambda _: tables, PAGE.read_text(encoding="utf-8"))
 
 
+def names() -> str:
+    """api.md with its table of public names as it should be: the rest of that page is there on the site alone."""
+    rows = []
+    for name in trl_tract.__all__:
+        thing = getattr(trl_tract, name)
+        sentence = " ".join(str(inspect.getdoc(thing)).split("\n\n")[0].split()).split(": `")[0]
+        source = str(thing.__module__).replace(".", "/")
+        text = sentence.rstrip(".").replace("|", "\\|")
+        rows.append(f"| `{name}` | {text} | `{source}.py` |")
+    table = "\n".join(["| name | what it is | its arguments are in the docstring in |", "|---|---|---|", *rows])
+    return NAMES.sub(lambda _: table, NAMES_PAGE.read_text(encoding="utf-8"))
+
+
 if __name__ == "__main__":
     if "--check" in sys.argv:
-        sys.exit(PAGE.read_text(encoding="utf-8") != page())
+        sys.exit(PAGE.read_text(encoding="utf-8") != page() or NAMES_PAGE.read_text(encoding="utf-8") != names())
     PAGE.write_text(page(), encoding="utf-8")
+    NAMES_PAGE.write_text(names(), encoding="utf-8")

@@ -99,6 +99,10 @@ def test_the_tables_of_options_are_those_of_the_commands():
     assert option_tables.page() == text_of("docs/options.md")
 
 
+def test_the_api_page_names_everything_public_without_the_site():
+    assert option_tables.names() == text_of("docs/api.md")
+
+
 @pytest.mark.parametrize("form", ["bug", "data"])
 def test_an_issue_form_asks_in_the_ways_that_github_knows(form):
     asked = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{form}.yml").read_text(encoding="utf-8"))
