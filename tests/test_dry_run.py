@@ -75,6 +75,12 @@ def test_a_dry_run_prints_the_steps_and_writes_nothing(tmp_path, model, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("fraction", "few"), [("0.1", True), ("0.5", False)])
+def test_a_dry_run_says_where_too_few_groups_are_held_out(tmp_path, model, capsys, fraction, few):
+    printed = dry(tmp_path, model, make_rows(12), capsys, "--eval_fraction", fraction)[1]
+    assert ("Too few held-out groups to tell how good the judge is" in printed) == few
+
+
 def test_a_dry_run_without_rationales_has_the_steps_of_such_a_run(tmp_path, model, capsys):
     code, printed = dry(tmp_path, model, make_rows(12), capsys, "--drop_rationale", "true")
     assert code == 0

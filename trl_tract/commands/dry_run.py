@@ -16,6 +16,7 @@ import torch
 from trl_tract.backends.loading import tokenizer_to_train
 from trl_tract.commands.check import RowsReport, contradictions, examine, what_is_refused
 from trl_tract.commands.token_view import labelled, legend, painted, view_row
+from trl_tract.evaluation.intervals import MIN_UNITS
 from trl_tract.files.journal import changed_settings
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.runs.pipeline import steps_of
@@ -104,7 +105,7 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
     spec = spec.settled(say)
     training = spec.training
     done = _finished(Path(output_dir), spec.settings())
-    data, held_out = spec.source(spec.data), 0
+    data, held_out, groups = spec.source(spec.data), 0, set[int]()
     if spec.bootstraps:  # what is still to be written is left out
         data = replace(data, bare="lacking")
     split = None
@@ -112,13 +113,16 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
         # Refusals are told below, all together.
         split = spec.split(replace(data, invalid_rows="drop", say=_silent))
     else:
-        held_out = sum(1 for _ in spec.source(spec.eval_data, say).items())
+        for _, judged in spec.source(spec.eval_data, say).items():
+            held_out += 1
+            groups.add(hash(judged.group))
 
     def to_train_on() -> Iterator[tuple[int, Item | Refusal]]:
         nonlocal held_out
         for number, item in data.found():
             if split is not None and isinstance(item, Item) and split(item):
                 held_out += 1
+                groups.add(hash(item.group))
             else:
                 yield number, item
 
@@ -146,7 +150,12 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
             total = prompts * each * len(spec.scales)
             lines.append(f"{total:,} rationales for {prompts:,} prompts, at most {most:,} tokens each")
         say("\n    ".join(lines))
-    say(f"\n{report.trained:,} rows to train on, {held_out:,} held-out items")
+    say(f"\n{report.trained:,} rows to train on, {held_out:,} held-out items in {len(groups):,} groups")
+    if len(groups) < MIN_UNITS:
+        say(
+            f"Too few held-out groups to tell how good the judge is: {len(groups)}, and intervals need {MIN_UNITS}. "
+            "Hold out more with --eval_fraction, or give --eval_data with more questions"
+        )
     if spec.bootstraps:
         say("Rows whose rationale is still to be written are counted with their prompt and score alone")
     _warn(training, output_dir, say)
