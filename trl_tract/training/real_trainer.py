@@ -171,6 +171,18 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
         own = ["score", "completion", "tools", "chat_template_kwargs"]
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *own]))
 
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(dataset)
+
+        def set_epoch(epoch: int) -> None:
+            # The host's sampler goes on drawing from one generator, so that a resumed training would begin anew in a
+            # later epoch, with the first one's order.
+            if sampler.shuffle:
+                sampler.generator.manual_seed(self.args.seed + epoch)
+
+        sampler.set_epoch = set_epoch
+        return sampler
+
     # Generation: prompts as the judge is asked, rationales cut at the marker.
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
