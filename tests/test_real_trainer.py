@@ -15,6 +15,7 @@ from datasets import Dataset
 from enumerable import PLAIN_ROWS, SETTINGS, enumerable_model, enumerable_tokenizer
 from peft import LoraConfig
 from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig
 
 from trl_tract import CoTRAILJudge, REALConfig, REALTrainer, TransformersBackend
 from trl_tract.files.checkpoints import last_complete_checkpoint
@@ -55,10 +56,10 @@ def judges(tmp_path_factory) -> dict[str, Path]:
     return {name: folder / name for name in ("seed", "full", "adapter")}
 
 
-def started(judge: Path, output_dir: Path, **settings: Any) -> Any:
+def started(judge: Path, output_dir: Path, extra: Any = None, **settings: Any) -> Any:
     own = {name: value for name, value in REAL.items() if name not in ("score_values", "score_marker")}
     args = REALConfig(str(output_dir), **{**own, **settings})
-    return REALTrainer(str(judge), args, train_dataset=Dataset.from_list(PLAIN_ROWS))
+    return REALTrainer(str(judge), args, train_dataset=Dataset.from_list(PLAIN_ROWS), **(extra or {}))
 
 
 @pytest.mark.parametrize("kind", ["full", "adapter"])
@@ -81,6 +82,23 @@ def test_an_adapter_is_trained_on_and_its_base_is_not(judges, tmp_path):
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (judges["adapter"], tmp_path))
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "seed"])
+def test_adapters_on_4_bit_weights_are_trained(judges, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)  # see test_qlora.py
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    extra: dict[str, Any] = {"quantization_config": nf4}
+    settings: dict[str, Any] = {}
+    if kind == "seed":
+        extra["peft_config"] = LoraConfig(r=2, target_modules=["q_proj"])
+        settings = {"score_values": [1, 2], "score_marker": "#"}
+    trainer = started(judges[kind], tmp_path, extra, **settings)
+    assert any(type(module).__name__ == "Linear4bit" for module in trainer.model.modules())
+    before = {name: w.clone() for name, w in trainer.model.named_parameters() if w.requires_grad}
+    trainer.train()
+    assert before.keys() == {name for name in before if "lora" in name}
+    assert any(not torch.equal(w, before[name]) for name, w in trainer.model.named_parameters() if name in before)
 
 
 def test_the_reward_is_the_squared_error_of_the_judge_behind_the_same_rationale(judges, tmp_path):
