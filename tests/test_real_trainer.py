@@ -318,6 +318,7 @@ def train_to_the_end(output_dir: Path) -> dict[str, torch.Tensor]:
     return {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_training_that_is_killed_five_times_ends_with_the_same_weights(tmp_path):
     whole = train_to_the_end(tmp_path / "whole")
