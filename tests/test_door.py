@@ -115,6 +115,21 @@ def test_the_scores_of_several_people_stay_apart_for_the_report(kind, tmp_path):
 
 
 @in_every_format
+def test_what_is_judged_keeps_its_gold_scores(kind, tmp_path):
+    rows = rows_of([{}, {"score": 3.4}, {"score": [4, 3]}, {"score": None}])
+    judged = Source(written(tmp_path, kind, rows), SCALES).judged_rows(chat=False)
+    assert [row["score"] for _, row in judged] == [5, 3.4, [4, 3], 5]
+
+
+@in_every_format
+def test_scores_in_words_are_judged_as_their_values(kind, tmp_path):
+    rows = rows_of([{"completion": "Short. [RESULT] good"}, {"score": "poor", "completion": "Short. [RESULT] poor"}])
+    scales = read_scales({"score_values": [1, 2], "score_texts": ["poor", "good"]})
+    judged = Source(written(tmp_path, kind, rows), scales).judged_rows(chat=False)
+    assert [row["score"] for _, row in judged] == [2, 1]
+
+
+@in_every_format
 def test_without_rationales_a_row_is_trained_on_its_gold_score_alone(kind, tmp_path):
     rows = rows_of([{"score": [4, 3, 3]}, {"score": 2, "completion": math.nan}, {}])
     source = Source(written(tmp_path, kind, rows), SCALES, bare="all")
@@ -256,6 +271,8 @@ def test_a_rows_own_columns_count_whichever_row_comes_first(name, at, tmp_path):
 def test_columns_that_nobody_uses_may_be_of_any_type(tmp_path):
     rows = rows_of([{"meta": 1, "x": "a"}, {"meta": [1, "b"], "x": {"k": 1}}, {"meta": {"a": None}}])
     file = written(tmp_path, "jsonl", rows)
+    half = written(tmp_path, "json", rows_of([{"meta": "half \ud83d"}]))
+    assert [type(item).__name__ for _, item in Source(half, SCALES).found()] == ["Item"]
     write_rows(tmp_path / "train.jsonl", Source(file, SCALES).training_rows(chat=False))
     assert list(read_jsonl(tmp_path / "train.jsonl")) == rows
     assert len(training_dataset(tmp_path / "train.jsonl", SCALES, tmp_path / "arrow")) == 3
@@ -341,6 +358,15 @@ def test_missing_text_is_missing_not_nan(tmp_path):
     rows = rows_of([{"group": math.nan}, {"group": math.nan}])
     groups = {item.group for _, item in Source(written(tmp_path, "jsonl", rows), SCALES).items()}
     assert len(groups) == 2
+
+
+@in_every_format
+def test_the_text_nan_is_missing_too(kind, tmp_path):
+    # As pandas writes it into text.
+    rows = rows_of([{"prompt": "nan"}, {"completion": "NaN", "score": 4}])
+    refused, judged = (item for _, item in Source(written(tmp_path, kind, rows), SCALES).found())
+    assert refused.kind == "no prompt"
+    assert judged.training == ()
 
 
 def test_a_prompt_that_is_made_of_judged_texts_spells_no_control_token(tmp_path):

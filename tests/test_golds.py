@@ -143,6 +143,12 @@ def test_words_behind_a_score_leave_it_as_it_is(behind):
     assert read_golds({"completion": f"Fine. [RESULT] 4{behind}"}, ONE) == [[4.0]]
 
 
+@pytest.mark.parametrize("values", [[False, True], [0, True], [True, "2..5"]])
+def test_values_of_scores_that_yaml_made_booleans_of_are_no_numbers(values):
+    with pytest.raises(ValueError, match="score_values"):
+        read_scales({"score_values": values})
+
+
 @pytest.mark.parametrize("texts", [[False, True], ["no", True], [1, 2]])
 def test_texts_of_scores_that_yaml_made_something_else_of_are_to_be_quoted(texts):
     with pytest.raises(ValueError, match="quotes"):

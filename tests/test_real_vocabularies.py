@@ -6,16 +6,19 @@ Each with its own template, or that of its family, and with the template of a mo
 import copy
 import importlib
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from template_tokenizers import DIRECTORY
 from test_template_judges import check_distilled_rows, rows_of
-from test_template_runs import check_a_run
+from test_template_runs import GREEDY, TRAINING, check_what_was_judged, flags, tiny_seed
 from test_templates import trained
 from transformers import AutoTokenizer
 
+from trl_tract import CoTRAILJudge
+from trl_tract.cli import main
 from trl_tract.demo.seed_model import INSTALL, package_model
 from trl_tract.rows.template import Template, TemplateSettings
 from trl_tract.rows.tokens import asked_ids
@@ -91,6 +94,15 @@ def test_self_distilled_rows_train_on_the_tokens_of_the_rows_that_were_taught(
 
 @pytest.mark.slow
 @on_real_vocabularies
-def test_a_tiny_model_learns_its_rows_from_files_and_in_python(real_tokenizer: Any, mode: str, tmp_path: Path) -> None:
-    # Few hidden units: the vocabulary alone makes the model large.
-    check_a_run(real_tokenizer, mode, tmp_path, width=16)
+def test_a_tiny_model_learns_its_rows_and_is_judged_from_files_as_in_python(
+    real_tokenizer: Any, mode: str, tmp_path: Path
+) -> None:
+    seed, judge, data = tiny_seed(real_tokenizer, tmp_path / "seed"), tmp_path / "judge", tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows_of()))
+    rows = ["--data", str(data), "--output_dir"]
+    training = {**TRAINING, "learning_rate": 0.03, "max_steps": 100, "thinking": mode}
+    assert main(["train", "--model", str(seed), *rows, str(judge), *flags(training)]) == 0
+    assert main(["judge", "--model", str(judge), *rows, str(tmp_path / "out"), *flags(GREEDY)]) == 0
+    lines = (tmp_path / "out" / "judgements.jsonl").read_text().splitlines()
+    in_python = CoTRAILJudge.from_pretrained(judge, **GREEDY).judge(rows_of())
+    check_what_was_judged([json.loads(line) for line in lines], in_python)

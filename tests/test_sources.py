@@ -47,7 +47,10 @@ def test_parquet_has_its_own_types(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "wanted"),
     [
-        ("a.csv", "", "is empty"),
+        ("a.csv", "", "is empty: it holds 0 bytes"),
+        ("a.json", "", "is empty"),
+        ("a.jsonl", "", "is empty"),
+        ("a.parquet", "", "is empty"),
         ("a.csv", "a,b\n", "names the columns a, b, and no rows"),
         ("a.csv", "a,,b\n1,2,3\n", "It names: 'a', '', 'b'"),
         ("a.csv", "a,a\n1,2\n", "It names: 'a', 'a'"),

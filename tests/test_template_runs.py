@@ -73,15 +73,21 @@ def run_in_python(seed: Path, folder: Path, training: dict[str, Any]) -> list[An
     return CoTRAILJudge.from_pretrained(judge, **GREEDY).judge(rows_of())
 
 
-def check_a_run(tokenizer: Any, mode: str, folder: Path, *, width: int = 32, **training: Any) -> None:
-    seed = folder / "seed"
-    model = make_model(vocab=len(tokenizer), width=width)
+def tiny_seed(tokenizer: Any, folder: Path) -> Path:
+    model = make_model(vocab=len(tokenizer))
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(seed)
-    tokenizer.save_pretrained(seed)
-    training = {**TRAINING, **training, "thinking": mode}
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def check_a_run(tokenizer: Any, mode: str, folder: Path) -> None:
+    seed, training = tiny_seed(tokenizer, folder / "seed"), {**TRAINING, "thinking": mode}
     from_files = run_from_files(seed, folder, training)
-    in_python = run_in_python(seed, folder, training)
+    check_what_was_judged(from_files, run_in_python(seed, folder, training))
+
+
+def check_what_was_judged(from_files: list[dict[str, Any]], in_python: list[Any]) -> None:
     assert [each["rationales"] for each in from_files] == [each.rationales for each in in_python]
     np.testing.assert_allclose([each["score"] for each in from_files], [each.score for each in in_python], rtol=1e-6)
     np.testing.assert_allclose([each.score for each in in_python], GOLDS, atol=0.15)
