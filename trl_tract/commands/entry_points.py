@@ -31,6 +31,7 @@ one step at a time:
   rl           train a judge further on its own errors: prompts and scores, no rationales
   judge        score rows with a trained judge, or compare pairs of responses
   serve        answer requests with a trained judge, over HTTP
+  merge        add a judge's adapter to its base: one 16-bit model
   report       compare judgements with gold scores
   recalibrate  adjust a judge's scores to gold scores of held-out items
 
@@ -75,6 +76,7 @@ def _option_groups(command: str) -> list[type]:
             *(*generation, options.WorkerArguments),
         ],
         "serve": [options.ServeArguments, options.RuleArguments, *generation],
+        "merge": [options.MergeArguments],
         "report": [looking.ReportArguments],
         "recalibrate": [looking.RecalibrateArguments],
         "env": [],
@@ -275,6 +277,12 @@ def _serve(arguments: Sequence[str]) -> int:
     return serve(*_parse("serve", arguments))
 
 
+def _merge(arguments: Sequence[str]) -> int:
+    from trl_tract.commands.merging import merge
+
+    return merge(*_parse("merge", arguments))
+
+
 def _check(arguments: Sequence[str]) -> int:
     from trl_tract.commands.check import check
 
@@ -386,6 +394,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "rl": _rl,
     "judge": _judge,
     "serve": _serve,
+    "merge": _merge,
     "report": _report,
     "recalibrate": _recalibrate,
     "env": _env,

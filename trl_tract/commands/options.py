@@ -368,6 +368,21 @@ class ServeArguments:
 
 
 @dataclass
+class MergeArguments:
+    """The adapter to merge."""
+
+    model: str = field(metadata={"help": "Judge adapter, saved by TRACTTrainer, on a base that is not quantised."})
+    output_dir: str = field(metadata={"help": "Where the merged judge is written. Has to be empty or not there."})
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the sum is rounded to. By default the base's own 16 bits, or bfloat16.",
+            "choices": ["bfloat16", "float16"],
+        },
+    )
+
+
+@dataclass
 class ColumnArguments:
     """Your own columns and rubric."""
 
