@@ -13,11 +13,10 @@ from transformers.utils import cached_file
 
 from trl_tract.backends.loading import adapter_config, load, tokenizer_id
 from trl_tract.saved.judge_config import JudgeConfig
-from trl_tract.sources.columns import FILE_NAME as PROMPT_FILE
 
 _TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt")
 """What converters such as llama.cpp's read beside or in place of `tokenizer.json`, and transformers may leave out."""
-_JUDGES = ("tract_calibration.json", PROMPT_FILE, "LICENSE", "NOTICE")
+_JUDGES = ("tract_calibration.json", "tract_prompt.json", "LICENSE", "NOTICE")
 _LARGEST = {torch.float16: 65504.0, torch.bfloat16: 3.38e38}
 
 
