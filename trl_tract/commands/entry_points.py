@@ -13,7 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from trl_tract.commands import bootstrap, looking, options, reporting
+from trl_tract.commands import bootstrap, deploying, looking, options, reporting
 from trl_tract.text.terminal import can_write, uses_colour
 
 USAGE = """\
@@ -75,8 +75,8 @@ def _option_groups(command: str) -> list[type]:
             *(options.JudgeArguments, options.RuleArguments, options.ColumnArguments),
             *(*generation, options.WorkerArguments),
         ],
-        "serve": [options.ServeArguments, options.RuleArguments, *generation],
-        "merge": [options.MergeArguments],
+        "serve": [deploying.ServeArguments, options.RuleArguments, *generation],
+        "merge": [deploying.MergeArguments],
         "report": [looking.ReportArguments],
         "recalibrate": [looking.RecalibrateArguments],
         "env": [],

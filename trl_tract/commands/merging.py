@@ -1,7 +1,7 @@
 """`trl-tract merge`: one model of an adapter and its base, and how far that moves its scores."""
 
 from trl_tract.backends import TransformersBackend
-from trl_tract.commands.options import MergeArguments
+from trl_tract.commands.deploying import MergeArguments
 from trl_tract.demo.task import make_rows
 from trl_tract.judge.judge import CoTRAILJudge
 from trl_tract.saved.merging import merge_judge

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from trl_tract.backends import make_backend
-from trl_tract.commands.options import EngineArguments, GenerationArguments, RuleArguments, ServeArguments
+from trl_tract.commands.deploying import ServeArguments
+from trl_tract.commands.options import EngineArguments, GenerationArguments, RuleArguments
 from trl_tract.integrations.serving import KEY_VARIABLE, check_installed, is_loopback, make_server, open_socket
 from trl_tract.judge.judge import CoTRAILJudge
 from trl_tract.saved.judge_config import JudgeConfig

@@ -1,0 +1,70 @@
+"""The options of the commands that put a judge to use. Imports nothing heavy: `--help` reads it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class LaunchArguments:
+    """Processes of this machine."""
+
+    num_processes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes to train and to generate with. By default one for each accelerator that is seen, or one. "
+            "An update keeps its number of rows."
+        },
+    )
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={"help": "Configuration of accelerate to train with, such as examples/accelerate/fsdp2.yaml."},
+    )
+
+
+@dataclass
+class ServeArguments:
+    """The judge and its address."""
+
+    model: str = field(metadata={"help": "Judge model or adapter, saved by TRACTTrainer."})
+    rubric: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML file with `criterion` and `scores`, for requests with fields. By default the rubric saved "
+            "with the model."
+        },
+    )
+    host: str = field(
+        default="127.0.0.1",
+        metadata={"help": "Address to listen at. 0.0.0.0 lets other machines in: set TRL_TRACT_API_KEY then."},
+    )
+    port: int = field(default=8123, metadata={"help": "Port to listen at. 0 takes one that is free."})
+    name: str | None = field(
+        default=None, metadata={"help": "What /v1/models calls the judge. By default the last part of --model."}
+    )
+    max_batch: int = field(default=16, metadata={"help": "Items judged together at most."})
+    max_queue: int = field(default=256, metadata={"help": "Items that may wait. More are refused with 429."})
+    max_items: int = field(default=64, metadata={"help": "Items in one request."})
+    max_bytes: int = field(default=2**20, metadata={"help": "Bytes in one request."})
+    answer_seconds: float = field(
+        default=300.0, metadata={"help": "How long a request may take. Then it is refused with 504."}
+    )
+
+    def limits(self) -> dict[str, Any]:
+        """As arguments of the application."""
+        names = ("max_batch", "max_queue", "max_items", "max_bytes", "answer_seconds")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class MergeArguments:
+    """The adapter to merge."""
+
+    model: str = field(metadata={"help": "Judge adapter, saved by TRACTTrainer, on a base that is not quantised."})
+    output_dir: str = field(metadata={"help": "Where the merged judge is written. Has to be empty or not there."})
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the sum is rounded to. By default the base's own 16 bits, or bfloat16.",
+            "choices": ["bfloat16", "float16"],
+        },
+    )
