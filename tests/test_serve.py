@@ -196,6 +196,14 @@ def test_odd_texts_are_judged_or_an_error_and_come_back_as_json(text):
     assert (told["score"] is None) == (told["error"] is not None)
 
 
+@pytest.mark.parametrize("size", [20_000, 200_000])
+def test_a_client_that_sends_more_than_is_taken_reads_why(server, size):
+    # Cut off while it still sends, it would see a connection that was reset.
+    status, told, _ = server.ask({"prompt": "a" * size})
+    assert status == 413
+    assert "10,000 bytes" in told["error"]["message"]
+
+
 def test_a_body_larger_than_said_is_cut_off(server):
     raw = b'{"prompt": "' + b"a" * 20_000 + b'"}'
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:

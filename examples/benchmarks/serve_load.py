@@ -90,6 +90,8 @@ def judge_rows(model: Path, data: Path, folder: Path, sampling: dict[str, Any]) 
             time.sleep(0.05)
     assert process.returncode == 0, "trl-tract judge failed; its message is above"
     (first, began, cpu), (last, ended, cpu_ended) = seen[0], seen[-1]
+    if first == last:
+        return {}  # it was finished before
     rows = 64 * (last - first)
     return {"rows_per_second": rows / (ended - began), "rows_per_cpu_second": rows / (cpu_ended - cpu)}
 
@@ -252,7 +254,7 @@ def main() -> None:
     resident = served["resident"]
     result = {
         "judged_by_command": by_command,
-        "served": {name: served[name] for name in by_command},
+        "served": {name: served[name] for name in ("rows_per_second", "rows_per_cpu_second")},
         "served / command": {name: served[name] / by_command[name] for name in by_command},
         "answers": len(served["answers"]),
         "scores": sum(told["score"] is not None for _, told in served["answers"].values()),

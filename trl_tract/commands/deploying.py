@@ -1,7 +1,13 @@
-"""The options of the commands that put a judge to use. Imports nothing heavy: `--help` reads it."""
+"""Options of serving, merging and starting processes. Imports nothing heavy: `--help` reads it."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trl_tract.runs.launching import Launch
+
+_SHARED = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 @dataclass
@@ -11,8 +17,8 @@ class LaunchArguments:
     num_processes: int | None = field(
         default=None,
         metadata={
-            "help": "Processes to train and to generate with. By default one for each accelerator that is seen, or one. "
-            "An update keeps its number of rows."
+            "help": "Processes to train and to generate with. By default one for each accelerator that is seen, or "
+            "one. An update keeps its number of rows."
         },
     )
     accelerate_config: str | None = field(
@@ -68,3 +74,29 @@ class MergeArguments:
             "choices": ["bfloat16", "float16"],
         },
     )
+
+
+def planned(args: LaunchArguments, training: Mapping[str, Any]) -> "Launch":
+    """The processes that train."""
+    from trl_tract.runs.launching import Launch, rows_of_an_update
+
+    return Launch.planned(args.num_processes, args.accelerate_config, rows=rows_of_an_update(training))
+
+
+def for_generation(args: LaunchArguments, backend: str, shard: str | None) -> "Launch":
+    """The processes that generate: one where an engine spreads itself, or other jobs do other shares."""
+    from trl_tract.runs.launching import Launch
+
+    if backend != "transformers" or (shard and args.num_processes is None):
+        return Launch(sees_all=True)
+    return Launch.planned(args.num_processes)
+
+
+def start_again(
+    launch: "Launch", command: str, arguments: Sequence[str], training: Mapping[str, Any] | None = None
+) -> int:
+    """The same command in each of several processes; the exit code of all."""
+    shared = [word for name in _SHARED if training for word in (f"--{name}", str(training[name]))]
+    each = " x ".join(str(training[name]) for name in _SHARED) if training else ""
+    print(f"By {launch}{f'; each makes {each} rows of an update' if each else ''}", flush=True)
+    return min(1, abs(launch.run("trl_tract.cli", [command, *arguments, *shared])))

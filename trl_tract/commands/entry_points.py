@@ -52,6 +52,7 @@ SENTENCES = {
 def _option_groups(command: str) -> list[type]:
     """The dataclasses of a command's options."""
     generation = [options.GenerationArguments, options.EngineArguments]
+    workers = [options.WorkerArguments, deploying.LaunchArguments]
     if command in ("run", "train", "rl"):
         from trl import ModelConfig
 
@@ -64,16 +65,17 @@ def _option_groups(command: str) -> list[type]:
 
         trained = [TRACTConfig, ModelConfig]
         if command == "run":
-            return [options.RunArguments, options.ColumnArguments, options.GenerationArguments, *trained]
-        return [options.TrainArguments, options.ColumnArguments, *trained]
+            kinds = [options.RunArguments, options.ColumnArguments, options.GenerationArguments]
+            return [*kinds, deploying.LaunchArguments, *trained]
+        return [options.TrainArguments, options.ColumnArguments, deploying.LaunchArguments, *trained]
     groups: dict[str, list[type]] = {
         "demo": [options.DemoArguments],
         "check": [looking.CheckArguments, options.ColumnArguments],
         "bootstrap": [bootstrap.BootstrapArguments, options.ColumnArguments, generation[1], options.WorkerArguments],
-        "distill": [options.DistillArguments, options.ColumnArguments, *generation, options.WorkerArguments],
+        "distill": [options.DistillArguments, options.ColumnArguments, *generation, *workers],
         "judge": [
             *(options.JudgeArguments, options.RuleArguments, options.ColumnArguments),
-            *(*generation, options.WorkerArguments),
+            *(*generation, *workers),
         ],
         "serve": [deploying.ServeArguments, options.RuleArguments, *generation],
         "merge": [deploying.MergeArguments],
@@ -99,7 +101,7 @@ def _run(arguments: Sequence[str]) -> int:
     from trl_tract.runs.spec import RunSpec
     from trl_tract.training.config import field_values
 
-    run, own, generation, training, model = _parse("run", arguments)
+    run, own, generation, processes, training, model = _parse("run", arguments)
     spec = RunSpec(
         _required_model(model),
         run.data,
@@ -123,7 +125,7 @@ def _run(arguments: Sequence[str]) -> int:
 
         return _exit_code(dry_run(spec, training.output_dir, colour=uses_colour(sys.stdout)))
     _tell_of_neighbours()
-    result = carry_out(spec, Path(training.output_dir))
+    result = carry_out(spec, Path(training.output_dir), launch=deploying.planned(processes, spec.training))
     for name, report in result.reports.items():
         mass = result.grid_mass[name]
         print(f"\n{name} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})\n{report}")
@@ -138,7 +140,7 @@ def _train(arguments: Sequence[str]) -> int:
     from trl_tract.sources.door import Bare, Source, rows_file
     from trl_tract.training.config import field_values
 
-    rows, columns, training, model = _parse("train", arguments)
+    rows, columns, processes, training, model = _parse("train", arguments)
     name, own, fields = _required_model(model), _own(columns), field_values(training)
     if rows.dry_run:
         from trl_tract.commands.dry_run import dry_train
@@ -154,6 +156,9 @@ def _train(arguments: Sequence[str]) -> int:
                 colour=uses_colour(sys.stdout),
             )
         )
+    launch = deploying.planned(processes, fields)
+    if launch.starts:
+        return deploying.start_again(launch, "train", arguments, launch.share(fields))
     _tell_of_neighbours()
     chat = bool(tokenizer_to_train(name, training.chat_template_path).chat_template)
 
@@ -207,7 +212,10 @@ def _distill(arguments: Sequence[str]) -> int:
     from trl_tract.saved.judge_config import JudgeConfig
     from trl_tract.sources.door import Source, rows_file
 
-    rows, columns, generation, engine, worker = _parse("distill", arguments)
+    rows, columns, generation, engine, worker, processes = _parse("distill", arguments)
+    launch = deploying.for_generation(processes, generation.backend, worker.shard)
+    if launch.starts:
+        return deploying.start_again(launch, "distill", arguments)
     settings = {
         **generation.sampling(),
         "num_generations": generation.num_generations,
@@ -238,7 +246,10 @@ def _judge(arguments: Sequence[str]) -> int:
     from trl_tract.sources.door import Source, rows_file
     from trl_tract.sources.preferences import pair_report
 
-    rows, rules, columns, generation, engine, worker = _parse("judge", arguments)
+    rows, rules, columns, generation, engine, worker, processes = _parse("judge", arguments)
+    launch = deploying.for_generation(processes, generation.backend, worker.shard)
+    if launch.starts:
+        return deploying.start_again(launch, "judge", arguments)
     settings = {
         **generation.sampling(),
         "num_generations": generation.num_generations,

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-TOGETHER = ("vllm", "server")
-"""Backends that are one process whatever there are: an engine spreads itself over accelerators."""
+_STARTED = "TRL_TRACT_STARTED"
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process already."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether a launcher, or another process of this package, started this process already."""
+    return _STARTED in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,13 @@ class Launch:
     Attributes:
         processes: How many.
         config: A configuration of accelerate's; None: every process holds the whole model.
+        sees_all: Whether a single process is shown all accelerators, as an engine that spreads itself over them is.
+            A trainer would take them for itself (DataParallel), and TRL's refuse that.
     """
 
     processes: int = 1
     config: str | None = None
+    sees_all: bool = False
 
     @classmethod
     def planned(cls, asked: int | None, config: str | None = None, *, rows: int | None = None) -> "Launch":
@@ -49,7 +51,7 @@ class Launch:
             return cls()
         if asked is not None and asked < 1:
             raise ValueError(f"--num_processes {asked} must be 1 or more")
-        seen = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+        seen = accelerators()
         if asked is not None and seen and asked > seen:
             raise ValueError(f"--num_processes {asked}: {seen} accelerators are seen here")
         processes = asked or seen or 1
@@ -58,30 +60,27 @@ class Launch:
             if asked is not None:
                 raise ValueError(
                     f"--num_processes {asked}: the {rows} rows of an update (per_device_train_batch_size x "
-                    f"gradient_accumulation_steps) cannot be shared out evenly. Give {fitting}, or other numbers of rows"
+                    f"gradient_accumulation_steps) cannot be shared out evenly. Give {fitting}, or another batch size"
                 )
             processes = fitting
         return cls(processes, config)
 
     @property
     def starts(self) -> bool:
-        """Whether a launcher is needed."""
-        return self.processes > 1 or self.config is not None
+        """Whether other processes than this one are needed."""
+        hides = accelerators() > 1 and not self.sees_all and not is_launched()
+        return self.processes > 1 or self.config is not None or hides
 
     def __str__(self) -> str:
-        if not self.starts:
-            return "one process"
-        seen = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+        seen = accelerators()
         where = f"on {self.processes} of {seen} accelerators" if seen else "on the CPU"
-        return f"{self.processes} processes {where}{f', as {self.config} has it' if self.config else ''}"
+        config = f", as {self.config} has it" if self.config else ""
+        return f"{self.processes} process{'es' if self.processes > 1 else ''} {where}{config}"
 
     def share(self, training: Mapping[str, Any]) -> dict[str, Any]:
         """Training settings of each process with which an update has the rows that it has with one process."""
         batch = int(training.get("per_device_train_batch_size", 8))
         steps = int(training.get("gradient_accumulation_steps", 1))
-        # Fewer steps first: that changes nothing for a process. Then smaller batches.
-        while (batch * steps) % self.processes:
-            raise ValueError(f"{batch * steps} rows of an update cannot be shared out among {self.processes} processes")
         each = batch * steps // self.processes
         batch = max(size for size in range(1, min(batch, each) + 1) if each % size == 0)
         return {**training, "per_device_train_batch_size": batch, "gradient_accumulation_steps": each // batch}
@@ -89,22 +88,31 @@ class Launch:
     def command(self, module: str, arguments: Sequence[str]) -> list[str]:
         """`python -m module arguments`, once in each process."""
         program = [sys.executable, "-m"]
-        if not self.starts:
+        if self.processes == 1 and self.config is None:
             return [*program, module, *arguments]
-        if not torch.accelerator.is_available():
+        if not accelerators():
             # accelerate's launcher starts one process on a CPU, whatever it is told.
             count = f"--nproc_per_node={self.processes}"
             return [*program, "torch.distributed.run", "--standalone", count, "-m", module, *arguments]
         options = [f"--num_processes={self.processes}"]
         if self.config is not None:
             options.append(f"--config_file={self.config}")
-        elif self.processes > 1:
+        else:
             options += ["--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
         return [*program, "accelerate.commands.launch", *options, "-m", module, *arguments]
 
-    def run(self, module: str, arguments: Sequence[str]) -> int:
+    def run(self, module: str, arguments: Sequence[str], **environment: str) -> int:
         """Start the processes and wait; their exit code."""
-        return subprocess.run(self.command(module, arguments), check=False).returncode
+        if self.processes == 1 and not self.sees_all and accelerators() > 1:
+            # The first of those that this process was shown.
+            environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        environment = {**os.environ, **environment, _STARTED: "1"}
+        return subprocess.run(self.command(module, arguments), env=environment, check=False).returncode
+
+
+def accelerators() -> int:
+    """Accelerators that are seen: CUDA_VISIBLE_DEVICES hides the others."""
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 
 
 def rows_of_an_update(training: Mapping[str, Any]) -> int:

@@ -9,6 +9,7 @@ from trl_tract.backends.loading import check_seed, tokenizer_to_train
 from trl_tract.evaluation.report import ScoreReport
 from trl_tract.files.journal import changed_settings, write_json
 from trl_tract.runs.judged import Judged
+from trl_tract.runs.launching import Launch, rows_of_an_update
 from trl_tract.runs.results import finish_card, write_run_page
 from trl_tract.runs.run import Run
 from trl_tract.runs.spec import RunSpec
@@ -94,6 +95,8 @@ def run_tract(
     backend: Mapping[str, Any] | None = None,
     rl: Mapping[str, Any] | None = None,
     isolate: bool | None = None,
+    num_processes: int | None = None,
+    accelerate_config: str | None = None,
     say: Callable[[str], None] = say_now,
 ) -> RunResult:
     """Train a judge with TRACT: stage one, self-generation, stage two from the seed model, evaluation.
@@ -127,6 +130,9 @@ def run_tract(
             training. None: it is not.
         backend: What generates: `name` (`transformers` or `vllm`) and arguments of that backend, such as `batch_size`.
         isolate: Run each step in a process of its own; by default on a GPU.
+        num_processes: Processes of each step; by default one for each accelerator that is seen, or one. An update keeps
+            its number of rows.
+        accelerate_config: A configuration of accelerate's to train with.
         say: Prints the headings.
     """
     spec = RunSpec(
@@ -147,11 +153,17 @@ def run_tract(
         backend=dict(backend or {}),
         rl=None if rl is None else dict(rl),
     )
-    return carry_out(spec, Path(output_dir), isolate=isolate, say=say)
+    launch = Launch.planned(num_processes, accelerate_config, rows=rows_of_an_update(spec.training))
+    return carry_out(spec, Path(output_dir), isolate=isolate, launch=launch, say=say)
 
 
 def carry_out(
-    spec: RunSpec, directory: Path, *, isolate: bool | None = None, say: Callable[[str], None] = say_now
+    spec: RunSpec,
+    directory: Path,
+    *,
+    isolate: bool | None = None,
+    launch: Launch | None = None,
+    say: Callable[[str], None] = say_now,
 ) -> RunResult:
     """What `run_tract` does, with its arguments checked and in one place."""
     if spec.backend.get("name") == "server":
@@ -162,7 +174,11 @@ def carry_out(
     spec = spec.settled(say)
     titles = steps_of(spec)
     settings = spec.settings()
-    run = Run(directory, settings, isolate=isolate, total=len(titles), say=say)
+    run = Run(directory, settings, isolate=isolate, launch=launch, total=len(titles), say=say)
+    if launch is not None and launch.starts:
+        each = launch.share(spec.training)
+        batch, steps = each["per_device_train_batch_size"], each["gradient_accumulation_steps"]
+        say(f"Each step by {launch}; an update of {launch.processes} x {batch} x {steps} rows, as with one process")
     given_file, eval_file = directory / "train.jsonl", directory / "eval.jsonl"
     # What stage one trains on, and the step that makes it.
     train_file, rows_of = (

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from trl_tract.files.fingerprint import file_digests, model_files
 from trl_tract.files.journal import digest, guard, read_json, refuse_links, write_json
+from trl_tract.runs.launching import Launch
 from trl_tract.runs.steps import Step, run_step, say_now
 
 _BESIDE = {"trainer_state.json", "settings.json", "finished.json", "summary.json"}
@@ -27,6 +28,7 @@ class Run:
         directory: Made if it is missing.
         settings: Whatever changes the results: a directory with other settings is refused.
         isolate: Run each step in a process of its own; by default on a GPU.
+        launch: Processes of each step; one by default.
         total: Steps there will be, for the headings.
         say: Prints the headings.
 
@@ -45,6 +47,7 @@ class Run:
         settings: Mapping[str, Any],
         *,
         isolate: bool | None = None,
+        launch: Launch | None = None,
         total: int,
         say: Callable[[str], None] = say_now,
     ) -> None:
@@ -61,6 +64,7 @@ class Run:
                 write_json(directory / "settings.json", settings, checked=True)
         self.directory = directory
         self.isolate = torch.cuda.is_available() if isolate is None else isolate
+        self.launch = launch
         self.total = total
         self.say = say
         self.steps = _steps(directory)
@@ -110,7 +114,7 @@ class Run:
             if callable(work):
                 work()
             else:
-                run_step(work, self.directory / f"{name}.json", isolate=self.isolate)
+                run_step(work, self.directory / f"{name}.json", isolate=self.isolate, launch=self.launch)
             seconds = time.monotonic() - started
             made = self._digests(str(file.relative_to(self.directory)) for file in _files(self._made(makes)))
             self._note(name, {"of": origin, "seconds": seconds, "made": made})

@@ -4,10 +4,10 @@ GPU memory is not given back inside a process, so on a GPU every step gets one.
 """
 
 import json
-import subprocess
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,6 +33,7 @@ from trl_tract.judge.judge import CoTRAILJudge
 from trl_tract.judge.judgement import Judgement
 from trl_tract.rows.golds import read_golds
 from trl_tract.rows.row import REFUSED
+from trl_tract.runs.launching import Launch
 from trl_tract.runs.train_steps import RLStep, TrainStep
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.scale import Scale, read_scales
@@ -194,28 +195,43 @@ class JudgeStep:
 
 
 Step = TrainStep | RLStep | BootstrapStep | DistillStep | JudgeStep
+_SPEC = "TRL_TRACT_STEP"
 STEPS: dict[str, type[Step]] = {step.kind: step for step in (TrainStep, RLStep, BootstrapStep, DistillStep, JudgeStep)}
 
 
-def run_step(step: Step, spec_file: Path, *, isolate: bool) -> None:
-    """Run a step here, or in a process of its own.
+def shared_out(step: Step, launch: Launch) -> tuple[Step, Launch]:
+    """A step as each of several processes does it, and how they are started."""
+    if isinstance(step, RLStep):
+        return step, Launch()  # its groups of completions were tried in one process alone
+    if isinstance(step, TrainStep):
+        return replace(step, training=launch.share(step.training)), launch
+    name = step.backend.get("name", "transformers")
+    if name == "vllm":
+        spread = any(option.endswith("parallel_size") for option in step.backend)
+        more = {} if spread or launch.processes == 1 else {"data_parallel_size": launch.processes}
+        return replace(step, backend={**step.backend, **more}), Launch(sees_all=True)
+    return step, Launch(1, sees_all=True) if name in ("server", "chat") else Launch(launch.processes)
+
+
+def run_step(step: Step, spec_file: Path, *, isolate: bool, launch: Launch | None = None) -> None:
+    """Run a step here, in a process of its own, or in several.
 
     Raises:
         RuntimeError: The process failed; its own message is above.
     """
+    step, launch = shared_out(step, launch or Launch())
     spec = {"kind": step.kind, **asdict(step)}
     write_json(spec_file, without_secrets(spec))
     spec_file.chmod(0o600)
-    if not isolate:
+    if not isolate and not launch.starts:
         set_seed(0)
         step.run()
         return
-    # By a pipe: the file has no keys in it, and other users can read a command line.
-    command = [sys.executable, "-m", "trl_tract.runs.steps", "-"]
-    finished = subprocess.run(command, input=json.dumps(spec), text=True, check=False)
-    if finished.returncode:
+    # In the environment: the file has no keys in it, and other users can read a command line.
+    code = launch.run("trl_tract.runs.steps", [], **{_SPEC: json.dumps(spec)})
+    if code:
         raise RuntimeError(
-            f"the step {spec_file.stem} ended with exit code {finished.returncode}; its error is above. Run the "
+            f"the step {spec_file.stem} ended with exit code {code}; its error is above. Run the "
             "same command again to continue"
         )
 
@@ -268,5 +284,5 @@ def _reference(scores: list[float]) -> Record:
 
 if __name__ == "__main__":
     hide_host_warnings()
-    spec = json.loads(sys.stdin.read() if sys.argv[1] == "-" else Path(sys.argv[1]).read_text(encoding="utf-8"))
+    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8") if sys.argv[1:] else os.environ.pop(_SPEC))
     STEPS[spec.pop("kind")](**spec).run()
