@@ -71,6 +71,13 @@ def judged(args: argparse.Namespace, order: str, seed: int) -> dict[str, Any]:
     return {"order": order, "seed": seed, **scale.report().to_dict()}
 
 
+def measured(measure: dict[str, Any]) -> str:
+    if measure["value"] is None:
+        return "undefined"
+    interval = "" if measure["low"] is None else f" ({measure['low']:.3f} to {measure['high']:.3f})"
+    return f"{measure['value']:.3f}{interval}"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("train", help="CSV of rows to train on")
@@ -94,10 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for order in ORDERS:
             row = judged(args, order, seed)
             found.append(row)
-            measures = [
-                f"{row[m]['value']:.3f} ({row[m]['low']:.3f} to {row[m]['high']:.3f})" for m in ("pearson", "rmse")
-            ]
-            print(f"| {order} | {seed} | {' | '.join(measures)} | {row['failed']} |", flush=True)
+            cells = [order, seed, measured(row["pearson"]), measured(row["rmse"]), row["failed"]]
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
     print(json.dumps({"benchmark": "prompt_order", "arguments": vars(args), "rows": found}))
 
 
