@@ -17,11 +17,12 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    TopPLogitsWarper,
 )
 
 from trl_tract.backends import Backend, Generation, ScriptedBackend, TransformersBackend
 from trl_tract.backends.base import Sampling
-from trl_tract.backends.drawing import DrawEach, Drawing, random_numbers
+from trl_tract.backends.drawing import DrawEach, Drawing, Nucleus, random_numbers
 
 CONTEXT = 96
 EXACT = {"atol": 1e-10, "rtol": 0}  # nats, between two ways of computing the same in float64
@@ -238,6 +239,16 @@ class TestDraw:
         counts = torch.bincount(drawn, minlength=4)
         assert counts[[0, 2]].tolist() == [0, 0]
         assert counts[1] / 4000 == pytest.approx(0.04 / 0.53, abs=0.013)  # three standard deviations
+
+    @pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.999])
+    @pytest.mark.parametrize("most", [1, 20, 1000])
+    def test_the_nucleus_is_the_librarys(self, top_p, most):
+        # Rows from all on one token to nearly even; with 20 tokens looked at, some nuclei are larger and some are not.
+        logits = torch.randn(40, 300, generator=torch.Generator().manual_seed(0)).double()
+        logits = logits * torch.logspace(-1, 1.5, 40).double()[:, None]
+        wanted = TopPLogitsWarper(top_p)(None, logits)
+        assert torch.equal(Nucleus(top_p, most)(torch.ones(40, 1), logits), wanted)
+        assert 40 <= int(wanted.isfinite().sum()) < 40 * 300
 
     def test_the_repetition_penalty_counts_what_stands_before(self):
         logits = torch.tensor([[0.5, 1.2, 0.7]])

@@ -28,6 +28,34 @@ def random_numbers(seed: int, sample: int, count: int) -> NDArray[np.float64]:
     return np.random.Generator(np.random.Philox(key=key)).random(count)
 
 
+class Nucleus(LogitsProcessor):
+    """The library's `TopPLogitsWarper`, looking at the likeliest tokens alone where they are enough.
+
+    Sorting a whole vocabulary for each row takes an eighth of all the time of writing on a CPU. A row whose nucleus is
+    larger goes through the library's own, whatever stands beside it.
+
+    Args:
+        top_p: Nucleus sampling threshold, below 1.
+        most: Tokens that are looked at.
+    """
+
+    def __init__(self, top_p: float, most: int = 1024) -> None:
+        self._top_p, self._most = top_p, most
+        self._whole = TopPLogitsWarper(top_p)
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Scores `(B, V)`, -inf outside the nucleus."""
+        best, places = scores.topk(min(self._most, scores.shape[-1]), dim=-1)
+        probs = (best - scores.logsumexp(dim=-1, keepdim=True)).exp()
+        reached = probs.cumsum(dim=-1)
+        kept = best.masked_fill(reached - probs >= self._top_p, -torch.inf)
+        result = torch.full_like(scores, -torch.inf).scatter(1, places, kept)
+        larger = reached[:, -1] < self._top_p
+        if larger.any():
+            result[larger] = self._whole(input_ids[larger], scores[larger])
+        return result
+
+
 class Drawing:
     """Draws the next token of each row, with the library's own processors.
 
@@ -43,7 +71,7 @@ class Drawing:
         if not self._is_greedy and settings.temperature != 1:
             self._processors.append(TemperatureLogitsWarper(float(settings.temperature)))
         if not self._is_greedy and settings.top_p < 1:
-            self._processors.append(TopPLogitsWarper(float(settings.top_p)))
+            self._processors.append(Nucleus(float(settings.top_p)))
 
     def __call__(self, input_ids: Any, logits: torch.Tensor, numbers: Sequence[float]) -> torch.Tensor:
         """Tokens, `(B,)`.
