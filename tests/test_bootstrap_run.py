@@ -57,7 +57,7 @@ def test_rows_with_a_rationale_keep_it_and_the_others_get_one(mixed):
 
 def test_a_run_that_bootstrapped_ends_as_any_other(mixed):
     out, said, _ = mixed[0] / "out", mixed[1], mixed[2]
-    assert [line[:5] for line in said if line.startswith("[")][-1] == "[8/8]"
+    assert [line[:7] for line in said if line.startswith("[")][-1] == "[11/11]"
     assert len(list(read_jsonl(out / "self-generated" / "rows.jsonl"))) == 8
     assert set(json.loads((out / "report.json").read_text())["judges"]) == {"stage one", "TRACT"}
 
@@ -67,7 +67,8 @@ def test_a_bootstrap_is_a_step_like_the_others(mixed):
     before = len(said)
     run()
     again = [line for line in said[before:] if line.startswith("[")]
-    assert all("finished before" in line for line in again)
+    assert sum("finished before" in line for line in again) == 9
+    assert sum("left out" in line for line in again) == 2  # too few rows to calibrate
 
 
 def test_other_settings_of_the_bootstrap_are_another_run(mixed):
@@ -102,7 +103,7 @@ def test_a_dry_run_counts_the_rows_to_write_for(seed_model, tmp_path, capsys):
     assert main([*command, "--dry-run", "--eval_data", str(tmp_path / "rows.jsonl"), "--bf16", "false"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("Rationales: 9 of 12 rows have none")
-    assert "[2/8] Bootstrap: rationales for the rows that have only scores\n    9 rows" in printed
+    assert "[2/11] Bootstrap: rationales for the rows that have only scores\n    9 rows" in printed
     assert not (tmp_path / "o").exists()
 
 

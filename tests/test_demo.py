@@ -9,8 +9,9 @@ from conftest import make_model, make_tokenizer
 
 from trl_tract.demo import run
 from trl_tract.demo.run import JUDGES, Size, run_demo
-from trl_tract.demo.seed_model import fastest_dtype, package_model, save_seed_model
+from trl_tract.demo.seed_model import package_model, save_seed_model
 from trl_tract.files.journal import read_jsonl
+from trl_tract.runs.facts import fastest_dtype
 
 
 @pytest.fixture

@@ -26,16 +26,20 @@ def run_of(tmp_path, model, *options):
     return ["run", "--model_name_or_path", model, *paths, "--bf16", "false", *options]
 
 
+PAPER = ["--objective", "paper"]
+
+
 def begin(tmp_path, model, seconds):
     """A directory of a real run, which cannot train since the model has no weights, with these steps finished."""
     write_jsonl(tmp_path / "rows.jsonl", make_rows(12))
-    assert main(run_of(tmp_path, model)) == 1
+    assert main(run_of(tmp_path, model, *PAPER)) == 1
     write_json(tmp_path / "out" / "steps.json", seconds)
 
 
 def dry(tmp_path, model, rows, capsys, *options, command="run"):
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    code = main([command, *run_of(tmp_path, model, "--dry-run", *options)[1:]])
+    paper = [] if command == "train" or "--objective" in options else PAPER
+    code = main([command, *run_of(tmp_path, model, "--dry-run", *paper, *options)[1:]])
     return code, capsys.readouterr().out
 
 
@@ -100,7 +104,7 @@ def test_a_dry_run_says_what_is_finished(tmp_path, model, capsys):
 
 def test_a_dry_run_says_that_a_directory_would_be_refused(tmp_path, model, capsys):
     begin(tmp_path, model, {"prepare": 3.0, "stage1": 61.0})
-    assert main(run_of(tmp_path, model, "--dry-run", "--on_failure", "drop")) == 1
+    assert main(run_of(tmp_path, model, *PAPER, "--dry-run", "--on_failure", "drop")) == 1
     assert "would be refused: " in (printed := capsys.readouterr().err)
     assert "holds another run (on_failure: 'keep_gold' there, 'drop' now)" in printed
 

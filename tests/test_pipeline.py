@@ -18,10 +18,11 @@ from trl_tract import CoTRAILJudge, TransformersBackend, run_tract, score_report
 from trl_tract.cli import COMMANDS, main
 from trl_tract.files.journal import digest, read_json, read_jsonl, write_jsonl
 from trl_tract.runs.judged import Judged
-from trl_tract.runs.pipeline import JUDGED, STEPS
+from trl_tract.runs.pipeline import JUDGED
 from trl_tract.runs.results import write_run_page
 from trl_tract.runs.run import Run
 from trl_tract.runs.spec import RunSpec
+from trl_tract.runs.step_names import STEPS
 from trl_tract.saved.judge_config import JudgeConfig
 
 TRAINING = {
@@ -57,6 +58,7 @@ def finished(seed_model, tmp_path_factory):
         eval_fraction=0.34,
         training=TRAINING,
         generation=GENERATION,
+        objective="paper",
         say=said.append,
     )
     return directory, result, said
@@ -133,6 +135,7 @@ def test_a_finished_run_does_nothing_again(finished, seed_model):
         eval_fraction=0.34,
         training=TRAINING,
         generation=GENERATION,
+        objective="paper",
         say=said.append,
     )
     assert sum("finished before" in line for line in said) == 7
@@ -191,6 +194,7 @@ def test_another_runs_directory_is_refused(finished, seed_model):
             eval_fraction=0.34,
             training=TRAINING,
             generation=GENERATION,
+            objective="paper",
             on_failure="drop",
         )
 
@@ -203,8 +207,8 @@ def again(finished, seed_model, tmp_path):
 
     def start(model: str = seed_model, data: Path = finished[0] / "rows.jsonl", **settings: Any) -> list[str]:
         said: list[str] = []
-        options = {"training": TRAINING, "generation": GENERATION, "eval_fraction": 0.34, **settings}
-        run_tract(model, str(data), out, **options, say=said.append)
+        given = {"training": TRAINING, "generation": GENERATION, "eval_fraction": 0.34, "objective": "paper"}
+        run_tract(model, str(data), out, **{**given, **settings}, say=said.append)
         return said
 
     return out, start
@@ -319,7 +323,7 @@ def test_a_run_without_rationales_has_one_stage_and_writes_none(seed_model, tmp_
     said: list[str] = []
     out = tmp_path / "out"
     result = run_tract(seed_model, str(tmp_path / "rows.jsonl"), out, eval_fraction=0.34, training=TRAINING,
-                       rationales="none", say=said.append)  # fmt: skip
+                       rationales="none", objective="paper", say=said.append)  # fmt: skip
     assert [line[:5] for line in said if line.startswith("[")] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
     assert set(result.reports) == {"TRACT"}
     assert {record["error"] for record in read_jsonl(out / "judged-tract" / "judgements.jsonl")} == {None}

@@ -9,8 +9,8 @@ from enumerable import enumerable_model, enumerable_tokenizer
 from trl_tract import CoTRAILJudge, run_tract
 from trl_tract.cli import main
 from trl_tract.files.journal import read_jsonl, write_jsonl
-from trl_tract.runs.pipeline import steps_of
 from trl_tract.runs.spec import RunSpec
+from trl_tract.runs.step_names import steps_of
 
 TRAINING = {
     "max_steps": 1,
@@ -53,7 +53,7 @@ def rows(tmp_path_factory):
 def finished(seed_model, rows, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
     settings = {"training": TRAINING, "generation": GENERATION, "rl": RL, "say": lambda line: None}
-    return out, run_tract(seed_model, str(rows), out, eval_fraction=0.25, **settings)
+    return out, run_tract(seed_model, str(rows), out, eval_fraction=0.25, objective="paper", **settings)
 
 
 def test_a_run_with_reinforcement_reports_on_all_three_judges(finished):
@@ -86,7 +86,7 @@ def test_the_checkpoint_is_chosen_by_rows_that_were_held_out(finished):
 def test_rows_with_scores_alone_train_the_seed_model(seed_model, rows, tmp_path):
     scores, out = str(rows.with_name("scores.jsonl")), tmp_path / "out"
     settings = {"training": TRAINING, "generation": GENERATION, "rl": RL, "say": lambda line: None}
-    result = run_tract(seed_model, scores, out, eval_fraction=0.25, rationales="none", **settings)
+    result = run_tract(seed_model, scores, out, eval_fraction=0.25, rationales="none", objective="paper", **settings)
     assert list(result.reports) == ["REAL"]
     assert not (out / "tract").exists()
     assert len(list(read_jsonl(out / "judged-real" / "judgements.jsonl"))) == 4

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from trl_tract import run_tract
-from trl_tract.demo.seed_model import fastest_dtype, save_seed_model
+from trl_tract.demo.seed_model import save_seed_model
 from trl_tract.demo.task import make_rows
 from trl_tract.files.journal import write_jsonl
+from trl_tract.runs.facts import fastest_dtype
 from trl_tract.runs.judged import Judged
 from trl_tract.runs.steps import JudgeStep
 
@@ -104,6 +105,7 @@ def main() -> None:
                 generation={**SAMPLING, "seed": seed},
                 backend=BACKEND,
                 rl=reinforcement(args),
+                objective="paper",  # what is set here, and nothing besides
                 isolate=False,
                 **options,  # type: ignore[arg-type]
             )

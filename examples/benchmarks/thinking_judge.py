@@ -23,9 +23,10 @@ from transformers import AutoConfig
 import trl_tract
 from trl_tract import run_tract
 from trl_tract.demo.run import COT_RAFT, GENERATION, LORA, QUICK, SAMPLING, demo_rows, training_settings, upper_layers
-from trl_tract.demo.seed_model import fastest_dtype, save_seed_model
+from trl_tract.demo.seed_model import save_seed_model
 from trl_tract.evaluation.report import comparison_table
 from trl_tract.files.journal import write_jsonl
+from trl_tract.runs.facts import fastest_dtype
 from trl_tract.runs.judged import Judged
 from trl_tract.runs.pipeline import JUDGED
 
@@ -55,6 +56,7 @@ def train_and_judge(directory: Path, seed: int, mode: str, arguments: argparse.N
         },
         generation={**SAMPLING, "max_new_tokens": NEW_TOKENS, "seed": seed},
         backend=GENERATION,
+        objective="paper",  # what is set above, and nothing besides
         isolate=False,
     )
 

@@ -19,18 +19,22 @@ from trl_tract.commands.token_view import labelled, legend, painted, view_row
 from trl_tract.evaluation.intervals import MIN_UNITS
 from trl_tract.files.journal import changed_settings
 from trl_tract.rows.encoding import RowEncoder
-from trl_tract.runs.pipeline import steps_of
+from trl_tract.runs.facts import measured
+from trl_tract.runs.pipeline import nothing_held_out
 from trl_tract.runs.run import finished_steps, nothing_trained
 from trl_tract.runs.spec import RunSpec
+from trl_tract.runs.step_names import steps_of
 from trl_tract.scale.scale import read_scales
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.door import Bare, Refusal, Source
 from trl_tract.sources.schemas import Item
 from trl_tract.training.config import TRACTConfig
 from trl_tract.training.early_warnings import EarlyWarnings
+from trl_tract.training.recipe import derive, tell
 
 Say = Callable[[str], None]
-_GENERATED = {"distill", "judge-seed", "judge-stage1", "judge-tract", "judge-real"}
+_GENERATED = {f"{does}-{whom}" for does in ("judge", "calibrate") for whom in ("seed", "stage1", "tract", "real")}
+_GENERATED |= {"distill"}
 
 
 @dataclass(frozen=True)
@@ -108,29 +112,45 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
     data, held_out, groups = spec.source(spec.data), 0, set[int]()
     if spec.bootstraps:  # what is still to be written is left out
         data = replace(data, bare="lacking")
-    split = None
+    readable = replace(data, invalid_rows="drop", say=_silent)  # refusals are told below, all together
+    split: Callable[[Item], bool] = nothing_held_out
+    evaluated = None
     if spec.eval_data is None:
-        # Refusals are told below, all together.
-        split = spec.split(replace(data, invalid_rows="drop", say=_silent))
+        split = spec.split(readable)
     else:
-        for _, judged in spec.source(spec.eval_data, say).items():
+        evaluated = spec.source(spec.eval_data, say)
+        for _, judged in evaluated.items():
             held_out += 1
             groups.add(hash(judged.group))
+    steps = steps_of(spec)
+    aside = spec.kept_aside(readable, split, evaluated) if "calibrate-tract" in steps else nothing_held_out
+    why_not, aside = (aside, nothing_held_out) if isinstance(aside, str) else ("", aside)
+    kept_aside = 0
 
     def to_train_on() -> Iterator[tuple[int, Item | Refusal]]:
-        nonlocal held_out
+        nonlocal held_out, kept_aside
         for number, item in data.found():
-            if split is not None and isinstance(item, Item) and split(item):
+            if isinstance(item, Item) and split(item):
                 held_out += 1
                 groups.add(hash(item.group))
+            elif isinstance(item, Item) and aside(item):
+                kept_aside += 1
             else:
                 yield number, item
 
     report, encoder = examine(
         to_train_on(), data.title, tokenizer_to_train(spec.model, training.get("chat_template_path")), training
     )
+    chosen = spec
+    if spec.objective == "auto" and report.tokens:
+        scales = tuple(spec.scales)
+        golds = list(zip(*(report.golds[scale.name] for scale in scales), strict=True))
+        facts = measured(spec.model, scales, report.trained, report.tokens, report.completion_tokens, golds)
+        recipe = derive(facts, spec.set_by_user).to_dict()
+        chosen = spec.with_recipe(recipe)
+        say("\n".join(tell(recipe)) + "\n")
+    training = chosen.training
     say(f"Dry run: nothing is trained or written. trl-tract run would do this in {output_dir}:")
-    steps = steps_of(spec)
     for number, (name, title) in enumerate(steps.items(), start=1):
         lines = [f"[{number}/{len(steps)}] {title}"]
         if name in done:
@@ -146,11 +166,16 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
                 lines.append(f"share_prompts: the {times} rationales of a prompt stand in one micro-batch, behind it")
         elif spec.writes_rationales and report.tokens and name in _GENERATED:
             prompts, each = (report.trained, spec.num_generations) if name == "distill" else (held_out, 1)
-            most = int(spec.generation.get("max_new_tokens", 1024))
+            if name.startswith("calibrate-"):
+                prompts = kept_aside
+            most = int(chosen.generation.get("max_new_tokens", 1024))
             total = prompts * each * len(spec.scales)
             lines.append(f"{total:,} rationales for {prompts:,} prompts, at most {most:,} tokens each")
         say("\n    ".join(lines))
-    say(f"\n{report.trained:,} rows to train on, {held_out:,} held-out items in {len(groups):,} groups")
+    apart = f", {kept_aside:,} items kept aside to calibrate with" if kept_aside else ""
+    say(f"\n{report.trained:,} rows to train on, {held_out:,} held-out items in {len(groups):,} groups{apart}")
+    if why_not:
+        say(f"The judges would not be calibrated: {why_not}")
     if len(groups) < MIN_UNITS:
         say(
             f"Too few held-out groups to tell how good the judge is: {len(groups)}, and intervals need {MIN_UNITS}. "

@@ -97,6 +97,7 @@ def _parse(command: str, arguments: Sequence[str], *, positional: str | None = N
 
 
 def _run(arguments: Sequence[str]) -> int:
+    from trl_tract.commands.parsing import names_given
     from trl_tract.runs.pipeline import carry_out
     from trl_tract.runs.spec import RunSpec
     from trl_tract.training.config import field_values
@@ -118,7 +119,10 @@ def _run(arguments: Sequence[str]) -> int:
         seed_baseline=run.seed_baseline,
         bootstrap=run.bootstrap_settings(),
         rl=run.rl_settings(),
+        objective=run.objective,
+        calibrate=run.calibrate,
         backend=generation.engine(),
+        given=frozenset(names_given("run", _option_groups("run"), arguments)),
     )
     if run.dry_run:
         from trl_tract.commands.dry_run import dry_run
@@ -342,11 +346,9 @@ def _demo(arguments: Sequence[str]) -> int:
 
 def _env(arguments: Sequence[str]) -> int:
     _parse("env", arguments)
-    from trl_tract.commands.environment import environment
+    from trl_tract.commands.environment import environment, in_columns
 
-    found = environment()
-    width = max(map(len, found))
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in found.items()))
+    print(in_columns(environment()))
     return 0
 
 

@@ -32,6 +32,12 @@ def environment() -> dict[str, str]:
     return found | {name: os.environ[name] for name in _VARIABLES if name in os.environ}
 
 
+def in_columns(found: dict[str, str]) -> str:
+    """The same as lines of two columns."""
+    width = max(map(len, found))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in found.items())
+
+
 def _devices() -> str:
     try:
         import torch

@@ -174,6 +174,18 @@ class RunArguments:
             "other stages, or REALConfig's default."
         },
     )
+    objective: str = field(
+        default="auto",
+        metadata={
+            "help": "auto: derive from rows, model and device what you do not set: adapter, learning rate, updates, "
+            "weights of the loss, longest rationale. paper: the defaults below.",
+            "choices": ["auto", "paper"],
+        },
+    )
+    calibrate: float | None = field(
+        default=None,
+        metadata={"help": "Part of --data to calibrate scores on. By default about a tenth; 0, or paper: none."},
+    )
     dry_run: bool = field(default=False, metadata={"help": DRY_RUN})
 
     def bootstrap_settings(self) -> dict[str, Any]:
@@ -314,9 +326,9 @@ class RuleArguments:
         default=None,
         metadata={"help": "Divide the score by the probability on the grid. By default as in training."},
     )
-    recalibrate: bool = field(
-        default=False,
-        metadata={"help": "Apply the recalibration that `trl-tract recalibrate` saved with the judge."},
+    recalibrate: bool | None = field(
+        default=None,
+        metadata={"help": "Apply the saved recalibration. By default only one that `trl-tract run` fitted."},
     )
 
     def rules(self) -> dict[str, Any]:
@@ -330,7 +342,7 @@ class RuleArguments:
             rules["score_temperature"] = self.score_temperature
         if self.normalize_grid is not None:
             rules["normalize_grid"] = self.normalize_grid
-        return rules | ({"recalibrate": True} if self.recalibrate else {})
+        return rules if self.recalibrate is None else rules | {"recalibrate": self.recalibrate}
 
 
 @dataclass

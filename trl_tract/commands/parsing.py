@@ -7,10 +7,10 @@ import argparse
 import dataclasses
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
 _MODEL = ("model", "model_name_or_path")
@@ -29,7 +29,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
     @staticmethod
     def _kind_of_value(action: argparse.Action) -> str:
-        if action.type is string_to_bool:
+        if _is_bool(action):
             return "{true,false}"
         return {int: "N", float: "X", score: "X"}.get(action.type, "TEXT")
 
@@ -72,6 +72,11 @@ def _number_in(value: Any) -> float | None:
     return next((each for each in values if isinstance(each, int | float) and not isinstance(each, bool)), None)
 
 
+def _is_bool(action: argparse.Action) -> bool:
+    """Whether an option is true or false; TRL has a copy of transformers' parser, and of this function."""
+    return getattr(action.type, "__name__", "") == "string_to_bool"
+
+
 def score(text: str) -> float | str:
     """A score of a grid; a range of them (`0..100`) stays text, which `ScoreGrid.from_values` writes out."""
     return text if ".." in text else float(text)
@@ -101,6 +106,8 @@ def make_parser(command: str, dataclass_types: Sequence[type], description: str 
     for action in parser._actions:
         if action.dest == "score_values":
             action.type = score
+        elif _is_bool(action) and action.nargs is None:
+            action.nargs, action.const = "?", True  # also a switch whose default depends on something else
     headings = {field.name: _heading(kind, field.name) for kind in kinds for field in dataclasses.fields(kind)}
     # A stable sort: as in `kinds`, but TRL's last. argparse prints groups in the order in which they are made.
     order = sorted(dict.fromkeys(headings.values()), key=lambda heading: heading.startswith("TRL"))
@@ -158,6 +165,26 @@ def parse(
         where = f" (in {given[given.index('--config') + 1]})" if in_file else ""
         parser.error(_unknown(parser, unknown[0].partition("=")[0], command, where))
     return tuple(parsed)
+
+
+def names_given(command: str, dataclass_types: Sequence[type], arguments: Sequence[str]) -> set[str]:
+    """The options that a command is given, on its line or in its YAML file, by the names of their fields.
+
+    Args:
+        command: Its name.
+        dataclass_types: Its options.
+        arguments: That `parse` has taken.
+    """
+    import yaml
+
+    parser = make_parser(command, dataclass_types)
+    actions = parser._option_string_actions
+    words = [word.partition("=") for word in arguments]
+    found = {actions[word].dest for word, _, _ in words if word in actions} - {"config"}
+    file = next((value or arguments[i + 1] for i, (word, _, value) in enumerate(words) if word == "--config"), None)
+    if file is not None:
+        found.update(yaml.safe_load(Path(file).read_text(encoding="utf-8")))
+    return found
 
 
 def _parsed(parser: TrlParser, given: Sequence[str]) -> tuple[Any, ...]:

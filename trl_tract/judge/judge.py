@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from trl_tract.backends import Backend, Sampling, TransformersBackend
 from trl_tract.backends.grid_scores import grid_probabilities
-from trl_tract.evaluation.recalibration import Recalibration
+from trl_tract.evaluation.recalibration import Recalibration, applied_by_default
 from trl_tract.judge.judgement import Judgement
 from trl_tract.judge.loop import Loop
 from trl_tract.judge.scoring import Rule, Sampler
@@ -72,8 +72,8 @@ class CoTRAILJudge:
         rubric: Makes the prompts of `judge_response`; that of the training rows where one was saved with the judge.
 
     Raises:
-        ValueError: An unknown decision or pool, a setting out of range, a grid that the tokenizer cannot tell apart, or
-            a recalibration of another scale than there is.
+        ValueError: An unknown decision or pool, a setting out of range, a grid that the tokenizer cannot tell apart, a
+            recalibration of another scale.
 
     Source: Chiang et al. 2025, CoT-RAIL, https://aclanthology.org/2025.acl-long.147
     """
@@ -143,7 +143,7 @@ class CoTRAILJudge:
         backend: Backend | str = "transformers",
         *,
         revision: str | None = None,
-        recalibrate: bool = False,
+        recalibrate: bool | None = None,
         **settings: Any,
     ) -> "CoTRAILJudge":
         """Load a judge that TRACTTrainer saved, with the grid and the format that it was trained with.
@@ -152,22 +152,22 @@ class CoTRAILJudge:
             path: Model or adapter directory, or hub id, with a `tract_config.json`.
             backend: A backend, or `transformers`.
             revision: Branch, tag or commit of a hub id; a `backend` of your own is loaded at its own.
-            recalibrate: Apply the recalibration that was saved there: see `recalibration.Recalibration`.
+            recalibrate: Apply the `recalibration.Recalibration` that was saved there. None: if a run fitted it.
             **settings: Other arguments of the class.
 
         Raises:
             FileNotFoundError: No `tract_config.json` there; or, with `recalibrate`, no `tract_calibration.json`.
         """
         config = JudgeConfig.load(path, revision)
+        if recalibrate is None and "recalibration" not in settings:
+            recalibrate = applied_by_default(path, revision)
         if recalibrate:
             settings["recalibration"] = {
                 scale.name: Recalibration.load(path, revision, scale=scale.name) for scale in config.scales
             }
         if isinstance(backend, str):
             if backend != "transformers":
-                raise ValueError(
-                    f"backend={backend!r} is unknown: give 'transformers', or a backend, such as VLLMBackend(path)"
-                )
+                raise ValueError(f"backend={backend!r} is unknown: give 'transformers', or a VLLMBackend(path)")
             backend = TransformersBackend(str(path), revision=revision)
         judge = cls.from_config(config, backend, **settings)
         saved = OwnColumns.load(path, revision)

@@ -7,17 +7,20 @@ from typing import Any
 
 from trl_tract.backends.loading import check_seed, tokenizer_to_train
 from trl_tract.evaluation.report import ScoreReport
-from trl_tract.files.journal import changed_settings, write_json
+from trl_tract.files.journal import JsonlRows, changed_settings, read_json, write_json
+from trl_tract.runs.facts import write_recipe
 from trl_tract.runs.judged import Judged
 from trl_tract.runs.launching import Launch, rows_of_an_update
-from trl_tract.runs.results import finish_card, write_run_page
+from trl_tract.runs.results import calibrate_judge, finish_card, write_run_page
 from trl_tract.runs.run import Run
 from trl_tract.runs.spec import RunSpec
+from trl_tract.runs.step_names import steps_of
 from trl_tract.runs.steps import BootstrapStep, DistillStep, JudgeStep, say_now
 from trl_tract.runs.train_steps import RLStep, TrainStep
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.door import write_rows
 from trl_tract.sources.schemas import Item
+from trl_tract.training.recipe import tell
 
 JUDGED = {
     **{"seed model": "judged-seed", "stage one": "judged-stage1"},
@@ -26,32 +29,6 @@ JUDGED = {
 """The judges that a run may have, the one that is compared with the others last, and their folders of judgements."""
 MODELS = {"TRACT": "tract", "REAL": "real"}
 """Those whose cards tell of the evaluation, and their folders."""
-STEPS: Mapping[str, str] = {
-    "prepare": "Reading the rows",
-    "stage1": "Stage one: the seed model on the annotated rationales",
-    "distill": "Self-generation: the stage-one model writes its own rationales",
-    "stage2": "Stage two: the seed model again, on those rationales",
-    "judge-seed": "Judging the held-out items with the seed model, untrained",
-    "judge-stage1": "Judging the held-out items with the stage-one model",
-    "judge-tract": "Judging the held-out items with the TRACT model",
-    "report": "Writing the report",
-}
-"""The steps of a run in their order, and what they are called."""
-BOOTSTRAP = {"bootstrap": "Bootstrap: rationales for the rows that have only scores"}
-"""The step behind `prepare` where rows lack rationales."""
-ONE_STAGE: Mapping[str, str] = {
-    "prepare": STEPS["prepare"],
-    "stage2": "Training: the seed model on prompts and scores (no rationales, so no second stage)",
-    "judge-seed": STEPS["judge-seed"],
-    "judge-tract": "Judging the held-out items",
-    "report": STEPS["report"],
-}
-"""The same without rationales."""
-RL_STEPS: Mapping[str, str] = {
-    "rl": "Reinforcement: the judge on its own errors",
-    "judge-real": "Judging the held-out items with the reinforced judge",
-}
-"""What is added before the report where the judge is trained further on its own errors."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +71,8 @@ def run_tract(
     seed_baseline: bool = False,
     backend: Mapping[str, Any] | None = None,
     rl: Mapping[str, Any] | None = None,
+    objective: str = "auto",
+    calibrate: float | None = None,
     isolate: bool | None = None,
     num_processes: int | None = None,
     accelerate_config: str | None = None,
@@ -129,6 +108,11 @@ def run_tract(
         rl: Fields of REALConfig, to train the judge further on its own errors; with `rationales="none"` it is the only
             training. None: it is not.
         backend: What generates: `name` (`transformers` or `vllm`) and arguments of that backend, such as `batch_size`.
+        objective: `auto`: what `training`, `model_args` and `generation` leave out is derived from rows, model and
+            device, printed, and written to `recipe.json`; see `docs/defaults.md`. `paper`: the defaults of
+            TRACTConfig.
+        calibrate: Part of the rows that is kept aside and judged to calibrate the judges' scores, 0 for none. None:
+            with `auto` a tenth, or 30 of few rows; with `paper` none.
         isolate: Run each step in a process of its own; by default on a GPU.
         num_processes: Processes of each step; by default one for each accelerator that is seen, or one. An update keeps
             its number of rows.
@@ -152,6 +136,8 @@ def run_tract(
         seed_baseline=seed_baseline,
         backend=dict(backend or {}),
         rl=None if rl is None else dict(rl),
+        objective=objective,
+        calibrate=calibrate,
     )
     launch = Launch.planned(num_processes, accelerate_config, rows=rows_of_an_update(spec.training))
     return carry_out(spec, Path(output_dir), isolate=isolate, launch=launch, say=say)
@@ -173,6 +159,7 @@ def carry_out(
     check_seed(spec.model)
     spec = spec.settled(say)
     titles = steps_of(spec)
+    calibrates = any(name.startswith("calibrate-") for name in titles)
     settings = spec.settings()
     run = Run(directory, settings, isolate=isolate, launch=launch, total=len(titles), say=say)
     if launch is not None and launch.starts:
@@ -180,30 +167,43 @@ def carry_out(
         batch, steps = each["per_device_train_batch_size"], each["gradient_accumulation_steps"]
         say(f"Each step by {launch}; an update of {launch.processes} x {batch} x {steps} rows, as with one process")
     given_file, eval_file = directory / "train.jsonl", directory / "eval.jsonl"
-    # What stage one trains on, and the step that makes it.
+    # What stage one trains on, and the steps that make it.
     train_file, rows_of = (
-        (directory / "bootstrapped" / "rows.jsonl", "bootstrap") if spec.bootstraps else (given_file, "prepare")
+        (directory / "bootstrapped" / "rows.jsonl", ["bootstrap"]) if spec.bootstraps else (given_file, ["prepare"])
     )
+    calibration_file, recipe_file = directory / "calibration.jsonl", directory / "recipe.json"
 
     def prepare() -> None:
         chat = bool(tokenizer_to_train(spec.model, spec.training.get("chat_template_path")).chat_template)
-        data = spec.source(spec.data, say)
+        data, evaluated = spec.source(spec.data, say), None
         if spec.eval_data is None:
             split = spec.split(data)
             held_out = data.rows(chat, lambda item: [item.reference] if split(item) else [])
         else:
-            split = _nothing
-            held_out = spec.source(spec.eval_data, say).rows(chat, lambda item: [item.reference])
+            split, evaluated = nothing_held_out, spec.source(spec.eval_data, say)
+            held_out = evaluated.rows(chat, lambda item: [item.reference])
+        aside = spec.kept_aside(data, split, evaluated) if calibrates else nothing_held_out
+        if isinstance(aside, str):
+            say(f"    The judges are not calibrated: {aside}")
+            aside = nothing_held_out
+        elif calibrates:
+            kept = data.rows(chat, lambda item: [item.reference] if aside(item) and not split(item) else [])
+            write_rows(calibration_file, kept)
         if spec.bootstraps:
             # Rows without completions among them: the bootstrap writes those.
-            given = data.rows(chat, lambda item: [] if split(item) else spec.to_write(item))
+            given = data.rows(chat, lambda item: [] if split(item) or aside(item) else spec.to_write(item))
         else:
-            given = data.training_rows(chat, lambda item: not split(item))
+            given = data.training_rows(chat, lambda item: not (split(item) or aside(item)))
         write_rows(given_file, given)
         write_rows(eval_file, held_out)
 
-    run.step("prepare", titles["prepare"], prepare, makes=["train.jsonl", "eval.jsonl", "*.numbers.json"])
-    say(f"    {_count(given_file)} training rows, {_count(eval_file)} held-out items")
+    makes = ["train.jsonl", "eval.jsonl", "calibration.jsonl", "*.numbers.json"]
+    run.step("prepare", titles["prepare"], prepare, makes=makes)
+    kept_aside = _count(calibration_file) if calibration_file.is_file() else 0
+    say(
+        f"    {_count(given_file)} training rows, {_count(eval_file)} held-out items"
+        + (f", {kept_aside} items kept aside to calibrate with" if kept_aside else "")
+    )
     if spec.bootstraps:
         step = BootstrapStep(
             spec.model,
@@ -222,15 +222,35 @@ def carry_out(
                 "there, or set rationales='none'"
             )
 
+    recipe, chosen = None, spec
+    if "settings" in titles:
+        run.step(
+            "settings",
+            titles["settings"],
+            lambda: write_recipe(spec, JsonlRows(train_file), recipe_file),
+            makes=[recipe_file.name],
+            of=rows_of,
+        )
+        recipe = read_json(recipe_file)
+        chosen, rows_of = spec.with_recipe(recipe), [*rows_of, "settings"]
+        say("    " + "\n    ".join(tell(recipe)))
+        together = rows_of_an_update(chosen.training)
+        if launch is not None and together % launch.processes:
+            raise ValueError(
+                f"an update of {together} rows cannot be shared by {launch.processes} processes: set "
+                "per_device_train_batch_size, the rows of an update with one process, to a multiple of them"
+            )
+
     def train(rows: Path, name: str, training: Mapping[str, Any], asked_like: Path | None = None) -> TrainStep:
         return TrainStep(
             spec.model,
             str(rows),
             str(directory / name),
-            training={**training, **spec.judged_in_training},
-            model_args=dict(spec.model_args),
+            training={**training, **chosen.judged_in_training},
+            model_args=dict(chosen.model_args),
             asked_like=None if asked_like is None else str(asked_like),
             own=None if spec.own is None else spec.own.to_dict(),
+            recipe=recipe,
         )
 
     def reinforce() -> RLStep:
@@ -238,20 +258,30 @@ def carry_out(
             str(directory / "tract") if spec.stages else spec.model,
             str(given_file),
             str(directory / "real"),
-            training=spec.rl_training,
-            model_args=dict(spec.model_args),
+            training=chosen.rl_training,
+            model_args=dict(chosen.model_args),
             own=None if spec.own is None else spec.own.to_dict(),
         )
 
     def judge(stage: str, name: str) -> None:
+        def judging(rows: Path, folder: str, settings: dict[str, Any]) -> JudgeStep:
+            settings = {**chosen.generation, **settings}
+            return JudgeStep(str(directory / name), str(rows), str(directory / folder), settings, dict(spec.backend))
+
+        before, step = ["prepare", stage], f"calibrate-{name}"
+        if step in titles and not kept_aside:
+            run.leave_out(titles[step])
+        elif step in titles:
+            folder = f"calibration-{name}"
+            raw = judging(calibration_file, folder, {"recalibrate": False})
+            run.step(step, titles[step], raw, makes=[folder], of=before)
+            say(f"    {calibrate_judge(directory / folder, directory / name)}")
+            before = [*before, step]
         folder = f"judged-{name}"
-        step = JudgeStep(
-            str(directory / name), str(eval_file), str(directory / folder), dict(spec.generation), dict(spec.backend)
-        )
-        run.step(f"judge-{name}", titles[f"judge-{name}"], step, makes=[folder], of=["prepare", stage])
+        run.step(f"judge-{name}", titles[f"judge-{name}"], judging(eval_file, folder, {}), makes=[folder], of=before)
 
     def judge_untrained(name: str, stage: str) -> None:
-        settings = {**spec.generation, "append_marker": True, "normalize_grid": True}
+        settings = {**chosen.generation, "append_marker": True, "normalize_grid": True}
         step = JudgeStep(
             spec.model,
             str(eval_file),
@@ -263,25 +293,25 @@ def carry_out(
         run.step("judge-seed", titles["judge-seed"], step, makes=["judged-seed"], of=["prepare", stage])
 
     if spec.stages:
-        run.step("stage1", titles["stage1"], train(train_file, "stage1", spec.training), makes=["stage1"], of=[rows_of])
+        run.step("stage1", titles["stage1"], train(train_file, "stage1", chosen.training), makes=["stage1"], of=rows_of)
         distill = DistillStep(
             str(directory / "stage1"),
             str(train_file),
             str(directory / "self-generated"),
             {
-                **spec.generation,
+                **chosen.generation,
                 "num_generations": spec.num_generations,
                 "on_failure": spec.on_failure,
                 "keep_annotated": spec.keep_annotated,
             },
             dict(spec.backend),
         )
-        run.step("distill", titles["distill"], distill, makes=["self-generated"], of=[rows_of, "stage1"])
+        run.step("distill", titles["distill"], distill, makes=["self-generated"], of=[*rows_of, "stage1"])
         own_rows = directory / "self-generated" / "rows.jsonl"
-        stage_two = train(own_rows, "tract", spec.stage_two_training, directory / "stage1")
+        stage_two = train(own_rows, "tract", chosen.stage_two_training, directory / "stage1")
         run.step("stage2", titles["stage2"], stage_two, makes=["tract"], of=["distill"])
     elif "stage2" in titles:
-        run.step("stage2", titles["stage2"], train(train_file, "tract", spec.training), makes=["tract"], of=["prepare"])
+        run.step("stage2", titles["stage2"], train(train_file, "tract", chosen.training), makes=["tract"], of=rows_of)
     if "judge-seed" in titles and "stage2" in titles:
         judge_untrained("tract", "stage2")
     if "judge-stage1" in titles:
@@ -313,23 +343,6 @@ def carry_out(
     if changed := changed_settings(directory, spec.settings()):
         say(f"    changed while the run was at work, which began with what was there before: {'; '.join(changed[:5])}")
     return result
-
-
-def steps_of(spec: RunSpec) -> Mapping[str, str]:
-    """The steps that a run will have, and what they are called."""
-    if spec.rl is not None and not spec.stages:
-        steps = {"prepare": STEPS["prepare"], "judge-seed": STEPS["judge-seed"]}
-    elif not spec.stages:
-        steps = dict(ONE_STAGE)
-    elif spec.bootstraps:
-        first, *others = STEPS.items()
-        steps = dict([first, *BOOTSTRAP.items(), *others])
-    else:
-        steps = dict(STEPS)
-    if spec.rl is not None:
-        steps.pop("report", None)
-        steps |= {**RL_STEPS, "report": STEPS["report"]}
-    return {name: title for name, title in steps.items() if name != "judge-seed" or spec.seed_baseline}
 
 
 def summarise(directory: Path, judges: Mapping[str, Judged], seconds: dict[str, float]) -> RunResult:
@@ -371,7 +384,8 @@ def judged_folders(folder: str) -> list[str]:
     return [str(each) for each in found if (each / "judgements.jsonl").is_file()] or [folder]
 
 
-def _nothing(item: Item) -> bool:
+def nothing_held_out(item: Item) -> bool:
+    """Where evaluation rows are of their own, or none are kept aside."""
     return False
 
 

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from trl_tract.evaluation.recalibration import FILE_NAME as CALIBRATION_FILE
 from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.evaluation.report import ScoreReport
 from trl_tract.files.journal import digest
@@ -16,6 +17,8 @@ from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.saved.model_card import add_evaluation, add_training_run
 
 STAGES = {"stage one": "stage1", "stage two": "tract", "reinforcement": "real"}
+LEAST_SPREAD = 0.15
+"""Of a run's calibrated scores, in parts of the gold scores': a constant ranks nothing."""
 """What a run calls its stages, and the folders they train in."""
 
 
@@ -134,12 +137,16 @@ def finish_card(
     )
 
 
-def recalibrate(directory: Path, model: str | None = None) -> tuple[dict[str, Recalibration], Path]:
+def recalibrate(
+    directory: Path, model: str | None = None, *, always: bool = False, least_spread: float = 0.0
+) -> tuple[dict[str, Recalibration], Path]:
     """Fit a recalibration on the judgements in `directory` and save it with the judge.
 
     Args:
         directory: Of `trl-tract judge`, on held-out items with gold scores.
         model: The judge's directory; None: the one that judged.
+        always: Whether the judge is to apply it where nothing else is said.
+        least_spread: See `Recalibration.fit`.
 
     Returns:
         The fit of each scale by its name, and the file that they are saved in.
@@ -165,11 +172,40 @@ def recalibrate(directory: Path, model: str | None = None) -> tuple[dict[str, Re
         )
     grids = {scale.name: scale.grid.values for scale in JudgeConfig.load(judge).scales}
     fitted = {
-        name: Recalibration.fit(judged.score, judged.reference, judged.grid or grids[name], groups=judged.groups)
+        name: Recalibration.fit(
+            judged.score, judged.reference, judged.grid or grids[name], groups=judged.groups, least_spread=least_spread
+        )
         for name, judged in folder.scales.items()
     }
-    files = [one.save(judge, scale=name) for name, one in fitted.items()]
+    files = [one.save(judge, scale=name, always=always) for name, one in fitted.items()]
     return fitted, files[0]
+
+
+def calibrate_judge(directory: Path, model: Path) -> str:
+    """Fit a recalibration on a run's own judgements, and let the judge apply it from now on, if that lowers its error.
+
+    Args:
+        directory: Judgements of items that were kept aside.
+        model: The judge's directory.
+
+    Returns:
+        What became of it, in a sentence.
+    """
+    file = model / CALIBRATION_FILE
+    file.unlink(missing_ok=True)  # of judgements that are there no more
+    try:
+        fits, _ = recalibrate(directory, str(model), always=True, least_spread=LEAST_SPREAD)
+    except ValueError as error:
+        return f"not calibrated: {error}"
+    told = [
+        f"{f'{name}: ' if name else ''}score -> {fit.slope:.2f} * score {'-' if fit.intercept < 0 else '+'} "
+        f"{abs(fit.intercept):.2f}, RMSE on {fit.n} items {fit.rmse:.3f} before, {fit.rmse_cross_validated:.3f} after"
+        for name, fit in fits.items()
+    ]
+    if all(fit.rmse_cross_validated >= fit.rmse for fit in fits.values()):
+        file.unlink()
+        return f"Left as it is, which is no worse: {'; '.join(told)}"
+    return f"Calibrated: {'; '.join(told)}"
 
 
 def _about(folder: Judged, data: str | Path | None) -> dict[str, str]:

@@ -119,6 +119,11 @@ class Run:
             made = self._digests(str(file.relative_to(self.directory)) for file in _files(self._made(makes)))
             self._note(name, {"of": origin, "seconds": seconds, "made": made})
 
+    def leave_out(self, title: str) -> None:
+        """Say that a step is not done, for lack of what it would work on."""
+        self._met += 1
+        self.say(f"[{self._met}/{self.total}] {title}: left out")
+
     def _note(self, name: str, known: dict[str, Any]) -> None:
         self.steps[name] = known
         write_json(self.directory / "steps.json", self.steps, checked=True)
@@ -172,7 +177,7 @@ def nothing_trained(directory: Path) -> bool:
     """Whether a run was begun in the directory, but came to no result that would be missed."""
     if not (directory / "settings.json").exists():
         return False
-    return not finished_steps(directory).keys() - {"prepare"} and not any(directory.glob("*/checkpoint-*"))
+    return not finished_steps(directory).keys() - {"prepare", "settings"} and not any(directory.glob("*/checkpoint-*"))
 
 
 def finished_steps(directory: Path) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What a run is asked for, as `run_tract` and the dry run share it. Knows nothing of how a run is done."""
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from trl_tract.sources.door import Source, held_out
 from trl_tract.sources.schemas import Item
 from trl_tract.text.secrets import without_secrets
 from trl_tract.training.config import read_settings
+from trl_tract.training.recipe import OBJECTIVES, calibration_share
 
 RATIONALES = ("auto", "given", "bootstrap", "none")
 # Of training, what the reinforcement stage has alike: the machine and the seed.
@@ -27,6 +29,8 @@ _OF_A_SEED = (
     *("score_values", "score_texts", "score_marker", "normalize_grid"),
     *("chat_template_kwargs", "thinking", "template_date"),
 )
+FEWEST_GROUPS, MOST_ASIDE = 5, 1 / 3
+"""Of what is kept aside for calibration: the least groups, and the largest part of all of them."""
 _ASIDE = {"output_dir", "hub_token", "push_to_hub_token"}  # of training, what changes no result
 
 
@@ -53,6 +57,10 @@ class RunSpec:
         seed_baseline: Whether the seed model judges the held-out items too, as it is.
         backend: What generates.
         rl: Fields of REALConfig, for training the judge further on its own errors; None: it is not.
+        objective: `auto`: what is not in `given` is derived from rows, model and device; `paper`: nothing is.
+        given: Fields that the user has set; None: all that are there.
+        calibrate: Part of the rows to train on that is kept aside to calibrate the judges; None: see
+            `recipe.calibration_share`, and with `paper` none.
     """
 
     model: str
@@ -71,13 +79,44 @@ class RunSpec:
     seed_baseline: bool = False
     backend: Mapping[str, Any] = field(default_factory=dict)
     rl: Mapping[str, Any] | None = None
+    objective: str = "auto"
+    given: frozenset[str] | None = None
+    calibrate: float | None = None
+
+    @property
+    def set_by_user(self) -> dict[str, Any]:
+        """What the user has set, and what to."""
+        every = {**self.training, **self.model_args, **self.generation}
+        return {name: value for name, value in every.items() if self.given is None or name in self.given}
+
+    def with_recipe(self, recipe: Mapping[str, Any]) -> "RunSpec":
+        """The same with the settings that were derived: see `Recipe.to_dict`."""
+        training = {**self.training, **recipe["training"]}
+        if isinstance(weights := training.get("raft_weight"), Mapping):
+            own = {scale.name: scale.to_dict() for scale in self.scales}
+            for name, aspect in own.items():
+                if aspect["raft_weight"] is None:
+                    aspect["raft_weight"] = weights[name]
+            training["aspects"] = own
+            del training["raft_weight"]
+        return replace(
+            self,
+            training=training,
+            model_args={**self.model_args, **recipe["model_args"]},
+            generation={**self.generation, **recipe["generation"]},
+        )
 
     def __post_init__(self) -> None:
         """Make one of two ways to say that there are no rationales.
 
         Raises:
-            ValueError: `rationales` is unknown, or contradicts `drop_rationale`.
+            ValueError: `rationales` or `objective` is unknown, `rationales` contradicts `drop_rationale`, or
+                `calibrate` is no part of the rows.
         """
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r} is unknown: choose one of {', '.join(OBJECTIVES)}")
+        if self.calibrate is not None and not 0 <= self.calibrate <= 0.5:
+            raise ValueError(f"calibrate={self.calibrate:g} is a part of the rows: give a number from 0 to 0.5")
         if self.rationales not in RATIONALES:
             raise ValueError(f"rationales={self.rationales!r} is unknown: choose one of {', '.join(RATIONALES)}")
         if self.rationales == "bootstrap" and self.training.get("drop_rationale"):
@@ -135,6 +174,9 @@ class RunSpec:
         """The rows of an item that the bootstrap reads: without a completion where it is to write one."""
         return [item.reference] if self.rationales == "bootstrap" or not item.training else item.training
 
+    def _trained_on(self, item: Item) -> Sequence[Row]:
+        return self.to_write(item) if self.bootstraps else item.training
+
     def bootstrap_settings(self) -> dict[str, Any]:
         """As arguments of CoTBootstrap."""
         template = TemplateSettings.of_training(self.training)
@@ -148,6 +190,47 @@ class RunSpec:
     def split(self, data: Source) -> Callable[[Item], bool]:
         """Whether an item of `data` is held out."""
         return held_out((item for _, item in data.items()), self.eval_fraction, self.seed)
+
+    def kept_aside(
+        self, data: Source, split: Callable[[Item], bool], evaluated: Source | None
+    ) -> Callable[[Item], bool] | str:
+        """Whether an item of `data` is kept aside, neither trained nor evaluated on, to calibrate the judges with.
+
+        Such items are to the training rows what the evaluation items are: of other groups; or, where evaluation rows of
+        their own are about the same groups, other items of these.
+
+        Args:
+            data: Rows to train on.
+            split: Whether an item is held out for evaluation, and so not there to be chosen.
+            evaluated: Evaluation rows of their own; None: there are none.
+
+        Returns:
+            That choice; or why there is none.
+        """
+
+        def to_train_on() -> Iterator[Item]:
+            return (item for _, item in data.items() if self._trained_on(item) and not split(item))
+
+        rows, groups = 0, set[int]()
+        for item in to_train_on():
+            rows += len(self._trained_on(item))
+            groups.add(hash(item.group))
+        share = self.calibrate
+        if share is None:
+            share = calibration_share(rows) if self.objective == "auto" else 0.0
+            if not share:
+                return f"{rows:,} rows are too few to keep some of them aside"
+        if not share:
+            return "not asked for"
+        if evaluated is not None:
+            known = [hash(item.group) in groups for _, item in evaluated.items()]
+            if sum(known) > len(known) / 2:
+                return held_out(to_train_on(), share, self.seed + 1, by=_prompt)
+        # Fewer groups than that do not show how a fit does on others.
+        share = max(share, FEWEST_GROUPS / len(groups))
+        if share > MOST_ASIDE:
+            return f"{len(groups):,} groups are too few to keep some of them aside"
+        return held_out(to_train_on(), share, self.seed + 1)
 
     @property
     def seed(self) -> int:
@@ -198,7 +281,7 @@ class RunSpec:
         """Whatever changes the results of the run, by which its directory is recognised."""
         template = self.training.get("chat_template_path")
         files = {"data": self.data, "eval_data": self.eval_data, "chat_template": template}
-        settings = {
+        settings: dict[str, Any] = {
             "model": self.model,
             "data": self.data,
             "eval_data": self.eval_data,
@@ -218,4 +301,15 @@ class RunSpec:
             settings |= {"rationales": self.rationales, "bootstrap": without_secrets(self.bootstrap)}
         if self.rl is not None:
             settings |= {"rl": without_secrets(self.rl), "rationales": self.rationales}
-        return settings if self.own is None else settings | {"own_columns": self.own.to_dict()}
+        if self.own is not None:
+            settings["own_columns"] = self.own.to_dict()
+        # Only where they change something: a run that was begun before there was a choice goes on.
+        if self.objective != "paper":
+            settings["objective"] = self.objective
+        if self.calibrate is not None:
+            settings["calibrate"] = self.calibrate
+        return settings
+
+
+def _prompt(item: Item) -> str:
+    return json.dumps(item.reference["prompt"])

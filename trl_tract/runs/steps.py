@@ -19,7 +19,7 @@ from trl_tract.backends.base import settings_that_count
 from trl_tract.backends.loading import load_tokenizer, tokenizer_to_train
 from trl_tract.distill.bootstrap import CoTBootstrap
 from trl_tract.distill.distill import CoTSelfDistill
-from trl_tract.evaluation.recalibration import Recalibration
+from trl_tract.evaluation.recalibration import Recalibration, applied_by_default
 from trl_tract.files.blocks import BlockLog, Record, Report
 from trl_tract.files.fingerprint import made_by
 from trl_tract.files.journal import (
@@ -153,6 +153,10 @@ class JudgeStep:
                 settings.setdefault("aspects", {scale.name: scale.to_dict() for scale in scales})
             else:
                 settings.setdefault("score_values", list(scales[0].grid.values))
+        if settings.get("recalibrate") is None:
+            settings.pop("recalibrate", None)
+            if not self.untrained and applied_by_default(self.model, self.backend.get("revision")):
+                settings["recalibrate"] = True
         if settings.get("recalibrate"):
             settings["recalibration"] = _recalibrations(self.model, self.backend.get("revision"), scales)
         engine = settings_that_count(self.backend)
@@ -178,7 +182,9 @@ class JudgeStep:
             backend.tokenizer = load_tokenizer(self.asked_like)  # with the template that rows were made with
             judge = CoTRAILJudge.from_config(config, backend, **self.settings)
         else:
-            judge = CoTRAILJudge.from_pretrained(self.model, backend, **self.settings)
+            judge = CoTRAILJudge.from_pretrained(
+                self.model, backend, **{**self.settings, "recalibrate": settings.get("recalibrate", False)}
+            )
 
         def work(rows: list[Any], first: int, report: Report) -> list[Record]:
             judgements = judge.judge(rows, on_progress=report)

@@ -16,7 +16,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl_tract.backends.loading import adapter_config
 from trl_tract.files.checkpoints import checkpoint_made_of, last_complete_checkpoint, seal_checkpoint
 from trl_tract.files.fingerprint import made_by
-from trl_tract.files.journal import differences, refuse_links
+from trl_tract.files.journal import differences, refuse_links, write_json
 from trl_tract.files.seal import contents
 from trl_tract.saved.judge_config import FILE_NAME, JudgeConfig
 from trl_tract.scale.scale import Scale
@@ -31,6 +31,8 @@ from trl_tract.training.real_config import REALConfig
 from trl_tract.training.real_trainer import REALTrainer
 from trl_tract.training.trainer import TRACTTrainer
 
+RECIPE = "tract_recipe.json"
+"""File beside a judge, with the settings that its run derived, and why."""
 ROWS = "_rows"
 """Folder of a model's directory where its rows are while it is trained; the hub's client leaves `_*` alone."""
 ON_HELD_OUT: Mapping[str, Any] = {
@@ -57,6 +59,7 @@ class TrainStep:
         model_args: Fields of TRL's ModelConfig: dtype, LoRA, quantisation.
         asked_like: A judge's directory, whose prompts are rendered alike (thinking, date), since it wrote the rows.
         own: The rows' columns and rubric as `OwnColumns.to_dict` has them, saved with the model; None: none.
+        recipe: Settings that were derived, and why, to be saved with the model: see `Recipe.to_dict`; None: none.
     """
 
     kind: ClassVar[str] = "train"
@@ -68,6 +71,7 @@ class TrainStep:
     model_args: dict[str, Any] = field(default_factory=dict)
     asked_like: str | None = None
     own: dict[str, Any] | None = None
+    recipe: dict[str, Any] | None = None
 
     def run(self) -> None:
         """Train and save."""
@@ -90,6 +94,11 @@ class TrainStep:
                 (Path(self.output_dir) / PROMPT_FILE).unlink(missing_ok=True)  # of an earlier training
             else:
                 OwnColumns.from_dict(self.own).save(self.output_dir)
+            recipe = Path(self.output_dir) / RECIPE
+            if self.recipe is None:
+                recipe.unlink(missing_ok=True)
+            else:
+                write_json(recipe, self.recipe)
             shutil.rmtree(Path(self.output_dir) / ROWS, ignore_errors=True)
 
     def _trainer(self, checkpoint: Path | None) -> Any:

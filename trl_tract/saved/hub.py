@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
 from trl_tract.backends import Backend
-from trl_tract.evaluation.recalibration import Recalibration
+from trl_tract.evaluation.recalibration import Recalibration, applied_by_default
 from trl_tract.files.journal import read_json, write_json
 from trl_tract.files.seal import check_result
 from trl_tract.saved.dataset_card import rows_card
@@ -73,7 +73,8 @@ def push_judge(
         judge_config.save(made)
         files["tract_config.json"] = Path(made) / "tract_config.json"
         for name, recalibration in (recalibrations or {}).items():
-            files["tract_calibration.json"] = recalibration.save(made, scale=name)
+            always = directory.is_dir() and applied_by_default(directory)
+            files["tract_calibration.json"] = recalibration.save(made, scale=name, always=always)
         if "adapter_config.json" in files:
             base_model = _base_on_hub(files, Path(made), base_model)
         _write_card(files, Path(made), judge_config, repo_id, base_model)

@@ -175,13 +175,25 @@ class Source:
             self.say(what)
 
 
-def held_out(items: Iterable[Item], fraction: float, seed: int) -> Callable[[Item], bool]:
+def _group(item: Item) -> str:
+    return item.group
+
+
+def held_out(
+    items: Iterable[Item], fraction: float, seed: int, by: Callable[[Item], str] = _group
+) -> Callable[[Item], bool]:
     """Whether an item is held out, if about `fraction` of the groups are; a group is never split.
+
+    Args:
+        items: All there are.
+        fraction: Part of the groups.
+        seed: Of the choice.
+        by: What an item shares with those that it must not be parted from; its group.
 
     Raises:
         ValueError: There are too few groups for both sides to have one.
     """
-    groups = list(dict.fromkeys(_digest(item.group) for item in items))
+    groups = list(dict.fromkeys(_digest(by(item)) for item in items))
     count = round(len(groups) * fraction)
     if not 0 < count < len(groups):
         raise ValueError(
@@ -190,7 +202,7 @@ def held_out(items: Iterable[Item], fraction: float, seed: int) -> Callable[[Ite
         )
     random.Random(seed).shuffle(groups)
     chosen = set(groups[:count])
-    return lambda item: _digest(item.group) in chosen
+    return lambda item: _digest(by(item)) in chosen
 
 
 def held_out_rows(path: Path, count: int, seed: int) -> set[int]:

@@ -1,0 +1,141 @@
+"""What a run's settings are derived from: its rows, its model and what it trains on, looked at."""
+
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trl_tract.backends.loading import tokenizer_to_train
+from trl_tract.files.journal import write_json
+from trl_tract.rows.dataset import find_scales
+from trl_tract.rows.encoding import RowEncoder
+from trl_tract.rows.rendering import settled
+from trl_tract.rows.template import Template, TemplateSettings
+from trl_tract.runs.spec import RunSpec
+from trl_tract.scale.scale import Scale, read_scales
+from trl_tract.training.recipe import Device, Facts, derive
+
+_LOOKED_AT = 2000
+"""Rows whose tokens are counted, evenly spread: what settings hang on is known well enough from them."""
+
+
+def facts_of(model: str, rows: Sequence[Mapping[str, Any]], training: Mapping[str, Any]) -> Facts:
+    """The facts about training `model` on `rows`.
+
+    Args:
+        model: Directory or hub id; its weights are not loaded.
+        rows: Training rows.
+        training: Fields of TRACTConfig; those that are left out have its defaults.
+    """
+    scales = read_scales(training)
+    tokenizer = tokenizer_to_train(model, training.get("chat_template_path"))
+    step = math.ceil(len(rows) / _LOOKED_AT)
+    looked_at = [rows[number] for number in range(0, len(rows), step)]
+    settings = settled(tokenizer, TemplateSettings.of_training(training), looked_at)
+    encoder = RowEncoder(
+        find_scales(Template(tokenizer, settings), looked_at, scales),
+        None,
+        tokenizer=tokenizer,
+        settings=settings,
+        drop_rationale=bool(training.get("drop_rationale")),
+    )
+    lengths, completions = [], []
+    golds: list[list[float]] = []
+    for row in looked_at:
+        columns = encoder(row)
+        if columns["refusal_kind"]:
+            continue  # the training says what is wrong with it
+        lengths.append(columns["num_tokens"])
+        completions.append(sum(label != -100 for label in columns["labels"]))
+        golds.append([score for score in columns["score_labels"] if not math.isnan(score)])
+    return measured(model, scales, len(rows), lengths, completions, golds)
+
+
+def write_recipe(spec: RunSpec, rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Derive what a run's user has not set, and write it down: see `Recipe.to_dict`."""
+    write_json(file, derive(facts_of(spec.model, rows, spec.training), spec.set_by_user).to_dict())
+
+
+def measured(
+    model: str,
+    scales: Sequence[Scale],
+    rows: int,
+    lengths: Sequence[int],
+    completions: Sequence[int],
+    golds: Sequence[Sequence[float]],
+) -> Facts:
+    """The facts about rows whose tokens are counted already.
+
+    Args:
+        model: Directory or hub id.
+        scales: How the rows write their scores.
+        rows: How many there are.
+        lengths: Tokens of each row that was looked at.
+        completions: Tokens of its completion.
+        golds: Its gold scores, one for each scale, rubric units.
+
+    Raises:
+        ValueError: No row was looked at.
+    """
+    if not lengths:
+        raise ValueError("none of the rows can be trained on: trl-tract check says why")
+    names = [scale.name for scale in scales]
+    return Facts(
+        parameters=count_parameters(model),
+        rows=rows,
+        tokens=float(np.mean(lengths)),
+        longest=max(lengths),
+        rationale=max(completions),
+        variances=dict(zip(names, np.var(np.array(golds), axis=0).tolist(), strict=True)),
+        spans={scale.name: float(scale.grid.values[-1] - scale.grid.values[0]) for scale in scales},
+        device=this_device(),
+    )
+
+
+def count_parameters(model: str) -> int:
+    """Parameters of a model, a tied one once, from its configuration alone."""
+    config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    return sum(weight.numel() for weight in empty.parameters())
+
+
+def this_device() -> Device:
+    """What trains here."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    on_cuda = accelerator is not None and accelerator.type == "cuda"
+    memory = torch.cuda.get_device_properties(0).total_memory if on_cuda else psutil.virtual_memory().total
+    return Device(
+        kind="cpu" if accelerator is None else accelerator.type,
+        memory=int(memory),
+        bfloat16=fastest_dtype() == torch.bfloat16,
+        processes=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+
+
+def fastest_dtype() -> torch.dtype:
+    """float32 or bfloat16, whichever multiplies matrices faster on this CPU; bfloat16 on a GPU that has it.
+
+    With AMX or AVX512-BF16 bfloat16 is several times faster, without them several times slower.
+    """
+    if torch.accelerator.is_available():
+        has = not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has else torch.float32
+
+    def seconds(dtype: torch.dtype) -> float:
+        left, right = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
+        runs = []
+        for _ in range(5):
+            started = time.perf_counter()
+            left @ right
+            runs.append(time.perf_counter() - started)
+        return min(runs)
+
+    return min((torch.float32, torch.bfloat16), key=seconds)
