@@ -205,7 +205,7 @@ def test_a_client_that_sends_more_than_is_taken_reads_why(server, size):
 
 
 def test_a_body_larger_than_said_is_cut_off(server):
-    raw = b'{"prompt": "' + b"a" * 20_000 + b'"}'
+    raw = b"a" * 200_000
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
         head = b"POST /judge HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n" + b"%x\r\n%s\r\n" % (len(raw), raw))
