@@ -3,7 +3,6 @@
 Each with its own template, or that of its family, and with the template of a model that thinks put on it.
 """
 
-import copy
 import importlib
 import importlib.util
 import json
@@ -69,11 +68,12 @@ def gemma3_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def real_tokenizer(request: pytest.FixtureRequest) -> Any:
+def real_tokenizer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     vocabulary, template = request.param
-    tokenizer = copy.deepcopy(request.getfixturevalue(f"{vocabulary}_tokenizer"))
+    tokenizer = request.getfixturevalue(f"{vocabulary}_tokenizer")
     if template is not None:
-        tokenizer.chat_template = (DIRECTORY / f"{template}.jinja").read_text(encoding="utf-8")
+        source = (DIRECTORY / f"{template}.jinja").read_text(encoding="utf-8")
+        monkeypatch.setattr(tokenizer, "chat_template", source)
     return tokenizer
 
 

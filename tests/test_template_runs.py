@@ -18,8 +18,8 @@ from tiny import PLAIN, make_model
 from trl_tract import CoTRAILJudge, CoTSelfDistill, TRACTConfig, TRACTTrainer, TransformersBackend
 from trl_tract.cli import main
 
-# Each costs four trainings: one that thinks by itself and is told not to, one with channels.
-QUICK = [("qwen3_5_think", "off"), ("gptoss", "rationale")]
+# Each costs four trainings: one that thinks by itself and is told not to.
+QUICK = [("qwen3_5_think", "off")]
 # A `_training` variant that writes the same around a rationale is the same case.
 SAME = [name for name in TEMPLATES if name.endswith("_training") and name != "glm4moe_training"]
 TRAINING = {**PLAIN, "learning_rate": 0.02, "optim": "adamw_torch", "max_steps": 80, "score_in_ce": True}
