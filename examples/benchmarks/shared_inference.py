@@ -140,9 +140,7 @@ class Build:
 
     def close(self) -> None:
         """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
