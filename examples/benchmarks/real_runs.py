@@ -63,6 +63,12 @@ def figures(folder: Path) -> dict[str, Any]:
     return {name: getattr(report, name).to_dict() for name in names} | {"n": report.n, "failed": report.failed}
 
 
+def interval(metric: dict[str, Any]) -> str:
+    """A figure with its interval, where there is one."""
+    value, low, high = ("-" if metric[name] is None else f"{metric[name]:.3f}" for name in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
 def five(model: Path, rows: Path, out: Path) -> dict[str, Any]:
     """The same judge with five rationales for each item."""
     JudgeStep(str(model), str(rows), str(out), {**SAMPLING, "num_generations": 5}, BACKEND).run()
@@ -120,10 +126,7 @@ def main() -> None:
                 print(json.dumps(results[-2]), json.dumps(results[-1]), sep="\n", flush=True)
     print("| judge | seed | rationales | RMSE | Pearson | failed | minutes of the run |\n|---|---|---|---|---|---|---|")
     for each in results:
-        shown = [
-            f"{each[name]['value']:.3f} ({each[name]['low']:.3f} to {each[name]['high']:.3f})"
-            for name in ("rmse", "pearson")
-        ]
+        shown = [interval(each[name]) for name in ("rmse", "pearson")]
         print(
             f"| {each['judge']} | {each['seed']} | {each['rationales']} | {shown[0]} | {shown[1]} | {each['failed']} "
             f"| {each['minutes']:.0f} |"

@@ -1,5 +1,6 @@
 """REALTrainer: what GRPOTrainer does differently where the reward is the model's own error. Knows no files of rows."""
 
+import copy
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -90,6 +91,8 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         unknown = set(kwargs) - {"callbacks", "optimizers", "quantization_config", "peft_config"}
+        if train_dataset is None and not unknown:
+            raise ValueError("train_dataset is missing: rows of `prompt` and `score`")
         if unknown:
             raise ValueError(
                 f"{min(unknown)}: REALTrainer's reward is the judge's own error, behind one rationale a turn. Leave it "
@@ -100,15 +103,16 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
         args = REALConfig.from_args(args, name.rstrip("/").split("/")[-1] or "model")
         if processing_class is None:
             processing_class = policy_tokenizer(name, (args.model_init_kwargs or {}).get("revision"))
-        if train_dataset is None:
-            raise ValueError("train_dataset is missing: rows of `prompt` and `score`")
         self._given_rows = train_dataset
         self._template, self.judge_config = find_judge(name, args, processing_class, train_dataset)
         (self.scale,) = self.judge_config.scales
         if isinstance(model, str):
             model = load_policy(model, processing_class, args, kwargs.get("quantization_config"))
             if not isinstance(model, str):
+                # It was loaded with these; the host would say that they are ignored.
                 kwargs.pop("quantization_config", None)
+                args = copy.copy(args)
+                args.model_init_kwargs = None
         config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
         room = getattr(config.get_text_config(), "max_position_embeddings", None)
         check = functools.partial(checked_rows, self._template, self.scale, args, room)
@@ -128,8 +132,8 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
         )
         mark_base(self.model)
         self._add_score_head()
-        low, high = self.scale.grid.values[0], self.scale.grid.values[-1]
-        self._penalty = (high - low) ** 2 if args.no_score_penalty is None else args.no_score_penalty
+        worst = (self.scale.grid.values[-1] - self.scale.grid.values[0]) ** 2
+        self._penalty = worst if args.no_score_penalty is None else args.no_score_penalty
         self._values = torch.tensor(self.scale.grid.values, device=self.accelerator.device)
         # Of the batch that is being generated, in its order: the prompts, the rationales, all ranks' advantages.
         self._asked: list[Asked] = []
@@ -144,8 +148,7 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
         self._rollout_metrics = {mode: RolloutMetrics() for mode in ("train", "eval")}
         self._warnings = RolloutWarnings(self.scale.grid.values, self._penalty)
         if self.use_vllm and not self._template_thinks:
-            own = self.vllm_generation.generation_kwargs
-            given = own.get("stop") or []
+            given = (own := self.vllm_generation.generation_kwargs).get("stop") or []
             stops = [given] if isinstance(given, str) else list(given)
             self.vllm_generation.generation_kwargs = {**own, "stop": [*stops, self.scale.marker]}
 
@@ -175,8 +178,7 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
         sampler = super()._get_train_sampler(dataset)
 
         def set_epoch(epoch: int) -> None:
-            # The host's sampler goes on drawing from one generator, so that a resumed training would begin anew in a
-            # later epoch, with the first one's order.
+            # The host's sampler draws on from one generator: resumed in a later epoch, it would begin anew.
             if sampler.shuffle:
                 sampler.generator.manual_seed(self.args.seed + epoch)
 
@@ -265,11 +267,10 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
         num_generations = self.num_generations if self._mode == "train" else self.num_generations_eval
         self._rollout_metrics[self._mode].add(table, num_generations)
         rewards = -table[:, 0]
+        self._new_advantages = torch.zeros_like(rewards)
         if num_generations > 1:
             normalised = self.args.advantages == "normalised"
             self._new_advantages = advantages_of(rewards, num_generations, normalised=normalised)
-        else:
-            self._new_advantages = torch.zeros_like(rewards)
         return rewards[:, None]
 
     def _losses(self, logprobs: torch.Tensor, gold: torch.Tensor) -> tuple[torch.Tensor, ScoreTerms]:
@@ -311,10 +312,10 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         first = self.accelerator.process_index * len(inputs)
         output["advantages"] = self._new_advantages[first : first + len(inputs)]
-        logged = self._logs["advantages"]
-        for _ in range(min(len(self._new_advantages), len(logged))):
-            logged.pop()
-        logged.extend(self._new_advantages.tolist())
+        logged = self._logs["advantages"]  # its last are the host's
+        kept = list(logged)[: max(len(logged) - len(self._new_advantages), 0)]
+        logged.clear()
+        logged.extend([*kept, *self._new_advantages.tolist()])
         device = self.accelerator.device
         output["gold"] = torch.tensor(self._golds, dtype=self._new_advantages.dtype, device=device)
         output["scored"] = torch.tensor([each.scored for each in self._rollouts], device=device)
@@ -382,7 +383,6 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
             self.args.vllm_importance_sampling_clip_max,
         )
         direct_loss = (ratio[scored] * loss / divided[scored]).sum() / len(scored)
-        self._outputs = self._logps = None
         # The host divides its own term by the accumulation steps, and leaves the sum as it is.
         weight = self.args.direct_weight / self.current_gradient_accumulation_steps
         return torch.add(policy_loss, direct_loss, alpha=weight)
