@@ -430,7 +430,7 @@ def test_the_experts_balance_is_that_of_the_rows(tmp_path, vocabularies):
 def test_the_way_is_said_once(tmp_path, vocabularies, monkeypatch, refusal):
     said: list[str] = []
     monkeypatch.setattr("trl_tract.training.trainer.why_not_one_forward", lambda model: refusal)
-    monkeypatch.setattr("trl_tract.training.trainer.logger.warning", lambda message, *rest: said.append(message))
+    monkeypatch.setattr("trl_tract.training.judge_trainer.logger.warning", lambda message, *rest: said.append(message))
     grid = GRIDS["0 to 100"]
     make_trainer(tmp_path, make_rows(grid), tokenizer=vocabularies["splitting"], **settings_of(grid))
     about = [message for message in said if "several tokens" in message]
