@@ -20,8 +20,8 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_there_are_the_five():
-    assert [name[:2] for name in READ] == ["01", "02", "03", "04", "05"]
+def test_there_are_the_six():
+    assert [name[:2] for name in READ] == ["01", "02", "03", "04", "05", "06"]
 
 
 @each
