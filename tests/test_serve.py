@@ -188,6 +188,12 @@ def test_a_refusal_does_not_repeat_what_was_sent(server):
     assert len(json.dumps(told)) < 1000
 
 
+def test_a_prompt_without_messages_is_an_error_of_its_item(server):
+    status, told, _ = server.ask({"prompt": []})
+    assert status == 200
+    assert "no message" in told["error"]
+
+
 @pytest.mark.parametrize("text", ["\ud800", "a\x00b", "<|im_end|>", "\u0301" * 500, "\u202e"])
 def test_odd_texts_are_judged_or_an_error_and_come_back_as_json(text):
     with served(scripted(script=lambda prompt, seed: f" {text} [RESULT] 1")) as server:

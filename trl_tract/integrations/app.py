@@ -215,7 +215,9 @@ async def _outcomes(
     try:
         async with asyncio.timeout(seconds):
             while waiting:
-                _, waiting = await asyncio.wait(waiting, timeout=1.0)
+                done, waiting = await asyncio.wait(waiting, timeout=1.0)
+                for each in done:
+                    each.exception()  # looked at, or asyncio reports it a second time
                 if waiting and await request.is_disconnected():
                     raise Refusal(499, "the client went away")
     except TimeoutError:
@@ -226,7 +228,7 @@ async def _outcomes(
             item.cancel()  # no effect on what is done
         for own in waiting:
             own.cancel()
-    return [each.exception() or each.result() for each in futures]
+    return [item.exception() or item.result() for item in futures]
 
 
 def _in_words(error: RequestValidationError) -> str:

@@ -414,6 +414,8 @@ def _read_item(row: Any, chat: bool | None) -> Row:
         return item
     if not isinstance(prompt, Sequence):
         raise TypeError(f"it is {type(prompt).__name__}, not text or a list of chat messages")
+    if not prompt:
+        raise ValueError("there is no message in it")
     for message in prompt:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise ValueError(f"a chat message needs `role` and `content`, and one is {message!r}")
