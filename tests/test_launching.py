@@ -192,4 +192,4 @@ def test_a_run_by_two_processes_makes_the_files_and_the_update_of_one(tmp_path, 
     assert rows[0] == rows[1]
     judged = [(folder / "judged-tract" / "judgements.jsonl").read_text().splitlines() for folder in made.values()]
     scores = [[json.loads(line)["score"] for line in lines] for lines in judged]
-    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+    assert scores[0] == scores[1]  # none: a random model does not come to its marker
