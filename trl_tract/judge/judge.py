@@ -292,13 +292,12 @@ class CoTRAILJudge:
                 judged[i] = Judgement(error=f"no score can be written behind the prompt: {error}")
                 continue
             asked[i] = prompt
-        report = on_progress or (lambda count: None)
         if judged:
-            report(len(judged))
+            on_progress(len(judged))
         if asked:
             recalibrations = self._recalibrations()
             loop = Loop(self._template, self.scales, self._sampler, self._rule, recalibrations, self._num_generations)
-            judged |= loop.run(asked, dict(enumerate(seeds)), report)
+            judged |= loop.run(asked, dict(enumerate(seeds)), on_progress)
         return [judged[i] for i in range(len(rows))]
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
