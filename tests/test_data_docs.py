@@ -27,7 +27,7 @@ def folder(tmp_path, monkeypatch):
     make_tokenizer().save_pretrained(tmp_path / "seed")
     make_model().config.save_pretrained(tmp_path / "seed")
     (tmp_path / "rows.csv").write_text(blocks("text")[0])
-    rubric, config, _ = blocks("yaml")
+    rubric, config = blocks("yaml")
     (tmp_path / "rubric.yaml").write_text(rubric)
     (tmp_path / "run.yaml").write_text(config.replace(MODEL, "seed") + "eval_fraction: 0.5\n")
     write_jsonl(tmp_path / "rows.jsonl", make_rows(18))
@@ -48,7 +48,7 @@ def test_a_command_of_the_page_runs(command, folder, capsys):
 
 
 def test_the_page_has_the_commands_that_are_run():
-    assert len(COMMANDS) == 6  # two checks, a dry run, a run (tests/test_cli.py has one) and two judges (likewise)
+    assert len(COMMANDS) == 7  # two checks, a dry run, two runs (test_cli.py, test_recipe.py), two judges (test_cli.py)
 
 
 def test_python_of_the_page_runs(folder, monkeypatch):

@@ -167,7 +167,7 @@ class CoTRAILJudge:
             }
         if isinstance(backend, str):
             if backend != "transformers":
-                raise ValueError(f"backend={backend!r} is unknown: give 'transformers', or a VLLMBackend(path)")
+                raise ValueError(f"backend={backend!r}: give 'transformers', or a backend, such as VLLMBackend(path)")
             backend = TransformersBackend(str(path), revision=revision)
         judge = cls.from_config(config, backend, **settings)
         saved = OwnColumns.load(path, revision)
