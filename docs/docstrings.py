@@ -21,20 +21,24 @@ class FieldHelp(griffe.Extension):
         if not isinstance(metadata, ast.Dict) or ast.unparse(node.value.func) != "field":
             return
         for key, value in zip(metadata.keys, metadata.values, strict=True):
-            if isinstance(key, ast.Constant) and key.value == "help":
+            if isinstance(key, ast.Constant) and key.value == "help" and (text := _text(value, attr.module)):
                 # argparse writes a percent sign as two.
-                attr.docstring = griffe.Docstring(_text(value, attr.module).replace("%%", "%"), parent=attr)
+                attr.docstring = griffe.Docstring(text.replace("%%", "%"), parent=attr)
         if "default" in given:
             attr.value = ast.unparse(given["default"])
         elif "default_factory" in given:
             attr.value = ast.unparse(given["default_factory"]).removeprefix("lambda: ")
 
 
-def _text(node: ast.expr, module: griffe.Module) -> str:
-    """A text that is written out, or the name of one that the module has further up."""
+def _text(node: ast.expr, module: griffe.Module) -> str | None:
+    """A text that is written out, or the name of one that the module has further up.
+
+    None where it comes from elsewhere, as in options of commands, which the reference does not show.
+    """
     if isinstance(node, ast.Name):
-        node = ast.parse(str(module.members[node.id].value), mode="eval").body
-    return str(ast.literal_eval(node))
+        named = module.members[node.id]
+        node = ast.parse(str(named.value), mode="eval").body if isinstance(named, griffe.Attribute) else node
+    return node.value if isinstance(node, ast.Constant) else None
 
 
 class Doctests(griffe.Extension):
