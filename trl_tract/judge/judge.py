@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from trl_tract.backends import Backend, Sampling, TransformersBackend
 from trl_tract.backends.grid_scores import grid_probabilities
 from trl_tract.evaluation.recalibration import Recalibration, applied_by_default
+from trl_tract.judge.items import check_rows, read_item
 from trl_tract.judge.judgement import Judgement
 from trl_tract.judge.loop import Loop
 from trl_tract.judge.scoring import Rule, Sampler
@@ -260,12 +261,7 @@ class CoTRAILJudge:
                 written for all items and then scored: an item whose rationale is written counts a half. None: a bar on
                 a terminal and in a notebook, and elsewhere a line every 30 seconds.
         """
-        if isinstance(rows, str | Mapping):
-            raise TypeError(f"rows is one {type(rows).__name__}: put it into a list, as in judge.judge([row])[0]")
-        if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
-            raise TypeError("rows is a table: give its rows, as in judge.judge(table.to_dict('records'))")
-        if not hasattr(rows, "__len__"):
-            raise TypeError(f"rows is a {type(rows).__name__}: make it a list, as in judge.judge(list(rows))")
+        check_rows(rows)
         if on_progress is None:
             hidden = len(rows) < 2 or os.environ.get("RANK", "0") != "0"  # of several processes one speaks
             with progress(total=len(rows), desc="judging", unit="item", hidden=hidden, patient=True) as bar:
@@ -281,7 +277,7 @@ class CoTRAILJudge:
                 judged[i] = Judgement(error=str(row[REFUSED]))
                 continue
             try:
-                item = _read_item(row, self.chat)
+                item = read_item(row, self.chat)
                 prompt = self._template.ask(item)
             except (TypeError, ValueError, KeyError) as error:
                 judged[i] = Judgement(error=f"the prompt cannot be read: {error}")
@@ -392,30 +388,3 @@ def _checked(known: ScoreGrid, here: ScoreGrid) -> ScoreGrid:
             "this is not the tokenizer that the judge was trained with"
         )
     return known
-
-
-def _read_item(row: Any, chat: bool | None) -> Row:
-    """An item as a row with a prompt, text or chat messages; `chat`: which of them the judge was trained on, if known.
-
-    Raises:
-        TypeError, ValueError: It is neither; what it is is said.
-    """
-    if isinstance(row, Mapping) and "prompt" not in row:
-        raise ValueError(f"the row has no `prompt`; its columns are {', '.join(sorted(map(str, row)))}")
-    item: Row = dict(row) if isinstance(row, Mapping) else {"prompt": row}
-    prompt = item["prompt"]
-    if isinstance(prompt, str) and chat:
-        raise TypeError(
-            "it is plain text, and the judge was trained on chat messages: give "
-            '[{"role": "user", "content": prompt}], or use judge_response'
-        )
-    if isinstance(prompt, str):
-        return item
-    if not isinstance(prompt, Sequence):
-        raise TypeError(f"it is {type(prompt).__name__}, not text or a list of chat messages")
-    if not prompt:
-        raise ValueError("there is no message in it")
-    for message in prompt:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"a chat message needs `role` and `content`, and one is {message!r}")
-    return item
