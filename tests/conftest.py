@@ -9,6 +9,7 @@ import ast
 import functools
 import gc
 import importlib
+import importlib.util
 import signal
 import sys
 from pathlib import Path
@@ -25,6 +26,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # The same examples in every run, none remembered on disk, no clock on a busy machine.
 hypothesis_settings.register_profile("tests", database=None, derandomize=True, deadline=None)
 hypothesis_settings.load_profile("tests")
+
+
+NEEDED_BY = {"inspect_ai": "trl_tract/integrations/inspect_ai.py", "mlflow": "trl_tract/integrations/mlflow.py"}
+"""Packages of extras that the tests do without, and the file of ours that cannot be imported where one is missing."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave out what cannot be imported for its doctests: `collect_ignore` would hold below `tests` alone."""
+    missing = [file for package, file in NEEDED_BY.items() if importlib.util.find_spec(package) is None]
+    config.option.ignore = [*(config.option.ignore or []), *(str(config.rootpath / file) for file in missing)]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,8 @@ from trl_tract.files.journal import read_jsonl, write_jsonl
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = ["stage_one", "distill", "stage_two", "judge", "real", "grpo_judge_reward"]
+ELSEWHERE = {"inspect_task": "test_inspect_ai.py"}
+"""Scripts that need a package which the other tests do without, and where they are run."""
 QUICK = {name: PLAIN[name] for name in ("bf16", "report_to", "save_strategy", "disable_tqdm", "gradient_checkpointing")}
 TRAINING = {**QUICK, "max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
 GRPO = {"use_cpu": True, "num_generations": 2, "max_completion_length": 8, "temperature": 1.0}
@@ -121,5 +123,7 @@ def test_the_command_in_a_scripts_docstring_has_options_that_the_script_knows(na
     assert parser.parse_args_and_config([*arguments, *(["--use_cpu"] if "grpo" in name else [])])
 
 
-def test_every_script_is_run_here():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SCRIPTS)
+def test_every_script_is_run():
+    assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == sorted([*SCRIPTS, *ELSEWHERE])
+    for name, file in ELSEWHERE.items():
+        assert f'run_path(str(ROOT / "examples" / "{name}.py"))' in Path(__file__).with_name(file).read_text("utf-8")

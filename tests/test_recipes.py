@@ -17,6 +17,7 @@ from trl import ModelConfig
 
 from trl_tract import TRACTConfig
 from trl_tract.cli import main
+from trl_tract.commands.options import GenerationArguments, RunArguments
 from trl_tract.files.journal import write_jsonl
 
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
@@ -87,7 +88,9 @@ def test_a_recipe_is_nothing_but_options_of_its_command(recipe, monkeypatch):
 @pytest.mark.parametrize("name", ["mistral-7b-paper", "llama-3.1-8b-paper"])
 def test_the_papers_recipes_have_the_papers_settings(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    rows, _, generation, training, model = parse(["run", "--config", f"examples/recipes/{name}.yaml"])[:5]
+    values = {type(each): each for each in parse(["run", "--config", f"examples/recipes/{name}.yaml"])}
+    rows, generation = values[RunArguments], values[GenerationArguments]
+    training, model = values[TRACTConfig], values[ModelConfig]
     assert (training.learning_rate, training.lr_scheduler_type, training.warmup_steps) == (1e-5, "cosine", 0.1)
     assert (training.num_train_epochs, training.max_length, training.bf16) == (2, 3000, True)
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 8

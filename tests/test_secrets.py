@@ -4,6 +4,7 @@ import base64
 import copy
 import json
 import logging
+import os
 import pickle
 import subprocess
 from pathlib import Path
@@ -17,7 +18,7 @@ from trl_tract import TRACTConfig, run_tract
 from trl_tract.backends.http import JSONServer
 from trl_tract.cli import main
 from trl_tract.files.journal import write_jsonl
-from trl_tract.runs.steps import DistillStep, run_step
+from trl_tract.runs.steps import _SPEC, DistillStep, run_step
 from trl_tract.runs.train_steps import TrainStep
 from trl_tract.training.config import field_values
 
@@ -93,7 +94,7 @@ def test_judging_by_a_server_leaves_and_says_none(seed_model, tmp_path, heard, m
     assert not told(tmp_path, heard())
 
 
-def test_a_step_of_its_own_is_told_by_a_pipe_what_its_file_hides(tmp_path, monkeypatch):
+def test_a_step_of_its_own_is_told_in_its_environment_what_its_file_hides(tmp_path, monkeypatch):
     given = {}
 
     def started(command, **options):
@@ -103,7 +104,8 @@ def test_a_step_of_its_own_is_told_by_a_pipe_what_its_file_hides(tmp_path, monke
     monkeypatch.setattr(subprocess, "run", started)
     backend = {"name": "server", "base_url": f"http://me:{PASSWORD}@host/v1", "hf_token": HUB}
     run_step(DistillStep("model", "data", "out", backend=backend), tmp_path / "distill.json", isolate=True)
-    assert json.loads(given["input"])["backend"] == backend
+    assert json.loads(given["env"][_SPEC])["backend"] == backend
+    assert _SPEC not in os.environ
     assert not told(tmp_path, *given["command"])
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
-from trl_tract import TRACTConfig, TRACTTrainer
+from trl_tract import REALConfig, TRACTConfig, TRACTTrainer
 from trl_tract.saved.judge_config import JudgeConfig
 
 TOKENIZER = make_tokenizer()
@@ -435,11 +434,9 @@ def card(tmp_path_factory) -> tuple[Path, str]:
     trainer = make_trainer(
         directory,
         make_rows(4),
-        model=make_model(std=0.05),
-        tokenizer=make_tokenizer(),
         max_steps=100,
         optim="adamw_torch",
-        learning_rate=0.01,
+        learning_rate=3e-3,
         eval_dataset=make_rows(6, seed=1),
         score_values=[1, 2, 3, 4, 5],
         score_marker="[RESULT]",
@@ -486,8 +483,7 @@ def test_the_cards_quick_start_runs(card, monkeypatch, capsys):
     namespace: dict[str, Any] = {}
     exec(code.replace('"..."', repr(row["prompt"])), namespace)  # what a reader of the card would type
     assert namespace["judgement"].error is None
-    # Probability off the grid counts as 0, and this model has hardly been trained.
-    assert 0 < namespace["judgement"].score <= 5
+    assert namespace["judgement"].score == pytest.approx(row["score"], abs=0.25)
     assert capsys.readouterr().out.startswith(str(namespace["judgement"].score))
 
 
@@ -496,8 +492,8 @@ def test_a_checkpoint_comes_with_a_card_in_the_output_directory(tmp_path):
     assert "- Marker before the score: `[RESULT]`" in (tmp_path / "README.md").read_text()
 
 
-def test_every_named_setting_of_the_card_is_a_field_of_the_config():
+def test_every_named_setting_of_the_card_is_a_field_of_a_config():
     from trl_tract.saved.model_card import _SETTINGS
 
-    check: Callable[[str], bool] = TRACTConfig.__dataclass_fields__.__contains__
-    assert all(map(check, _SETTINGS))
+    fields = {*TRACTConfig.__dataclass_fields__, *REALConfig.__dataclass_fields__}
+    assert not set(_SETTINGS) - fields
