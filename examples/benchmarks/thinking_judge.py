@@ -30,6 +30,7 @@ from trl_tract.runs.facts import fastest_dtype
 from trl_tract.runs.judged import Judged
 from trl_tract.runs.pipeline import JUDGED
 
+STAGES = {stage: folder for stage, folder in JUDGED.items() if folder in ("judged-stage1", "judged-tract")}
 MODES = ("off", "rationale")
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 NEW_TOKENS = 48
@@ -66,7 +67,7 @@ def compare_modes(directory: Path, seed: int) -> dict[str, Any]:
     judged = {
         (mode, stage): Judged(directory / f"{mode}-{seed}" / folder).scales[""]
         for mode in MODES
-        for stage, folder in JUDGED.items()
+        for stage, folder in STAGES.items()
     }
     reports = {judge: scale.report() for judge, scale in judged.items()}
     rows = [
@@ -74,7 +75,7 @@ def compare_modes(directory: Path, seed: int) -> dict[str, Any]:
         for (mode, stage), report in reports.items()
     ]
     print(f"\nSeed {seed}\n\n{comparison_table(rows)}\n")
-    differences = {stage: judged["rationale", stage].minus(judged["off", stage]) for stage in JUDGED}
+    differences = {stage: judged["rationale", stage].minus(judged["off", stage]) for stage in STAGES}
     for stage, difference in differences.items():
         print(f"{stage}: `rationale` (a) minus `off` (b)\n\n{difference}\n")
     distilled = {

@@ -166,7 +166,7 @@ def applied_by_default(path: str | Path, revision: str | None = None) -> bool:
         if not file.is_file():
             return False
     else:
-        from transformers.utils import cached_file, is_offline_mode
+        from transformers.utils.hub import cached_file, is_offline_mode
 
         found = cached_file(
             str(path),
