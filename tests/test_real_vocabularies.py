@@ -32,19 +32,24 @@ CASES = [
     ("gemma3", "gemma3", "off"),
     ("gemma3", "qwen3", "rationale"),
 ]
-on_real_vocabularies = pytest.mark.parametrize(
-    ("real_tokenizer", "mode"),
-    [
-        pytest.param(
-            (vocabulary, template),
-            mode,
-            marks=() if vocabulary == "mistral" else pytest.mark.slow,
-            id=f"{vocabulary}-{template or 'own'}-{mode}",
-        )
-        for vocabulary, template, mode in CASES
-    ],
-    indirect=["real_tokenizer"],
-)
+# Gemma 3's 262,144 logits of each token make an update slow. How a model learns to think is shown on the others.
+LEARNED = [case for case in CASES if case != ("gemma3", "qwen3", "rationale")]
+
+
+def on_real_vocabularies(cases: list[tuple[str, str | None, str]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        ("real_tokenizer", "mode"),
+        [
+            pytest.param(
+                (vocabulary, template),
+                mode,
+                marks=() if vocabulary == "mistral" else pytest.mark.slow,
+                id=f"{vocabulary}-{template or 'own'}-{mode}",
+            )
+            for vocabulary, template, mode in cases
+        ],
+        indirect=["real_tokenizer"],
+    )
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +82,7 @@ def real_tokenizer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     return tokenizer
 
 
-@on_real_vocabularies
+@on_real_vocabularies(CASES)
 def test_what_is_asked_begins_what_is_trained(real_tokenizer: Any, mode: str) -> None:
     template = Template(real_tokenizer, TemplateSettings(thinking=mode))  # type: ignore[arg-type]
     for row in rows_of(thinking=mode == "rationale"):
@@ -85,7 +90,7 @@ def test_what_is_asked_begins_what_is_trained(real_tokenizer: Any, mode: str) ->
         assert trained(template, row)[: len(asked)] == asked
 
 
-@on_real_vocabularies
+@on_real_vocabularies(CASES)
 def test_self_distilled_rows_train_on_the_tokens_of_the_rows_that_were_taught(
     real_tokenizer: Any, mode: str, tmp_path: Path
 ) -> None:
@@ -93,14 +98,16 @@ def test_self_distilled_rows_train_on_the_tokens_of_the_rows_that_were_taught(
 
 
 @pytest.mark.slow
-@on_real_vocabularies
+@on_real_vocabularies(LEARNED)
 def test_a_tiny_model_learns_its_rows_and_is_judged_from_files_as_in_python(
     real_tokenizer: Any, mode: str, tmp_path: Path
 ) -> None:
-    seed, judge, data = tiny_seed(real_tokenizer, tmp_path / "seed"), tmp_path / "judge", tmp_path / "rows.jsonl"
+    # With small weights no token begins far ahead and has to be unlearned: 120 updates do, where 250 were needed.
+    seed = tiny_seed(real_tokenizer, tmp_path / "seed", std=0.1)
+    judge, data = tmp_path / "judge", tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows_of()))
     rows = ["--data", str(data), "--output_dir"]
-    training = {**TRAINING, "learning_rate": 0.03, "max_steps": 250, "thinking": mode}
+    training = {**TRAINING, "learning_rate": 0.02, "optim": "adamw_torch_fused", "max_steps": 120, "thinking": mode}
     assert main(["train", "--model", str(seed), *rows, str(judge), *flags(training)]) == 0
     assert main(["judge", "--model", str(judge), *rows, str(tmp_path / "out"), *flags(GREEDY)]) == 0
     lines = (tmp_path / "out" / "judgements.jsonl").read_text().splitlines()

@@ -22,7 +22,7 @@ from trl_tract.cli import main
 QUICK = [("qwen3_5_think", "off")]
 # A `_training` variant that writes the same around a rationale is the same case.
 SAME = [name for name in TEMPLATES if name.endswith("_training") and name != "glm4moe_training"]
-TRAINING = {**PLAIN, "learning_rate": 0.02, "optim": "adamw_torch", "max_steps": 80, "score_in_ce": True}
+TRAINING = {**PLAIN, "learning_rate": 0.01, "optim": "adamw_torch", "max_steps": 160, "score_in_ce": True}
 GREEDY = {"max_new_tokens": 60, "temperature": 0, "repetition_penalty": 1}
 
 
@@ -74,8 +74,8 @@ def run_in_python(seed: Path, folder: Path, training: dict[str, Any]) -> list[An
     return CoTRAILJudge.from_pretrained(judge, **GREEDY).judge(rows_of())
 
 
-def tiny_seed(tokenizer: Any, folder: Path) -> Path:
-    model = make_model(vocab=len(tokenizer))
+def tiny_seed(tokenizer: Any, folder: Path, std: float = 0.4) -> Path:
+    model = make_model(vocab=len(tokenizer), std=std)
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
