@@ -88,8 +88,10 @@ def test_the_key_is_asked_for_and_sent(browser, monkeypatch):
 @pytest.mark.parametrize("number", range(len(TEXTS)))
 def test_what_a_model_wrote_stays_text(browser, number):
     browser.get_log("browser")
-    with served(judge(text=f" {TEXTS[number]} [RESULT] 4")) as server:
-        send(browser, server.url, response=TEXTS[number], instruction=TEXTS[number])
+    # Half a surrogate pair is written by no tokenizer and taken by no driver.
+    text = TEXTS[number].encode(errors="replace").decode()
+    with served(judge(text=f" {text} [RESULT] 4")) as server:
+        send(browser, server.url, response=text, instruction=text)
         assert browser.execute_script("return window.owned") is None
         assert browser.title == "Judge a response"
         shown = browser.find_elements("css selector", "#rationale, #why")
