@@ -166,7 +166,7 @@ def test_a_run_by_two_processes_makes_the_files_and_the_update_of_one(tmp_path, 
             "eval_data": tmp_path / "eval.jsonl",
             "output_dir": folder,
             "num_processes": processes,
-            "recipe": "none",  # full weights: LoRA's dropout is drawn anew in each process
+            "objective": "paper",  # full weights: LoRA's dropout is drawn anew in each process
             "num_train_epochs": 1,
             "learning_rate": 0.01,
             "optim": "sgd",
