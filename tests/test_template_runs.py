@@ -1,4 +1,4 @@
-"""A tiny model learns four rows in both stages, from files and in Python: the two agree, and it knows its rows.
+"""A tiny model is trained on four rows in both stages, from files and in Python: the two agree.
 
 On every chat template that TRL ships, and with vocabularies of real models.
 """
@@ -23,6 +23,8 @@ QUICK = [("qwen3_5_think", "off")]
 # A `_training` variant that writes the same around a rationale is the same case.
 SAME = [name for name in TEMPLATES if name.endswith("_training") and name != "glm4moe_training"]
 TRAINING = {**PLAIN, "learning_rate": 0.01, "optim": "adamw_torch", "max_steps": 160, "score_in_ce": True}
+# Enough for the two to agree in. That a judge knows its rows on every template is held by test_template_judges.py.
+HALF = {"learning_rate": 0.02, "max_steps": 80, "share_prompts": True}  # the preambles of some are long
 GREEDY = {"max_new_tokens": 60, "temperature": 0, "repetition_penalty": 1}
 
 
@@ -82,15 +84,16 @@ def tiny_seed(tokenizer: Any, folder: Path, std: float = 0.4) -> Path:
     return folder
 
 
-def check_a_run(tokenizer: Any, mode: str, folder: Path) -> None:
-    seed, training = tiny_seed(tokenizer, folder / "seed"), {**TRAINING, "thinking": mode}
-    from_files = run_from_files(seed, folder, training)
-    check_what_was_judged(from_files, run_in_python(seed, folder, training))
+def check_the_two_agree(from_files: list[dict[str, Any]], in_python: list[Any]) -> None:
+    assert [(each["rationales"], each["error"]) for each in from_files] == [
+        (each.rationales, each.error) for each in in_python
+    ]
+    np.testing.assert_allclose(
+        np.array([each["score"] for each in from_files], dtype=float), [each.score for each in in_python], rtol=1e-6
+    )
 
 
-def check_what_was_judged(from_files: list[dict[str, Any]], in_python: list[Any]) -> None:
-    assert [each["rationales"] for each in from_files] == [each.rationales for each in in_python]
-    np.testing.assert_allclose([each["score"] for each in from_files], [each.score for each in in_python], rtol=1e-6)
+def check_it_knows_its_rows(in_python: list[Any]) -> None:
     np.testing.assert_allclose([each.score for each in in_python], GOLDS, atol=0.15)
     assert min(each.grid_mass for each in in_python) > 0.9
 
@@ -105,7 +108,12 @@ def check_what_was_judged(from_files: list[dict[str, Any]], in_python: list[Any]
     ],
 )
 def test_a_run_from_files_gives_what_both_stages_give_in_python(name: str, mode: str, tmp_path: Path) -> None:
-    check_a_run(template_tokenizer(name), mode, tmp_path)
+    seed, learned = tiny_seed(template_tokenizer(name), tmp_path / "seed"), (name, mode) in QUICK
+    training = {**TRAINING, **({} if learned else HALF), "thinking": mode}
+    in_python = run_in_python(seed, tmp_path, training)
+    check_the_two_agree(run_from_files(seed, tmp_path, training), in_python)
+    if learned:
+        check_it_knows_its_rows(in_python)
 
 
 @pytest.mark.parametrize("name", SAME)

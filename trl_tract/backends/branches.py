@@ -18,11 +18,12 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import PreTrainedModel
 
-from trl_tract.backends.tree import Ints, cost_of, lay_out
+from trl_tract.backends import tree
+from trl_tract.backends.tree import Ints, cost_of
 from trl_tract.scale.trie import TokenTrie
 
 # Arrays of NumPy, which a compiled model would trace. Torch does not annotate the function.
-_lay_out = torch.compiler.disable(lay_out)  # type: ignore[no-untyped-call]
+lay_out = torch.compiler.disable(tree.lay_out)  # type: ignore[no-untyped-call]
 _MASKED = ("sdpa", "eager", "flex_attention")
 _LAYERS = {"full_attention", "sliding_attention"}
 # Largest difference of the two ways, relative to the hidden states: far above the rounding of 16 bits, far below that
@@ -82,7 +83,7 @@ class TreePass:
             return (), kwargs
         owners = [*range(len(batch.sequences)), *(batch.numbers[place] for place in before for _ in ends)]
         attention = attention_cost(self.config)
-        layout, cost = _lay_out([*batch.sequences, *paths], owners, share=self.share, attention=attention)
+        layout, cost = lay_out([*batch.sequences, *paths], owners, share=self.share, attention=attention)
         if not paths and batch.cost(attention, self.config._attn_implementation) <= cost:
             return (), kwargs
 
