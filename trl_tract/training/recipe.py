@@ -13,7 +13,7 @@ OBJECTIVES = ("auto", "paper")
 """`auto`: what is not set is derived here. `paper`: the objective and the defaults of TRACT's authors and of TRL."""
 PARTS = ("training", "model_args", "generation")
 FEWEST_TO_CALIBRATE = 15
-"""Fewer held-out items than this move a fitted line more than they mend it."""
+"""Fewer held-out items than this move a fitted line more than they improve it."""
 UPDATES, MOST_EPOCHS = 120, 4
 """Updates that a stage is to have, about, and the most passes over the rows for them."""
 BATCH_TOKENS = 8192
