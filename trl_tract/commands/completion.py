@@ -4,13 +4,30 @@ The script is made by shtab from the parsers themselves. Knows nothing of what t
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from trl_tract.commands.parsing import make_parser
 
 SHELLS = ("bash", "zsh", "fish")
 _FILES = {"config", "data", "eval_data", "rubric", "html"}
 _FOLDERS = {"output_dir", "judgements", "model", "model_name_or_path"}
+
+
+def completion(
+    arguments: Sequence[str],
+    commands: Sequence[str],
+    options_of: Callable[[str], Sequence[type]],
+    sentences: Mapping[str, str],
+) -> int:
+    """`trl-tract completion`: print the script of the shell that is named."""
+    parser = argparse.ArgumentParser(
+        prog="trl-tract completion",
+        description='A script that completes commands and options. In bash: eval "$(trl-tract completion bash)"',
+    )
+    parser.add_argument("shell", choices=SHELLS)
+    shell = parser.parse_args(list(arguments)).shell
+    print(completion_script(shell, {command: options_of(command) for command in commands}, sentences))
+    return 0
 
 
 def completion_script(shell: str, commands: Mapping[str, Sequence[type]], sentences: Mapping[str, str]) -> str:

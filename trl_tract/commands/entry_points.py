@@ -3,7 +3,6 @@
 Knows nothing of exit codes for errors, or of how they are printed: that is `cli`.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -314,21 +313,8 @@ def _check(arguments: Sequence[str]) -> int:
 
 
 def _recalibrate(arguments: Sequence[str]) -> int:
-    from trl_tract.runs.results import recalibrate
-
     (args,) = _parse("recalibrate", arguments, positional="--judgements")
-    fits, file = recalibrate(Path(args.judgements), args.model)
-    for name, fitted in fits.items():
-        print(
-            f"{f'{name}: ' if name else ''}score -> {fitted.slope:.3f} * score {'-' if fitted.intercept < 0 else '+'} "
-            f"{abs(fitted.intercept):.3f}, kept in {fitted.low:g} to {fitted.high:g}; fitted on {fitted.n} held-out "
-            f"judgements\nRMSE {fitted.rmse:.3f} as judged, {fitted.rmse_cross_validated:.3f} recalibrated "
-            "(cross-validated)"
-        )
-        if fitted.rmse_cross_validated >= fitted.rmse:
-            print("It does not lower the error on items that it was not fitted on. Better not to use it")
-    print(f"Saved in {file}. It is applied only by trl-tract judge --recalibrate")
-    return 0
+    return reporting.recalibrate(args)
 
 
 def _report(arguments: Sequence[str]) -> int:
@@ -353,17 +339,9 @@ def _env(arguments: Sequence[str]) -> int:
 
 
 def _completion(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="trl-tract completion",
-        description='A script that completes commands and options. In bash: eval "$(trl-tract completion bash)"',
-    )
-    parser.add_argument("shell", choices=["bash", "zsh", "fish"])
-    shell = parser.parse_args(list(arguments)).shell
-    from trl_tract.commands.completion import completion_script
+    from trl_tract.commands.completion import completion
 
-    groups = {command: _option_groups(command) for command in COMMANDS if command != "completion"}
-    print(completion_script(shell, groups, SENTENCES))
-    return 0
+    return completion(arguments, [name for name in COMMANDS if name != "completion"], _option_groups, SENTENCES)
 
 
 def _own(columns: options.ColumnArguments, judge: str | None = None) -> Any:

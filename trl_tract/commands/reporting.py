@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl_tract.commands.looking import ReportArguments
+from trl_tract.commands.looking import RecalibrateArguments, ReportArguments
 
 if TYPE_CHECKING:
     from trl_tract.evaluation.report import ScoreReport
@@ -81,3 +81,21 @@ def print_errors(errors: Mapping[str, int]) -> None:
     """Print why items have no score."""
     for reason, count in errors.items():
         print(f"no score for {count} item(s): {reason}")
+
+
+def recalibrate(args: RecalibrateArguments) -> int:
+    """Fit a line to judgements of held-out items, say what it changes, and save it beside the judge."""
+    from trl_tract.runs import results
+
+    fits, file = results.recalibrate(Path(args.judgements), args.model)
+    for name, fitted in fits.items():
+        print(
+            f"{f'{name}: ' if name else ''}score -> {fitted.slope:.3f} * score {'-' if fitted.intercept < 0 else '+'} "
+            f"{abs(fitted.intercept):.3f}, kept in {fitted.low:g} to {fitted.high:g}; fitted on {fitted.n} held-out "
+            f"judgements\nRMSE {fitted.rmse:.3f} as judged, {fitted.rmse_cross_validated:.3f} recalibrated "
+            "(cross-validated)"
+        )
+        if fitted.rmse_cross_validated >= fitted.rmse:
+            print("It does not lower the error on items that it was not fitted on. Better not to use it")
+    print(f"Saved in {file}. It is applied only by trl-tract judge --recalibrate")
+    return 0

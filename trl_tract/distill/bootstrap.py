@@ -120,20 +120,17 @@ class CoTBootstrap(RationaleRun):
         template_date: str | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
-        for name, count in (("num_generations", num_generations), ("keep", keep)):
-            if count < 1:
-                raise ValueError(f"{name}={count} must be 1 or more")
+        if keep < 1:
+            raise ValueError(f"keep={keep} must be 1 or more")
         if tolerance is not None and not tolerance >= 0:
             raise ValueError(f"tolerance={tolerance} must be 0 or more")
         if prices is not None and (len(prices) != 2 or min(prices) < 0):
             raise ValueError(f"prices={prices!r} must be two numbers: per million tokens read, and written")
         scales = given_scales(score_values, completion_format or CompletionFormat(score_marker), aspects)
-        sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty)
-        sampling.check(num_generations, scales[0].marker)
         super().__init__(
             backend,
             scales,
-            sampling,
+            Sampling(max_new_tokens, temperature, top_p, repetition_penalty),
             num_generations=num_generations,
             seed=seed,
             on_failure=on_failure,

@@ -99,21 +99,12 @@ class CoTSelfDistill(RationaleRun):
         thinking: Thinking = "auto",
         template_date: str | None = None,
     ) -> None:
-        for name, count in (("num_generations", num_generations), ("max_attempts", max_attempts)):
-            if count < 1:
-                raise ValueError(f"{name}={count} must be 1 or more")
-        sampling = Sampling(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-        )
-        scales = given_scales(score_values, completion_format or CompletionFormat(score_marker), aspects)
-        sampling.check(num_generations, scales[0].marker)
+        if max_attempts < 1:
+            raise ValueError(f"max_attempts={max_attempts} must be 1 or more")
         super().__init__(
             backend,
-            scales,
-            sampling,
+            given_scales(score_values, completion_format or CompletionFormat(score_marker), aspects),
+            Sampling(max_new_tokens, temperature, top_p, repetition_penalty),
             num_generations=num_generations,
             seed=seed,
             on_failure=on_failure,

@@ -71,6 +71,9 @@ class RationaleRun(ABC):
         block_size: int,
         template: TemplateSettings,
     ) -> None:
+        if num_generations < 1:
+            raise ValueError(f"num_generations={num_generations} must be 1 or more")
+        sampling.check(num_generations, scales[0].marker)
         if on_failure not in self.on_failure_now:
             raise ValueError(f"on_failure={on_failure!r} is unknown: choose one of {', '.join(self.on_failure_now)}")
         self.backend = backend

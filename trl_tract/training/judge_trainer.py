@@ -8,7 +8,11 @@ from peft import PeftConfig
 from transformers.utils import logging
 
 from trl_tract.files.fingerprint import drop_links
+from trl_tract.rows.rendering import RenderedRow
+from trl_tract.rows.row import Row
 from trl_tract.saved.judge_config import JudgeConfig
+from trl_tract.saved.model_card import write_model_card
+from trl_tract.saved.training_rows import TrainingRows
 from trl_tract.training.adapters import only_the_trained_adapter
 from trl_tract.training.resuming import checkpoint_of, save_objective
 
@@ -27,6 +31,13 @@ class KeepsJudge:
     state: Any
     control: Any
     judge_config: JudgeConfig | None
+    hub_model_id: str | None
+    _given_rows: Any
+    _tag_names: list[str]
+
+    def _rendered(self, row: Row) -> RenderedRow:
+        """A row as the trainer reads it, for the model card."""
+        raise NotImplementedError
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.
@@ -66,6 +77,25 @@ class KeepsJudge:
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with only_the_trained_adapter(self.model, Path(output_dir or self.args.output_dir)):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write a model card that says what the judge scores and how to use it."""
+        if self.is_world_process_zero():  # type: ignore[attr-defined]
+            tags = [tags] if isinstance(tags, str) else list(tags or [])
+            write_model_card(
+                self.args,
+                self.judge_config,
+                base_model=getattr(self.model.config, "_name_or_path", None),
+                model_name=model_name,
+                hub_id=self.hub_model_id,
+                dataset_name=dataset_name,
+                tags=[*self._tag_names, *tags],
+                metrics=next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {}),
+                rows=TrainingRows.of(self._given_rows, self._rendered),
+                adapter=self._adapter,
+            )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The host pushes the output directory before anything but weights and tokenizer has been saved there.

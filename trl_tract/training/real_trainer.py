@@ -21,8 +21,6 @@ from trl_tract.rows.rendering import RenderedRow
 from trl_tract.rows.template import Asked
 from trl_tract.rows.tokens import asked_ids
 from trl_tract.saved.judge_config import JudgeConfig
-from trl_tract.saved.model_card import write_model_card
-from trl_tract.saved.training_rows import TrainingRows
 from trl_tract.training.adapters import check_adapters, mark_base
 from trl_tract.training.early_warnings import RolloutWarnings
 from trl_tract.training.judge_trainer import KeepsJudge
@@ -399,22 +397,3 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
     def _rendered(self, row: Mapping[str, Any]) -> RenderedRow:
         asked = self._template.ask(row)
         return RenderedRow(asked, asked.text, (), (), ())
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Write a model card that says what the judge scores and how to use it."""
-        if self.is_world_process_zero():
-            tags = [tags] if isinstance(tags, str) else list(tags or [])
-            write_model_card(
-                self.args,
-                self.judge_config,
-                base_model=getattr(self.model.config, "_name_or_path", None),
-                model_name=model_name,
-                hub_id=self.hub_model_id,
-                dataset_name=dataset_name,
-                tags=[*self._tag_names, *tags],
-                metrics=next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {}),
-                rows=TrainingRows.of(self._given_rows, self._rendered),
-                adapter=self._adapter,
-            )

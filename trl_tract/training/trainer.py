@@ -25,11 +25,10 @@ from trl_tract.rows.encoding import (
     annotator_columns,
     model_columns,
 )
-from trl_tract.rows.rendering import asks_in_chat, render_row, settled
+from trl_tract.rows.rendering import RenderedRow, asks_in_chat, render_row, settled
+from trl_tract.rows.row import Row
 from trl_tract.rows.template import Template
 from trl_tract.saved.judge_config import JudgeConfig
-from trl_tract.saved.model_card import write_model_card
-from trl_tract.saved.training_rows import TrainingRows
 from trl_tract.scale.trie import TokenTrie
 from trl_tract.training.adapters import mark_base
 from trl_tract.training.arguments import check_arguments
@@ -374,21 +373,5 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
         finally:
             self.args.train_sampling_strategy = strategy
 
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Write a model card that says what the judge scores and how to use it."""
-        if self.is_world_process_zero():
-            tags = [tags] if isinstance(tags, str) else list(tags or [])
-            write_model_card(
-                self.args,
-                self.judge_config,
-                base_model=getattr(self.model.config, "_name_or_path", None),
-                model_name=model_name,
-                hub_id=self.hub_model_id,
-                dataset_name=dataset_name,
-                tags=[*self._tag_names, *tags],
-                metrics=next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {}),
-                rows=TrainingRows.of(self._given_rows, lambda row: render_row(self._template, row, self.scales)),
-                adapter=self._adapter,
-            )
+    def _rendered(self, row: Row) -> RenderedRow:
+        return render_row(self._template, row, self.scales)
