@@ -143,7 +143,9 @@ ESCAPED = {
 @pytest.mark.parametrize("echo", ESCAPED.values(), ids=ESCAPED.keys())
 def test_a_key_that_a_server_quotes_is_hidden_however_it_is_written(monkeypatch, echo):
     monkeypatch.setenv("K", KEY)
-    shown = JSONServer("http://host", key_variable="K", timeout=1, retry_delay=1).public(f"Not with {echo}!")
+    shown = JSONServer("http://host", key_variable="K", timeout=1, retry_seconds=1, retry_delay=1).public(
+        f"Not with {echo}!"
+    )
     hidden = " ".join(echo.split()).strip("x")
     assert hidden[:12] not in shown
     assert hidden[-12:] not in shown
@@ -151,5 +153,5 @@ def test_a_key_that_a_server_quotes_is_hidden_however_it_is_written(monkeypatch,
 
 def test_what_is_no_key_is_shown(monkeypatch):
     monkeypatch.setenv("K", KEY)
-    server = JSONServer("http://host", key_variable="K", timeout=1, retry_delay=1)
+    server = JSONServer("http://host", key_variable="K", timeout=1, retry_seconds=1, retry_delay=1)
     assert server.public("Not with 5 of 3 tokens: planted") == "Not with 5 of 3 tokens: planted"

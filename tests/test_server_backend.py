@@ -545,5 +545,7 @@ class TestSecrets:
 
     def test_a_secret_cut_in_two_by_a_limit_on_length_is_still_hidden(self, monkeypatch):
         monkeypatch.setenv("K", KEY)
-        shown = JSONServer("http://host", key_variable="K", timeout=1, retry_delay=1).public("x" * 490 + KEY)
+        shown = JSONServer("http://host", key_variable="K", timeout=1, retry_seconds=1, retry_delay=1).public(
+            "x" * 490 + KEY
+        )
         assert "sk-very" not in shown

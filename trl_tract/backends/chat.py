@@ -57,19 +57,11 @@ class ChatBackend:
         retry_seconds: float = 900.0,
         retry_delay: float = 1.0,
     ) -> None:
-        for setting, value in (
-            ("max_concurrency", max_concurrency),
-            ("timeout", timeout),
-            ("retry_delay", retry_delay),
-        ):
-            if not value > 0:
-                raise ValueError(f"{setting}={value} must be above 0")
-        if retry_seconds < 0:
-            raise ValueError(f"retry_seconds={retry_seconds} must be 0 (never repeat a request) or more")
         self.model_id = model
         self.options = dict(options or {})
-        self._retry_seconds = retry_seconds
-        self._server = JSONServer(base_url, key_variable=api_key_env, timeout=timeout, retry_delay=retry_delay)
+        self._server = JSONServer(
+            base_url, key_variable=api_key_env, timeout=timeout, retry_seconds=retry_seconds, retry_delay=retry_delay
+        )
         self._requests = RequestLoop(max_concurrency)
         self.max_calls = 1 + math.ceil(max_concurrency / _BLOCK)
         self._closing = weakref.finalize(self, _shut, self._requests, self._server)
@@ -119,7 +111,7 @@ class ChatBackend:
                         "/chat/completions",
                         body,
                         read_answer,
-                        retry_seconds=self._retry_seconds,
+                        retry_seconds=self._server.retry_seconds,
                         limit=limit,
                     )
                 )

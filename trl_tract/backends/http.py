@@ -54,6 +54,7 @@ class JSONServer:
             it are sent as HTTP Basic credentials.
         key_variable: Environment variable with the API key, sent as a bearer token; unset: no key.
         timeout: Seconds for one attempt, from connecting to the last byte.
+        retry_seconds: How long after the first failure the last attempt may begin.
         retry_delay: Seconds before the first repetition; doubled each time, up to 30, and shortened at random by up to
             half, so that many requests do not come back all at once. A `Retry-After` of the server goes first.
 
@@ -63,10 +64,18 @@ class JSONServer:
             started again with something else.
 
     Raises:
-        ValueError: An address that is not plain HTTP or HTTPS, or that holds anything else that may be a secret.
+        ValueError: An address that is not plain HTTP or HTTPS, or that holds anything else that may be a secret; or a
+            time that is none.
     """
 
-    def __init__(self, base_url: str, *, key_variable: str, timeout: float, retry_delay: float) -> None:
+    def __init__(
+        self, base_url: str, *, key_variable: str, timeout: float, retry_seconds: float, retry_delay: float
+    ) -> None:
+        for setting, seconds in (("timeout", timeout), ("retry_delay", retry_delay)):
+            if not seconds > 0:
+                raise ValueError(f"{setting}={seconds} must be above 0")
+        if retry_seconds < 0:
+            raise ValueError(f"retry_seconds={retry_seconds} must be 0 (never repeat a request) or more")
         try:
             parts = urlsplit(base_url)
             host, port = parts.hostname, parts.port
@@ -86,7 +95,7 @@ class JSONServer:
         self._headers: dict[str, str] = {}
         self._authorise(parts.username, parts.password)
         self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=min(timeout, 30.0))
-        self._retry_delay = retry_delay
+        self.retry_seconds, self._retry_delay = retry_seconds, retry_delay
         self._session: aiohttp.ClientSession | None = None
         self.longest_silence = 0.0
         self._silent_since: float | None = None

@@ -21,6 +21,8 @@ class RequestLoop:
     """
 
     def __init__(self, limit: int) -> None:
+        if not limit > 0:
+            raise ValueError(f"max_concurrency={limit} must be above 0")
         self._loop = asyncio.new_event_loop()
         self._slots = asyncio.Semaphore(limit)
         self._calls: set[Future[Any]] = set()

@@ -106,20 +106,12 @@ class ServerBackend(RequestBackend):
                 server that cannot give exact log-probabilities.
             ConnectionError: Nothing answers there for 30 seconds.
         """
-        for setting, value in (
-            ("max_concurrency", max_concurrency),
-            ("timeout", timeout),
-            ("retry_delay", retry_delay),
-        ):
-            if not value > 0:
-                raise ValueError(f"{setting}={value} must be above 0")
-        if retry_seconds < 0:
-            raise ValueError(f"retry_seconds={retry_seconds} must be 0 (never repeat a request) or more")
         self.model = model
         self._fingerprint: dict[str, str] = {}
         self._agrees = False
-        self._retry_seconds = retry_seconds
-        self._server = JSONServer(base_url, key_variable=api_key_env, timeout=timeout, retry_delay=retry_delay)
+        self._server = JSONServer(
+            base_url, key_variable=api_key_env, timeout=timeout, retry_seconds=retry_seconds, retry_delay=retry_delay
+        )
         loop = RequestLoop(max_concurrency)
         self._closing = weakref.finalize(self, _shut, loop, self._server)
         try:
@@ -206,7 +198,7 @@ class ServerBackend(RequestBackend):
                 "/completions",
                 body,
                 partial(read, self.model),
-                retry_seconds=self._retry_seconds,
+                retry_seconds=self._server.retry_seconds,
                 limit=2**20 + _BYTES_A_TOKEN * tokens,
             )
         except Refused as refused:
@@ -244,7 +236,7 @@ class ServerBackend(RequestBackend):
         self, method: str, path: str, body: Mapping[str, Any] | None, read: Callable[[Any], Any]
     ) -> Any:
         # Later on, a server may be away for as long as in any other request.
-        patience = self._retry_seconds if self._fingerprint else min(_START_SECONDS, self._retry_seconds)
+        patience = self._server.retry_seconds if self._fingerprint else min(_START_SECONDS, self._server.retry_seconds)
         return await self._server.ask(method, path, body, read, retry_seconds=patience)
 
     async def _check_model(self) -> None:
