@@ -32,13 +32,14 @@ WRITTEN = {"completion": "Good. [RESULT] 5"}
         (["4", None, 5.0], [4.0, 5.0]),
         ([4, float("nan")], [4.0]),
         ("[4.0, nan, None]", [4.0]),
+        ("[4, <NA>]", [4.0]),
     ],
 )
 def test_a_cell_holds_a_number_or_one_for_each_annotator(cell, scores):
     assert read_golds({"score": cell, **WRITTEN}, ONE) == [scores]
 
 
-@pytest.mark.parametrize("cell", [None, "", " ", "nan", "NaN", float("nan"), np.datetime64("NaT")])
+@pytest.mark.parametrize("cell", [None, "", " ", "nan", "NaN", "<NA>", float("nan"), np.datetime64("NaT")])
 def test_a_missing_score_is_read_off_the_completion(cell):
     assert read_golds({"score": cell, **WRITTEN}, ONE) == [[5.0]]
 

@@ -15,19 +15,21 @@ from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale, locate_scores
 from trl_tract.scale.text import ScoreNotFoundError, some_scores
 
-_NOTHING = re.compile(r"\b(?:None|nan)\b")  # as Python writes a missing score in a list
+_NOTHING = re.compile(r"\b(?:None|nan)\b|<NA>")  # as Python and pandas write a missing score in a list
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a cell holds nothing: None, NaN, empty text, or the text `nan` that tables write for it.
+    """Whether a cell holds nothing: None, NaN, empty text, or `nan` and `<NA>`, the texts that tables write for it.
+
+    "None" is none of them: it is a word, and may be one of a grid.
 
     Example:
         >>> is_missing(float("nan")), is_missing(" "), is_missing("NaN"), is_missing(0), is_missing([])
         (True, True, True, False, False)
     """
     if isinstance(value, str):
-        return value.strip().lower() in ("", "nan")
+        return value.strip().lower() in ("", "nan", "<na>")
     if value is None or hasattr(value, "__len__"):
         return value is None
     try:
