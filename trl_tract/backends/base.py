@@ -278,3 +278,9 @@ class Backend(Protocol):
     def fingerprint(self) -> dict[str, str]:
         """What the engine knows of its model's identity, by name; nothing where `model_id` names files that tell."""
         return {}
+
+
+def reusing(backend: Backend) -> AbstractContextManager[None]:
+    """`Backend.reuse`, which a user's own double need not have."""
+    opened: AbstractContextManager[None] = getattr(backend, "reuse", nullcontext)()
+    return opened

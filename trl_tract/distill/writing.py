@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from trl_tract.backends import Backend, Generation, Sampling, Stop
+from trl_tract.backends.base import reusing
 from trl_tract.distill.failures import Failure, rationale_failure, stated_score
 from trl_tract.files.journal import digest
 from trl_tract.rows.frame import Frame
@@ -67,7 +69,11 @@ class Writer:
             start: The block's first row; the random numbers depend on it.
             report: Told how many rows are done, at each scale a part.
         """
-        passes = Passes(report, len(drafts) // self.num_generations, len(self.scales))
+        # Each further rationale goes on behind the one before it.
+        with reusing(self.backend) if len(self.scales) > 1 else nullcontext():
+            self._write(drafts, start, Passes(report, len(drafts) // self.num_generations, len(self.scales)))
+
+    def _write(self, drafts: Sequence[Draft], start: int, passes: Passes) -> None:
         attempts = self.max_attempts if self.sampling.temperature > 0 else 1  # greedy text would come out the same
         for number, scale in enumerate(self.scales):
             prompts = {

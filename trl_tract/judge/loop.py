@@ -5,13 +5,13 @@ nearest text of the grid. Every sampled completion goes its own way. Knows nothi
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from trl_tract.backends import Generation, Stop
+from trl_tract.backends.base import reusing
 from trl_tract.backends.grid_scores import grid_probabilities
 from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.files.journal import digest
@@ -68,8 +68,7 @@ class Loop:
             seeds: Item -> its random seed.
             report: Told how many items are done, at each pass over them a part.
         """
-        # A double of a user's own need not have the method.
-        with getattr(self.sampler.backend, "reuse", nullcontext)():
+        with reusing(self.sampler.backend):
             return self._judge(asked, seeds, report)
 
     def _judge(
