@@ -252,7 +252,7 @@ def test_both_modes_of_thinking_are_trained_and_compared(monkeypatch, tmp_path, 
         assert config["thinking"] == mode
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_shared_inference_smoke_ends_with_json(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import shared_inference

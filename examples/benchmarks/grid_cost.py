@@ -23,7 +23,6 @@ import argparse
 import functools
 import itertools
 import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -31,16 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-import trl
 from contenders import WORDS, Cell, make_model
 from contenders import make_rows as make_word_rows
 from datasets import Dataset
-from step_cost import device_name, peak_bytes, spread, synchronise
+from step_cost import conditions, peak_bytes, spread, synchronise
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import trl_tract
 from trl_tract import CoTRAILJudge, TRACTConfig, TRACTTrainer, TransformersBackend
 from trl_tract.scale.decisions import expected_score
 from trl_tract.scale.grid import ScoreGrid
@@ -273,16 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.replot:
         draw(json.loads(Path(args.replot).read_text().splitlines()[-1]), args.plot)
         return
-    result: dict[str, Any] = {
-        "benchmark": "grid_cost",
-        "device": device_name(args.device),
-        "versions": {
-            "python": platform.python_version(),
-            **{module.__name__: str(module.__version__) for module in (torch, transformers, trl, trl_tract)},
-        },
-        "arguments": {name: value for name, value in vars(args).items() if name not in ("plot", "replot")},
-        "rows": [],
-    }
+    result = conditions("grid_cost", args) | {"rows": []}
     print("| " + " | ".join(HEADER) + " |\n|" + " --- |" * len(HEADER), flush=True)
     for size in args.grids:
         result["rows"].append(measure(args, size))

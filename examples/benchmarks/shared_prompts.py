@@ -21,7 +21,6 @@ import copy
 import itertools
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -31,11 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-import trl
 from contenders import SCORES, SHAPES, WORDS, Cell, make_model, make_tokenizer
 from datasets import Dataset
-from step_cost import GIB, device_name, peak_bytes, seconds, spread
+from step_cost import GIB, conditions, peak_bytes, seconds, spread
 
 import trl_tract
 from trl_tract import TRACTConfig, TRACTTrainer
@@ -263,15 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.replot:
         draw(json.loads(Path(args.replot).read_text().splitlines()[-1]), args.plot)
         return
-    result: dict[str, Any] = {
-        "benchmark": "shared_prompts",
-        "device": device_name(args.device),
-        "versions": {
-            "python": platform.python_version(),
-            **{module.__name__: str(module.__version__) for module in (torch, transformers, trl, trl_tract)},
-        },
-        "arguments": {name: value for name, value in vars(args).items() if name not in ("plot", "replot")},
-    }
+    result = conditions("shared_prompts", args)
     if args.epoch:
         print("| pair | shared, s | separate, s | ratio |\n| --- | --- | --- | --- |", flush=True)
         print(json.dumps(result | epochs(args)))

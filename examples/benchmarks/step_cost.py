@@ -195,6 +195,19 @@ def draw(result: dict[str, Any], path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
+def conditions(benchmark: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What a benchmark's line of JSON says beside its figures: where, with what and how it was run."""
+    return {
+        "benchmark": benchmark,
+        "device": device_name(args.device),
+        "versions": {
+            "python": platform.python_version(),
+            **{module.__name__: str(module.__version__) for module in (torch, transformers, trl, trl_tract)},
+        },
+        "arguments": {name: value for name, value in vars(args).items() if name not in ("plot", "replot")},
+    }
+
+
 def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
@@ -246,16 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.replot:
         draw(json.loads(Path(args.replot).read_text().splitlines()[-1]), args.plot)
         return
-    result: dict[str, Any] = {
-        "benchmark": "step_cost",
-        "device": device_name(args.device),
-        "versions": {
-            "python": platform.python_version(),
-            **{module.__name__: str(module.__version__) for module in (torch, transformers, trl, trl_tract)},
-        },
-        "arguments": {name: value for name, value in vars(args).items() if name not in ("plot", "replot")},
-        "rows": [],
-    }
+    result = conditions("step_cost", args) | {"rows": []}
     print("| " + " | ".join(HEADER) + " |\n|" + " --- |" * len(HEADER), flush=True)
     for vocab, length, batch in itertools.product(args.vocab, args.length, args.batch):
         cell = Cell(
