@@ -8,13 +8,16 @@ import pytest
 import torch
 from conftest import make_model, make_rows, make_tokenizer
 from safetensors.torch import load_file
+from tiny import unresolved
 
 from trl_tract.cli import main
 from trl_tract.commands import entry_points
-from trl_tract.files.journal import write_jsonl
+from trl_tract.files.journal import read_jsonl, write_jsonl
 from trl_tract.runs.launching import Launch, rows_of_an_update
 from trl_tract.runs.steps import DistillStep, JudgeStep, shared_out
 from trl_tract.runs.train_steps import TrainStep
+from trl_tract.saved.judge_config import JudgeConfig
+from trl_tract.scale.grid import ScoreGrid
 
 
 @pytest.fixture
@@ -22,59 +25,70 @@ def gpus(monkeypatch):
     """`gpus(n)`: a machine that seems to have n accelerators."""
 
     def make(count):
-        monkeypatch.setattr(torch.accelerator, "is_available", lambda: count > 0)
-        monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)  # which the Trainer counts too
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     return make
 
 
 @pytest.mark.parametrize(
-    ("seen", "asked", "rows", "processes"),
-    [
-        (0, None, 8, 1),
-        (0, 2, 8, 2),
-        (1, None, 8, 1),
-        (2, None, 8, 2),
-        (8, None, 8, 8),
-        (6, None, 8, 4),  # of 6 accelerators, the most that share 8 rows evenly
-        (3, None, None, 3),
-        (4, 2, 8, 2),
-        (4, 1, 8, 1),
-    ],
+    ("seen", "asked", "processes"), [(0, None, 1), (0, 2, 2), (1, None, 1), (8, None, 8), (4, 2, 2), (4, 1, 1)]
 )
-def test_there_are_as_many_processes_as_accelerators_that_share_an_update_evenly(gpus, seen, asked, rows, processes):
+def test_there_are_as_many_processes_as_accelerators_or_as_asked_for(gpus, seen, asked, processes):
     gpus(seen)
-    assert Launch.planned(asked, rows=rows).processes == processes
+    assert Launch.planned(asked).processes == processes
 
 
-@pytest.mark.parametrize(("asked", "rows"), [(0, 8), (3, 8), (5, None)])
-def test_what_cannot_be_had_is_refused(gpus, asked, rows):
+def test_accelerators_of_other_makers_count_too(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 3)
+    assert Launch.planned(None).processes == 3
+
+
+@pytest.mark.parametrize("asked", [0, 5])
+def test_what_cannot_be_had_is_refused(gpus, asked):
     gpus(4)
     with pytest.raises(ValueError, match=f"--num_processes {asked}"):
-        Launch.planned(asked, rows=rows)
+        Launch.planned(asked)
 
 
 def test_under_a_launcher_there_is_nothing_to_start(gpus, monkeypatch):
     gpus(4)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert not Launch.planned(None, rows=8).starts
+    assert not Launch.planned(None).starts
 
 
 @pytest.mark.parametrize(
-    ("training", "processes", "batch", "steps"),
+    ("training", "processes", "trains", "batch", "steps"),
     [
-        ({}, 2, 4, 1),
-        ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}, 4, 8, 1),
-        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}, 4, 2, 2),
-        ({"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}, 3, 4, 1),
-        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6}, 2, 1, 3),
+        ({}, 2, 2, 4, 1),
+        ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}, 4, 4, 8, 1),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}, 4, 4, 2, 2),
+        ({"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}, 3, 3, 4, 1),
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6}, 2, 2, 1, 3),
+        ({}, 6, 4, 2, 1),  # of 6 processes, the most that share 8 rows evenly
+        ({"per_device_train_batch_size": 4}, 8, 4, 1, 1),  # what the defaults take for fewer than 500 rows
+        ({"per_device_train_batch_size": 1}, 8, 1, 1, 1),
     ],
 )
-def test_an_update_keeps_its_rows_and_no_batch_grows(training, processes, batch, steps):
-    each = Launch(processes).share(training)
-    assert (each["per_device_train_batch_size"], each["gradient_accumulation_steps"]) == (batch, steps)
-    assert processes * batch * steps == rows_of_an_update(training)
+def test_an_update_keeps_its_rows_and_no_batch_grows(training, processes, trains, batch, steps):
+    launch, each = Launch(processes).shared(training)
+    assert (launch.processes, *each.values()) == (trains, batch, steps)
+    assert trains * batch * steps == rows_of_an_update(training)
+
+
+@pytest.mark.parametrize(("asked", "processes"), [(None, 3), (2, 2)])
+def test_a_configuration_says_how_many_processes_there_are(gpus, tmp_path, asked, processes):
+    gpus(8)
+    config = tmp_path / "own.yaml"
+    config.write_text("distributed_type: FSDP\nnum_processes: 3\n")
+    assert Launch.planned(asked, str(config)) == Launch(processes, str(config))
+
+
+def test_a_configuration_of_several_machines_is_refused(gpus, tmp_path):
+    config = tmp_path / "own.yaml"
+    config.write_text("distributed_type: MULTI_GPU\nnum_processes: 16\nnum_machines: 2\n")
+    with pytest.raises(ValueError, match="2 machines"):
+        Launch.planned(None, str(config))
 
 
 def test_accelerators_are_trained_on_with_accelerate_and_a_configuration_of_the_user_s(gpus):
@@ -107,8 +121,8 @@ def test_one_process_of_a_machine_with_several_sees_the_first_it_was_shown(gpus,
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     seen = {}
     monkeypatch.setattr("subprocess.run", lambda command, env, check: seen.update(env) or Done())
-    assert Launch.planned(1, rows=8).starts
-    Launch.planned(1, rows=8).run("a.module", [])
+    assert Launch.planned(1).starts
+    Launch.planned(1).run("a.module", [])
     assert seen["CUDA_VISIBLE_DEVICES"] == first
 
 
@@ -125,6 +139,21 @@ def test_an_engine_that_spreads_itself_is_one_process(gpus):
     own = JudgeStep("m", "d", "o", backend={"name": "vllm", "tensor_parallel_size": 4})
     assert "data_parallel_size" not in shared_out(own, Launch(4))[0].backend
     assert not launch.starts  # it sees all accelerators
+
+
+@pytest.mark.parametrize("command", ["distill", "judge"])
+def test_vllm_is_one_process_with_an_engine_for_each_accelerator(gpus, monkeypatch, tmp_path, command):
+    gpus(4)
+    make_model().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    JudgeConfig((unresolved(ScoreGrid([1.0, 5.0], ["1", "5"])),)).save(tmp_path)
+    write_jsonl(tmp_path / "rows.jsonl", make_rows(2))
+    options = {}
+    monkeypatch.setattr("trl_tract.runs.steps.make_backend", lambda model, **given: options.update(given) or 1 / 0)
+    given = ["--model", str(tmp_path), "--data", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ZeroDivisionError):
+        entry_points.COMMANDS[command]([*given, "--backend", "vllm"])
+    assert options == {"name": "vllm", "data_parallel_size": 4}
 
 
 def test_training_takes_the_user_s_configuration_and_generation_does_not(gpus):
@@ -147,6 +176,31 @@ def test_two_accelerators_and_no_option_start_two_processes(gpus, monkeypatch, t
     begins = words.index("trl_tract.cli") + 1
     assert words[begins : begins + 1 + len(given)] == [command, *given]
     assert "2 of 2 accelerators" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_with_three_accelerators_no_option_and_few_rows_goes_through(gpus, monkeypatch, tmp_path, capsys):
+    # They are seen by this process alone: those that it starts are on the processor. 60 rows come to updates of 4,
+    # which 3 processes do not share evenly; and TRL's trainers refuse several accelerators in one process.
+    gpus(3)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    make_model().save_pretrained(tmp_path / "seed")
+    make_tokenizer().save_pretrained(tmp_path / "seed")
+    write_jsonl(tmp_path / "rows.jsonl", make_rows(60))
+    given = {
+        "model": tmp_path / "seed",
+        "data": tmp_path / "rows.jsonl",
+        "output_dir": tmp_path / "out",
+        "rationales": "none",
+        "max_steps": 2,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    assert main(["run", *(word for name, value in given.items() for word in (f"--{name}", str(value)))]) == 0
+    told = capsys.readouterr().out
+    assert "3 processes on 3 of 3 accelerators" in told
+    assert "an update of 2 x 2 x 1 rows" in told
+    assert len(list(read_jsonl(tmp_path / "out" / "judged-tract" / "judgements.jsonl"))) == 6
 
 
 @pytest.mark.slow

@@ -98,7 +98,8 @@ class VLLMBackend(RequestBackend):
             raise ValueError(without_secrets(f"vLLM refuses to run {base_id}: {error}")) from error
         except Exception as error:
             raise RuntimeError(f"vLLM's engine does not start on {base_id}: {error}; its log above says why") from error
-        limit = 2 * engine.vllm_config.scheduler_config.max_num_seqs
+        config = engine.vllm_config
+        limit = 2 * config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size
         loop = RequestLoop(limit)
         self._engines = [engine]
         self.loaded_as = settings_that_count(engine_args)

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trl_tract.runs.launching import Launch
 
-_SHARED = ("per_device_train_batch_size", "gradient_accumulation_steps")
-
 
 @dataclass
 class LaunchArguments:
@@ -18,12 +16,15 @@ class LaunchArguments:
         default=None,
         metadata={
             "help": "Processes to train and to generate with. By default one for each accelerator that is seen, or "
-            "one. An update keeps its number of rows."
+            "one. An update keeps its number of rows, and fewer processes train where they do not share it evenly."
         },
     )
     accelerate_config: str | None = field(
         default=None,
-        metadata={"help": "Configuration of accelerate to train with, such as examples/accelerate/fsdp2.yaml."},
+        metadata={
+            "help": "Configuration of accelerate to train with, such as examples/accelerate/fsdp2.yaml. Its "
+            "number of processes counts where --num_processes is not given."
+        },
     )
 
 
@@ -76,27 +77,31 @@ class MergeArguments:
     )
 
 
-def planned(args: LaunchArguments, training: Mapping[str, Any]) -> "Launch":
-    """The processes that train."""
-    from trl_tract.runs.launching import Launch, rows_of_an_update
-
-    return Launch.planned(args.num_processes, args.accelerate_config, rows=rows_of_an_update(training))
-
-
-def for_generation(args: LaunchArguments, backend: str, shard: str | None) -> "Launch":
-    """The processes that generate: one where an engine spreads itself, or other jobs do other shares."""
+def planned(args: LaunchArguments) -> "Launch":
+    """The processes of a command."""
     from trl_tract.runs.launching import Launch
 
-    if backend != "transformers" or (shard and args.num_processes is None):
-        return Launch(sees_all=True)
-    return Launch.planned(args.num_processes)
+    return Launch.planned(args.num_processes, args.accelerate_config)
 
 
-def start_again(
-    launch: "Launch", command: str, arguments: Sequence[str], training: Mapping[str, Any] | None = None
-) -> int:
+def one_process() -> "Launch":
+    """One process, that is shown one accelerator."""
+    from trl_tract.runs.launching import Launch
+
+    return Launch()
+
+
+def for_generation(
+    args: LaunchArguments, backend: Mapping[str, Any], shard: str | None
+) -> tuple[dict[str, Any], "Launch"]:
+    """A backend's options, and the processes that generate: one where other jobs do other shares."""
+    from trl_tract.runs.launching import Launch
+    from trl_tract.runs.steps import spread
+
+    alone = backend["name"] == "server" or (shard and args.num_processes is None)
+    return spread(backend, Launch() if alone else Launch.planned(args.num_processes))
+
+
+def start_again(launch: "Launch", command: str, arguments: Sequence[str]) -> int:
     """The same command in each of several processes; the exit code of all."""
-    shared = [word for name in _SHARED if training for word in (f"--{name}", str(training[name]))]
-    each = " x ".join(str(training[name]) for name in _SHARED) if training else ""
-    print(f"By {launch}{f'; each makes {each} rows of an update' if each else ''}", flush=True)
-    return min(1, abs(launch.run("trl_tract.cli", [command, *arguments, *shared])))
+    return min(1, abs(launch.run("trl_tract.cli", [command, *arguments])))

@@ -127,8 +127,9 @@ def _run(arguments: Sequence[str]) -> int:
         from trl_tract.commands.dry_run import dry_run
 
         return _exit_code(dry_run(spec, training.output_dir, colour=uses_colour(sys.stdout)))
+    launch = deploying.planned(processes)
     _tell_of_neighbours()
-    result = carry_out(spec, Path(training.output_dir), launch=deploying.planned(processes, spec.training))
+    result = carry_out(spec, Path(training.output_dir), launch=launch)
     for name, report in result.reports.items():
         mass = result.grid_mass[name]
         print(f"\n{name} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})\n{report}")
@@ -159,9 +160,12 @@ def _train(arguments: Sequence[str]) -> int:
                 colour=uses_colour(sys.stdout),
             )
         )
-    launch = deploying.planned(processes, fields)
+    launch = deploying.planned(processes)
     if launch.starts:
-        return deploying.start_again(launch, "train", arguments, launch.share(fields))
+        print(f"By {launch}: {launch.update(fields)}", flush=True)
+        launch, each = launch.shared(fields)
+        shared = [word for name, count in each.items() for word in (f"--{name}", str(count))]
+        return deploying.start_again(launch, "train", [*arguments, *shared])
     _tell_of_neighbours()
     chat = bool(tokenizer_to_train(name, training.chat_template_path).chat_template)
 
@@ -190,6 +194,9 @@ def _rl(arguments: Sequence[str]) -> int:
     from trl_tract.training.starting import policy_tokenizer
 
     rows, columns, training, model = _parse("rl", arguments)
+    launch = deploying.one_process()
+    if launch.starts:  # the first of several accelerators: its groups of completions were tried in one process alone
+        return deploying.start_again(launch, "rl", arguments)
     name = _required_model(model)
     own, chat = _own(columns, name), bool(policy_tokenizer(name).chat_template)
     scales = JudgeConfig.load(name).scales if (Path(name) / FILE_NAME).is_file() else training.scales
@@ -216,8 +223,9 @@ def _distill(arguments: Sequence[str]) -> int:
     from trl_tract.sources.door import Source, rows_file
 
     rows, columns, generation, engine, worker, processes = _parse("distill", arguments)
-    launch = deploying.for_generation(processes, generation.backend, worker.shard)
+    backend, launch = deploying.for_generation(processes, engine.options(generation), worker.shard)
     if launch.starts:
+        print(f"By {launch}", flush=True)
         return deploying.start_again(launch, "distill", arguments)
     settings = {
         **generation.sampling(),
@@ -233,7 +241,7 @@ def _distill(arguments: Sequence[str]) -> int:
     needed = rows.on_failure == "keep_gold" or rows.keep_annotated
     given = source.training_rows(chat) if needed else source.rows(chat, lambda item: item.training or [item.reference])
     with rows_file(given) as data:
-        step = DistillStep(rows.model, str(data), rows.output_dir, settings, engine.options(generation), worker.shard)
+        step = DistillStep(rows.model, str(data), rows.output_dir, settings, backend, worker.shard)
         written = step.run()
     if written is not None and _is_first_process():
         print(f"{read_summary(Path(rows.output_dir))}\nThe stage-two rows are in {written}")
@@ -250,8 +258,9 @@ def _judge(arguments: Sequence[str]) -> int:
     from trl_tract.sources.preferences import pair_report
 
     rows, rules, columns, generation, engine, worker, processes = _parse("judge", arguments)
-    launch = deploying.for_generation(processes, generation.backend, worker.shard)
+    backend, launch = deploying.for_generation(processes, engine.options(generation), worker.shard)
     if launch.starts:
+        print(f"By {launch}", flush=True)
         return deploying.start_again(launch, "judge", arguments)
     settings = {
         **generation.sampling(),
@@ -265,7 +274,7 @@ def _judge(arguments: Sequence[str]) -> int:
             str(data),
             rows.output_dir,
             settings,
-            engine.options(generation),
+            backend,
             shard=worker.shard,
             block_size=worker.block_size,
         )

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 
 _STARTED = "TRL_TRACT_STARTED"
+_BATCH, _STEPS = "per_device_train_batch_size", "gradient_accumulation_steps"
 
 
 def is_launched() -> bool:
@@ -36,34 +38,30 @@ class Launch:
     sees_all: bool = False
 
     @classmethod
-    def planned(cls, asked: int | None, config: str | None = None, *, rows: int | None = None) -> "Launch":
+    def planned(cls, asked: int | None, config: str | None = None) -> "Launch":
         """As many processes as were asked for, or as there are accelerators; one under a launcher.
 
         Args:
-            asked: None: all accelerators that are seen, which is what CUDA_VISIBLE_DEVICES leaves.
+            asked: None: what the configuration says, or else all accelerators that are seen, which is what
+                CUDA_VISIBLE_DEVICES leaves.
             config: A configuration of accelerate's.
-            rows: Rows of an update, which have to be shared out evenly. None: nothing is trained.
 
         Raises:
-            ValueError: They cannot be shared out among as many as were asked for, or there are fewer accelerators.
+            ValueError: There are fewer accelerators, or the configuration is for several machines.
+            FileNotFoundError: There is no such configuration.
         """
         if is_launched():
             return cls()
+        said = f"--num_processes {asked}"
+        if config is not None and asked is None:
+            asked = _processes_of(config)
+            said = f"num_processes: {asked} in {config}"
         if asked is not None and asked < 1:
-            raise ValueError(f"--num_processes {asked} must be 1 or more")
+            raise ValueError(f"{said} must be 1 or more")
         seen = accelerators()
         if asked is not None and seen and asked > seen:
-            raise ValueError(f"--num_processes {asked}: {seen} accelerators are seen here")
-        processes = asked or seen or 1
-        if rows is not None and rows % processes:
-            fitting = max(count for count in range(1, processes + 1) if rows % count == 0)
-            if asked is not None:
-                raise ValueError(
-                    f"--num_processes {asked}: the {rows} rows of an update (per_device_train_batch_size x "
-                    f"gradient_accumulation_steps) cannot be shared out evenly. Give {fitting}, or another batch size"
-                )
-            processes = fitting
-        return cls(processes, config)
+            raise ValueError(f"{said}, but {seen} accelerators are seen here: give --num_processes {seen} or fewer")
+        return cls(asked or seen or 1, config)
 
     @property
     def starts(self) -> bool:
@@ -77,13 +75,35 @@ class Launch:
         config = f", as {self.config} has it" if self.config else ""
         return f"{self.processes} process{'es' if self.processes > 1 else ''} {where}{config}"
 
-    def share(self, training: Mapping[str, Any]) -> dict[str, Any]:
-        """Training settings of each process with which an update has the rows that it has with one process."""
-        batch = int(training.get("per_device_train_batch_size", 8))
-        steps = int(training.get("gradient_accumulation_steps", 1))
-        each = batch * steps // self.processes
-        batch = max(size for size in range(1, min(batch, each) + 1) if each % size == 0)
-        return {**training, "per_device_train_batch_size": batch, "gradient_accumulation_steps": each // batch}
+    def shared(self, training: Mapping[str, Any]) -> tuple["Launch", dict[str, int]]:
+        """The processes that train, and what each makes of an update, which has the rows that it has with one process.
+
+        They are the most that share those rows evenly: first each has fewer batches, then smaller ones.
+
+        Args:
+            training: Settings with one process.
+        """
+        rows = rows_of_an_update(training)
+        trains = replace(self, processes=max(count for count in range(1, self.processes + 1) if rows % count == 0))
+        each = rows // trains.processes
+        most = min(int(training.get(_BATCH, 8)), each)
+        batch = max(size for size in range(1, most + 1) if each % size == 0)
+        return trains, {_BATCH: batch, _STEPS: each // batch}
+
+    def update(self, training: Mapping[str, Any]) -> str:
+        """What an update is made of, in words.
+
+        Args:
+            training: Settings with one process.
+        """
+        trains, each = self.shared(training)
+        told = f"an update of {trains.processes} x {each[_BATCH]} x {each[_STEPS]} rows, as with one process"
+        if trains.processes == self.processes:
+            return told
+        return (
+            f"{told}; {trains.processes} of {self.processes} processes train, since {self.processes} do not share "
+            f"{rows_of_an_update(training)} rows evenly (set {_BATCH} to a multiple of {self.processes} to use all)"
+        )
 
     def command(self, module: str, arguments: Sequence[str]) -> list[str]:
         """`python -m module arguments`, once in each process."""
@@ -111,10 +131,22 @@ class Launch:
 
 
 def accelerators() -> int:
-    """Accelerators that are seen: CUDA_VISIBLE_DEVICES hides the others."""
-    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    """Accelerators that are seen, as a trainer counts them: CUDA_VISIBLE_DEVICES hides the others."""
+    return torch.cuda.device_count() or torch.accelerator.device_count()
 
 
 def rows_of_an_update(training: Mapping[str, Any]) -> int:
     """Rows that one process makes an update of."""
-    return int(training.get("per_device_train_batch_size", 8)) * int(training.get("gradient_accumulation_steps", 1))
+    return int(training.get(_BATCH, 8)) * int(training.get(_STEPS, 1))
+
+
+def _processes_of(config: str) -> int | None:
+    if not os.path.isfile(config):
+        raise FileNotFoundError(f"{config} is no file: --accelerate_config takes one that accelerate config writes")
+    settings = load_config_from_file(config)
+    if settings.num_machines > 1:
+        raise ValueError(
+            f"{config} is for {settings.num_machines} machines, and this command starts the processes of one: start "
+            "`accelerate launch --config_file ... -m trl_tract.cli train ...` on each of them"
+        )
+    return None if settings.num_processes == -1 else int(settings.num_processes)

@@ -10,7 +10,7 @@ from trl_tract.evaluation.report import ScoreReport
 from trl_tract.files.journal import JsonlRows, changed_settings, read_json, write_json
 from trl_tract.runs.facts import write_recipe
 from trl_tract.runs.judged import Judged
-from trl_tract.runs.launching import Launch, rows_of_an_update
+from trl_tract.runs.launching import Launch
 from trl_tract.runs.results import calibrate_judge, finish_card, write_run_page
 from trl_tract.runs.run import Run
 from trl_tract.runs.spec import RunSpec
@@ -139,7 +139,7 @@ def run_tract(
         objective=objective,
         calibrate=calibrate,
     )
-    launch = Launch.planned(num_processes, accelerate_config, rows=rows_of_an_update(spec.training))
+    launch = Launch.planned(num_processes, accelerate_config)
     return carry_out(spec, Path(output_dir), isolate=isolate, launch=launch, say=say)
 
 
@@ -148,7 +148,7 @@ def carry_out(
     directory: Path,
     *,
     isolate: bool | None = None,
-    launch: Launch | None = None,
+    launch: Launch,
     say: Callable[[str], None] = say_now,
 ) -> RunResult:
     """What `run_tract` does, with its arguments checked and in one place."""
@@ -162,10 +162,8 @@ def carry_out(
     calibrates = any(name.startswith("calibrate-") for name in titles)
     settings = spec.settings()
     run = Run(directory, settings, isolate=isolate, launch=launch, total=len(titles), say=say)
-    if launch is not None and launch.starts:
-        each = launch.share(spec.training)
-        batch, steps = each["per_device_train_batch_size"], each["gradient_accumulation_steps"]
-        say(f"Each step by {launch}; an update of {launch.processes} x {batch} x {steps} rows, as with one process")
+    if launch.starts:
+        say(f"Each step by {launch}" + ("" if "settings" in titles else f"; {launch.update(spec.training)}"))
     given_file, eval_file = directory / "train.jsonl", directory / "eval.jsonl"
     # What stage one trains on, and the steps that make it.
     train_file, rows_of = (
@@ -234,12 +232,8 @@ def carry_out(
         recipe = read_json(recipe_file)
         chosen, rows_of = spec.with_recipe(recipe), [*rows_of, "settings"]
         say("    " + "\n    ".join(tell(recipe)))
-        together = rows_of_an_update(chosen.training)
-        if launch is not None and together % launch.processes:
-            raise ValueError(
-                f"an update of {together} rows cannot be shared by {launch.processes} processes: set "
-                "per_device_train_batch_size, the rows of an update with one process, to a multiple of them"
-            )
+        if launch.starts:
+            say(f"    By {launch}: {launch.update(chosen.training)}")
 
     def train(rows: Path, name: str, training: Mapping[str, Any], asked_like: Path | None = None) -> TrainStep:
         return TrainStep(

@@ -210,13 +210,24 @@ def shared_out(step: Step, launch: Launch) -> tuple[Step, Launch]:
     if isinstance(step, RLStep):
         return step, Launch()  # its groups of completions were tried in one process alone
     if isinstance(step, TrainStep):
-        return replace(step, training=launch.share(step.training)), launch
-    name = step.backend.get("name", "transformers")
-    if name == "vllm":
-        spread = any(option.endswith("parallel_size") for option in step.backend)
-        more = {} if spread or launch.processes == 1 else {"data_parallel_size": launch.processes}
-        return replace(step, backend={**step.backend, **more}), Launch(sees_all=True)
-    return step, Launch(1, sees_all=True) if name in ("server", "chat") else Launch(launch.processes)
+        launch, each = launch.shared(step.training)
+        return replace(step, training={**step.training, **each}), launch
+    backend, launch = spread(step.backend, launch)
+    return replace(step, backend=backend), launch
+
+
+def spread(backend: Mapping[str, Any], launch: Launch) -> tuple[dict[str, Any], Launch]:
+    """A backend's options where it is to use as many accelerators as there are processes, and how these are started.
+
+    vLLM is one process that starts an engine on each accelerator, if it was not told otherwise.
+    """
+    name, options = backend.get("name", "transformers"), dict(backend)
+    if name == "transformers":
+        return options, Launch(launch.processes)
+    told = any(option.endswith("parallel_size") for option in options)
+    if name == "vllm" and launch.processes > 1 and not told:
+        options["data_parallel_size"] = launch.processes
+    return options, Launch(sees_all=True)
 
 
 def run_step(step: Step, spec_file: Path, *, isolate: bool, launch: Launch | None = None) -> None:
