@@ -139,7 +139,30 @@ def test_a_number_right_behind_a_score_makes_it_another_score(behind):
     assert refused.value.kind == "not on the grid"
 
 
-@pytest.mark.parametrize("behind", ["", ".", " (good)", ". It meets 7 points.", "\n", "!", " - good"])
+SECOND_THOUGHTS = [" to 6", "–6", "~5", " or 6", " bis 6", " - 6", ", 6.", " 4.5", " ½", " 1/2", " and a half"]
+
+
+@pytest.mark.parametrize("behind", SECOND_THOUGHTS)
+@pytest.mark.parametrize(
+    ("completion", "scales"), [("Fine. [RESULT] 4{}", ONE), ("Rude. [TONE] 4{}\nTrue. [FACTS] 5", ASPECTS)]
+)
+def test_a_second_thought_behind_a_score_makes_it_no_score(completion, scales, behind):
+    with pytest.raises(ScoreNotFoundError):
+        read_golds({"completion": completion.format(behind)}, scales)
+
+
+@pytest.mark.parametrize("behind", [" or poor", "/poor", " to poor"])
+def test_a_second_word_behind_a_score_makes_it_no_score(behind):
+    words = {"values": {"poor": 1, "good": 2}}
+    scales = read_scales({"aspects": {"tone": {"marker": "[TONE]", **words}, "facts": {"marker": "[FACTS]", **words}}})
+    with pytest.raises(ScoreNotFoundError):
+        read_golds({"completion": f"Rude. [TONE] good{behind}. True. [FACTS] good"}, scales)
+
+
+@pytest.mark.parametrize(
+    "behind",
+    ["", ".", " (good)", " - 6 of the facts hold.", "\n- 6 errors", ". It meets 7 points.", "\n", "!", " - good"],
+)
 def test_words_behind_a_score_leave_it_as_it_is(behind):
     assert read_golds({"completion": f"Fine. [RESULT] 4{behind}"}, ONE) == [[4.0]]
 
@@ -154,3 +177,16 @@ def test_values_of_scores_that_yaml_made_booleans_of_are_no_numbers(values):
 def test_texts_of_scores_that_yaml_made_something_else_of_are_to_be_quoted(texts):
     with pytest.raises(ValueError, match="quotes"):
         read_scales({"score_values": [0, 1], "score_texts": texts})
+
+
+OF_WORDS = read_scales({"score_values": {"None": 0, "good": 1}})
+
+
+@pytest.mark.parametrize("cell", ['["None", "good"]', "['None', 'good']", "['None', None, 'good', nan]"])
+def test_a_list_of_words_is_read_as_pandas_writes_it_and_a_word_in_quotes_is_one(cell):
+    assert read_golds({"score": cell}, OF_WORDS) == [[0.0, 1.0]]
+
+
+def test_a_comma_may_part_thousands():
+    with pytest.raises(ScoreNotFoundError, match="1000"):
+        read_golds({"score": "1,000"}, read_scales({"score_values": "0..1000"}))

@@ -58,11 +58,33 @@ def test_parquet_has_its_own_types(tmp_path):
         ("a.csv", 'a,b\n"x" y,2\n', "line 2: "),
         ("a.parquet", "no such thing", "cannot be read as Parquet"),
         ("a.json", "[1]", "row 0: int instead of an object"),
+        ("a.json", '{"a": {"0": 1}}', "orient='records'"),
+        ("a.jsonl", "\x1f\x8b\x08", "holds gzip data"),
+        ("a.csv", "PK\x03\x04\x14", "holds zip or Excel data"),
+        ("a.jsonl.gz", "x", "not packed"),
     ],
 )
 def test_a_file_that_is_not_what_it_says_is_named(tmp_path, name, text, wanted):
     with pytest.raises(ValueError, match=wanted):
-        list(read_records(written(tmp_path, name, text)))
+        list(read_records(written(tmp_path, name, text, "latin-1")))
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", '{"a": 1, "a": 2}'), ("a.json", '[{"a": 1, "a": 2}]')])
+def test_an_object_that_says_a_thing_twice_is_no_record(tmp_path, name, text):
+    (record,) = read_records(written(tmp_path, name, text))
+    assert isinstance(record, ValueError)
+
+
+def test_parquet_with_a_column_twice_is_refused(tmp_path):
+    column = pyarrow.array([4])
+    parquet.write_table(pyarrow.Table.from_arrays([column, column], ["score", "score"]), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="'score'"):
+        list(read_records(str(tmp_path / "a.parquet")))
+
+
+def test_a_directory_is_called_one(tmp_path):
+    with pytest.raises(ValueError, match="is a directory"):
+        read_records(str(tmp_path))
 
 
 def test_csv_in_another_encoding_says_how_to_save_it(tmp_path):

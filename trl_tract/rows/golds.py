@@ -15,7 +15,8 @@ from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale, locate_scores
 from trl_tract.scale.text import ScoreNotFoundError, some_scores
 
-_NOTHING = re.compile(r"\b(?:None|nan)\b|<NA>")  # as Python and pandas write a missing score in a list
+# As Python and pandas write a missing score in a list; a word in quotes is none, and stays.
+_NOTHING = re.compile(r"""("[^"]*"|'[^']*')|\b(?:None|nan)\b|<NA>""")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -121,7 +122,8 @@ def _given(row: Mapping[str, Any], scales: Sequence[Scale]) -> list[Any] | None:
 def _annotators(value: Any, grid: ScoreGrid) -> list[float]:
     """The scores of a cell, one for each annotator who gave one."""
     if isinstance(value, str) and value.lstrip().startswith("[") and value.strip() not in grid.texts:
-        value = _json(_NOTHING.sub("null", value), "a list of scores")
+        text = _NOTHING.sub(lambda found: found[1] or "null", value)
+        value = _json(text if '"' in text else text.replace("'", '"'), "a list of scores")  # Python quotes with '
     value = value.tolist() if hasattr(value, "tolist") else value  # of numpy
     values = value if isinstance(value, list | tuple) else [value]
     scores = [_score(each, grid) for each in values if not is_missing(each)]
@@ -137,8 +139,11 @@ def _score(value: Any, grid: ScoreGrid) -> float:
         if text in grid.texts:
             return grid.value_of(text)
         if not _NUMBER.fullmatch(text):
-            numeric = re.fullmatch(r"[-+]?\d+,\d+", text)
-            write = f"Write {text.replace(',', '.')}" if numeric else f"Scores are {some_scores(grid.texts)}"
+            write = f"Scores are {some_scores(grid.texts)}"
+            if re.fullmatch(r"[-+]?\d+,\d+", text):
+                write = f"Write {text.replace(',', '.')}"
+                if re.fullmatch(r"[-+]?\d{1,3},\d{3}", text):
+                    write += f", or {text.replace(',', '')} if the comma parts thousands"
             raise ScoreNotFoundError("not a number", f"the score is {_shown(value)}, not a number. {write}")
         value = text
     elif isinstance(value, bool) or not isinstance(value, numbers.Real | Decimal):

@@ -1,5 +1,6 @@
 """Marker, score and rationale as text. Characters only: knows no tokens, grids or models."""
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -7,13 +8,16 @@ from dataclasses import asdict, dataclass
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 
 
-# What may not stand right behind a score: "[RESULT] 4.5", "[RESULT] 3 / 10", "[RESULT] 3 points of 10" and "[RESULT] 3
-# (of 10)" are other scores than 4 and 3, in whatever language and width they are written.
+# What may not stand right behind a score: "[RESULT] 4.5", "[RESULT] 3 / 10", "[RESULT] 3 points of 10", "[RESULT] 3
+# (of 10)", "[RESULT] 3 to 4" and "[RESULT] 3 1/2" are other scores than 4 and 3, in whatever language and width they
+# are written. A dash or comma with spaces may begin a sentence, unless the number behind it ends the line.
 _OF = "(?:out |ud )?(?:of|af)|van|von|aus|auf|over|sur|de|di|da|su|em|av|na|ze?|od|из|от|από|στα"
+_OR = r"(?:[–~〜～→/]|\s+(?:to|or|till|bis|oder|à|ou|hasta|tot|eller|или)\s+)"
 _UNIT = r"(?:\s+(?:points?|pts?\.?|marks?|stars?|punkten?|sternen?|puntos|estrellas|étoiles|punti|stelle))?"
 _SCORE_GOES_ON = re.compile(
     rf"\w|[.,:-]\d|\s*[%％‰]|{_UNIT}\s*[/／∕⁄÷|]\s*\d|{_UNIT}[ \t]*[(\[（［【][^)\]）］】.\n]{{0,30}}?\d"
-    rf"|{_UNIT}\s+(?:{_OF}|per)\s+\d",
+    rf"|{_UNIT}\s+(?:{_OF}|per)\s+\d|{_OR}[-+]?\d|\s+and\s+a\s+half|[ \t]*(?:[¼½¾⅓⅔]|\d+[/⁄]\d)"
+    rf"|[ \t]*[-–—,;&+…]?[ \t]*\d+(?:\.\d+)?{_UNIT}[.!]?[ \t]*(?:[\r\n]|$)",
     re.IGNORECASE,
 )
 
@@ -137,11 +141,18 @@ def span_at(completion: str, marker_start: int, marker: str, score_texts: Sequen
 
 def _leading_score(tail: str, score_texts: Sequence[str]) -> str | None:
     """The admissible score that `tail` begins with, or None; the longest where one is a prefix of another."""
+    other = _another(tuple(score_texts))
     for text in sorted(score_texts, key=len, reverse=True):
         goes_on = _SCORE_GOES_ON if _NUMBER.fullmatch(text) else _WORD_GOES_ON
-        if tail.startswith(text) and not goes_on.match(tail, len(text)):
+        if tail.startswith(text) and not (goes_on.match(tail, len(text)) or other.match(tail, len(text))):
             return text
     return None
+
+
+@functools.cache
+def _another(score_texts: tuple[str, ...]) -> re.Pattern[str]:
+    """A second score that is offered beside the first: "good or poor"."""
+    return re.compile(rf"{_OR}(?:{'|'.join(map(re.escape, score_texts))})(?!\w)", re.IGNORECASE)
 
 
 def _what_to_write(tail: str, score_texts: Sequence[str]) -> str:

@@ -28,7 +28,26 @@ _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 _BETWEEN = re.compile(r"[\s,]*")
 _CHUNK = 2**20  # characters of a .json file that are looked at together
 
+_PACKINGS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip or Excel"}
+"""First bytes of files that are often named as what is in them."""
+
 Record = Mapping[str, Any]
+
+
+class _Repeating(dict[str, Any]):
+    """An object of JSON with a name that it has twice: `name`."""
+
+    name: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    repeating = _Repeating(found)
+    names = [name for name, _ in pairs]
+    repeating.name = next(name for name in names if names.count(name) > 1)
+    return repeating
 
 
 def read_records(source: str) -> Iterable[Record | ValueError]:
@@ -49,10 +68,15 @@ def read_records(source: str) -> Iterable[Record | ValueError]:
     if path.is_file() and kind in readers:
         if not path.stat().st_size:
             raise ValueError(f"{source} is empty: it holds 0 bytes")
+        if packed := _packing(path):
+            raise ValueError(
+                f"{source} holds {packed} data, whatever its name says: unpack it, or save it as CSV UTF-8"
+            )
         return readers[kind](path)
-    if path.exists():
-        raise ValueError(f"{source} is not a supported file. Give one of {', '.join(FILES)}, or a hub id")
-    if path.suffix in FILES or source.startswith((".", "~", os.sep)) or source.count("/") > 1:
+    if source and path.exists():
+        kind = "a directory" if path.is_dir() else "not a supported file"
+        raise ValueError(f"{source} is {kind}. Give one of {', '.join(FILES)}, not packed and in one file, or a hub id")
+    if kind in FILES or source.startswith((".", "~", os.sep)) or source.count("/") > 1:
         raise FileNotFoundError(f"{source}: no such file. It was looked for in {path.absolute().parent}")
     name = source.removesuffix("-bench") if source == "vicuna-bench" else source
     if name in _BENCHMARK_FILES:
@@ -95,7 +119,22 @@ def _integer(digits: str) -> int | str:
     return int(digits) if len(digits) < 1000 else digits
 
 
-_DECODER = json.JSONDecoder(parse_int=_integer)
+_DECODER = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_object)
+
+
+def _record(value: Any, where: str) -> Record | ValueError:
+    """A value as a record, or what is wrong with it."""
+    if not isinstance(value, dict):
+        return ValueError(f"{where} is {type(value).__name__} instead of an object")
+    if isinstance(value, _Repeating):
+        return ValueError(f"{where} has {value.name!r} twice: which of the two counts?")
+    return value
+
+
+def _packing(path: Path) -> str | None:
+    with path.open("rb") as file:
+        begins = file.read(4)
+    return next((name for magic, name in _PACKINGS.items() if begins.startswith(magic)), None)
 
 
 def _read_jsonl(path: Path) -> Iterator[Record | ValueError]:
@@ -108,20 +147,19 @@ def _read_jsonl(path: Path) -> Iterator[Record | ValueError]:
             except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
                 yield ValueError(f"line {number} is not JSON ({error}). Each line must be one object")
                 continue
-            if isinstance(record, dict):
-                yield record
-            else:
-                yield ValueError(f"line {number} is {type(record).__name__} instead of an object")
+            yield _record(record, f"line {number}")
 
 
-def _read_json(path: Path) -> Iterator[Record]:
+def _read_json(path: Path) -> Iterator[Record | ValueError]:
     """The objects of a list, decoded one after the other."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(_CHUNK).lstrip()
             if text[:1] != "[":
                 kind = type(_DECODER.decode(text + file.read())).__name__
-                raise _NotRowsError(f"{path} holds a JSON {kind}; a list of objects is needed")
+                raise _NotRowsError(
+                    f"{path} holds a JSON {kind}; a list of objects is needed, as orient='records' of pandas writes it"
+                )
             at, number = 1, 0
             while True:
                 at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
@@ -137,7 +175,7 @@ def _read_json(path: Path) -> Iterator[Record]:
                     continue
                 if not isinstance(record, dict):
                     raise _NotRowsError(f"{path}, row {number}: {type(record).__name__} instead of an object")
-                yield record
+                yield _record(record, f"row {number}")
                 number += 1
     except _NotRowsError:
         raise
@@ -235,6 +273,9 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
     try:
         with ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+                raise ValueError(f"{path} has several columns called {twice[0]!r}: rename all but one")
             for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist(maps_as_pydicts="strict")
     except pyarrow.ArrowException as error:
