@@ -81,19 +81,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Every training ends with a full collection of garbage: it need not look at the modules again, which stay."""
-    gc.collect()
-    gc.freeze()
+    _keep_modules()
 
 
 _running: list[pytest.Item] = []
+_kept = 0
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Any:
     """Tell `_only_where_marked` which test is running."""
     _running[:] = [item]
-    return (yield)
+    try:
+        return (yield)
+    finally:
+        if len(sys.modules) > _kept + 100:
+            _keep_modules()
+
+
+def _keep_modules() -> None:
+    """Every training ends with a full collection of garbage: it need not look at the modules again, which stay."""
+    global _kept
+    _kept = len(sys.modules)
+    gc.collect()
+    gc.freeze()
 
 
 def _only_where_marked(event: str, arguments: tuple[Any, ...]) -> None:
@@ -112,6 +123,15 @@ def two_ranks() -> Any:
     """`two_ranks(function, *args)`: what a function returns on each of two ranks; one launch serves all tests."""
     with open_two_ranks() as call:
         yield call
+
+
+@pytest.fixture(scope="module")
+def without_matplotlib() -> Any:
+    """Runs end without a page, whose pictures take more than a second: for files that look at other things."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("matplotlib", "matplotlib.figure"):
+            patch.setitem(sys.modules, name, None)
+        yield
 
 
 @pytest.fixture(scope="session")

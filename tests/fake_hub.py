@@ -52,7 +52,7 @@ class FakeHub(ThreadingHTTPServer):
 @contextmanager
 def fake_hub() -> Iterator[FakeHub]:
     server = FakeHub()
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield server
@@ -64,6 +64,7 @@ def fake_hub() -> Iterator[FakeHub]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or a body waits until its head has been acknowledged
     server: FakeHub
 
     def log_message(self, *_: Any) -> None:

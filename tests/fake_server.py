@@ -64,6 +64,8 @@ class FakeServer:
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
+            disable_nagle_algorithm = True  # or the body waits until the head has been acknowledged
+
             def log_message(self, *args: Any) -> None:
                 pass
 

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOADED = ["tiny", "trl_tract.cli", "trl_tract.runs.pipeline"]
+# With what the files of tests import: a process imports the one that its target stands in.
+PRELOADED = ["conftest", "tiny", "trl_tract.cli", "trl_tract.runs.pipeline"]
 
 
 def start(target: Callable[..., Any], *args: Any) -> Any:

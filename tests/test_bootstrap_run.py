@@ -11,6 +11,7 @@ from trl_tract.cli import main
 from trl_tract.files.journal import read_jsonl, write_jsonl
 from trl_tract.runs.spec import RunSpec
 
+pytestmark = pytest.mark.usefixtures("without_matplotlib")
 BOOTSTRAP = {"num_generations": 2, "max_new_tokens": 12, "tolerance": 4.0, "block_size": 4}
 """A random model comes to the middle of the grid, whatever it writes."""
 

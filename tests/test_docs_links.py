@@ -7,6 +7,7 @@ import ast
 import functools
 import posixpath
 import re
+from collections import Counter
 from difflib import SequenceMatcher
 
 import architecture
@@ -124,21 +125,35 @@ def quoted_messages() -> list[str]:
 
 
 @functools.cache
-def said_by_the_code() -> list[str]:
+def said_by_the_code() -> set[str]:
     """Every text that is written out in the package, with nothing where it varies."""
-    found = []
+    found = set()
     for file in ROOT.glob("trl_tract/**/*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             texts = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
-            found.append("\0".join(texts))
+            found.add("\0".join(texts))
+    return found
+
+
+def runs_of(text: str) -> set[str]:
+    """All that stands in eight characters next to each other."""
+    return {text[i : i + 8] for i in range(len(text) - 7)}
+
+
+@functools.cache
+def texts_by_run() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for text in sorted(said_by_the_code()):
+        for run in runs_of(text):
+            found.setdefault(run, []).append(text)
     return found
 
 
 @pytest.mark.parametrize("message", quoted_messages())
 def test_a_message_that_troubleshooting_quotes_is_one_of_the_code(message):
-    runs = {message[i : i + 8] for i in range(len(message) - 7)}
-    nearest = sorted(said_by_the_code(), key=lambda text: sum(run in text for run in runs), reverse=True)[:5]
+    alike = Counter(text for run in sorted(runs_of(message)) for text in texts_by_run().get(run, []))
+    nearest = [text for text, _ in alike.most_common(5)]
     blocks = [SequenceMatcher(None, message, text, autojunk=False).get_matching_blocks() for text in nearest]
     assert max(sum(block.size for block in each if block.size > 3) for each in blocks) > 0.55 * len(message)
 

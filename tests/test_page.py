@@ -239,19 +239,26 @@ def test_a_judge_that_always_failed_has_a_page(tmp_path):
     assert "No item has a score." in page.text
 
 
-def test_a_page_takes_the_place_of_links_and_leaves_what_they_lead_to(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "mine.html").write_text("mine")
-    (tmp_path / "report.html").symlink_to(tmp_path / "mine.html")
-    (tmp_path / "report-plots").symlink_to(tmp_path / "elsewhere")
-    written = write_page(items([record(2.0)]), tmp_path / "report.html")
-    assert (tmp_path / "mine.html").read_text() == "mine"
-    assert not list((tmp_path / "elsewhere").iterdir())
-    assert all(file.is_file() and not file.is_symlink() for file in written)
+@pytest.fixture(scope="module")
+def of_one_item(tmp_path_factory):
+    """A page of one item, written where links stood before, and its files."""
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "elsewhere").mkdir()
+    (folder / "mine.html").write_text("mine")
+    (folder / "report.html").symlink_to(folder / "mine.html")
+    (folder / "report-plots").symlink_to(folder / "elsewhere")
+    return write_page(items([record(2.0)]), folder / "report.html")
 
 
-def test_one_item_has_its_pictures(tmp_path):
-    assert len(write_page(items([record(2.0)]), tmp_path / "report.html")) == 8
+def test_a_page_takes_the_place_of_links_and_leaves_what_they_lead_to(of_one_item):
+    folder = of_one_item[0].parent
+    assert (folder / "mine.html").read_text() == "mine"
+    assert not list((folder / "elsewhere").iterdir())
+    assert all(file.is_file() and not file.is_symlink() for file in of_one_item)
+
+
+def test_one_item_has_its_pictures(of_one_item):
+    assert len(of_one_item) == 8
 
 
 def test_metrics_stand_with_their_intervals():

@@ -208,7 +208,7 @@ def test_the_facts_are_those_of_the_rows(seed):
 
 
 @pytest.fixture(scope="module")
-def finished(seed, tmp_path_factory):
+def finished(seed, tmp_path_factory, without_matplotlib):
     """A run by the defaults, on a random model without rationales, which always has scores: what it said, and where."""
     directory = tmp_path_factory.mktemp("run")
     write_jsonl(directory / "rows.jsonl", make_rows(100))

@@ -12,6 +12,7 @@ from trl_tract.files.journal import read_jsonl, write_jsonl
 from trl_tract.runs.spec import RunSpec
 from trl_tract.runs.step_names import steps_of
 
+pytestmark = pytest.mark.usefixtures("without_matplotlib")
 TRAINING = {
     "max_steps": 1,
     "per_device_train_batch_size": 2,

@@ -8,7 +8,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 from conftest import make_model, make_tokenizer
-from serving import served, wait_until
+from serving import Served, served, wait_until
 
 from trl_tract import CoTRAILJudge, TransformersBackend
 from trl_tract.backends import ScriptedBackend
@@ -63,9 +63,15 @@ def test_one_item_is_answered_with_its_judgement(server):
     }
 
 
-def test_a_list_is_answered_in_its_order():
-    with served(scripted(script=lambda prompt, seed: f" {prompt} [RESULT] 1")) as server:
-        _, told, _ = server.ask([{"prompt": text} for text in "abc"])
+@pytest.fixture(scope="module")
+def echo():
+    """A server whose judge repeats the prompt."""
+    with served(scripted(script=lambda prompt, seed: f" {prompt} [RESULT] 1")) as started:
+        yield started
+
+
+def test_a_list_is_answered_in_its_order(echo):
+    _, told, _ = echo.ask([{"prompt": text} for text in "abc"])
     assert [each["rationale"].strip() for each in told] == ["a", "b", "c"]
 
 
@@ -195,9 +201,8 @@ def test_a_prompt_without_messages_is_an_error_of_its_item(server):
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\x00b", "<|im_end|>", "\u0301" * 500, "\u202e"])
-def test_odd_texts_are_judged_or_an_error_and_come_back_as_json(text):
-    with served(scripted(script=lambda prompt, seed: f" {text} [RESULT] 1")) as server:
-        status, told, _ = server.ask({"prompt": text})
+def test_odd_texts_are_judged_or_an_error_and_come_back_as_json(echo, text):
+    status, told, _ = echo.ask({"prompt": text})
     assert status == 200
     assert (told["score"] is None) == (told["error"] is not None)
 
@@ -238,14 +243,21 @@ def test_a_path_that_is_not_there_is_told_which_ones_are(server):
     assert server.ask(b"", "/judge", "GET")[0] == 405
 
 
+@pytest.fixture(scope="module")
+def locked():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRL_TRACT_API_KEY", "right")
+        started = Served(scripted())
+    yield started
+    started.stop()
+
+
 @pytest.mark.parametrize("header", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer \xff"}])
-def test_without_the_key_of_the_environment_nothing_is_judged(monkeypatch, header):
-    monkeypatch.setenv("TRL_TRACT_API_KEY", "right")
-    with served(scripted()) as server:
-        for path, method in (("/judge", "POST"), ("/v1/models", "GET"), ("/metrics", "GET"), ("/openapi.json", "GET")):
-            assert server.ask({"prompt": "a"}, path, method, **header)[0] == 401
-        assert server.ask({"prompt": "a"}, Authorization="Bearer right")[0] == 200
-        assert server.ask(b"", "/health", "GET", **header)[0] == 200
+def test_without_the_key_of_the_environment_nothing_is_judged(locked, header):
+    for path, method in (("/judge", "POST"), ("/v1/models", "GET"), ("/metrics", "GET"), ("/openapi.json", "GET")):
+        assert locked.ask({"prompt": "a"}, path, method, **header)[0] == 401
+    assert locked.ask({"prompt": "a"}, Authorization="Bearer right")[0] == 200
+    assert locked.ask(b"", "/health", "GET", **header)[0] == 200
 
 
 @pytest.mark.parametrize(

@@ -71,11 +71,6 @@ def bomb(pack=bytes, **headers):
     return fault
 
 
-def drip(server, request):
-    time.sleep(0.8)
-    return truth(server, request)
-
-
 def of_another_request(server, request):
     return changed(lambda answer: None)(server, {**request, "prompt": [6]})
 
@@ -99,7 +94,6 @@ OF_ANY = {
     "a bomb of deflate": bomb(zlib.compress, **{"Content-Encoding": "deflate"}),
     "an unknown packing": says(200, b"\x28\xb5\x2f\xfd", Content_Encoding="zstd"),
     "a number of many digits": says(200, b'{"usage": {"prompt_tokens": ' + b"1" * 10_000 + b"}}"),
-    "a slow drip": drip,
     "a redirect": says(302, b"", Location="http://127.0.0.1:1/v1/completions"),
     "a page": says(200, b"<html>Sign in</html>"),
 }
@@ -160,6 +154,29 @@ def test_the_truth_after_a_lie_counts(backend, server, lie):
     np.testing.assert_array_equal(backend.next_token_logprobs([[5]], ASKED), [[-1, -2]])
 
 
+def late(server, request):
+    time.sleep(0.5)
+    return truth(server, request)
+
+
+def test_truths_that_always_come_too_late_are_an_error(server, tokenizer):
+    impatient = {"retry_delay": 0.001, "retry_seconds": 0.05, "timeout": 0.2}
+    with ServerBackend(server.url, "judge", tokenizer=tokenizer, **impatient) as backend:
+        server.always = late
+        with pytest.raises(ConnectionError):
+            backend.generate([[5]], max_new_tokens=12)
+        with pytest.raises(ConnectionError):
+            backend.next_token_logprobs([[5]], ASKED)
+
+
+def test_the_truth_that_comes_too_late_is_asked_for_again(server, tokenizer):
+    with ServerBackend(server.url, "judge", tokenizer=tokenizer, retry_delay=0.001, timeout=0.3) as backend:
+        server.requests.clear()
+        server.faults.append(late)
+        np.testing.assert_array_equal(backend.next_token_logprobs([[5]], ASKED), [[-1, -2]])
+        assert len(server.requests) > 1
+
+
 def test_log_probabilities_that_were_swapped_are_noticed(backend, server):
     def swapped(answer):
         values = answer["choices"][0]["logprobs"]["top_logprobs"][0]
@@ -211,10 +228,14 @@ def other_model(server, request):
     return 200, {}, json.dumps(answer).encode()
 
 
-def test_a_server_that_comes_back_with_another_model_is_noticed_before_its_answer_counts(server, tokenizer):
-    with ServerBackend(server.url, "judge", tokenizer=tokenizer, retry_delay=0.05) as backend:
+def test_a_server_that_comes_back_with_another_model_is_noticed_before_its_answer_counts(
+    server, tokenizer, monkeypatch
+):
+    assert server_module._RESTART <= 1.0
+    monkeypatch.setattr(server_module, "_RESTART", 0.2)
+    with ServerBackend(server.url, "judge", tokenizer=tokenizer, retry_delay=0.02) as backend:
         backend.next_token_logprobs([[5]], ASKED)
-        back = time.monotonic() + 1.3
+        back = time.monotonic() + 0.4
         server.always = lambda server, request: (says(503) if time.monotonic() < back else other_model)(server, request)
         with pytest.raises(RuntimeError, match="another model under the name 'judge'"):
             backend.next_token_logprobs([[5]], ASKED)

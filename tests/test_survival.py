@@ -55,7 +55,7 @@ def bootstrap(model: str, data: str, block_size: int, settings: dict[str, Any], 
 
 
 def judge(model: str, data: str, out: str) -> None:
-    settings = {"max_new_tokens": 48, "max_attempts": 2, "num_generations": 2}
+    settings = {"max_new_tokens": 16, "max_attempts": 2, "num_generations": 2}
     JudgeStep(model, data, out, settings, {"batch_size": 4}, block_size=2).run()
 
 
@@ -169,9 +169,9 @@ def test_workers_in_changing_numbers_killed_at_random_instants_leave_the_same_by
 def test_ctrl_c_ends_at_once_and_the_run_goes_on_afterwards(tmp_path):
     model = save_model(tmp_path / "model")
     data = tmp_path / "rows.jsonl"
-    write_jsonl(data, make_rows(40))
+    write_jsonl(data, make_rows(24))
     command = ["distill", "--model", model, "--data", str(data), "--output_dir", str(tmp_path / "out")]
-    command += ["--max_new_tokens", "48", "--generation_batch_size", "1"]
+    command += ["--max_new_tokens", "24", "--max_attempts", "1", "--generation_batch_size", "1"]
     process = processes.start_module("trl_tract.cli", *command)
     while not (tmp_path / "out" / "blocks").exists():
         time.sleep(0.01)
@@ -183,7 +183,7 @@ def test_ctrl_c_ends_at_once_and_the_run_goes_on_afterwards(tmp_path):
     process = processes.start_module("trl_tract.cli", *command)
     process.join()
     assert process.exitcode == 0
-    assert len(list(read_jsonl(tmp_path / "out" / "rows.jsonl"))) == 40
+    assert len(list(read_jsonl(tmp_path / "out" / "rows.jsonl"))) == 24
 
 
 @pytest.mark.slow

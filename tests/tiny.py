@@ -3,6 +3,8 @@
 Tests import them from `conftest`, which imports this file when one is asked for.
 """
 
+import functools
+import importlib.metadata
 import importlib.resources
 import random
 from pathlib import Path
@@ -30,6 +32,9 @@ from trl_tract import ScoreGrid, TRACTConfig, TRACTTrainer
 from trl_tract.rows.tokens import resolve_scales
 from trl_tract.scale.scale import Scale
 from trl_tract.scale.text import CompletionFormat
+
+# accelerate asks what is installed dozens of times a training, and reads and parses it each time.
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
