@@ -130,6 +130,20 @@ def test_rows_that_have_a_rationale_keep_it_and_their_way_of_writing(tmp_path):
     assert [row["rationale_source"] for row in done] == ["annotated", "blind", "blind"]
 
 
+@pytest.mark.parametrize("completion", [" [RESULT] 4", "[RESULT] 4"])
+def test_a_score_alone_is_no_rationale(tmp_path, completion):
+    (row,) = quiet(model(lambda prompt, seed: "It is good.")).bootstrap(rows_of(4, completion=completion), tmp_path)
+    assert (row["completion"], row["rationale_source"]) == (" It is good. [RESULT] 4", "blind")
+
+
+@pytest.mark.parametrize("completion", [" It is good.", " It is good. Score: 4", " It is good. [RESULT] 9"])
+def test_a_completion_that_could_not_be_trained_on_is_named_before_anything_is_written(tmp_path, completion):
+    backend = model(lambda prompt, seed: "It is good.")
+    with pytest.raises(ValueError, match="row 0"):
+        quiet(backend).bootstrap(rows_of(4, completion=completion), tmp_path)
+    assert not backend.generate_calls
+
+
 def test_where_all_rows_have_a_rationale_nothing_is_asked_and_no_table_shown(tmp_path):
     said, backend = [], model(cycle(" good"))
     done = CoTBootstrap(backend, say=said.append).bootstrap(Dataset.from_list(make_rows(2)), tmp_path / "out")

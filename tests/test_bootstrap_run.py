@@ -90,6 +90,25 @@ def test_where_all_rows_have_a_rationale_auto_is_as_given(seed_model, tmp_path):
     assert spec.settings() == RunSpec(seed_model, str(tmp_path / "rows.jsonl"), rationales="given").settings()
 
 
+@pytest.mark.parametrize(("thinks", "lacking"), [(False, 4), (True, 0)])
+def test_auto_counts_completions_of_scores_alone_as_rows_without_a_rationale(thinks, lacking, seed_model, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [
+        {"prompt": [{"role": "user", "content": "x"}], "completion": [
+            {"role": "assistant", "content": "[RESULT] 4"} | ({"reasoning_content": "Good."} if thinks else {})]}
+        for _ in range(4)
+    ])  # fmt: skip
+    said = []
+    RunSpec(seed_model, str(tmp_path / "rows.jsonl")).settled(said.append)
+    assert [line[:23] for line in said] == [f"Rationales: {lacking} of 4 rows"] * bool(lacking)
+
+
+def test_a_run_refuses_a_completion_without_a_score_before_rationales_are_written(seed_model, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [*scored(4), {**scored(1)[0], "completion": " It is good."}])
+    with pytest.raises(ValueError, match="row 4"):
+        run_tract(seed_model, str(tmp_path / "rows.jsonl"), tmp_path / "out", eval_fraction=0.34, say=lambda _: None)
+    assert not (tmp_path / "out" / "bootstrapped").exists()
+
+
 def test_a_dry_run_counts_the_rows_to_write_for(seed_model, tmp_path, capsys):
     write_jsonl(tmp_path / "rows.jsonl", [*make_rows(3), *scored(12)[3:]])
     command = [

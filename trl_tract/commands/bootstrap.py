@@ -138,7 +138,8 @@ def write_rationales(
     scales = read_scales(rows.training())
     template = TemplateSettings.of_training(rows.training()).arguments
     settings = {**rows.settings(), **scale_arguments(scales), **template, "block_size": worker.block_size}
-    source = Source(rows.data, scales, OwnColumns.parse(columns.columns, columns.rubric), rows.invalid_rows)
+    own = OwnColumns.parse(columns.columns, columns.rubric)
+    source = Source(rows.data, scales, own, rows.invalid_rows, writes=not rows.rewrite)
     chat = rows.backend == "chat" or bool(load_tokenizer(rows.model).chat_template)
     with rows_file(source.rows(chat, lambda item: item.training or [item.reference])) as data:
         options = rows.options(engine)

@@ -265,9 +265,8 @@ def check(
     tokenizer = tokenizer_to_train(model, training.get("chat_template_path"))
     scales, max_length = read_scales(training), training.get("max_length", 3000)
     bare: Bare = "all" if training.get("drop_rationale") else "lacking"
-    report, encoder = examine(
-        Source(source, scales, own, bare=bare).found(), Path(source).name, tokenizer, training, examples=rows
-    )
+    found = Source(source, scales, own, bare=bare, writes=bare == "lacking").found()
+    report, encoder = examine(found, Path(source).name, tokenizer, training, examples=rows)
     say(_counts(report))
     if encoder is not None and report.trained:
         say("\n" + "\n".join(lengths_table(report)))

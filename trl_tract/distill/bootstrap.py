@@ -13,7 +13,7 @@ from datasets import Dataset, Value
 from trl_tract.backends import Backend, Sampling
 from trl_tract.distill.authors import Author, ChatAuthor, Draft, ModelAuthor
 from trl_tract.distill.bootstrap_summary import BootstrapCost, BootstrapSummary
-from trl_tract.distill.choosing import Told, default_tolerance, has_rationale, written_like
+from trl_tract.distill.choosing import Told, default_tolerance, written_like
 from trl_tract.distill.rationale_run import RationaleRun, replace_completion
 from trl_tract.files.blocks import BlockLog, Record, Report
 from trl_tract.files.journal import Rows
@@ -23,8 +23,9 @@ from trl_tract.rows.rendering import as_prompt_completion, written_completion
 from trl_tract.rows.row import Row
 from trl_tract.rows.template import TemplateSettings, Thinking
 from trl_tract.scale.scale import given_scales
-from trl_tract.scale.text import CompletionFormat
+from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError
 from trl_tract.sources.files import plain
+from trl_tract.sources.schemas import has_rationale
 from trl_tract.text.progress import Passes
 
 if TYPE_CHECKING:
@@ -198,10 +199,16 @@ class CoTBootstrap(RationaleRun):
 
     def _check(self, row: Row, number: int, refused: dict[int, str]) -> None:
         super()._check(row, number, refused)
-        self._lacking += self._is_asked(row)
+        try:
+            self._lacking += self._is_asked(row)
+        except ScoreNotFoundError as error:
+            raise ValueError(
+                f"row {number} could not be trained on as it is: {error}. Correct its completion, or leave it out to "
+                "have a rationale written"
+            ) from error
 
     def _is_asked(self, row: Row) -> bool:
-        return self.rewrite or not has_rationale(row)
+        return self.rewrite or not has_rationale(row, self.scales)
 
     def _added(self, features: Mapping[str, Any]) -> Mapping[str, Any]:
         names = [scale.name for scale in self.scales]

@@ -2,18 +2,18 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from trl_tract.distill.authors import Candidate
-from trl_tract.rows.golds import is_missing
 from trl_tract.rows.rendering import as_prompt_completion
 from trl_tract.rows.thinking import scored_text
 from trl_tract.scale.scale import Scale, locate_scores
 from trl_tract.scale.text import ScoreNotFoundError
+from trl_tract.sources.schemas import has_rationale
 
 _LOOKED_AT = 1000  # rows that decide how completions are written
 _ROUNDING = 1e-9
@@ -61,17 +61,11 @@ def default_tolerance(values: Sequence[float]) -> float:
     return max(step / 2, (values[-1] - values[0]) / 8)
 
 
-def has_rationale(row: Mapping[str, Any]) -> bool:
-    """Whether a row has a completion."""
-    completion = as_prompt_completion(row).get("completion")
-    return not is_missing(completion) and bool(completion)
-
-
 def written_like(rows: Iterable[Any], scales: tuple[Scale, ...]) -> tuple[Scale, ...]:
-    """The scales as the first row that has a completion writes their scores; as they are where none has."""
+    """The scales as the first row that has a rationale writes their scores; as they are where none has."""
     for row in itertools.islice(rows, _LOOKED_AT):
         try:
-            if not has_rationale(row):
+            if not has_rationale(row, scales):
                 continue
             content = scored_text(as_prompt_completion(row)["completion"])
             begin, found = 0, []

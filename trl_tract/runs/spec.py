@@ -168,7 +168,8 @@ class RunSpec:
     def source(self, name: str, say: Callable[[str], None] = print) -> Source:
         """The rows of `data` or `eval_data`, as the run reads them."""
         drop = str(self.training.get("invalid_rows", "raise"))
-        return Source(name, self.scales, self.own, drop, say, "none" if self.stages else "all")
+        writes = self.rationales == "auto" and name == self.data
+        return Source(name, self.scales, self.own, drop, say, "none" if self.stages else "all", writes)
 
     def to_write(self, item: Item) -> Sequence[Row]:
         """The rows of an item that the bootstrap reads: without a completion where it is to write one."""

@@ -21,7 +21,7 @@ from trl_tract.scale.text import ScoreNotFoundError
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.files import read_records
 from trl_tract.sources.preferences import SIDES
-from trl_tract.sources.schemas import Item, as_text, read_items, scored_alone
+from trl_tract.sources.schemas import Item, as_text, has_rationale, read_items, scored_alone
 
 Bare = Literal["none", "lacking", "all"]
 
@@ -52,6 +52,8 @@ class Source:
         own: The user's rubric and column names; None: a schema that is known.
         invalid_rows: `raise`, or `drop` to go on without the records that are refused.
         say: Told what was dropped, once.
+        writes: Whether rationales are to be written for the items that have none. A completion of scores alone is none
+            then, and one whose scores cannot be found is refused here, before anything is written.
         bare: Which items are trained on as prompts and gold scores alone: `none` of them, those `lacking` a rationale,
             or `all`.
     """
@@ -62,6 +64,7 @@ class Source:
     invalid_rows: str = "raise"
     say: Callable[[str], None] = print
     bare: Bare = "none"
+    writes: bool = False
     _said: list[str] = field(default_factory=list, compare=False)
 
     @property
@@ -90,6 +93,7 @@ class Source:
             try:
                 own = None if self.own is None else self.own.of(record)
                 items = read_items(record, self.scales, own, judged=judged)
+                items = [self._with_rationales(item) for item in items] if self.writes else items
             except ScoreNotFoundError as error:
                 yield number, Refusal(number, error.kind, str(error))
             except KeyError as error:
@@ -162,6 +166,11 @@ class Source:
                 yield from ((number, refused | side) for side in sides)
             else:
                 yield from ((number, row) for row in written_rows(item, [item.reference], chat))
+
+    def _with_rationales(self, item: Item) -> Item:
+        if not item.reference:  # tokens
+            return item
+        return replace(item, training=tuple(row for row in item.training if has_rationale(row, self.scales)))
 
     def _bared(self, item: Item) -> Item:
         is_bare = self.bare == "all" or (self.bare == "lacking" and not item.training)

@@ -5,10 +5,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trl_tract.rows.frame import REASONING
 from trl_tract.rows.golds import is_missing, mean_golds, read_golds
 from trl_tract.rows.rendering import as_prompt_completion, with_completion
 from trl_tract.rows.row import RENDERED_WITH, Row
-from trl_tract.scale.scale import Scale
+from trl_tract.rows.thinking import completion_text, scored_text
+from trl_tract.scale.scale import Scale, locate_scores
 from trl_tract.scale.text import ScoreNotFoundError
 from trl_tract.sources.columns import ROLES, OwnColumns
 from trl_tract.sources.files import plain
@@ -216,6 +218,24 @@ def scored_alone(row: Row, scales: Sequence[Scale]) -> Row:
     golds = mean_golds(row, scales) or []
     pieces = [scale.format.join("", scale.grid.nearest_text(gold)) for scale, gold in zip(scales, golds, strict=True)]
     return {**row, **with_completion(row["prompt"], "".join(pieces))}
+
+
+def has_rationale(row: Mapping[str, Any], scales: Sequence[Scale]) -> bool:
+    """Whether a row's completion says anything before one of its scores, thinking included.
+
+    Raises:
+        ScoreNotFoundError: There is a completion, and its scores cannot be found.
+    """
+    completion = as_prompt_completion(row).get("completion")
+    if is_missing(completion) or not completion:
+        return False
+    content = scored_text(completion)
+    spans = locate_scores(content, scales)
+    begins = [0, *(span.end for span in spans)]
+    if any(content[begin : span.marker_start].strip() for begin, span in zip(begins, spans, strict=False)):
+        return True
+    beside = [] if isinstance(completion, str) else [completion[-1].get(name) for name in REASONING]
+    return content != completion_text(completion) or not all(map(is_missing, beside))
 
 
 def as_text(row: Row, chat: bool) -> Row:
