@@ -8,8 +8,10 @@ import pytest
 from conftest import make_rows, make_tokenizer, make_trainer
 from datasets import Dataset
 
+import trl_tract.distill.bootstrap as bootstrap_module
 from trl_tract import CoTBootstrap
 from trl_tract.backends import ScriptedBackend
+from trl_tract.distill.authors import Candidate, ModelAuthor
 from trl_tract.distill.bootstrap_summary import read_bootstrap_summary
 from trl_tract.files.journal import read_jsonl, write_jsonl
 
@@ -225,6 +227,24 @@ def test_the_speed_is_measured_on_request_and_changes_nothing(tmp_path):
     quiet(model(cycle(" good"))).bootstrap(rows_of(4, 4), tmp_path / "b")
     assert "second" in said[0]
     assert (tmp_path / "a" / "rows.jsonl").read_bytes() == (tmp_path / "b" / "rows.jsonl").read_bytes()
+
+
+def test_reading_and_writing_are_measured_apart(tmp_path, monkeypatch):
+    # 3 seconds for each prompt and 0.5 for each token that is written, whatever their numbers.
+    now = [0.0]
+
+    def write(author, drafts, n, seed, *, shown, on_progress):
+        tokens = author.sampling.max_new_tokens
+        now[0] += 3 * len(drafts) + 0.5 * len(drafts) * n * tokens
+        return [[Candidate("fine", 3.0, None, tokens)] * n for _ in drafts]
+
+    monkeypatch.setattr(ModelAuthor, "write", write)
+    monkeypatch.setattr(bootstrap_module.time, "monotonic", lambda: now[0])
+    writer = quiet(model(cycle(" good")), show_score=False, max_new_tokens=64, probe=True)
+    # 10 prompts, and 40 rationales of 64 tokens.
+    assert writer._seconds(writer._author(), rows_of(1, 2, 3).to_list(), 10, 40 * 64) == pytest.approx(
+        10 * 3 + 40 * 64 * 0.5
+    )
 
 
 def test_a_finished_bootstrap_is_taken_up_without_asking_again(tmp_path):

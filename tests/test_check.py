@@ -274,3 +274,14 @@ def test_distinct_tokens_are_counted_by_hand():
     # Sorted: 5 5 5 1, 5 5 5 2 | 7 7, in batches of two: 4 + 1 of 8 tokens, and 2 of 2.
     sequences = [np.stack([ids, range(len(ids))], axis=1) for ids in ([5, 5, 5, 2], [7, 7], [5, 5, 5, 1])]
     assert distinct_share(sequences, 2) == 0.7
+
+
+def test_the_prompt_is_shown_whole(tmp_path, model, capsys):
+    rows = make_rows(3)
+    printed = checked(tmp_path, model, rows, capsys, "--rows", "1")[1]
+    assert "\n".join(f"    {line}".rstrip() for line in rows[1]["prompt"].split("\n")) in printed
+
+
+def test_rows_that_several_people_scored_are_counted(tmp_path, model, capsys):
+    rows = [row | {"score": score} for row, score in zip(make_rows(3), ([4, 5], [3], 2), strict=True)]
+    assert "1 are the mean of several annotators" in checked(tmp_path, model, rows, capsys)[1]

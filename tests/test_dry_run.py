@@ -11,6 +11,7 @@ from test_aspects import make_rows as aspect_rows
 from trl_tract.cli import main
 from trl_tract.commands.dry_run import Plan
 from trl_tract.files.journal import write_json, write_jsonl
+from trl_tract.runs.spec import too_few_groups
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,28 @@ def test_a_dry_run_says_where_too_few_groups_are_held_out(tmp_path, model, capsy
     assert ("Too few held-out groups to tell how good the judge is" in printed) == few
 
 
+def test_as_many_groups_are_held_out_as_intervals_need(tmp_path, model, capsys):
+    # A tenth of 15 are 2, and five are no more than a third.
+    assert "10 rows to train on, 5 held-out items in 5 groups" in dry(tmp_path, model, make_rows(15), capsys)[1]
+
+
+@pytest.mark.parametrize("others", range(4, 40))
+def test_the_fraction_that_is_named_holds_out_enough(others):
+    (fraction,) = re.findall(r"eval_fraction to ([\d.]+)", too_few_groups(2, others))
+    assert round((2 + others) * float(fraction)) >= 5
+
+
+def test_a_dry_run_leaves_the_calibration_out_that_a_run_leaves_out(tmp_path, model, capsys):
+    printed = dry(tmp_path, model, make_rows(15), capsys, "--objective", "auto")[1]
+    assert len(re.findall(r"\] Judging the items that were kept aside.*: left out$", printed, re.MULTILINE)) == 2
+
+
+def test_a_command_names_a_setting_as_its_option(tmp_path, model, capsys):
+    write_jsonl(tmp_path / "rows.jsonl", [*make_rows(12), {"prompt": "ask", "completion": "no score", "score": 9.0}])
+    assert main(run_of(tmp_path, model, *PAPER)) == 1
+    assert "--invalid_rows drop" in capsys.readouterr().err
+
+
 def test_a_dry_run_without_rationales_has_the_steps_of_such_a_run(tmp_path, model, capsys):
     code, printed = dry(tmp_path, model, make_rows(12), capsys, "--drop_rationale", "true")
     assert code == 0
@@ -144,7 +167,7 @@ def test_a_dry_run_of_several_aspects(tmp_path, model, capsys):
     assert code == 0
     # 11 training rows with a rationale for each of two aspects.
     assert "22 rationales for 11 prompts" in printed
-    (golds,) = re.findall(r"^row 0, gold score ([\d., ]+):", printed, re.MULTILINE)
+    (golds,) = re.findall(r"^row 0, gold score ([\d., ]+)$", printed, re.MULTILINE)
     assert len(golds.split(", ")) == 2
     assert len(re.findall(r"^score +\d+ +squared error", printed, re.MULTILINE)) >= 10
 

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 import trl_tract
 from trl_tract.commands.entry_points import COMMANDS, USAGE
 from trl_tract.text.display import visible
-from trl_tract.text.terminal import hide_host_warnings
+from trl_tract.text.terminal import as_options, hide_host_warnings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _one_line(error: Exception) -> str:
     message = visible(" ".join(str(error).split()))
     if isinstance(error, ValueError | OSError | RuntimeError | ImportError) and message:
-        return message  # written for the user
+        return as_options(message)  # written for the user
     kind = type(error).__name__
     return (
         f"{kind}: {message}. This is a bug. --verbose shows where it happened. Please report it, with what "

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from trl_tract.backends.loading import tokenizer_to_train
 from trl_tract.backends.tree import distinct_share
 from trl_tract.commands.template_view import template_words
-from trl_tract.commands.token_view import around_score, view_row
+from trl_tract.commands.token_view import around_score, shown_prompt, view_row
 from trl_tract.rows.dataset import find_scales, refusal_summary
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.golds import is_missing, read_golds
@@ -89,6 +89,7 @@ class RowsReport:
         completion_tokens: Of each trained row.
         tokens: Of each trained row, as it is trained on.
         golds: Gold scores of the trained rows by aspect, rubric units; of rows with one score, by the empty name.
+        rated: Likewise, how many of these are the mean of several annotators.
         agreement: By aspect likewise, where rows have a gold score in a column and another one in the completion.
         refused: Whatever would not be trained on, and why.
         longest: Tokens of the longest row, one that is cut included: the `max_length` that cuts none.
@@ -106,6 +107,7 @@ class RowsReport:
     completion_tokens: "array[int]" = field(default_factory=lambda: array("l"))
     tokens: "array[int]" = field(default_factory=lambda: array("l"))
     golds: dict[str, "array[float]"] = field(default_factory=dict)
+    rated: Counter[str] = field(default_factory=Counter)
     agreement: dict[str, Agreement] = field(default_factory=dict)
     refused: list[Refusal] = field(default_factory=list)
     longest: int = 0
@@ -168,8 +170,9 @@ def examine(
             report.refused.append(Refusal(number, columns["refusal_kind"], columns["refusal"], columns["num_tokens"]))
             continue
         report.trained += 1
-        for scale, gold in zip(scales, golds, strict=True):
+        for scale, gold, each in zip(scales, golds, read_golds(row, scales) or [], strict=True):
             report.golds.setdefault(scale.name, array("d")).append(gold)
+            report.rated[scale.name] += len(each) > 1
         if not (is_missing(row.get("score")) and is_missing(row.get("scores"))):
             written = read_golds({"completion": row["completion"]}, scales) or []
             for scale, gold, (score,) in zip(scales, golds, written, strict=True):
@@ -232,10 +235,11 @@ def score_histogram(golds: Sequence[float], grid: ScoreGrid, *, mark: str = "█
     return bars({text: counts.get(text, 0) for text in shown}, mark=mark)
 
 
-def what_is_refused(report: RowsReport, max_length: int | None) -> str:
-    """One sentence for each reason, with the first row and what to do."""
-    total = report.trained + len(report.refused)
-    return visible(refusal_summary(report.refused, total, report.name, max_length))
+def what_is_refused(report: RowsReport, training: Mapping[str, Any]) -> str:
+    """One sentence for each reason, with the first row and, unless such rows are to be dropped, what to do."""
+    total, max_length = report.trained + len(report.refused), training.get("max_length", 3000)
+    fix = training.get("invalid_rows") != "drop"
+    return visible(refusal_summary(report.refused, total, report.name, max_length, fix=fix))
 
 
 def check(
@@ -272,17 +276,20 @@ def check(
         say("\n" + "\n".join(lengths_table(report)))
         for scale in scales:
             golds = report.golds[scale.name]
-            fractions = sum(gold not in scale.grid.values for gold in golds)
+            fractions, rated = sum(gold not in scale.grid.values for gold in golds), report.rated[scale.name]
             between = f", {fractions:,} of them between two scores of the grid" if fractions else ""
-            say(f"\n{len(golds):,} gold scores{f' of {scale.name}' if scale.name else ''}{between}")
+            means = f"; {rated:,} are the mean of several annotators" if rated else ""
+            say(f"\n{len(golds):,} gold scores{f' of {scale.name}' if scale.name else ''}{between}{means}")
             say("\n".join(score_histogram(golds, scale.grid, mark=mark)))
             if scale.name in report.agreement:
                 say(str(report.agreement[scale.name]))
         if (chat := next((row for _, row in report.examples if asks_in_chat([row])), None)) is not None:
             say("\n" + "\n".join(template_words(encoder.template, as_prompt_completion(chat))))
         for number, row in report.examples:
+            tokens = view_row(encoder, row)
+            say(f"\nrow {number}, the prompt as the model reads it\n{shown_prompt(tokens)}")
             say(f"\nrow {number}, token by token from shortly before the {'first ' if scales[0].name else ''}marker")
-            say(around_score(view_row(encoder, row)))
+            say(around_score(tokens))
         for number in sorted(set(rows) - {number for number, _ in report.examples}):
             say(f"\nrow {number} is not shown: there is no such row that would be trained on")
         say(f"\n{_max_length(report, max_length)}")
@@ -290,14 +297,14 @@ def check(
     elif not report.refused:
         say("\nNothing to train on: no row has a prompt and a score")
     if report.refused:
-        say(f"\nRefused: {what_is_refused(report, max_length)}")
-        say("Training stops there; with invalid_rows='drop' it continues without them")
+        say(f"\nRefused: {what_is_refused(report, training)}")
+        say("Training would stop there. With --invalid_rows drop it goes on without these rows")
     elif report.trained:
         say("\nNo row would be refused")
     if bare == "lacking" and report.bare:
         say(
-            f"{report.bare:,} rows have no rationale: `trl-tract run` writes it for them (--rationales auto), or "
-            "trains without (--rationales none). Lengths are without what is still to be written"
+            f"{report.bare:,} rows have no rationale: `trl-tract run` writes them (--rationales auto), or trains "
+            "without (--rationales none). Lengths are without what is still to be written"
         )
     for line in contradictions(report, scales):
         say(line)

@@ -16,13 +16,12 @@ import torch
 from trl_tract.backends.loading import tokenizer_to_train
 from trl_tract.commands.check import RowsReport, contradictions, examine, what_is_refused
 from trl_tract.commands.token_view import labelled, legend, painted, view_row
-from trl_tract.evaluation.intervals import MIN_UNITS
 from trl_tract.files.journal import changed_settings
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.runs.facts import measured
 from trl_tract.runs.pipeline import nothing_held_out
 from trl_tract.runs.run import finished_steps, nothing_trained
-from trl_tract.runs.spec import RunSpec
+from trl_tract.runs.spec import RunSpec, too_few_groups
 from trl_tract.runs.step_names import steps_of
 from trl_tract.scale.scale import read_scales
 from trl_tract.sources.columns import OwnColumns
@@ -109,7 +108,7 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
     spec = spec.settled(say)
     training = spec.training
     done = _finished(Path(output_dir), spec.settings())
-    data, held_out, groups = spec.source(spec.data), 0, set[int]()
+    data, held_out, groups, others = spec.source(spec.data), 0, set[int](), set[int]()
     if spec.bootstraps:  # what is still to be written is left out
         data = replace(data, bare="lacking")
     readable = replace(data, invalid_rows="drop", say=_silent)  # refusals are told below, all together
@@ -130,6 +129,8 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
     def to_train_on() -> Iterator[tuple[int, Item | Refusal]]:
         nonlocal held_out, kept_aside
         for number, item in data.found():
+            if isinstance(item, Item) and not split(item):
+                others.add(hash(item.group))
             if isinstance(item, Item) and split(item):
                 held_out += 1
                 groups.add(hash(item.group))
@@ -148,6 +149,8 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
         facts = measured(spec.model, scales, report.trained, report.tokens, report.completion_tokens, golds)
         recipe = derive(facts, spec.set_by_user).to_dict()
         chosen = spec.with_recipe(recipe)
+        if spec.bootstraps:  # twice the longest rationale, and there is none
+            recipe["generation"].pop("max_new_tokens", None)
         say("\n".join(tell(recipe)) + "\n")
     training = chosen.training
     say(f"Dry run: nothing is trained or written. trl-tract run would do this in {output_dir}:")
@@ -164,25 +167,24 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
             lines.append(str(Plan.of(report.tokens * times, training, _processes())))
             if times > 1 and spec.stage_two_training["share_prompts"]:
                 lines.append(f"share_prompts: the {times} rationales of a prompt stand in one micro-batch, behind it")
+        elif name.startswith("calibrate-") and not kept_aside:
+            lines[0] += ": left out"
         elif spec.writes_rationales and report.tokens and name in _GENERATED:
             prompts, each = (report.trained, spec.num_generations) if name == "distill" else (held_out, 1)
             if name.startswith("calibrate-"):
                 prompts = kept_aside
-            most = int(chosen.generation.get("max_new_tokens", 1024))
             total = prompts * each * len(spec.scales)
-            lines.append(f"{total:,} rationales for {prompts:,} prompts, at most {most:,} tokens each")
+            most = f", at most {int(chosen.generation.get('max_new_tokens', 1024)):,} tokens each"
+            lines.append(f"{total:,} rationales for {prompts:,} prompts{'' if spec.bootstraps else most}")
         say("\n    ".join(lines))
     apart = f", {kept_aside:,} items kept aside to calibrate with" if kept_aside else ""
     say(f"\n{report.trained:,} rows to train on, {held_out:,} held-out items in {len(groups):,} groups{apart}")
     if why_not:
         say(f"The judges would not be calibrated: {why_not}")
-    if len(groups) < MIN_UNITS:
-        say(
-            f"Too few held-out groups to tell how good the judge is: {len(groups)}, and intervals need {MIN_UNITS}. "
-            "Hold out more with --eval_fraction, or give --eval_data with more questions"
-        )
     if spec.bootstraps:
-        say("Rows whose rationale is still to be written are counted with their prompt and score alone")
+        say("Rows are counted without the rationales that are still to be written. The settings are derived after that")
+    if few := too_few_groups(len(groups), 0 if spec.eval_data else len(others)):
+        say(few)
     _warn(training, output_dir, say)
     return _rest(report, encoder, training, colour, say)
 
@@ -272,19 +274,25 @@ def _rest(
     colour: bool,
     say: Say,
 ) -> bool:
-    """Refusals, what is doubtful, and five rows; whether all rows would be taken."""
-    if report.judged_only:
-        say(f"{report.judged_only:,} rows have a score but no completion: they are not trained on")
-    if report.refused:
-        say(f"Refused: {what_is_refused(report, training.get('max_length', 3000))}")
-    elif not report.trained:
-        say("Refused: none of the rows has a completion (rationale, marker and score), so there is none to train on")
-    for line in contradictions(report, read_scales(training)):
-        say(line)
+    """Five rows, refusals, and what is doubtful; whether all rows would be taken."""
     for number, row in report.examples[:5] if encoder else ():
         assert encoder is not None
         tokens = view_row(encoder, row)
         gold = ", ".join(f"{token.gold:g}" for token in tokens if token.gold is not None)
-        say(f"\nrow {number}, gold score {gold}: {legend(tokens, colour=colour)}")
+        say(f"\nrow {number}, gold score {gold}{': ' + legend(tokens, colour=True) if colour else ''}")
         say(painted(tokens) if colour else labelled(tokens))
-    return report.trained > 0 and (not report.refused or training.get("invalid_rows") == "drop")
+    say("")
+    if report.tokens and training.get("annotator_loss") == "distribution" and training.get("annotator_weight"):
+        say("The score has one term more: the cross-entropy with the gold score's distribution (annotator_loss)")
+    if report.judged_only:
+        say(f"{report.judged_only:,} rows have a score but no completion: they are not trained on")
+    if report.refused:
+        say(f"Refused: {what_is_refused(report, training)}")
+    elif not report.trained:
+        say("Refused: none of the rows has a completion (rationale, marker and score), so there is none to train on")
+    for line in contradictions(report, read_scales(training)):
+        say(line)
+    dropped = training.get("invalid_rows") == "drop"
+    if report.refused and not dropped:
+        say("It would stop there. With --invalid_rows drop it goes on without these rows")
+    return report.trained > 0 and (not report.refused or dropped)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_tract.commands import bootstrap, deploying, looking, options, reporting
-from trl_tract.text.terminal import can_write, uses_colour
+from trl_tract.text.terminal import as_options, can_write, uses_colour
 
 USAGE = """\
 usage: trl-tract COMMAND [options]      trl-tract COMMAND --help lists the options of a command
@@ -95,6 +95,10 @@ def _parse(command: str, arguments: Sequence[str], *, positional: str | None = N
     return parse(command, _option_groups(command), arguments, f"{SENTENCES[command]}.")
 
 
+def _say(line: str) -> None:
+    print(as_options(line), flush=True)
+
+
 def _run(arguments: Sequence[str]) -> int:
     from trl_tract.commands.parsing import names_given
     from trl_tract.runs.pipeline import carry_out
@@ -126,10 +130,10 @@ def _run(arguments: Sequence[str]) -> int:
     if run.dry_run:
         from trl_tract.commands.dry_run import dry_run
 
-        return _exit_code(dry_run(spec, training.output_dir, colour=uses_colour(sys.stdout)))
+        return _exit_code(dry_run(spec, training.output_dir, colour=uses_colour(sys.stdout), say=_say))
     launch = deploying.planned(processes)
     _tell_of_neighbours()
-    result = carry_out(spec, Path(training.output_dir), launch=launch)
+    result = carry_out(spec, Path(training.output_dir), launch=launch, say=_say)
     for name, report in result.reports.items():
         mass = result.grid_mass[name]
         print(f"\n{name} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})\n{report}")

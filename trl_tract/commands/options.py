@@ -137,9 +137,12 @@ class RunArguments:
     eval_data: str | None = field(
         default=None, metadata={"help": "Held-out items: a file or hub id. By default a part of --data is held out."}
     )
-    eval_fraction: float = field(
-        default=0.1,
-        metadata={"help": "Part of --data to hold out if there is no --eval_data."},
+    eval_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Part of --data to hold out if there is no --eval_data. By default a tenth; but at least five "
+            "groups, where these are at most a third of all."
+        },
     )
     on_failure: str = field(
         default="keep_gold",

@@ -25,6 +25,7 @@ PARTS: Mapping[Part, str] = {
     "after": "yellow",
 }
 _SHOWN_PROMPT, _SHOWN_RATIONALE = 300, 900  # characters of each that are shown
+_READ_PROMPT = 2000  # of a prompt that is to be read
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,12 @@ def labelled(tokens: Sequence[Token]) -> str:
     return "\n".join(aligned(table, left=4))
 
 
+def shown_prompt(tokens: Sequence[Token]) -> str:
+    """The prompt, line by line, with the middle of a long one left out."""
+    text = "".join(text for part, _, text in _runs(tokens) if part == "prompt")
+    return "\n".join(f"    {line}".rstrip() for line in _cut(text, _READ_PROMPT).split("\n"))
+
+
 def around_score(tokens: Sequence[Token], *, before: int = 3) -> str:
     """The tokens from shortly before the first marker to the end of the row, one a line."""
     first = next((i for i, token in enumerate(tokens) if token.part in ("marker", "score")), len(tokens))
@@ -160,7 +167,10 @@ def _runs(tokens: Sequence[Token]) -> list[tuple[Part, str, str]]:
 
 
 def _shortened(part: Part, text: str) -> str:
-    limit = _SHOWN_PROMPT if part == "prompt" else _SHOWN_RATIONALE
+    return _cut(text, _SHOWN_PROMPT if part == "prompt" else _SHOWN_RATIONALE)
+
+
+def _cut(text: str, limit: int) -> str:
     if len(text) > limit:
         text = f"{text[: limit // 2]} […] {text[-limit // 2 :]}"
     return visible(text)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from trl_tract.backends import ChatBackend
 
 _MEASURED = 64  # rows whose prompts are counted for the cost
-_PROBED, _PROBE_TOKENS = 2, 32  # rows and tokens that the speed is measured on
+_PROBED, _PROBE_TOKENS = 2, (32, 8)  # rows, and tokens of each, that the speed is measured on
 
 
 class CoTBootstrap(RationaleRun):
@@ -252,20 +252,24 @@ class CoTBootstrap(RationaleRun):
             money = (read * self.prices[0] + written * self.prices[1]) / 1e6
         seconds = None
         if self.probe and rows:
-            seconds = self._seconds_a_token(author, pairs) * written
+            seconds = self._seconds(author, pairs, prompts, written)
         return BootstrapCost(rows, asked, read, written, seconds, money)
 
-    def _seconds_a_token(self, author: Author, pairs: Sequence[Row]) -> float:
-        """Measured on a few rows, reading the prompt included."""
-        short = replace(self.sampling, max_new_tokens=min(_PROBE_TOKENS, self.sampling.max_new_tokens))
-        author.sampling = short
+    def _seconds(self, author: Author, pairs: Sequence[Row], prompts: int, written: int) -> float:
+        """For so many prompts and tokens, from a few rows: short texts and longer ones tell reading from writing."""
         drafts = [self._draft(place, pair, self._golds(pair, place)) for place, pair in enumerate(pairs[:_PROBED])]
-        started = time.monotonic()
-        written = author.write(
-            drafts, self.num_generations, [self.seed, "probe"], shown=False, on_progress=lambda _: None
-        )
-        count = sum(candidate.tokens for own in written for candidate in own)
-        return (time.monotonic() - started) / max(count, 1)
+        measured = []
+        for limit in _PROBE_TOKENS:  # the longer first: what a first call takes besides is then taken for writing
+            author.sampling = replace(self.sampling, max_new_tokens=min(limit, self.sampling.max_new_tokens))
+            started = time.monotonic()
+            texts = author.write(drafts, self.num_generations, [self.seed, "probe"], shown=False, on_progress=_silent)
+            tokens = sum(candidate.tokens for own in texts for candidate in own)
+            measured.append((time.monotonic() - started, max(tokens, 1)))
+        (longer, more), (shorter, fewer) = measured
+        if more <= fewer or longer <= shorter:
+            return longer / more * written
+        token = (longer - shorter) / (more - fewer)
+        return max(shorter - token * fewer, 0.0) / len(drafts) * prompts + token * written
 
     def _author(self) -> Author:
         if self.template is None:

@@ -187,6 +187,7 @@ def prepare_rows(
         kept = [i for i, kind in enumerate(kinds) if not kind]
         if not kept:
             raise ValueError(f"No row is left. {summary}")
+        summary = refusal_summary(found, len(encoded), dataset_name, encoder.max_length, fix=False)
         warn(f"Continuing without them: {summary}")
         encoded = encoded.select(kept)
     return encoded.select_columns(encoder.columns)
@@ -207,7 +208,8 @@ def _prepare_stream(
         nonlocal dropped
         if not row["refusal_kind"]:
             return True
-        summary = refusal_summary([_refusal(row, index)], None, dataset_name, encoder.max_length)
+        fix = invalid_rows == "raise"
+        summary = refusal_summary([_refusal(row, index)], None, dataset_name, encoder.max_length, fix=fix)
         if invalid_rows == "raise":
             raise ValueError(f"{summary} Or set invalid_rows='drop' to continue without such rows.")
         dropped += 1
@@ -225,7 +227,12 @@ def _refusal(encoded: Mapping[str, Any], index: int) -> tuple[int, str, str, int
 
 
 def refusal_summary(
-    refused: Sequence[tuple[int, str, str, int]], total: int | None, dataset_name: str, max_length: int | None
+    refused: Sequence[tuple[int, str, str, int]],
+    total: int | None,
+    dataset_name: str,
+    max_length: int | None,
+    *,
+    fix: bool = True,
 ) -> str:
     """One sentence for each reason: how many rows, which is the first, and what to do.
 
@@ -234,7 +241,9 @@ def refusal_summary(
         total: Rows in the dataset; None for a stream.
         dataset_name: Such as `train`.
         max_length: Tokens a row may have.
+        fix: Ask to fix the rows; False where the user chose to go on without them.
     """
+    advice = " Fix what is wrong there." if fix else ""
     sentences = []
     for kind in dict.fromkeys(kind for _, kind, _, _ in refused):
         rows = [row for row in refused if row[1] == kind]
@@ -242,7 +251,7 @@ def refusal_summary(
         count = f"{len(rows)} of {total} {dataset_name} rows" if total is not None else f"{dataset_name} row {number}"
         if kind != "cut off":
             where = f"{kind}; first: row {number}" if total is not None else kind
-            sentences.append(f"{count} refused ({where}): {message}. Fix what is wrong there.")
+            sentences.append(f"{count} refused ({where}): {message}.{advice}")
         elif total is None:
             sentences.append(
                 f"{count} loses its score at max_length={max_length}: it has {num_tokens:,} tokens. Set max_length to "

@@ -8,12 +8,13 @@ from typing import Any
 from trl_tract.backends.loading import check_seed, tokenizer_to_train
 from trl_tract.evaluation.report import ScoreReport
 from trl_tract.files.journal import JsonlRows, changed_settings, read_json, write_json
+from trl_tract.rows.row import Row
 from trl_tract.runs.facts import write_recipe
 from trl_tract.runs.judged import Judged
 from trl_tract.runs.launching import Launch
 from trl_tract.runs.results import calibrate_judge, finish_card, write_run_page
 from trl_tract.runs.run import Run
-from trl_tract.runs.spec import RunSpec
+from trl_tract.runs.spec import RunSpec, too_few_groups
 from trl_tract.runs.step_names import steps_of
 from trl_tract.runs.steps import BootstrapStep, DistillStep, JudgeStep, say_now
 from trl_tract.runs.train_steps import RLStep, TrainStep
@@ -57,7 +58,7 @@ def run_tract(
     output_dir: str | Path,
     *,
     eval_data: str | None = None,
-    eval_fraction: float = 0.1,
+    eval_fraction: float | None = None,
     rubric: str | Path | None = None,
     columns: Sequence[str] | Mapping[str, str] | None = None,
     training: Mapping[str, Any] | None = None,
@@ -87,7 +88,8 @@ def run_tract(
         data: A .jsonl, .json, .csv or .parquet file, or a hub id; see `docs/data.md`.
         output_dir: Holds one run.
         eval_data: Held-out items; without them `eval_fraction` of the groups of `data` is held out.
-        eval_fraction: Part of the groups that is held out.
+        eval_fraction: Part of the groups that is held out. None: a tenth, but at least five groups where these are at
+            most a third of all: with fewer, the report cannot say how good the judge is.
         rubric: YAML file with `criterion` and `scores`, for rows of instructions and responses: see `columns.Rubric`.
         columns: The rows' columns as `role=column`, or role -> column: see `columns.ROLES`.
         training: Fields of TRACTConfig, for both stages.
@@ -174,12 +176,17 @@ def carry_out(
     def prepare() -> None:
         chat = bool(tokenizer_to_train(spec.model, spec.training.get("chat_template_path")).chat_template)
         data, evaluated = spec.source(spec.data, say), None
+        groups: dict[bool, set[int]] = {True: set(), False: set()}  # held out, and not
+
+        def judged(item: Item) -> Sequence[Row]:
+            held_out = evaluated is not None or split(item)
+            groups[held_out].add(hash(item.group))
+            return [item.reference] if held_out else []
+
         if spec.eval_data is None:
             split = spec.split(data)
-            held_out = data.rows(chat, lambda item: [item.reference] if split(item) else [])
         else:
             split, evaluated = nothing_held_out, spec.source(spec.eval_data, say)
-            held_out = evaluated.rows(chat, lambda item: [item.reference])
         aside = spec.kept_aside(data, split, evaluated) if calibrates else nothing_held_out
         if isinstance(aside, str):
             say(f"    The judges are not calibrated: {aside}")
@@ -193,7 +200,9 @@ def carry_out(
         else:
             given = data.training_rows(chat, lambda item: not (split(item) or aside(item)))
         write_rows(given_file, given)
-        write_rows(eval_file, held_out)
+        write_rows(eval_file, (evaluated or data).rows(chat, judged))
+        if few := too_few_groups(len(groups[True]), len(groups[False])):
+            say(f"    {few}")
 
     makes = ["train.jsonl", "eval.jsonl", "calibration.jsonl", "*.numbers.json"]
     run.step("prepare", titles["prepare"], prepare, makes=makes)

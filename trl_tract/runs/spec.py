@@ -1,11 +1,13 @@
 """What a run is asked for, as `run_tract` and the dry run share it. Knows nothing of how a run is done."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trl_tract.backends.base import settings_that_count
+from trl_tract.evaluation.intervals import MIN_UNITS
 from trl_tract.files.fingerprint import made_by
 from trl_tract.files.seal import contents
 from trl_tract.rows.row import Row
@@ -42,7 +44,8 @@ class RunSpec:
         model: Seed model.
         data: Rows to train on.
         eval_data: Held-out items, or None.
-        eval_fraction: Part of the groups that is held out where there are no such items.
+        eval_fraction: Part of the groups that is held out where there are no such items; None: a tenth, but as many
+            groups as intervals need where that is at most a third of all.
         own: The user's rubric and column names.
         training: Fields of TRACTConfig.
         model_args: Fields of TRL's ModelConfig.
@@ -66,7 +69,7 @@ class RunSpec:
     model: str
     data: str
     eval_data: str | None = None
-    eval_fraction: float = 0.1
+    eval_fraction: float | None = None
     own: OwnColumns | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     model_args: Mapping[str, Any] = field(default_factory=dict)
@@ -190,7 +193,10 @@ class RunSpec:
 
     def split(self, data: Source) -> Callable[[Item], bool]:
         """Whether an item of `data` is held out."""
-        return held_out((item for _, item in data.items()), self.eval_fraction, self.seed)
+        items = (item for _, item in data.items())
+        if self.eval_fraction is None:
+            return held_out(items, 0.1, self.seed, fewest=MIN_UNITS)
+        return held_out(items, self.eval_fraction, self.seed)
 
     def kept_aside(
         self, data: Source, split: Callable[[Item], bool], evaluated: Source | None
@@ -310,6 +316,24 @@ class RunSpec:
         if self.calibrate is not None:
             settings["calibrate"] = self.calibrate
         return settings
+
+
+def too_few_groups(held_out: int, others: int) -> str | None:
+    """What is said where so few groups are held out that the report can give no verdict; None where they are enough.
+
+    Args:
+        held_out: Groups among the held-out items.
+        others: The other groups of the same rows; 0 where the held-out items are of their own.
+    """
+    if held_out >= MIN_UNITS:
+        return None
+    ways = ["give eval_data with more groups"]
+    if held_out + others > MIN_UNITS:
+        ways.insert(0, f"set eval_fraction to {math.ceil(100 * MIN_UNITS / (held_out + others)) / 100:g} or more")
+    return (
+        f"Too few held-out groups to tell how good the judge is: {held_out}, and intervals need {MIN_UNITS}. "
+        f"{', or '.join(ways).capitalize()}"
+    )
 
 
 def _prompt(item: Item) -> str:

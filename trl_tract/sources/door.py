@@ -130,6 +130,7 @@ class Source:
             raise ValueError(f"{summary} Or set invalid_rows='drop' to continue without them.")
         if not taken:
             raise ValueError(f"No row is left. {summary}")
+        summary = refusal_summary(refused, taken + len(refused), self.title, None, fix=False)
         self._tell(f"Continuing without them: {summary}")
 
     def training_rows(self, chat: bool, keep: Callable[[Item], bool] = lambda item: True) -> Iterator[tuple[int, Row]]:
@@ -189,7 +190,7 @@ def _group(item: Item) -> str:
 
 
 def held_out(
-    items: Iterable[Item], fraction: float, seed: int, by: Callable[[Item], str] = _group
+    items: Iterable[Item], fraction: float, seed: int, by: Callable[[Item], str] = _group, fewest: int = 1
 ) -> Callable[[Item], bool]:
     """Whether an item is held out, if about `fraction` of the groups are; a group is never split.
 
@@ -198,12 +199,15 @@ def held_out(
         fraction: Part of the groups.
         seed: Of the choice.
         by: What an item shares with those that it must not be parted from; its group.
+        fewest: Groups to hold out where `fraction` comes to fewer, unless they are more than a third of all.
 
     Raises:
         ValueError: There are too few groups for both sides to have one.
     """
     groups = list(dict.fromkeys(_digest(by(item)) for item in items))
     count = round(len(groups) * fraction)
+    if count < fewest <= len(groups) / 3:
+        count = fewest
     if not 0 < count < len(groups):
         raise ValueError(
             f"holding out {fraction:g} of {len(groups)} group(s) leaves one side empty: give an evaluation file, or "

@@ -80,6 +80,7 @@ class ProgressLines:
             return
         self._written_at, self._written_n, self._has_written = time.monotonic(), self.n, True
         elapsed, done = self._written_at - self._started, self.n - self._initial
+        speed = ", {rate_fmt}, {elapsed} so far, {remaining} left" if done else ""  # unknown before anything is done
         line = tqdm.format_meter(
             self.n,
             self.total,
@@ -87,8 +88,7 @@ class ProgressLines:
             prefix=self.desc,
             unit=self.unit,
             rate=done / elapsed if done and elapsed else None,
-            bar_format=f"{{desc}}: {{n_fmt}} of {{total_fmt}} {self.unit}s ({{percentage:.0f}}%), {{rate_fmt}}, "
-            "{elapsed} so far, {remaining} left",
+            bar_format=f"{{desc}}: {{n_fmt}} of {{total_fmt}} {self.unit}s ({{percentage:.0f}}%){speed}",
         )
         print(line, file=self._file, flush=True)
 

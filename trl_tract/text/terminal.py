@@ -1,6 +1,8 @@
 """Text for a terminal or a log file: colour where it is wanted, bars, tables. Knows nothing of rows or models."""
 
+import logging
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TextIO
@@ -68,10 +70,22 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
     ]
 
 
+def as_options(text: str) -> str:
+    """Settings in a message as they are typed: those who call a command do not write Python.
+
+    Example:
+        >>> as_options("set invalid_rows='drop' to continue")
+        'set --invalid_rows drop to continue'
+    """
+    return re.sub(r"\b([a-z]\w*)=(['\"])([\w.-]+)\2", r"--\1 \3", text)
+
+
 def hide_host_warnings() -> None:
-    """Keep back warnings that TRL's own defaults bring about, and that no user can act on."""
+    """Keep back warnings that are about nothing a user has asked for, and that no user can act on."""
     # SFTConfig sets the old name by default, and PEFT asks the model by it: see pyproject.toml for the versions.
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning)
+    # Imported, bitsandbytes looks for a faster kernel of 4-bit products on CPUs, where nobody loads in four bits.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def can_write(stream: TextIO, text: str) -> bool:

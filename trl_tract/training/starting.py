@@ -175,6 +175,7 @@ def checked_rows(
         raise ValueError(f"{summary} Or set invalid_rows='drop' to continue without them.")
     if not kept:
         raise ValueError(f"No row is left. {summary}")
+    summary = refusal_summary(refused, len(rows), dataset_name, None, fix=False)
     logger.warning(f"Continuing without them: {summary}")
     return rows.select(kept)
 
