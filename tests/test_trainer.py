@@ -12,6 +12,8 @@ import torch
 from conftest import PLAIN, make_model, make_rows, make_tokenizer, make_trainer
 from datasets import Dataset
 from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
@@ -53,6 +55,18 @@ def by_hand(model: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "score/mae": sum(map(abs, errors)) / len(errors),
         "score/grid_mass": sum(mass) / len(mass),
     }
+
+
+class Sizes(TorchDispatchMode):
+    """The numbers in the largest tensor that an operator returned."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        found = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.largest = max([self.largest, *found])
+        return result
 
 
 # Swapping the class name
@@ -497,3 +511,13 @@ def test_every_named_setting_of_the_card_is_a_field_of_a_config():
 
     fields = {*TRACTConfig.__dataclass_fields__, *REALConfig.__dataclass_fields__}
     assert not set(_SETTINGS) - fields
+
+
+def test_on_a_cpu_a_step_has_a_tile_of_logits_at_once(tmp_path):
+    # 4 MiB of them; TRL's own tiles are 32,768 tokens of the vocabulary wide, for each token with a label.
+    trainer = make_trainer(tmp_path, make_rows(16), model=make_model(vocab=40_000, width=8))
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(16)])
+    labelled = int((batch["labels"] != -100).sum())
+    with Sizes() as sizes:
+        trainer.compute_loss(trainer.model, batch)
+    assert sizes.largest <= 2**20 < labelled * 32_768

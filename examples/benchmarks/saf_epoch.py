@@ -101,11 +101,11 @@ def main() -> None:
             train_dataset=Dataset.from_list(read_rows(args.csv, args.rows, args.order)),
             processing_class=tokenizer,
         )
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         trainer.train()
-        taken = time.perf_counter() - start
+        taken = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
     tokens = sum(map(len, trainer.train_dataset["input_ids"]))
-    print(json.dumps({"seconds": taken, "rows": args.rows, "tokens": tokens, "updates": trainer.state.global_step}))
+    print(json.dumps(taken | {"rows": args.rows, "tokens": tokens, "updates": trainer.state.global_step}))
 
 
 if __name__ == "__main__":

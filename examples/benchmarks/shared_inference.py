@@ -2,7 +2,8 @@
 
 Two builds do the same work on the same weights in turn, each in a process of its own that has the model loaded: this
 one, and with `--against DIR` the package in DIR (a checkout of another commit); without it, this one with sharing
-switched off. Each process warms up once. A build runs by its own defaults; `--batch-size` sets the same for both.
+switched off. Each process warms up on `--warm-up` prompts. A build runs by its own defaults; `--batch-size` sets the
+same for both.
 
 - `judge`: items of several questions, `--new-tokens` for a rationale, in blocks of 64 as in `trl-tract judge`. `--rows`
   is a CSV file with `question`, `reference` and `answer`; else items are made up. Prompts have the response before
@@ -79,7 +80,7 @@ def tiny_model(folder: Path) -> str:
 
 
 def work(job: dict[str, Any]) -> None:
-    """The process of one build: does the job once, then again for each line that it reads, and writes what it took."""
+    """The process of one build: warms up, then does the job for each line that it reads, and writes what it took."""
     from datasets import Dataset
 
     from trl_tract import CoTRAILJudge, CoTSelfDistill, TransformersBackend
@@ -89,21 +90,21 @@ def work(job: dict[str, Any]) -> None:
     backend._shares = False if job["unshared"] else None
     settings = {"max_new_tokens": job["new_tokens"], "max_attempts": 1}
 
-    def judge() -> list[float]:
+    def judge(prompts: list[str]) -> list[float]:
         judging = CoTRAILJudge(backend, score_values=[1, 2, 3, 4, 5], append_marker=True, **settings)
-        blocks = [job["prompts"][at : at + 64] for at in range(0, len(job["prompts"]), 64)]
+        blocks = [prompts[at : at + 64] for at in range(0, len(prompts), 64)]
         return [judgement.score for block in blocks for judgement in judging.judge(block)]
 
-    def distill() -> list[float]:
-        rows = [{"prompt": text, "completion": " fine [RESULT] 3", "score": 3.0} for text in job["prompts"]]
+    def distill(prompts: list[str]) -> list[float]:
+        rows = [{"prompt": text, "completion": " fine [RESULT] 3", "score": 3.0} for text in prompts]
         with tempfile.TemporaryDirectory() as folder:
             CoTSelfDistill(backend, num_generations=job["n"], **settings).distill(Dataset.from_list(rows), folder)
         return []
 
     run = judge if job["ask"] == "judge" else distill
-    for _ in itertools.chain([None], iter(sys.stdin.readline, "")):
+    for prompts in itertools.chain([job["prompts"][: job["warm_up"]]], (job["prompts"] for _ in sys.stdin)):
         wall, cpu = time.perf_counter(), time.process_time()
-        scores = run()
+        scores = run(prompts)
         took = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu, "scores": scores}
         print("\n" + json.dumps(took), flush=True)
 
@@ -168,7 +169,7 @@ def compare(ask: str, arguments: argparse.Namespace, folder: Path) -> dict[str, 
         cut = [tokenizer(text)["input_ids"][: arguments.prompt_tokens] for text in long]
         texts = [[tokenizer.decode(ids) for ids in cut]] * 2
     shared = {"model": arguments.model, "dtype": arguments.dtype, "batch_size": arguments.batch_size, "ask": ask}
-    shared |= {"new_tokens": arguments.new_tokens, "n": arguments.n}
+    shared |= {"new_tokens": arguments.new_tokens, "n": arguments.n, "warm_up": arguments.warm_up}
     builds = [
         Build(shared | {"prompts": texts[0], "unshared": arguments.against is None}, arguments.against, folder),
         Build(shared | {"prompts": texts[1], "unshared": False}, None, folder),
@@ -206,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, help="Of both builds; each one's default without it.")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=4, help="Prompts that each build does first, unmeasured.")
     parser.add_argument("--smoke", action="store_true", help="Seconds: does it run?")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)

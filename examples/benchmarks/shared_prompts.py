@@ -25,6 +25,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,8 @@ def measure(args: argparse.Namespace, rows: int, prompt: int, completion: int, s
         losses = {share: step() for share, step in steps.items()}  # the warm-up
         peaks = {share: resident + peak_bytes(step, cell.device) for share, step in steps.items()}
         orders = itertools.islice(itertools.cycle(itertools.permutations(steps)), args.rounds)
-        times = [{share: seconds(steps[share]) for share in order} for order in orders]
+        clocks = [{share: clocked(steps[share]) for share in order} for order in orders]
+    times, cpu = ([{share: both[at] for share, both in each.items()} for each in clocks] for at in (0, 1))
     return {
         "rows": rows,
         "prompt": prompt,
@@ -140,7 +142,14 @@ def measure(args: argparse.Namespace, rows: int, prompt: int, completion: int, s
             "shared": spread([each[True] for each in times]),
         },
         "time_ratio": spread([each[True] / each[False] for each in times]),
+        "cpu_ratio": spread([each[True] / each[False] for each in cpu]),
     }
+
+
+def clocked(step: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of a step, and of this process's CPU time, which other work on the machine moves less."""
+    before = time.process_time()
+    return seconds(step), time.process_time() - before
 
 
 HEADER = [
@@ -150,6 +159,7 @@ HEADER = [
     "share",
     "tokens",
     "shared / separate, time",
+    "CPU time",
     "shared / separate, peak",
     "GiB",
 ]
@@ -159,7 +169,8 @@ def table_row(row: dict[str, Any]) -> str:
     ratio, tokens, peaks = row["time_ratio"], row["tokens"], row["peak_bytes"]
     cells = [row["rows"], row["prompt"], row["completion"], "the prompt" if row["shared"] else "nothing"]
     cells += [f"{tokens['shared']:,} of {tokens['separate']:,}"]
-    cells += [f"{ratio['median']:.3f} ({ratio['q1']:.3f} to {ratio['q3']:.3f})", f"{row['peak_ratio']:.3f}"]
+    cells += [f"{each['median']:.3f} ({each['q1']:.3f} to {each['q3']:.3f})" for each in (ratio, row["cpu_ratio"])]
+    cells += [f"{row['peak_ratio']:.3f}"]
     cells += [f"{peaks['shared'] / GIB:.3f} of {peaks['separate'] / GIB:.3f}"]
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -173,22 +184,25 @@ def epochs(args: argparse.Namespace) -> dict[str, Any]:
         "shared": ([*worker, "--order", "shared-first", "--share"], here),
         "base": ([*worker, "--order", "standard"], args.base or here),
     }
-    times: list[dict[str, float]] = []
-    last: dict[str, Any] = {}
+    pairs: list[dict[str, dict[str, Any]]] = []
     for number in range(args.rounds):
         pair = {}
         for name in sorted(sides, reverse=bool(number % 2)):
             command, path = sides[name]
             environment = os.environ | {"PYTHONPATH": path}
             done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-            last[name] = json.loads(done.stdout.splitlines()[-1])
-            pair[name] = last[name]["seconds"]
-        times.append(pair)
-        print(
-            f"| {number + 1} | {pair['shared']:.1f} | {pair['base']:.1f} | {pair['shared'] / pair['base']:.3f} |",
-            flush=True,
-        )
-    return {"pairs": times, "time_ratio": spread([pair["shared"] / pair["base"] for pair in times]), "last": last}
+            pair[name] = json.loads(done.stdout.splitlines()[-1])
+        pairs.append(pair)
+        cells = [f"{pair[name]['seconds']:.1f}" for name in sides] + [f"{each:.3f}" for each in epoch_ratios(pair)]
+        print("| " + " | ".join([str(number + 1), *cells]) + " |", flush=True)
+    time_ratios, cpu_ratios = zip(*map(epoch_ratios, pairs), strict=True)
+    return {"pairs": pairs, "time_ratio": spread(list(time_ratios)), "cpu_ratio": spread(list(cpu_ratios))}
+
+
+def epoch_ratios(pair: dict[str, dict[str, Any]]) -> tuple[float, float]:
+    """Of seconds, and of CPU seconds."""
+    time_ratio, cpu_ratio = (pair["shared"][unit] / pair["base"][unit] for unit in ("seconds", "cpu_seconds"))
+    return time_ratio, cpu_ratio
 
 
 def draw(result: dict[str, Any], path: str) -> None:
@@ -262,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     result = conditions("shared_prompts", args)
     if args.epoch:
-        print("| pair | shared, s | separate, s | ratio |\n| --- | --- | --- | --- |", flush=True)
+        print("| pair | shared, s | separate, s | ratio | CPU time |\n|" + " --- |" * 5, flush=True)
         print(json.dumps(result | epochs(args)))
         return
     print("| " + " | ".join(HEADER) + " |\n|" + " --- |" * len(HEADER), flush=True)

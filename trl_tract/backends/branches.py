@@ -222,26 +222,31 @@ def layer_masks(config: Any, ends: torch.Tensor, positions: torch.Tensor, dtype:
         dtype: Of the hidden states.
 
     Returns:
-        `(R, 1, T, T)`: bool for sdpa, 0 and the lowest number for eager, which would add a bool mask as 0 and 1; a
-        BlockMask for flex_attention. By the type of layer where types differ.
+        `(R, 1, T, T)`: bool for sdpa; 0 and the lowest number for sdpa on a CPU, and for eager, which would add a bool
+        mask as 0 and 1; a BlockMask for flex_attention. By the type of layer where types differ.
     """
     index = torch.arange(ends.shape[1], device=ends.device)
     visible = (index <= index[:, None]) & (index[:, None] < ends[:, None])
-    return written_masks(config, visible, positions[:, :, None] - positions[:, None], dtype)
+    return written_masks(config, visible, positions, positions, dtype)
 
 
-def written_masks(config: Any, visible: torch.Tensor, distance: torch.Tensor, dtype: torch.dtype) -> Any:
-    """The same of what is visible to each query, bool `(R, Q, T)`, and how many positions it lies back, `(R, Q, T)`."""
+def written_masks(
+    config: Any, visible: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, dtype: torch.dtype
+) -> Any:
+    """The same of what is visible to each query, bool `(R, Q, T)`, and of positions, `(R, Q)` and `(R, T)`."""
 
     def written(mask: torch.Tensor) -> Any:
-        if config._attn_implementation == "sdpa":
+        # On a CPU, sdpa makes numbers of a bool mask in each layer anew, and keeps all of them for the backward pass.
+        if config._attn_implementation == "sdpa" and mask.device.type != "cpu":
             return mask[:, None]
         if config._attn_implementation == "flex_attention":
             rows, queries, keys = mask.shape
             return create_block_mask(
                 lambda row, head, query, key: mask[row, query, key], rows, None, queries, keys, device=mask.device
             )
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)[
+        # sdpa takes float32 beside queries of any 16 bits.
+        kind = torch.promote_types(dtype, torch.float32) if config._attn_implementation == "sdpa" else dtype
+        return torch.zeros(mask.shape, dtype=kind, device=mask.device).masked_fill(~mask, torch.finfo(kind).min)[
             :, None
         ]
 
@@ -249,7 +254,7 @@ def written_masks(config: Any, visible: torch.Tensor, distance: torch.Tensor, dt
     types = set(getattr(config, "layer_types", None) or ())
     if window is None or (types and "sliding_attention" not in types):
         return written(visible)
-    seen = visible & (distance < window)
+    seen = visible & (queries[:, :, None] - keys[:, None] < window)
     if not types:
         return written(seen)
     return {"full_attention": written(visible), "sliding_attention": written(seen)}

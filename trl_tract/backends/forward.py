@@ -157,7 +157,7 @@ class Forward:
             tree.add(tokens, n, read_row(cache, row, end - len(tokens) + n, end))
 
     def _masks(self, visible: torch.Tensor, keys: torch.Tensor, queries: torch.Tensor) -> Any:
-        return written_masks(self.config, visible, queries[:, :, None] - keys[:, None], self._dtype)
+        return written_masks(self.config, visible, queries, keys, self._dtype)
 
     def _run(
         self, input_ids: torch.Tensor, mask: Any, positions: torch.Tensor, cache: DynamicCache, keep: int

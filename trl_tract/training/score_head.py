@@ -5,17 +5,22 @@ Inside, because under FSDP2 and ZeRO-3 the head's weight is whole only there. Kn
 
 import functools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import field, make_dataclass
 from typing import Any
 
 import torch
+import trl.trainer.utils
 from transformers import PreTrainedModel
 
 from trl_tract.backends.branches import TreePass, further_forwards
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.logprobs import scale_logprobs
 from trl_tract.scale.trie import TokenTrie
+
+_TILE = 2**20  # logits that TRL's fused head works on at once on a CPU, 4 MiB in float32
+_NARROWEST = 256  # tokens of the vocabulary in a tile: a product of fewer is slow
 
 
 class _ScorePass:
@@ -145,7 +150,7 @@ def add_score_head(
             share=share,
             kept=kept,
         )
-        with scores:
+        with scores, _tiles_for_a_cpu(None if kept is None else int(kept.sum())):
             outputs = inner_forward(*args, **kwargs)
         if kept is not None:
             for name, value in outputs.items():
@@ -155,6 +160,24 @@ def add_score_head(
         return _with_score_logprobs(output_type)(**outputs, score_logprobs=scores.logprobs)
 
     model.forward = types.MethodType(forward, model)
+
+
+@contextmanager
+def _tiles_for_a_cpu(tokens: int | None) -> Iterator[None]:
+    """TRL's fused head with tiles of logits for a CPU, where it has eight of them at once, at the peak of a step.
+
+    Its own are 32,768 tokens of the vocabulary wide, whatever the vocabulary: right for a GPU, whose kernel needs one.
+
+    Args:
+        tokens: Positions that it is given; None where it is not on a CPU.
+    """
+    width = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    if tokens is not None:
+        trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(width, max(_NARROWEST, _TILE // tokens))
+    try:
+        yield
+    finally:
+        trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = width
 
 
 def logit_transform(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
