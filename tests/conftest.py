@@ -10,6 +10,7 @@ import functools
 import gc
 import importlib
 import importlib.util
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -36,6 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Leave out what cannot be imported for its doctests: `collect_ignore` would hold below `tests` alone."""
     missing = [file for package, file in NEEDED_BY.items() if importlib.util.find_spec(package) is None]
     config.option.ignore = [*(config.option.ignore or []), *(str(config.rootpath / file) for file in missing)]
+    # The package waits for the disk many times. Real weights would fill the memory.
+    memory = Path("/dev/shm")
+    if "not slow" in config.option.markexpr and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2**32:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
 
 
 def __getattr__(name: str) -> Any:

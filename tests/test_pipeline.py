@@ -1,5 +1,6 @@
 """Both stages from one call, on disk, resumable, each from the seed model."""
 
+import itertools
 import json
 import random
 import re
@@ -265,19 +266,27 @@ def files_that_count(out: Path) -> list[Path]:
     ]
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(1200, marks=pytest.mark.slow)])
+def damages(out: Path) -> list[tuple[Path, int, int | None]]:
+    """Of each file that counts: a place to cut it at, and a bit to flip at its ends and in each of its thirds."""
+    chance, found = random.Random(0), []
+    for path in files_that_count(out):
+        size = path.stat().st_size
+        found.append((path, chance.randrange(size), None))
+        thirds = [size * third // 3 for third in range(4)]
+        inside = [chance.randrange(first, max(end, first + 1)) for first, end in itertools.pairwise(thirds)]
+        found += [(path, place, 1 << chance.randrange(8)) for place in (0, *inside, size - 1)]
+    return found
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(None, marks=pytest.mark.slow)])
 def test_no_cut_and_no_flipped_bit_in_any_file_of_a_run_changes_its_results(again, count):
     out, start = again
-    expected, chance = results(out), random.Random(0)
-    paths = files_that_count(out)
-    for number in range(count):
-        path = chance.choice(paths)
+    expected, every = results(out), damages(out)
+    for path, place, bit in random.Random(0).sample(every, count or len(every)):
         whole = path.read_bytes()
-        damaged = bytearray(whole)
-        place = chance.randrange(len(damaged))
-        if number % 6:
-            damaged[place] ^= 1 << chance.randrange(8)
-        path.write_bytes(damaged if number % 6 else damaged[:place])
+        damaged, place = bytearray(whole), min(place, len(whole) - 1)  # made again, some are shorter
+        damaged[place] ^= bit or 0
+        path.write_bytes(damaged[:place] if bit is None else damaged)
         try:
             said = start()
         except (ValueError, FileExistsError) as error:
@@ -316,7 +325,9 @@ def test_secrets_among_the_options_are_not_written_down(seed_model, tmp_path):
     assert "hf_planted" not in json.dumps(spec.settings())
 
 
-def test_a_run_without_rationales_has_one_stage_and_writes_none(seed_model, tmp_path):
+def test_a_run_without_rationales_has_one_stage_and_writes_none(seed_model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # no pictures
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     # Of two people's scores, and no completions at all.
     rows = [{"prompt": row["prompt"], "score": [row["score"], 3.0]} for row in make_rows(9)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
