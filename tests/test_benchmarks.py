@@ -264,3 +264,31 @@ def test_shared_inference_smoke_ends_with_json(monkeypatch, capsys):
     (row,) = result["rows"]
     assert (row["ask"], row["prompts"], row["rounds"]) == ("judge", 4, 2)
     assert row["now_over_before_in_seconds"]["min"] > 0
+
+
+def test_loss_on_this_device_is_that_of_full_float64_logits(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_checks
+    from contenders import Cell
+
+    for share in (False, True):
+        cell = Cell("tiny", 512, 48, 3, 0.25, True, False, False, "cpu", "float32")
+        found = gpu_checks.errors(cell, share)
+        assert found["loss"] < 1e-6
+        assert found["gradient"] < 1e-5
+    for name in ("gpu_checks", "contenders"):
+        sys.modules.pop(name, None)
+
+
+def test_parts_that_did_not_finish_are_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_checks
+
+    (tmp_path / "qlora.txt").write_text('{"bits": 4}\n{"rows": [1]}\n')
+    (tmp_path / "step_cost.txt").write_text("| vocabulary |\n")
+    gpu_checks.main(["collect", str(tmp_path)])
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert parts == {"qlora": {"rows": [1]}, "step_cost": {"unfinished": "| vocabulary |"}}
+    assert "step_cost: did not finish" in capsys.readouterr().out
+    for name in ("gpu_checks", "contenders"):
+        sys.modules.pop(name, None)

@@ -221,8 +221,8 @@ def saf_settings(folder, model, **changes):
         "criterion": "ok?",
         "scores": dict(zip(["0", "0.25", "0.5", "0.75", "1"], "abcde", strict=True)),
     }
-    settings["choice"] |= {"items": 5, "alphas": [1, 100], "reinforcement": [{"learning_rate": 1.0e-3}]}
-    settings["choice"]["training"] = [{"learning_rate": 1.0e-3}, {"learning_rate": 1.0e-2}]
+    rates = [{"learning_rate": 1.0e-3}, {"learning_rate": 1.0e-2}]
+    settings["choice"] |= {"items": 5, "alphas": [1, 100], "training": rates, "reinforcement": rates}
     settings["training"] |= {"max_steps": 1, "save_strategy": "no"}
     settings["generation"]["max_new_tokens"] = 8
     small = {"max_steps": 1, "num_generations": 2, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
@@ -365,7 +365,7 @@ def test_nearest_and_weighted_rationales(replication):
 @pytest.mark.slow
 def test_every_row_for_short_answer_feedback_is_trained_and_judged(replication, seed_model, tmp_path):
     settings = saf_settings(tmp_path, seed_model)
-    settings["choice"]["training"] = [{"learning_rate": 1.0e-3}]
+    settings["choice"]["training"] = [{"learning_rate": 1.0e-3}]  # REAL alone has something to choose
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     replication.replicate.main([str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path / "out")])
     result = json.loads((tmp_path / "out" / "table.json").read_text())
@@ -373,3 +373,28 @@ def test_every_row_for_short_answer_feedback_is_trained_and_judged(replication, 
     assert set(result["choice"]["chosen"]) == {*replication.rows.models_for(settings["rows"]), "mean", "ridge"}
     assert result["tests"]["unseen"]["several"]["tract"]["samples"] == 3
     assert result["own_rationales"]["0"]["rationales"] > 0
+
+
+def test_the_tables_of_the_docs_are_those_of_the_results(monkeypatch, replication):
+    monkeypatch.syspath_prepend(str(FOLDER.parents[2] / "docs"))
+    import benchmark_tables
+
+    for page in benchmark_tables.PAGES:
+        assert benchmark_tables.written(page) == page.read_text(encoding="utf-8"), "python docs/benchmark_tables.py"
+    sys.modules.pop("benchmark_tables")
+
+
+def test_a_configuration_with_nothing_to_choose_tries_nothing(replication, tmp_path, monkeypatch):
+    config = replication.config.Replication("model", rows=["stage1", "real"])
+    config.choice = {"items": 1, "training": [{"learning_rate": 0.5}], "reinforcement": [{"learning_rate": 0.25}]}
+    items = SimpleNamespace(
+        training=lambda: [1, 2],
+        split=lambda items: ([1], [2]),
+        write_rows=lambda name, items: tmp_path / "empty.jsonl",
+        write_items=lambda name, items: tmp_path / "empty.jsonl",
+    )
+    (tmp_path / "empty.jsonl").touch()
+    choice = replication.replicate.choose(config, "model", items, tmp_path)
+    assert choice.log == []
+    assert choice.settings("tract") == {"learning_rate": 0.5}
+    assert choice.settings("real") == {"learning_rate": 0.25}

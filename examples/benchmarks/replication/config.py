@@ -26,7 +26,8 @@ class Replication:
         columns: Role -> column, where the items have columns of their own.
         rubric: `criterion`, `scores` and `order`, as in a rubric file, where their prompts are made here.
         eval_fraction: Part of the questions that is held out where there are no `tests`.
-        max_questions: Take this many questions of `data`, those with the shortest prompts; None: all.
+        max_questions: Take this many questions of `data`, those with the shortest prompts, and of a test with answers
+            to them those answers; None: all.
         train_rows: Train on this many items of `data`, chosen by chance; fewer are a part of more. None: all.
         test_items: Judge this many items of each test, chosen by chance; None: all.
         rationales_per_item: How many of an item's annotated rationales are trained on; None: all.

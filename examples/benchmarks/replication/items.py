@@ -90,6 +90,9 @@ class Items:
     def _test(self, name: str) -> list[Item]:
         if self.config.tests:
             items = self._load(self.config.tests[name])
+            if self.config.max_questions is not None:
+                trained = {item.group for item in self._of_data()}
+                items = [item for item in items if item.group in trained] or items
         else:
             items = self._of_data()
             is_held_out = split_groups(items, self.config.eval_fraction, seed=0)

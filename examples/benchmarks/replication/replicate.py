@@ -82,9 +82,13 @@ def choose(config: Replication, seed_model: str, items: Items, directory: Path) 
             scores = models.scores(name, "choice", held_out, alpha or 1.0, label=f"{name}-{alpha}")
             tried.append(note(name, {} if alpha is None else {"alpha": alpha}, scores))
         chosen[name] = best(tried)["settings"]
-    for name in names:
+    several = {name: candidates(config, reinforced=MODELS[name].reinforced) for name in names}
+    if all(len(each) == 1 for each in several.values()):  # nothing to choose, and nothing to learn from those that did
+        chosen |= {name: settings for name, (settings,) in several.items()}
+        several = {}
+    for name in several:
         tried = []
-        for number, settings in enumerate(candidates(config, reinforced=MODELS[name].reinforced)):
+        for number, settings in enumerate(several[name]):
             folder = f"{name}-{number}"
             seconds = models.train(name, settings, folder)
             judgements = Judged(models.judge(name, "choice", held_out, folder=folder)).scales[""]
