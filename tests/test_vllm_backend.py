@@ -15,6 +15,7 @@ from transformers import BartConfig
 import trl_tract.backends.vllm as vllm_backend
 from trl_tract import VLLMBackend
 from trl_tract.backends.loading import adapter_config
+from trl_tract.backends.vllm_versions import require_vllm
 
 
 @pytest.fixture
@@ -23,9 +24,20 @@ def model():
 
 
 def test_without_vllm_the_error_is_the_line_that_installs_it(monkeypatch):
-    monkeypatch.setattr(vllm_backend.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "trl-tract\[vllm\]"'):
         VLLMBackend("judge")
+
+
+@pytest.mark.parametrize(("version", "refused"), [("0.21.0", True), ("0.22.0+cpu", False), ("0.33.0", False)])
+def test_a_vllm_whose_chosen_log_probabilities_are_not_exact_is_refused(monkeypatch, version, refused):
+    vllm = ModuleType("vllm")
+    vllm.__spec__, vllm.__version__ = ModuleSpec("vllm", None), version
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    if not refused:
+        return require_vllm()
+    with pytest.raises(ImportError, match=version):
+        require_vllm()
 
 
 @pytest.mark.parametrize(
@@ -139,7 +151,7 @@ def engines(monkeypatch) -> list[dict[str, Any]]:
         "Arguments", [(name, Any, None) for name in (*names, "max_lora_rank", "speculative_config")]
     )
     for name, parts in {
-        "vllm": {"__spec__": ModuleSpec("vllm", None)},
+        "vllm": {"__spec__": ModuleSpec("vllm", None), "__version__": "0.22.0"},
         "vllm.engine": {},
         "vllm.engine.arg_utils": {"AsyncEngineArgs": arguments},
         "vllm.lora": {},

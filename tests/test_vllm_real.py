@@ -96,14 +96,35 @@ def prompts_of(backend) -> list[list[int]]:
 GREEDY = {"temperature": 0.0, "max_new_tokens": 32, "stop": STOP}
 
 
-class AsTransformers:
-    """What every way to run vLLM must do; subclasses bring `backend` and the `reference` it is held against."""
+class SameNumbers:
+    """Texts, log-probabilities and scores; subclasses bring `backend` and the `reference` it is held against."""
 
     def test_greedy_texts_are_the_same(self, backend, reference):
         prompts = prompts_of(reference)
         expected = reference.generate(prompts, **GREEDY)
         assert backend.generate(prompts, **GREEDY) == expected
         assert {generation.finish_reason for (generation,) in expected} >= {"length"}
+
+    def test_logprobs_of_chosen_tokens_are_the_same(self, backend, reference):
+        prompts = prompts_of(reference)
+        tokens = reference.tokenizer.convert_tokens_to_ids(list("12345")) + list(range(500, 700))
+        expected = reference.next_token_logprobs(prompts, tokens)
+        np.testing.assert_allclose(backend.next_token_logprobs(prompts, tokens), expected, atol=1e-3, rtol=0)
+
+    def test_scores_do_not_feel_what_is_sampled_beside_them(self, backend, reference):
+        prompts = prompts_of(reference)
+        tokens = reference.tokenizer.convert_tokens_to_ids(list("12345"))
+        alone = backend.next_token_logprobs(prompts, tokens)
+        sampling = {"temperature": 0.5, "top_p": 0.3, "repetition_penalty": 1.5, "max_new_tokens": 24}
+        with ThreadPoolExecutor(1) as threads:
+            texts = threads.submit(backend.generate, prompts, n=2, **sampling)
+            beside = backend.next_token_logprobs(prompts, tokens)
+            texts.result()
+        np.testing.assert_allclose(beside, alone, atol=1e-4, rtol=0)
+
+
+class AsTransformers(SameNumbers):
+    """What every way to run vLLM must do."""
 
     @pytest.mark.parametrize(
         "stop",
@@ -118,12 +139,6 @@ class AsTransformers:
         assert written == expected
         assert [one.token_ids for (one,) in written] == [one.token_ids for (one,) in expected]
         assert "stop" in {one.finish_reason for (one,) in expected}
-
-    def test_logprobs_of_chosen_tokens_are_the_same(self, backend, reference):
-        prompts = prompts_of(reference)
-        tokens = reference.tokenizer.convert_tokens_to_ids(list("12345")) + list(range(500, 700))
-        expected = reference.next_token_logprobs(prompts, tokens)
-        np.testing.assert_allclose(backend.next_token_logprobs(prompts, tokens), expected, atol=1e-3, rtol=0)
 
     def test_expected_scores_are_the_same_to_a_thousandth(self, backend, reference):
         expected = CoTRAILJudge(reference).score_rationales(CHAT, RATIONALES) @ VALUES
@@ -143,17 +158,6 @@ class AsTransformers:
         )
         np.testing.assert_allclose(scores, expected, atol=1e-3, rtol=0)
         assert np.ptp(expected) > 0.001
-
-    def test_scores_do_not_feel_what_is_sampled_beside_them(self, backend, reference):
-        prompts = prompts_of(reference)
-        tokens = reference.tokenizer.convert_tokens_to_ids(list("12345"))
-        alone = backend.next_token_logprobs(prompts, tokens)
-        sampling = {"temperature": 0.5, "top_p": 0.3, "repetition_penalty": 1.5, "max_new_tokens": 24}
-        with ThreadPoolExecutor(1) as threads:
-            texts = threads.submit(backend.generate, prompts, n=2, **sampling)
-            beside = backend.next_token_logprobs(prompts, tokens)
-            texts.result()
-        np.testing.assert_allclose(beside, alone, atol=1e-4, rtol=0)
 
     def test_samples_of_a_prompt_differ_and_have_its_length(self, backend, reference):
         (row,) = backend.generate(prompts_of(reference)[:1], n=4, max_new_tokens=8, stop=STOP)
@@ -176,7 +180,9 @@ def test_an_engine_argument_that_vllm_lacks_is_refused_with_the_nearest(model):
         VLLMBackend(model, gpu_memory_utilisation=0.5)
 
 
-class TestInProcess(AsTransformers):
+class TestWholeModelInProcess(SameNumbers):
+    """On the oldest vLLM as well: see `.ci/run`."""
+
     @pytest.fixture(scope="class")
     def backend(self, model):
         with VLLMBackend(model, **ENGINE) as backend:
@@ -190,6 +196,26 @@ class TestInProcess(AsTransformers):
         rows = [row[0] for row in backend.generate(prompts_of(backend)[:4], **GREEDY)]
         assert {row.finish_reason for row in rows} == {"stop"}
         assert not any("[RES" in row.text for row in rows)
+
+
+class TestAdapterInProcess(AsTransformers):
+    @pytest.fixture(scope="class")
+    def backend(self, adapter):
+        with VLLMBackend(adapter, **ENGINE) as backend:
+            yield backend
+
+    @pytest.fixture
+    def reference(self, adapter_reference):
+        return adapter_reference
+
+    def test_the_adapter_is_at_work(self, backend, reference, full_reference):
+        tokens = reference.tokenizer.convert_tokens_to_ids(list("12345"))
+        prompts = prompts_of(reference)
+        difference = backend.next_token_logprobs(prompts, tokens) - full_reference.next_token_logprobs(prompts, tokens)
+        assert np.abs(difference).max() > 0.1
+
+    def test_it_is_named_for_the_adapter(self, backend, adapter):
+        assert backend.model_id == adapter
 
     def test_calls_of_several_threads_give_what_they_give_alone(self, backend):
         prompts = prompts_of(backend)
@@ -211,26 +237,6 @@ class TestInProcess(AsTransformers):
         reports = []
         backend.generate(prompts_of(backend), max_new_tokens=2, on_progress=reports.append)
         assert sum(reports) == 2 * len(REPLIES)
-
-
-class TestAdapterInProcess(AsTransformers):
-    @pytest.fixture(scope="class")
-    def backend(self, adapter):
-        with VLLMBackend(adapter, **ENGINE) as backend:
-            yield backend
-
-    @pytest.fixture
-    def reference(self, adapter_reference):
-        return adapter_reference
-
-    def test_the_adapter_is_at_work(self, backend, reference, full_reference):
-        tokens = reference.tokenizer.convert_tokens_to_ids(list("12345"))
-        prompts = prompts_of(reference)
-        difference = backend.next_token_logprobs(prompts, tokens) - full_reference.next_token_logprobs(prompts, tokens)
-        assert np.abs(difference).max() > 0.1
-
-    def test_it_is_named_for_the_adapter(self, backend, adapter):
-        assert backend.model_id == adapter
 
 
 class VLLMServer:

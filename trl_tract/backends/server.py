@@ -26,6 +26,7 @@ from trl_tract.backends.http import JSONServer, Refused
 from trl_tract.backends.loading import load_tokenizer, tokenizer_fingerprint
 from trl_tract.backends.request_loop import RequestLoop
 from trl_tract.backends.requests import RequestBackend, Written
+from trl_tract.backends.vllm_versions import OLDEST_SERVER
 from trl_tract.text.probes import same_answers
 
 _PROBE = "Score the reply from 1 to 5."
@@ -34,8 +35,8 @@ _PROBE_EVERY = 60.0  # seconds
 _RESTART = 1.0  # seconds that no server needs less of to come back with another model
 _UPGRADE = (
     "it must give exact log-probabilities of chosen tokens (`logprob_token_ids`) and token ids (`return_token_ids`) on "
-    "/v1/completions, as vLLM 0.32 does: upgrade it with pip install -U vllm. If it is one, start it without "
-    "--speculative-config, with which it cannot. llama.cpp's server passes over `logprob_token_ids`"
+    f"/v1/completions, as vLLM does from {OLDEST_SERVER} on: upgrade it with pip install -U vllm. If it is one, start "
+    "it without --speculative-config, with which it cannot. llama.cpp's server passes over `logprob_token_ids`"
 )
 _START_SECONDS = 30.0
 _BYTES_A_TOKEN = 64  # of an answer, at most: its id, its text, and its part of the prompt that comes back

@@ -4,7 +4,6 @@ Knows the engine, its arguments and adapters. vLLM and its CUDA come in with the
 """
 
 import difflib
-import importlib.util
 import itertools
 import weakref
 from collections.abc import Mapping, Sequence
@@ -19,9 +18,9 @@ from trl_tract.backends.base import Sampling, settings_that_count
 from trl_tract.backends.loading import adapter_config, load_tokenizer, tokenizer_id, whole_weights
 from trl_tract.backends.request_loop import RequestLoop
 from trl_tract.backends.requests import RequestBackend, Written
+from trl_tract.backends.vllm_versions import require_vllm
 from trl_tract.text.secrets import without_secrets
 
-_INSTALL = 'pip install "trl-tract[vllm]"'
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # What vLLM makes room for.
 # What it serves: weights of low rank on the base as it is. PiSSA, OLoRA, CorDA and LoftQ change the base.
 _LORA_STARTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -67,13 +66,12 @@ class VLLMBackend(RequestBackend):
                 `tensor_parallel_size`, `data_parallel_size`, ... Prefix caching is on unless switched off here.
 
         Raises:
-            ImportError: vLLM is not installed.
+            ImportError: vLLM is not installed, or too old.
             ValueError: An engine argument that vLLM does not have or that would make log-probabilities inexact; an
                 encoder-decoder; bitsandbytes weights; an adapter without a base, or of a kind that vLLM cannot serve.
             RuntimeError: The engine does not start.
         """
-        if importlib.util.find_spec("vllm") is None:
-            raise ImportError(f"VLLMBackend needs vLLM: {_INSTALL}")
+        require_vllm()
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.async_llm import AsyncLLM
