@@ -126,11 +126,13 @@ def quoted_messages() -> list[str]:
 
 @functools.cache
 def said_by_the_code() -> set[str]:
-    """Every text that is written out in the package, with nothing where it varies."""
+    """Every text that is written out in the package but docstrings, with nothing where it varies."""
     found = set()
     for file in ROOT.glob("trl_tract/**/*.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+        nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            parts = node.values if isinstance(node, ast.JoinedStr) else [] if id(node) in docstrings else [node]
             texts = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
             found.add("\0".join(texts))
     return found
@@ -155,7 +157,7 @@ def test_a_message_that_troubleshooting_quotes_is_one_of_the_code(message):
     alike = Counter(text for run in sorted(runs_of(message)) for text in texts_by_run().get(run, []))
     nearest = [text for text, _ in alike.most_common(5)]
     blocks = [SequenceMatcher(None, message, text, autojunk=False).get_matching_blocks() for text in nearest]
-    assert max(sum(block.size for block in each if block.size > 3) for each in blocks) > 0.55 * len(message)
+    assert max(sum(block.size for block in each if block.size > 3) for each in blocks) > 0.5 * len(message)
 
 
 def test_the_options_page_has_a_row_for_each_command_with_its_groups():

@@ -107,7 +107,7 @@ def test_a_tiny_model_learns_its_rows_and_is_judged_from_files_as_in_python(
     judge, data = tmp_path / "judge", tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows_of()))
     rows = ["--data", str(data), "--output_dir"]
-    training = {**TRAINING, "learning_rate": 0.02, "optim": "adamw_torch_fused", "max_steps": 200, "thinking": mode}
+    training = {**TRAINING, "max_steps": 200, "thinking": mode}
     assert main(["train", "--model", str(seed), *rows, str(judge), *flags(training)]) == 0
     assert main(["judge", "--model", str(judge), *rows, str(tmp_path / "out"), *flags(GREEDY)]) == 0
     lines = (tmp_path / "out" / "judgements.jsonl").read_text().splitlines()
