@@ -29,6 +29,21 @@ class LaunchArguments:
 
 
 @dataclass
+class ClusterArguments:
+    """Many machines."""
+
+    engine: str = field(
+        default="local",
+        metadata={
+            "help": "local: this machine does the work. ray: workers on the machines of a Ray cluster do it, one for "
+            "each GPU or machine, or as many as --num_processes says. RAY_ADDRESS says where the cluster is. Without "
+            "it Ray is started on this machine.",
+            "choices": ["local", "ray"],
+        },
+    )
+
+
+@dataclass
 class ServeArguments:
     """The judge and its address."""
 
@@ -92,12 +107,14 @@ def one_process() -> "Launch":
 
 
 def for_generation(
-    args: LaunchArguments, backend: Mapping[str, Any], shard: str | None
+    args: LaunchArguments, cluster: ClusterArguments, backend: Mapping[str, Any], shard: str | None
 ) -> tuple[dict[str, Any], "Launch"]:
-    """A backend's options, and the processes that generate: one where other jobs do other shares."""
+    """A backend's options, and the processes that generate here: one where other jobs or machines do other shares."""
     from trl_tract.runs.launching import Launch
     from trl_tract.runs.steps import spread
 
+    if cluster.engine != "local":
+        return dict(backend), Launch(sees_all=True)
     alone = backend["name"] == "server" or (shard and args.num_processes is None)
     return spread(backend, Launch() if alone else Launch.planned(args.num_processes))
 

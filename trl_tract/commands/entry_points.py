@@ -51,7 +51,7 @@ SENTENCES = {
 def _option_groups(command: str) -> list[type]:
     """The dataclasses of a command's options."""
     generation = [options.GenerationArguments, options.EngineArguments]
-    workers = [options.WorkerArguments, deploying.LaunchArguments]
+    workers = [options.WorkerArguments, deploying.LaunchArguments, deploying.ClusterArguments]
     if command in ("run", "train", "rl"):
         from trl import ModelConfig
 
@@ -226,8 +226,8 @@ def _distill(arguments: Sequence[str]) -> int:
     from trl_tract.saved.judge_config import JudgeConfig
     from trl_tract.sources.door import Source, rows_file
 
-    rows, columns, generation, engine, worker, processes = _parse("distill", arguments)
-    backend, launch = deploying.for_generation(processes, engine.options(generation), worker.shard)
+    rows, columns, generation, engine, worker, processes, cluster = _parse("distill", arguments)
+    backend, launch = deploying.for_generation(processes, cluster, engine.options(generation), worker.shard)
     if launch.starts:
         print(f"By {launch}", flush=True)
         return deploying.start_again(launch, "distill", arguments)
@@ -245,7 +245,16 @@ def _distill(arguments: Sequence[str]) -> int:
     needed = rows.on_failure == "keep_gold" or rows.keep_annotated
     given = source.training_rows(chat) if needed else source.rows(chat, lambda item: item.training or [item.reference])
     with rows_file(given) as data:
-        step = DistillStep(rows.model, str(data), rows.output_dir, settings, backend, worker.shard)
+        step = DistillStep(
+            rows.model,
+            str(data),
+            rows.output_dir,
+            settings,
+            backend,
+            shard=worker.shard,
+            engine=cluster.engine,
+            workers=processes.num_processes,
+        )
         written = step.run()
     if written is not None and _is_first_process():
         print(f"{read_summary(Path(rows.output_dir))}\nThe stage-two rows are in {written}")
@@ -261,8 +270,8 @@ def _judge(arguments: Sequence[str]) -> int:
     from trl_tract.sources.door import Source, rows_file
     from trl_tract.sources.preferences import pair_report
 
-    rows, rules, columns, generation, engine, worker, processes = _parse("judge", arguments)
-    backend, launch = deploying.for_generation(processes, engine.options(generation), worker.shard)
+    rows, rules, columns, generation, engine, worker, processes, cluster = _parse("judge", arguments)
+    backend, launch = deploying.for_generation(processes, cluster, engine.options(generation), worker.shard)
     if launch.starts:
         print(f"By {launch}", flush=True)
         return deploying.start_again(launch, "judge", arguments)
@@ -281,6 +290,8 @@ def _judge(arguments: Sequence[str]) -> int:
             backend,
             shard=worker.shard,
             block_size=worker.block_size,
+            engine=cluster.engine,
+            workers=processes.num_processes,
         )
         written = step.run()
         if written is not None and _is_first_process():

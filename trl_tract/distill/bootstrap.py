@@ -279,7 +279,8 @@ class CoTBootstrap(RationaleRun):
     def _draft(self, place: int, pair: Row, golds: list[float]) -> Draft:
         return Draft(place, pair, self._asked(pair), golds, self._texts(golds))
 
-    def _block(self, rows: Sequence[Row], start: int, report: Report) -> list[Record]:
+    def block(self, rows: Sequence[Row], start: int, report: Report) -> list[Record]:
+        """What became of the rationales of a block of rows, the first of which is number `start`."""
         pairs = [as_prompt_completion(row) for row in rows]
         self._find_tokens(pairs)
         golds = [self._golds(row, start + number) for number, row in enumerate(rows)]

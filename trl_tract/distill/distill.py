@@ -210,7 +210,7 @@ class CoTSelfDistill(RationaleRun):
     def _needs_completion(self) -> bool:
         return self.on_failure == "keep_gold" or self.keep_annotated
 
-    def _block(self, rows: Sequence[Row], start: int, report: Report) -> list[Record]:
+    def block(self, rows: Sequence[Row], start: int, report: Report) -> list[Record]:
         """What became of the rationales of a block of rows."""
         pairs = [as_prompt_completion(row) for row in rows]
         golds = [self._texts(self._golds(row, start + number)) for number, row in enumerate(rows)]

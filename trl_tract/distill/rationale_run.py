@@ -109,14 +109,11 @@ class RationaleRun(ABC):
         return directory / "rows.jsonl" if self._run(JsonlRows(Path(data)), directory, shard) else None
 
     def _run(self, rows: Rows, directory: Path, shard: Shard | None) -> bool:
-        if self.template is not None:
-            rendered = settled(self.template.tokenizer, self.template.settings, rows)
-            self.template = Template(self.template.tokenizer, rendered)
+        self.settle(rows)
         refused: dict[int, str] = {}
         known = KnownRows(rows, lambda row, number: self._check(row, number, refused))
         self._tell_of(refused, len(known))
-        settings = {**self._settings(), **made_by(self.backend)}
-        log = BlockLog(directory, settings, self.what, rows=known, block_size=self.block_size, shard=shard)
+        log = BlockLog(directory, self.made_with(), self.what, rows=known, block_size=self.block_size, shard=shard)
         self._begin(log)
 
         def write(records: Iterator[Record]) -> None:
@@ -127,12 +124,24 @@ class RationaleRun(ABC):
                 logger.warning("many rationales failed:\n%s", summary)
 
         return log.run(
-            self._block,
+            self.block,
             write,
             RESULT,
             max_calls=self.backend.max_calls,
             cancel=getattr(self.backend, "cancel", None),  # a double of a user's own need not have it
         )
+
+    def settle(self, rows: Rows) -> dict[str, Any]:
+        """Decide what these rows leave open of the template's settings; the arguments that say the same."""
+        if self.template is None:
+            return {}
+        rendered = settled(self.template.tokenizer, self.template.settings, rows)
+        self.template = Template(self.template.tokenizer, rendered)
+        return rendered.arguments
+
+    def made_with(self) -> dict[str, Any]:
+        """All that the result depends on besides the rows, as settings."""
+        return {**self._settings(), **made_by(self.backend)}
 
     @abstractmethod
     def _added(self, features: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -143,7 +152,7 @@ class RationaleRun(ABC):
         """Arguments that change the result, besides those that all runs have."""
 
     @abstractmethod
-    def _block(self, rows: Sequence[Row], start: int, report: Report) -> list[Record]:
+    def block(self, rows: Sequence[Row], start: int, report: Report) -> list[Record]:
         """What became of the rationales of a block of rows, the first of which is number `start`."""
 
     @abstractmethod

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any, ClassVar
 
 from transformers import set_seed
 
-from trl_tract.backends import make_author, make_backend
+from trl_tract.backends import Backend, make_author, make_backend
 from trl_tract.backends.base import settings_that_count
 from trl_tract.backends.loading import load_tokenizer, tokenizer_to_train
 from trl_tract.distill.bootstrap import CoTBootstrap
 from trl_tract.distill.distill import CoTSelfDistill
 from trl_tract.evaluation.recalibration import Recalibration, applied_by_default
 from trl_tract.files.blocks import BlockLog, Record, Report
+from trl_tract.files.crew import Crew
 from trl_tract.files.fingerprint import made_by
 from trl_tract.files.journal import (
     JsonlRows,
@@ -33,7 +35,9 @@ from trl_tract.judge.judge import CoTRAILJudge
 from trl_tract.judge.judgement import Judgement
 from trl_tract.rows.golds import read_golds
 from trl_tract.rows.row import REFUSED
+from trl_tract.runs.away import AwayBackend, AwayDistill
 from trl_tract.runs.launching import Launch
+from trl_tract.runs.ray_crew import ray_crew
 from trl_tract.runs.train_steps import RLStep, TrainStep
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.scale import Scale, read_scales
@@ -55,6 +59,8 @@ class DistillStep:
         settings: Arguments of CoTSelfDistill.
         backend: Arguments of `make_backend`: `name`, and what that backend takes.
         shard: `i/n`, this job's share of the rows; None: this process's share under a launcher.
+        engine: `ray`: the blocks are done by the workers of a Ray cluster; `local`: by this process.
+        workers: Of Ray; None: one for each GPU, or each machine.
     """
 
     kind: ClassVar[str] = "distill"
@@ -64,15 +70,37 @@ class DistillStep:
     settings: dict[str, Any] = field(default_factory=dict)
     backend: dict[str, Any] = field(default_factory=dict)
     shard: str | None = None
+    engine: str = "local"
+    workers: int | None = None
 
     def run(self) -> Path | None:
         """Generate, or go on generating; the stage-two rows, or None if other shards still have to be done."""
         JudgeConfig.load(self.model)  # what is missing is said before the weights are loaded
         shard = Shard.parse(self.shard) if self.shard else None
-        distiller = CoTSelfDistill.from_pretrained(
-            self.model, make_backend(self.model, **self.backend), **self.settings
-        )
-        return distiller.distill_file(self.data, self.output_dir, shard=shard)
+        if self.engine == "local":
+            return self._distiller(self.make_backend()).distill_file(self.data, self.output_dir, shard=shard)
+        tokenizer = load_tokenizer(self.model, self.backend.get("revision"))
+        away = AwayBackend(tokenizer, self.model, self.backend.get("name", "transformers"))
+        distiller = AwayDistill.from_pretrained(self.model, away, **self.settings)  # type: ignore[arg-type]
+        rendered = distiller.settle(JsonlRows(Path(self.data)))
+        known = distiller.made_with()
+        step = replace(self, settings={**self.settings, **rendered})
+        with ray_crew(step.crew, known, workers=self.workers, backend=self.backend, say=say_now) as crew:
+            away.hire(crew, known)
+            return distiller.distill_file(self.data, self.output_dir, shard=shard)
+
+    def make_backend(self) -> Backend:
+        """The model, loaded."""
+        return make_backend(self.model, **self.backend)
+
+    def crew(self) -> Crew:
+        """This process, with the model loaded."""
+        backend = self.make_backend()
+        distiller = self._distiller(backend)
+        return Crew(distiller.block, distiller.made_with(), backend.max_calls, backend.cancel)
+
+    def _distiller(self, backend: Backend) -> CoTSelfDistill:
+        return CoTSelfDistill.from_pretrained(self.model, backend, **self.settings)
 
 
 @dataclass
@@ -127,6 +155,8 @@ class JudgeStep:
             trained as one; None: the model is a judge.
         shard: `i/n`, this job's share of the rows; None: this process's share under a launcher.
         block_size: Items that are judged together and then written to disk.
+        engine: `ray`: the blocks are done by the workers of a Ray cluster; `local`: by this process.
+        workers: Of Ray; None: one for each GPU, or each machine.
     """
 
     kind: ClassVar[str] = "judge"
@@ -139,35 +169,20 @@ class JudgeStep:
     asked_like: str | None = None
     shard: str | None = None
     block_size: int = 64
+    engine: str = "local"
+    workers: int | None = None
 
     def run(self) -> Path | None:
         """Judge, or go on judging; the judgements, or None if other shards still have to be done."""
-        settings = dict(self.settings)
-        if self.untrained:
-            scales = read_scales(settings)
-        else:
-            # What is missing is said before the directory is claimed for this model.
-            config = JudgeConfig.load(self.asked_like or self.model)
-            scales = config.scales
-            if scales[0].name:
-                settings.setdefault("aspects", {scale.name: scale.to_dict() for scale in scales})
-            else:
-                settings.setdefault("score_values", list(scales[0].grid.values))
-        if settings.get("recalibrate") is None:
-            settings.pop("recalibrate", None)
-            if not self.untrained and applied_by_default(self.model, self.backend.get("revision")):
-                settings["recalibrate"] = True
-        if settings.get("recalibrate"):
-            settings["recalibration"] = _recalibrations(self.model, self.backend.get("revision"), scales)
-        engine = settings_that_count(self.backend)
-        name = self.backend.get("name", "transformers")
         # Files are looked at before they are loaded, and a finished result without loading them; a server can be asked.
-        backend = make_backend(self.model, **self.backend) if name == "server" else None
+        is_server = self.backend.get("name") == "server"
+        backend = self.make_backend() if is_server and self.engine == "local" else None
+        scales, made_with = self._scales(), self._made_with(backend)
         directory = Path(self.output_dir)
         final = directory / "judgements.jsonl"
         log = BlockLog(
             directory,
-            {**settings, **engine, "model": self.model, "backend": name, **made_by(backend, self.model)},
+            made_with,
             "judging",
             rows=KnownRows(JsonlRows(Path(self.data)), lambda row, number: _references(row, number, scales)),
             block_size=self.block_size,
@@ -175,29 +190,67 @@ class JudgeStep:
         )
         if log.finished:
             return final
-        backend = backend or make_backend(self.model, **self.backend)
+
+        def write(records: Iterator[Record]) -> None:
+            write_jsonl(final, records)
+
+        with (
+            nullcontext(self.crew(backend))
+            if self.engine == "local"
+            else ray_crew(self.crew, made_with, workers=self.workers, backend=self.backend, say=say_now)
+        ) as crew:
+            done = log.run(crew.do, write, (final.name,), max_calls=crew.max_calls, cancel=crew.cancel)
+        return final if done else None
+
+    def make_backend(self) -> Backend:
+        """The model, loaded."""
+        return make_backend(self.model, **self.backend)
+
+    def crew(self, backend: Backend | None = None) -> Crew:
+        """This process, with the model loaded."""
+        backend = backend or self.make_backend()
+        made_with, scales = self._made_with(backend), self._scales()
         if self.untrained:
             judge = CoTRAILJudge(backend, **self.settings)
         elif self.asked_like is not None:
             backend.tokenizer = load_tokenizer(self.asked_like)  # with the template that rows were made with
-            judge = CoTRAILJudge.from_config(config, backend, **self.settings)
+            judge = CoTRAILJudge.from_config(JudgeConfig.load(self.asked_like), backend, **self.settings)
         else:
-            judge = CoTRAILJudge.from_pretrained(
-                self.model, backend, **{**self.settings, "recalibrate": settings.get("recalibrate", False)}
-            )
+            recalibrate = made_with.get("recalibrate", False)
+            judge = CoTRAILJudge.from_pretrained(self.model, backend, **{**self.settings, "recalibrate": recalibrate})
 
-        def work(rows: list[Any], first: int, report: Report) -> list[Record]:
+        def do(rows: list[Any], first: int, report: Report) -> list[Record]:
             judgements = judge.judge(rows, on_progress=report)
             return [
                 _record(row, _references(row, number, scales), judgement, scales) | {"backend": backend.name}
                 for number, (row, judgement) in enumerate(zip(rows, judgements, strict=True), start=first)
             ]
 
-        def write(records: Iterator[Record]) -> None:
-            write_jsonl(final, records)
+        return Crew(do, made_with, backend.max_calls, backend.cancel)
 
-        cancel = backend.cancel
-        return final if log.run(work, write, (final.name,), max_calls=backend.max_calls, cancel=cancel) else None
+    def _scales(self) -> tuple[Scale, ...]:
+        if self.untrained:
+            return read_scales(self.settings)
+        # What is missing is said before the directory is claimed for this model.
+        return JudgeConfig.load(self.asked_like or self.model).scales
+
+    def _made_with(self, backend: Backend | None) -> dict[str, Any]:
+        """All that judgements depend on, as settings; of a backend whose files tell, the files are asked."""
+        settings, scales, revision = dict(self.settings), self._scales(), self.backend.get("revision")
+        if not self.untrained and scales[0].name:
+            settings.setdefault("aspects", {scale.name: scale.to_dict() for scale in scales})
+        elif not self.untrained:
+            settings.setdefault("score_values", list(scales[0].grid.values))
+        if settings.get("recalibrate") is None:
+            settings.pop("recalibrate", None)
+            if not self.untrained and applied_by_default(self.model, revision):
+                settings["recalibrate"] = True
+        if settings.get("recalibrate"):
+            settings["recalibration"] = _recalibrations(self.model, revision, scales)
+        name = self.backend.get("name", "transformers")
+        asked = backend if name == "server" else None
+        engine = settings_that_count(self.backend)
+        return {**settings, **engine, "model": self.model, "backend": name, **made_by(asked, self.model)}
 
 
 Step = TrainStep | RLStep | BootstrapStep | DistillStep | JudgeStep
