@@ -146,6 +146,16 @@ def _python(arguments: list[str]) -> None:
         assert read, f"{arguments[0]} does not parse its arguments with argparse"
 
 
+def _bash(arguments: list[str]) -> None:
+    """A script of ours: what its parts (`part NAME SECONDS SCRIPT OPTIONS`) start takes its options."""
+    text = (ROOT / arguments[0]).read_text(encoding="utf-8").replace("\\\n", " ")
+    text = text.replace("$here", str(Path(arguments[0]).parent)).replace("$minutes", "1")
+    parts = re.findall(r"^ *part \w+ \d+ (.*)$", text, re.MULTILINE)
+    assert parts
+    for part in parts:
+        _python(shlex.split(part))
+
+
 @contextlib.contextmanager
 def stopped_by_its_parser(script: Path, arguments: Sequence[str]) -> Iterator[bool]:
     """Run the `main` of a script up to the point where its arguments are parsed."""
@@ -185,6 +195,7 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "accelerate": _accelerate,
     "torchrun": _torchrun,
     "pip": _pip,
+    "bash": _bash,
     "python": _python,
     "python3": _python,
     "pytest": _nothing,
