@@ -297,6 +297,16 @@ def test_intervals_come_by_question_and_by_item(chosen):
     assert rmse["by_question"]["low"] != rmse["by_item"]["low"]
 
 
+def test_some_rows_are_done_and_shown_by_themselves(chosen, replication, capsys):
+    arguments = [str(chosen.config), "--output_dir", str(chosen.out), "--rows", "mean", "raft-direct"]
+    replication.replicate.main(arguments)
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["row"] for row in last["tests"]["unseen"]["rows"]] == ["mean", "raft-direct"]
+    replication.replicate.main([*arguments[:3], "--table_only"])  # the others are still there
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["row"] for row in last["tests"]["unseen"]["rows"]] == ["mean", "ridge", "raft-direct"]
+
+
 def test_mean_and_ridge_by_hand_on_ten_items(replication):
     rng = np.random.default_rng(0)
     features, gold, wanted = rng.normal(size=(10, 3)), rng.uniform(size=10), rng.normal(size=(10, 3))

