@@ -52,7 +52,10 @@ def __getattr__(name: str) -> Any:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several workers: a file belongs to one of them, and all that starts processes to one of them."""
+    """With several workers: a file belongs to one of them, and all that starts processes to one of them.
+
+    The tests of templates, which share nothing, go one by one to whoever has time: they come last and take the longest.
+    """
     if config.getvalue("dist") != "load":
         return None
     from xdist.scheduler import LoadScopeScheduling
@@ -60,6 +63,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file, *_, test = nodeid.partition("[")[0].split("::")
+            if file.startswith("tests/test_template"):
+                return nodeid
             return "process" if {test, "pytestmark"} & _marked(config.rootpath / file) else file
 
     config.option.loadscopereorder = False
