@@ -22,6 +22,7 @@ from trl_tract.files.checkpoints import last_complete_checkpoint
 from trl_tract.rows.template import Template, TemplateSettings
 from trl_tract.rows.tokens import resolve_asked
 from trl_tract.scale.scale import Scale, read_scales
+from trl_tract.training.resuming import checkpoint_of, save_objective
 from trl_tract.training.rollouts import as_rollout
 
 TOKENIZER = enumerable_tokenizer()
@@ -215,6 +216,30 @@ def test_what_cannot_be_made_right_is_refused(settings):
 def test_arguments_that_replace_the_reward_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match=name):
         REALTrainer(enumerable_model(), REALConfig(str(tmp_path), **REAL), **{name: []})
+
+
+def test_fewer_rows_than_an_update_takes_are_refused(tmp_path):
+    # 8 rationales an update, 4 of each prompt: two prompts.
+    with pytest.raises(ValueError, match="1 rows"):
+        make(tmp_path, rows=PLAIN_ROWS[:1])
+
+
+def test_rows_of_messages_are_told_what_is_needed(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "a"}], "score": 1.0}] * 4
+    with pytest.raises(ValueError, match="columns messages, score"):
+        make(tmp_path, rows=rows)
+
+
+def test_a_reference_needs_a_model_that_can_be_loaded_again(tmp_path):
+    with pytest.raises(ValueError, match="beta"):
+        make(tmp_path, beta=0.1)
+
+
+def test_a_checkpoint_is_not_gone_on_from_with_another_beta(tmp_path):
+    before, now = (REALConfig(str(tmp_path), **{**REAL, "beta": beta}) for beta in (0.0, 0.1))
+    save_objective(tmp_path, before, None, None)
+    with pytest.raises(ValueError, match="beta"):
+        checkpoint_of(str(tmp_path), now, None)
 
 
 def test_rows_without_a_gold_score_are_dropped_if_asked_to(tmp_path):

@@ -226,4 +226,5 @@ _OBJECTIVE = (
     "loss_type",
     "num_generations",
     "temperature",
+    "beta",
 )

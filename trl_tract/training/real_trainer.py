@@ -21,7 +21,7 @@ from trl_tract.rows.rendering import RenderedRow
 from trl_tract.rows.template import Asked
 from trl_tract.rows.tokens import asked_ids
 from trl_tract.saved.judge_config import JudgeConfig
-from trl_tract.training.adapters import check_adapters, mark_base
+from trl_tract.training.adapters import mark_base
 from trl_tract.training.early_warnings import RolloutWarnings
 from trl_tract.training.judge_trainer import KeepsJudge
 from trl_tract.training.losses import ScoreTerms, score_terms
@@ -36,7 +36,7 @@ from trl_tract.training.real_losses import (
 from trl_tract.training.real_metrics import RolloutMetrics
 from trl_tract.training.rollouts import Rollout, as_rollout, grouped, marker_stop, score_places
 from trl_tract.training.score_head import add_score_head
-from trl_tract.training.starting import checked_rows, find_judge, load_policy, policy_tokenizer
+from trl_tract.training.starting import check_start, checked_rows, find_judge, load_policy, policy_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -96,9 +96,9 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
                 f"{min(unknown)}: REALTrainer's reward is the judge's own error, behind one rationale a turn. Leave it "
                 "out"
             )
-        check_adapters(model, kwargs.get("peft_config"))
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
         args = REALConfig.from_args(args, name.rstrip("/").split("/")[-1] or "model")
+        check_start(model, name, args, kwargs.get("peft_config"))
         if processing_class is None:
             processing_class = policy_tokenizer(name, (args.model_init_kwargs or {}).get("revision"))
         self._given_rows = train_dataset

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl.data_utils import get_dataset_column_names
@@ -20,6 +21,7 @@ from trl_tract.rows.tokens import asked_ids, resolve_asked
 from trl_tract.saved.judge_config import FILE_NAME, JudgeConfig
 from trl_tract.scale.scale import Scale
 from trl_tract.scale.text import ScoreNotFoundError
+from trl_tract.training.adapters import check_adapters
 from trl_tract.training.real_config import REALConfig
 from trl_tract.training.resuming import settings_of
 
@@ -27,6 +29,27 @@ logger = logging.get_logger(__name__)
 
 _LOOKED_AT = 1000  # rows that show how scores are written
 _Rows: TypeAlias = Dataset | IterableDataset
+
+
+def check_start(model: Any, name: str, args: REALConfig, peft_config: PeftConfig | None) -> None:
+    """Refuse adapters that cannot be trained, and a reference model that cannot be loaded.
+
+    Args:
+        model: What the trainer is given.
+        name: Directory or hub id that it came from; empty for one that was made in memory.
+        args: Whose `beta` needs a reference.
+        peft_config: Of an adapter that is to be put on the model.
+
+    Raises:
+        ValueError: See `check_adapters`; or the model has no name to load the reference by.
+    """
+    check_adapters(model, peft_config)
+    # Of an adapter, the reference is its base, or a copy of it.
+    if args.beta and not name and peft_config is None and not isinstance(model, PeftModel):
+        raise ValueError(
+            f"beta={args.beta:g} compares with a reference model, which is loaded from where the model came from, and "
+            "this one was made in memory. Save it and give its directory, or leave beta out"
+        )
 
 
 def policy_tokenizer(model_id: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -69,6 +92,7 @@ def find_judge(
         ValueError: `args` contradict what the model was trained with, or the judge is of a kind that this stage
             cannot train.
     """
+    _check_columns(rows, "train")
     saved = _saved(model_id, (args.model_init_kwargs or {}).get("revision"))
     if saved is not None:
         if len(saved.scales) > 1:
@@ -148,14 +172,9 @@ def checked_rows(
         dataset_name: For messages.
 
     Raises:
-        ValueError: There are such rows and `invalid_rows` is `raise`, or no other rows.
+        ValueError: There are such rows and `invalid_rows` is `raise`, or too few others.
     """
-    columns = get_dataset_column_names(rows) or []
-    if columns and not ({"prompt"} <= set(columns) and {"score", "completion"} & set(columns)):
-        raise ValueError(
-            f"the {dataset_name} dataset has the columns {', '.join(sorted(columns))}: pass rows with `prompt` and "
-            "`score`"
-        )
+    _check_columns(rows, dataset_name)
     longest = None if room is None else room - int(args.max_completion_length or 0)
     if isinstance(rows, IterableDataset):
         return rows if args.invalid_rows == "raise" else _kept(template, scale, longest, rows, dataset_name)
@@ -168,6 +187,13 @@ def checked_rows(
             kept.append(number)
         else:
             refused.append((row.get(ROW_NUMBER, number), *found, 0))
+    # The host draws whole updates, and would end without any.
+    together = args.generation_batch_size // args.num_generations if dataset_name == "train" else 0
+    if kept and len(kept) < together:
+        raise ValueError(
+            f"{len(kept)} rows are left to train on, and an update takes {together}: lower "
+            "per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation, or raise num_generations"
+        )
     if not refused:
         return rows
     summary = refusal_summary(refused, len(rows), dataset_name, None)
@@ -178,6 +204,15 @@ def checked_rows(
     summary = refusal_summary(refused, len(rows), dataset_name, None, fix=False)
     logger.warning(f"Continuing without them: {summary}")
     return rows.select(kept)
+
+
+def _check_columns(rows: _Rows, dataset_name: str) -> None:
+    columns = get_dataset_column_names(rows) or []
+    if columns and not ({"prompt"} <= set(columns) and {"score", "completion"} & set(columns)):
+        raise ValueError(
+            f"the {dataset_name} dataset has the columns {', '.join(sorted(columns))}: pass rows with `prompt` and "
+            "`score`"
+        )
 
 
 def _kept(template: Template, scale: Scale, longest: int | None, rows: IterableDataset, name: str) -> IterableDataset:
