@@ -1,6 +1,7 @@
 """Judging held-out items in training: what is logged is what the finished judge says, and training does not notice."""
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,22 @@ def test_where_many_items_have_no_score_there_is_no_rmse(tmp_path):
     found = trainer_with(tmp_path, JudgeEvalCallback(max_new_tokens=2, max_attempts=1)).evaluate()
     assert found["eval_judge/failed"] == 1
     assert math.isnan(found["eval_judge/rmse"])
+
+
+def test_it_is_said_where_no_evaluation_made_a_best_checkpoint(tmp_path, caplog):
+    best = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+    metric = {"metric_for_best_model": "judge/rmse", "max_steps": 1}
+    judging = JudgeEvalCallback(max_new_tokens=2, max_attempts=1)
+    with caplog.at_level(logging.WARNING, logger="trl_tract"):
+        trainer_with(tmp_path, judging, **best, **metric).train()
+    said = [record.getMessage() for record in caplog.records if record.name == "trl_tract.training.judge_eval"]
+    assert [line.split()[:3] for line in said[-2:]] == [["6", "of", "6"], ["judge/rmse", "was", "NaN"]]
+
+
+@pytest.mark.parametrize("metric", ["judge/rmse", "eval_judge/mae"])
+def test_a_best_checkpoint_by_judging_needs_items_to_judge(tmp_path, metric):
+    with pytest.raises(ValueError, match="judge_eval_items"):
+        trainer_with(tmp_path, metric_for_best_model=metric).train()
 
 
 def test_each_aspect_has_its_own_figures(tmp_path):

@@ -10,14 +10,14 @@ import pytest
 import scipy.stats
 import torch
 from conftest import PLAIN, make_model, make_rows, make_tokenizer, make_trainer
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
-from trl_tract import REALConfig, TRACTConfig, TRACTTrainer
+from trl_tract import REALConfig, REALTrainer, TRACTConfig, TRACTTrainer
 from trl_tract.saved.judge_config import JudgeConfig
 
 TOKENIZER = make_tokenizer()
@@ -521,3 +521,17 @@ def test_on_a_cpu_a_step_has_a_tile_of_logits_at_once(tmp_path):
     with Sizes() as sizes:
         trainer.compute_loss(trainer.model, batch)
     assert sizes.largest <= 2**20 < labelled * 32_768
+
+
+@pytest.mark.parametrize("splits", [False, True])
+@pytest.mark.parametrize("trainer", [TRACTTrainer, REALTrainer])
+def test_what_is_no_dataset_is_refused_in_words(trainer, splits):
+    rows = DatasetDict(train=Dataset.from_list(make_rows(2))) if splits else make_rows(2)
+    with pytest.raises(TypeError, match="train dataset"):
+        trainer(make_model(), train_dataset=rows, processing_class=make_tokenizer())
+
+
+def test_a_list_is_no_dataset_to_evaluate_on(tmp_path):
+    trainer = make_trainer(tmp_path, make_rows(2), eval_dataset=Dataset.from_list(make_rows(2)))
+    with pytest.raises(TypeError, match="eval dataset"):
+        trainer.evaluate(make_rows(2))

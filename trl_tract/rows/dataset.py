@@ -124,6 +124,23 @@ def _count_ways(
         )
 
 
+def check_dataset(dataset: Any, dataset_name: str) -> None:
+    """Refuse what is no dataset, or an empty one.
+
+    Raises:
+        TypeError: It is something else, such as a list of rows, or all splits at once.
+        ValueError: It holds no rows.
+    """
+    if isinstance(dataset, Mapping):
+        splits = ", ".join(map(repr, dataset))
+        raise TypeError(f"the {dataset_name} dataset has several splits: take one of {splits}, as in dataset['train']")
+    if not isinstance(dataset, Dataset | IterableDataset):
+        kind = type(dataset).__name__
+        raise TypeError(f"the {dataset_name} dataset is a {kind}: make it a Dataset, as in Dataset.from_list(rows)")
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"the {dataset_name} dataset is empty")
+
+
 def check_columns(columns: Sequence[str], needed: Sequence[str], dataset_name: str) -> None:
     """Refuse datasets that cannot hold a judge's rows, and say what would; tokenised ones have the columns `needed`."""
     understood = (

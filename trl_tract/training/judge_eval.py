@@ -5,6 +5,8 @@ Knows the judge and what the trainer holds; knows nothing of losses.
 
 import inspect
 import itertools
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -119,9 +121,10 @@ class JudgeEvalCallback(TrainerCallback):
         own = judge.judge(rows[rank::processes], on_progress=silent)
         numbers = range(rank, len(rows), processes)
         names = [scale.name for scale in judge.scales]
-        judged = dict(
-            gather_object([(number, _figures(each, names)) for number, each in zip(numbers, own, strict=True)])
-        )
+        told = [(number, _figures(each, names), each.error) for number, each in zip(numbers, own, strict=True)]
+        outcomes = gather_object(told)
+        judged = {number: figures for number, figures, _ in outcomes}
+        self._tell_of([error for _, _, error in outcomes if error], len(rows), dataset)
         table = np.array([judged[number] for number in range(len(rows))])  # (n, A, 2): score and grid mass
         found: dict[str, float] = {}
         for column, name in enumerate(names):
@@ -129,6 +132,25 @@ class JudgeEvalCallback(TrainerCallback):
             figures = _agreement(table[:, column, 0], gold[:, column], table[:, column, 1])
             found |= {f"judge/{figure}{behind}": value for figure, value in figures.items()}
         return found
+
+    def _tell_of(self, errors: Sequence[str], count: int, dataset: str | None) -> None:
+        if len(errors) < MANY_FAILED * count:
+            return
+        reason, times = Counter(errors).most_common(1)[0]
+        of = f" of {dataset}" if dataset else ""
+        logger.warning(
+            f"{len(errors)} of {count} judged items{of} have no score ({times} of them: {reason}), so eval_judge/rmse "
+            "and its like are NaN: this evaluation makes no best checkpoint, and counts as none for early stopping. "
+            "Raise max_new_tokens in judge_eval_settings, or evaluate later (eval_delay)"
+        )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say so where no checkpoint was the best, and the last one therefore stays."""
+        metric = args.metric_for_best_model or ""
+        if args.load_best_model_at_end and is_judged(metric) and state.best_model_checkpoint is None:
+            logger.warning(
+                f"{metric} was NaN at every evaluation: the model is that of the last step, not the best one"
+            )
 
     def _part_of(self, rows: Any, trainer: Any, name: str) -> Any:
         """Some rows of an evaluation set: evenly spaced, or the first of a stream."""
@@ -152,6 +174,25 @@ def prepare_judging(trainer: Any) -> None:
         trainer.add_callback(JudgeEvalCallback(num_items=trainer.args.judge_eval_items, **settings))
     for callback in _callbacks(trainer):
         callback.check(trainer)
+
+
+def is_judged(metric: str) -> bool:
+    """Whether a metric is one of those that come from judging: `judge/rmse`, with or without `eval_` before it."""
+    return re.match(r"(?:\w+_)?judge/", metric) is not None
+
+
+def check_metric(trainer: Any) -> None:
+    """Refuse to choose the best checkpoint by judging where nothing is judged: the host would find out much later.
+
+    Raises:
+        ValueError: It is so.
+    """
+    metric = trainer.args.metric_for_best_model or ""
+    if is_judged(metric) and not _callbacks(trainer):
+        raise ValueError(
+            f"metric_for_best_model={metric!r} comes from judging held-out rows, and none are judged: set "
+            "judge_eval_items=64, or add a JudgeEvalCallback"
+        )
 
 
 def judged_now(trainer: Any, eval_dataset: Any, prefix: str) -> dict[str, float]:

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from trl.data_utils import get_dataset_column_names
 
 from trl_tract.backends.loading import adapter_config, check_model, load, load_tokenizer, tokenizer_id
-from trl_tract.rows.dataset import find_scales, refusal_summary
+from trl_tract.rows.dataset import check_dataset, find_scales, refusal_summary
 from trl_tract.rows.golds import mean_golds
 from trl_tract.rows.rendering import asks_in_chat, settled
 from trl_tract.rows.row import ROW_NUMBER
@@ -178,8 +178,6 @@ def checked_rows(
     longest = None if room is None else room - int(args.max_completion_length or 0)
     if isinstance(rows, IterableDataset):
         return rows if args.invalid_rows == "raise" else _kept(template, scale, longest, rows, dataset_name)
-    if len(rows) == 0:
-        raise ValueError(f"the {dataset_name} dataset is empty")
     refused, kept = [], []
     for number, row in enumerate(rows):
         found = problem_of(template, scale, longest, row)
@@ -207,6 +205,7 @@ def checked_rows(
 
 
 def _check_columns(rows: _Rows, dataset_name: str) -> None:
+    check_dataset(rows, dataset_name)
     columns = get_dataset_column_names(rows) or []
     if columns and not ({"prompt"} <= set(columns) and {"score", "completion"} & set(columns)):
         raise ValueError(

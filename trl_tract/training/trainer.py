@@ -1,7 +1,7 @@
 """TRACTTrainer: what SFTTrainer does differently for TRACT, and nothing else. Knows nothing of generation."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names, pack_dataset
 
 from trl_tract.backends.branches import attention_cost, several_tokens, why_not_one_forward
-from trl_tract.rows.dataset import ScoreCollator, check_columns, find_scales, prepare_rows, score_mask
+from trl_tract.rows.dataset import ScoreCollator, check_columns, check_dataset, find_scales, prepare_rows, score_mask
 from trl_tract.rows.encoding import (
     ASPECT_COLUMN,
     Encoder,
@@ -34,7 +34,7 @@ from trl_tract.training.adapters import mark_base
 from trl_tract.training.arguments import check_arguments
 from trl_tract.training.config import TRACTConfig
 from trl_tract.training.early_warnings import EarlyWarnings
-from trl_tract.training.judge_eval import judged_now, prepare_judging
+from trl_tract.training.judge_eval import check_metric, judged_now, prepare_judging
 from trl_tract.training.judge_trainer import KeepsJudge
 from trl_tract.training.losses import score_terms
 from trl_tract.training.resuming import settings_of
@@ -101,8 +101,12 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
             raise ValueError(
                 "skip_prepare_dataset in dataset_kwargs skips the step that finds the scores. Leave it out"
             )
-        if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
-            raise ValueError("the train dataset is empty")
+        if train_dataset is not None:
+            check_dataset(train_dataset, "train")
+        several = isinstance(eval_dataset, Mapping) and not isinstance(eval_dataset, Dataset)
+        for name, rows in (eval_dataset if several else {"eval": eval_dataset}).items():
+            if rows is not None:
+                check_dataset(rows, name)
         self._given_rows, self.given_eval_rows = train_dataset, eval_dataset
         self.scales = args.scales  # their tokens are looked up in the rows
         self.judge_config: JudgeConfig | None = None
@@ -161,8 +165,7 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
         formatting_func: Any,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        if isinstance(dataset, Dataset) and len(dataset) == 0:
-            raise ValueError(f"the {dataset_name} dataset is empty")
+        check_dataset(dataset, dataset_name)
         columns = get_dataset_column_names(dataset)
         check_columns(columns, self._columns, dataset_name)
         if self.judge_config is None:
@@ -316,8 +319,10 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
         """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.
 
         Raises:
-            ValueError: There is none, or it was trained on other scores or with other weights of the loss.
+            ValueError: There is none, or it was trained on other scores or with other weights of the loss; or the best
+                checkpoint is to be found by judging, and nothing is judged.
         """
+        check_metric(self)
         self._warn(self._early_warnings.at_start())
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
