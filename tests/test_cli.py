@@ -96,6 +96,12 @@ def test_known_columns_may_be_missing_and_other_ones_be_named(folder, tmp_path):
     assert "score" not in row
 
 
+def test_what_came_out_is_said_where_there_are_no_gold_scores(folder, tmp_path, capsys):
+    (tmp_path / "new.csv").write_text("question,answer\nwhy,because\nwhen,now\n")
+    judged_rows(folder, tmp_path / "out", tmp_path / "new.csv")
+    assert "of 2 rows have a score" in capsys.readouterr().out
+
+
 def test_a_template_that_is_put_on_a_base_model_is_trained_and_judged_with(folder, tmp_path, capsys):
     make_model().save_pretrained(tmp_path / "base")
     make_tokenizer(chat=False).save_pretrained(tmp_path / "base")

@@ -187,6 +187,11 @@ def test_a_body_that_is_no_request_is_refused_in_words(server, body, status):
     assert len(told["error"]["message"].split()) > 3
 
 
+def test_a_field_that_an_item_has_not_is_answered_with_those_it_has(server):
+    message = server.ask({"question": "Why?", "student_answer": "Because."})[1]["error"]["message"]
+    assert "prompt, response, instruction, reference, seed" in message
+
+
 def test_a_refusal_does_not_repeat_what_was_sent(server):
     status, told, _ = server.ask({"prompt": {"x": "secret"}, "y" * 3000: 1})
     assert status == 422

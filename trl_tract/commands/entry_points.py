@@ -305,7 +305,11 @@ def _judge(arguments: Sequence[str]) -> int:
             for scale in judged.scales.values():
                 if len(scale.items):
                     reporting.print_report(rows.model, scale, scale.report())
-        print(f"The judgements are in {written}")
+                else:
+                    reporting.print_scores(rows.model, scale)
+        print(
+            f"The judgements are in {written}, a line for each {'response' if judged.holds_pairs else 'row'}, in order"
+        )
     return 0
 
 

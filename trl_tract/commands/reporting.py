@@ -77,6 +77,17 @@ def print_report(name: str, scale: "JudgedScale", report: "ScoreReport") -> None
     print()
 
 
+def print_scores(name: str, scale: "JudgedScale") -> None:
+    """Print what came out where there are no gold scores to compare with."""
+    scores = [score for score in scale.score.tolist() if score == score]
+    line = f"{scale.called(name)}: {len(scores):,} of {len(scale.score):,} rows have a score"
+    if scores:
+        line += f", from {min(scores):.2f} to {max(scores):.2f}, mean {sum(scores) / len(scores):.2f}"
+        line += f", grid mass {scale.mean_grid_mass:.3f}"
+    print(line)
+    print_errors(scale.errors)
+
+
 def print_errors(errors: Mapping[str, int]) -> None:
     """Print why items have no score."""
     for reason, count in errors.items():

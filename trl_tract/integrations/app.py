@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 from trl_tract import __version__
 from trl_tract.integrations.batcher import Batcher, Closed, QueueFull
-from trl_tract.integrations.forms import TAGS, Answer, ChatRequest, OneOrMany, answer
+from trl_tract.integrations.forms import TAGS, Answer, ChatRequest, Item, OneOrMany, answer
 from trl_tract.integrations.gate import Gate, Refusal, as_json, error_body
 from trl_tract.judge.judge import CoTRAILJudge, Judgement
 from trl_tract.rows.row import Row
@@ -241,6 +241,8 @@ def _in_words(error: RequestValidationError) -> str:
             return 'the body is empty. Send JSON, such as {"prompt": "..."}'
         place = [str(part) for part in one["loc"][1:] if part not in TAGS]
         what = str(one["msg"]).removeprefix("Value error, ")
+        if one["type"] == "extra_forbidden":
+            what = f"there is no such field. An item has {', '.join(Item.model_fields)}"
         lines.append(f"{short('.'.join(place), 100)}: {what}" if place else what)
     more = len(error.errors()) - len(lines)
     return "; ".join(lines) + (f"; and {more} more" if more > 0 else "")
