@@ -51,8 +51,16 @@ def test_the_page_has_the_commands_that_are_run():
     assert len(COMMANDS) == 7  # two checks, a dry run, two runs (test_cli.py, test_recipe.py), two judges (test_cli.py)
 
 
+def test_scores_are_put_beside_the_rows_as_the_page_does(folder):
+    (folder / "new.csv").write_text("question,answer\nWhy?,Because.\nWhen?,Now.\n")
+    (folder / "judged").mkdir()
+    write_jsonl(folder / "judged" / "judgements.jsonl", [{"score": 3.5}, {"score": None}])
+    exec(blocks("python")[0], {})
+    assert (folder / "scored.csv").read_text() == "question,answer,score\nWhy?,Because.,3.5\nWhen?,Now.,\n"
+
+
 def test_python_of_the_page_runs(folder, monkeypatch):
-    (code,) = blocks("python")
+    _, code = blocks("python")
     make_trainer(folder / "my-judge" / "tract", make_rows(3, chat=True)).save_model()
     OwnColumns.parse([], "rubric.yaml").save(folder / "my-judge" / "tract")
     backend = ScriptedBackend(lambda *_: " Wrong. [RESULT]", make_tokenizer(), probs=lambda ids: [0.2] * 5)

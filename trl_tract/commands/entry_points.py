@@ -139,6 +139,7 @@ def _run(arguments: Sequence[str]) -> int:
         print(f"\n{name} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})\n{report}")
         reporting.print_errors(result.errors[name])
     print(f"\nThe judge is in {result.model}; all figures are in {training.output_dir}/report.json")
+    print(f"To judge other rows: trl-tract judge --model {result.model} --data FILE --output_dir DIRECTORY")
     return 0
 
 
