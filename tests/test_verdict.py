@@ -77,6 +77,22 @@ def test_a_judge_at_the_raters_level():
     assert found["at raters"].startswith("As close to the raters as they are to each other")
 
 
+@pytest.mark.parametrize("gap", [None, math.nan])
+def test_a_rater_who_gave_no_score_is_no_rater_of_the_item(gap):
+    gaps = [[*scores, gap] for scores in RATERS.tolist()]
+    assert kinds(TRUTH, raters=gaps) == kinds(TRUTH, raters=RATERS.tolist())
+
+
+@pytest.mark.parametrize("count", [1, MIN_UNITS - 1])
+def test_of_too_few_items_no_shift_is_spoken_of(count):
+    report = score_report(np.arange(count) + 2.0, np.arange(count) + 1.0)
+    assert "shifted" not in [finding.kind for finding in report.verdict]
+
+
+def test_a_judge_that_never_errs_on_gold_scores_that_are_all_the_same_has_no_shift():
+    assert [finding.kind for finding in score_report([3] * 6, [3] * 6).verdict] == ["one gold score"]
+
+
 def test_a_judge_below_and_one_above_the_raters_level():
     assert "below raters" in kinds(TRUTH + RNG.normal(0, 1.4, N), raters=RATERS.tolist())
     assert "above raters" in kinds(TRUTH, raters=RATERS.tolist())

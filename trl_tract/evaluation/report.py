@@ -173,8 +173,8 @@ def score_report(
         seed: The same seed gives the same intervals.
         grid: Admissible scores, for `qwk` and `accuracy`; None: the integers.
         rationales: What the judge wrote, in any order: the verdict counts how many differ.
-        raters: Each item's scores by people, rubric units, `(n,)` lists; None for an item without. The verdict compares
-            the judge with them, where several rated an item.
+        raters: Each item's scores by people, rubric units, `(n,)` lists; None for an item without, and None or NaN for
+            a rater who gave none. The verdict compares the judge with them, where several rated an item.
 
     Returns:
         The report; a metric that is undefined is NaN in it, and its interval with it. The interval alone is NaN where
@@ -197,6 +197,8 @@ def score_report(
     pairs = JudgedPairs(predicted[given], gold[given], values) if given.any() else None
     if raters is not None and len(raters) != len(gold):
         raise ValueError(f"raters has {len(raters)} items and references has {len(gold)}. Pass one list per item.")
+    if raters is not None:
+        raters = [None if scores is None else [each for each in scores if not _missing(each)] for scores in raters]
     intervals = _intervals(pairs, KINDS, int(given.sum()), codes, n_bootstrap, seed)
     return ScoreReport(
         **intervals,
@@ -346,6 +348,10 @@ def _given(predicted: Floats, name: str) -> npt.NDArray[np.bool_]:
     return given
 
 
+def _missing(value: Any) -> bool:
+    return bool(value is None or value != value)
+
+
 def _group_codes(groups: Iterable[Hashable] | None, given: npt.NDArray[np.bool_]) -> tuple[Ints | None, int | None]:
     """0, 1, ... for each group among the given items, in order of appearance, and how many there are."""
     if groups is None:
@@ -353,7 +359,7 @@ def _group_codes(groups: Iterable[Hashable] | None, given: npt.NDArray[np.bool_]
     listed = list(groups)
     if len(listed) != len(given):
         raise ValueError(f"groups has {len(listed)} items and references has {len(given)}. Pass one group per item.")
-    missing = [index for index, group in enumerate(listed) if group is None or group != group]
+    missing = [index for index, group in enumerate(listed) if _missing(group)]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(listed)} groups are missing (first: groups[{missing[0]}] is "

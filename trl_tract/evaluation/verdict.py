@@ -78,7 +78,7 @@ def verdict(
         None if few else _reversed(pearson),
         None if few else _beside_the_mean(standing, rmse),
         _spread(standing.spread),
-        _shift(standing, rmse),
+        None if few else _shift(standing, rmse),
         _rationales(standing),
         _raters(standing),
         None if few or n_groups is None else _groups(n_groups),
@@ -162,7 +162,7 @@ def _shift(standing: Standing, rmse: Interval) -> Finding | None:
     shift = standing.shift
     rest = max(rmse.value**2 - shift.value**2, 0)
     certain = not shift.low <= 0 <= shift.high  # also where it is the same for all items, and there is no interval
-    if not certain or shift.value**2 < rest or abs(shift.value) < 0.1 * standing.mean["rmse"]:
+    if not certain or shift.value**2 < rest or not shift.value or abs(shift.value) < 0.1 * standing.mean["rmse"]:
         return None
     return Finding(
         "shifted",
