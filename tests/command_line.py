@@ -149,6 +149,8 @@ def _python(arguments: list[str]) -> None:
 def _bash(arguments: list[str]) -> None:
     """A script of ours: what its parts (`part NAME SECONDS SCRIPT OPTIONS`) start takes its options."""
     text = (ROOT / arguments[0]).read_text(encoding="utf-8").replace("\\\n", " ")
+    if "#SBATCH" in text:
+        return  # tests/test_launching.py reads these
     text = text.replace("$here", str(Path(arguments[0]).parent)).replace("$minutes", "1")
     parts = re.findall(r"^ *part \w+ \d+ (.*)$", text, re.MULTILINE)
     assert parts
@@ -196,6 +198,7 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "torchrun": _torchrun,
     "pip": _pip,
     "bash": _bash,
+    "sbatch": _bash,
     "python": _python,
     "python3": _python,
     "pytest": _nothing,

@@ -6,7 +6,10 @@ import sys
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from command_line import PROGRAMS, commands_of
 from conftest import make_model, make_rows, make_tokenizer
+from pages import ROOT
 from safetensors.torch import load_file
 from tiny import unresolved
 
@@ -248,3 +251,16 @@ def test_a_run_by_two_processes_makes_the_files_and_the_update_of_one(tmp_path, 
     judged = [(folder / "judged-tract" / "judgements.jsonl").read_text().splitlines() for folder in made.values()]
     scores = [[json.loads(line)["score"] for line in lines] for lines in judged]
     assert scores[0] == scores[1]  # none: a random model does not come to its marker
+
+
+@pytest.mark.parametrize("script", ["slurm_array", "slurm_ray"])
+def test_a_cluster_s_script_runs_a_command_that_its_parser_takes(script, tmp_path):
+    code = (ROOT / "examples" / "cluster" / f"{script}.sh").read_text()
+    (command,) = commands_of(f"SLURM_ARRAY_TASK_COUNT=8\n{code}", tmp_path)
+    assert command[:2] == ["trl-tract", "judge"]
+    PROGRAMS["trl-tract"](command[1:])
+
+
+def test_the_example_for_two_machines_is_one_that_accelerate_reads():
+    config = load_config_from_file(str(ROOT / "examples" / "accelerate" / "two-machines.yaml"))
+    assert (config.num_machines, config.num_processes, config.machine_rank) == (2, 16, 0)

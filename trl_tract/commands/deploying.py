@@ -4,7 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from trl_tract.text.secrets import without_secrets
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from trl_tract.runs.launching import Launch
 
 
@@ -39,6 +43,13 @@ class ClusterArguments:
             "each GPU or machine, or as many as --num_processes says. RAY_ADDRESS says where the cluster is. Without "
             "it Ray is started on this machine.",
             "choices": ["local", "ray"],
+        },
+    )
+    export: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the result is brought as well: a .jsonl or .parquet file, as a path or an address that "
+            "fsspec knows, such as s3://bucket/judgements.parquet."
         },
     )
 
@@ -110,15 +121,32 @@ def for_generation(
     args: LaunchArguments, cluster: ClusterArguments, backend: Mapping[str, Any], shard: str | None
 ) -> tuple[dict[str, Any], "Launch"]:
     """A backend's options, and the processes that generate here: one where other jobs or machines do other shares."""
+    from trl_tract.files.export import check_target
     from trl_tract.runs.launching import Launch
     from trl_tract.runs.steps import spread
 
+    if cluster.export:
+        check_target(cluster.export)
     if cluster.engine != "local":
         return dict(backend), Launch(sees_all=True)
     alone = backend["name"] == "server" or (shard and args.num_processes is None)
     return spread(backend, Launch() if alone else Launch.planned(args.num_processes))
 
 
+def who(args: LaunchArguments, cluster: ClusterArguments) -> dict[str, Any]:
+    """Who does the blocks, as arguments of a step."""
+    return {"engine": cluster.engine, "workers": args.num_processes}
+
+
 def start_again(launch: "Launch", command: str, arguments: Sequence[str]) -> int:
     """The same command in each of several processes; the exit code of all."""
     return min(1, abs(launch.run("trl_tract.cli", [command, *arguments])))
+
+
+def deliver(cluster: ClusterArguments, result: "Path") -> None:
+    """Bring a result where it is wanted as well."""
+    from trl_tract.files.export import export
+
+    if cluster.export:
+        export(result, cluster.export)
+        print(f"The same is in {without_secrets(cluster.export)}")

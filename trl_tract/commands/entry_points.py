@@ -246,19 +246,12 @@ def _distill(arguments: Sequence[str]) -> int:
     needed = rows.on_failure == "keep_gold" or rows.keep_annotated
     given = source.training_rows(chat) if needed else source.rows(chat, lambda item: item.training or [item.reference])
     with rows_file(given) as data:
-        step = DistillStep(
-            rows.model,
-            str(data),
-            rows.output_dir,
-            settings,
-            backend,
-            shard=worker.shard,
-            engine=cluster.engine,
-            workers=processes.num_processes,
-        )
+        who = deploying.who(processes, cluster)
+        step = DistillStep(rows.model, str(data), rows.output_dir, settings, backend, worker.shard, **who)
         written = step.run()
     if written is not None and _is_first_process():
         print(f"{read_summary(Path(rows.output_dir))}\nThe stage-two rows are in {written}")
+        deploying.deliver(cluster, written)
     return 0
 
 
@@ -291,8 +284,7 @@ def _judge(arguments: Sequence[str]) -> int:
             backend,
             shard=worker.shard,
             block_size=worker.block_size,
-            engine=cluster.engine,
-            workers=processes.num_processes,
+            **deploying.who(processes, cluster),
         )
         written = step.run()
         if written is not None and _is_first_process():
@@ -311,6 +303,7 @@ def _judge(arguments: Sequence[str]) -> int:
         print(
             f"The judgements are in {written}, a line for each {'response' if judged.holds_pairs else 'row'}, in order"
         )
+        deploying.deliver(cluster, written)
     return 0
 
 

@@ -7,6 +7,7 @@ models.
 import hashlib
 import json
 import os
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -246,8 +247,13 @@ def guard(directory: Path, settings: Mapping[str, Any], what: str) -> None:
 
     Raises:
         FileExistsError: The directory holds another run, files that are not of a run, or a link.
-        ValueError: Its `settings.json` is damaged.
+        ValueError: It is an address, or its `settings.json` is damaged.
     """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(directory)):
+        raise ValueError(
+            f"{directory} is an address, and blocks need locks and names that change at once: give a directory of this "
+            "machine or of a shared file system. --export brings the result to an address"
+        )
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file: give a directory for the {what}")
     directory.mkdir(parents=True, exist_ok=True)

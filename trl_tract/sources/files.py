@@ -13,6 +13,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from trl_tract.files.addresses import Address, is_address
+from trl_tract.files.export import json_columns
+from trl_tract.text.secrets import without_secrets
+
 FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 BENCHMARKS = {
     "feedback-bench": "prometheus-eval/Feedback-Bench",
@@ -54,14 +58,14 @@ def read_records(source: str) -> Iterable[Record | ValueError]:
     """The records of a file, or of a hub dataset; in place of a line of JSONL that is none, what is wrong with it.
 
     Args:
-        source: A file (`.jsonl`; `.json` with a list of objects; `.csv` or `.tsv` with a header; `.parquet`), one of
-            `BENCHMARKS`, or a hub id. `ID:SPLIT` is a split other than `train`.
+        source: A file (`.jsonl`; `.json` with a list of objects; `.csv` or `.tsv` with a header; `.parquet`), here or
+            at an address that fsspec knows; one of `BENCHMARKS`, or a hub id. `ID:SPLIT` is a split other than `train`.
 
     Raises:
         FileNotFoundError: No such file, or no such dataset.
         ValueError: The file is of another kind, or a part of it cannot be read; the line is named.
     """
-    path = Path(source)
+    path: Any = Address(source) if is_address(source) else Path(source)
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv}
     readers[".parquet"] = _read_parquet
     kind = path.suffix.lower()
@@ -77,7 +81,8 @@ def read_records(source: str) -> Iterable[Record | ValueError]:
         kind = "a directory" if path.is_dir() else "not a supported file"
         raise ValueError(f"{source} is {kind}. Give one of {', '.join(FILES)}, not packed and in one file, or a hub id")
     if kind in FILES or source.startswith((".", "~", os.sep)) or source.count("/") > 1:
-        raise FileNotFoundError(f"{source}: no such file. It was looked for in {path.absolute().parent}")
+        place = "there" if is_address(source) else f"in {path.absolute().parent}"
+        raise FileNotFoundError(f"{without_secrets(source)}: no such file. It was looked for {place}")
     name = source.removesuffix("-bench") if source == "vicuna-bench" else source
     if name in _BENCHMARK_FILES:
         raise FileNotFoundError(
@@ -272,12 +277,14 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(path) as file:
+        with path.open("rb") as opened, ParquetFile(opened) as file:
             names = file.schema_arrow.names
             if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
                 raise ValueError(f"{path} has several columns called {twice[0]!r}: rename all but one")
+            as_json = json_columns(file.schema_arrow)
             for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist(maps_as_pydicts="strict")
+                for row in batch.to_pylist(maps_as_pydicts="strict"):
+                    yield row | {name: json.loads(row[name]) for name in as_json if row[name] is not None}
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
 
