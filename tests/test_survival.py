@@ -113,7 +113,7 @@ def test_a_bootstrap_killed_at_twenty_instants_ends_with_the_same_bytes(tmp_path
     # A random model comes to about 3 whatever it writes: the rows with 3 are found blind, the others shown.
     model = save_model(tmp_path / "model")
     data = tmp_path / "rows.jsonl"
-    rows = make_rows(40)
+    rows = make_rows(16)
     for row in rows[5:]:
         del row["completion"]
     write_jsonl(data, rows)
