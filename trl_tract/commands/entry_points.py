@@ -258,11 +258,9 @@ def _distill(arguments: Sequence[str]) -> int:
 def _judge(arguments: Sequence[str]) -> int:
     from trl_tract.backends.loading import load_tokenizer
     from trl_tract.files.journal import read_jsonl, write_jsonl
-    from trl_tract.runs.judged import Judged
     from trl_tract.runs.steps import JudgeStep
     from trl_tract.saved.judge_config import JudgeConfig
     from trl_tract.sources.door import Source, rows_file
-    from trl_tract.sources.preferences import pair_report
 
     rows, rules, columns, generation, engine, worker, processes, cluster = _parse("judge", arguments)
     backend, launch = deploying.for_generation(processes, cluster, engine.options(generation), worker.shard)
@@ -291,19 +289,7 @@ def _judge(arguments: Sequence[str]) -> int:
             # The report page shows the prompts, and the temporary file is about to go.
             write_jsonl(written.with_name("rows.jsonl"), read_jsonl(data))
     if written is not None and _is_first_process():
-        judged = Judged(rows.output_dir)
-        if judged.holds_pairs:
-            print(pair_report(judged.sides))
-        else:
-            for scale in judged.scales.values():
-                if len(scale.items):
-                    reporting.print_report(rows.model, scale, scale.report())
-                else:
-                    reporting.print_scores(rows.model, scale)
-        print(
-            f"The judgements are in {written}, a line for each {'response' if judged.holds_pairs else 'row'}, in order"
-        )
-        deploying.deliver(cluster, written)
+        reporting.print_judged(rows.model, rows.output_dir)
     return 0
 
 

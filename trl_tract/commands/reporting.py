@@ -77,6 +77,24 @@ def print_report(name: str, scale: "JudgedScale", report: "ScoreReport") -> None
     print()
 
 
+def print_judged(name: str, folder: str) -> None:
+    """Print what `trl-tract judge` ends with: agreement where gold scores are known, and where the judgements are."""
+    from trl_tract.runs.judged import Judged
+    from trl_tract.sources.preferences import pair_report
+
+    judged = Judged(folder)
+    if judged.holds_pairs:
+        print(pair_report(judged.sides))
+    else:
+        for scale in judged.scales.values():
+            if len(scale.items):
+                print_report(name, scale, scale.report())
+            else:
+                print_scores(name, scale)
+    unit = "response" if judged.holds_pairs else "row"
+    print(f"The judgements are in {judged.rows.path}, a line for each {unit}, in order")
+
+
 def print_scores(name: str, scale: "JudgedScale") -> None:
     """Print what came out where there are no gold scores to compare with."""
     scores = [score for score in scale.score.tolist() if score == score]
