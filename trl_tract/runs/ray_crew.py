@@ -275,13 +275,17 @@ def _own_environment() -> Iterator[None]:
 @contextmanager
 def _folder() -> Iterator[Path]:
     """A folder for Ray's sockets and logs, which goes away; those of processes that were killed go now."""
-    for left in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*.lock"):
-        with suppress(Timeout, OSError), FileLock(left, blocking=False):
-            shutil.rmtree(left.with_suffix(""), ignore_errors=True)
-            left.unlink()
-    folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
-    lock = folder.with_suffix(".lock")
+    place = Path(tempfile.gettempdir())
+    for left in place.glob(f"{_FOLDER}*"):
+        lock = Path(f"{left}.lock")
+        if left.is_dir():
+            with suppress(Timeout, OSError), FileLock(lock, blocking=False):  # who has it is alive
+                shutil.rmtree(left, ignore_errors=True)
+                lock.unlink()
+    folder = place / f"{_FOLDER}{secrets.token_hex(4)}"
+    lock = Path(f"{folder}.lock")
     with FileLock(lock):
+        folder.mkdir(mode=0o700)
         try:
             yield folder
         finally:
