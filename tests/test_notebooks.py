@@ -20,8 +20,8 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_there_are_the_six():
-    assert [name[:2] for name in READ] == ["01", "02", "03", "04", "05", "06"]
+def test_they_are_numbered_in_the_order_of_reading():
+    assert [name[:2] for name in READ] == [f"{number:02}" for number in range(1, 8)]
 
 
 @each

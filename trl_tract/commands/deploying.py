@@ -74,7 +74,7 @@ class ServeArguments:
     name: str | None = field(
         default=None, metadata={"help": "What /v1/models calls the judge. By default the last part of --model."}
     )
-    max_batch: int = field(default=16, metadata={"help": "Items judged together at most."})
+    max_batch: int = field(default=32, metadata={"help": "Items judged together at most."})
     max_queue: int = field(default=256, metadata={"help": "Items that may wait. More are refused with 429."})
     max_items: int = field(default=64, metadata={"help": "Items in one request."})
     max_bytes: int = field(default=2**20, metadata={"help": "Bytes in one request."})

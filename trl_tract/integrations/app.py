@@ -66,7 +66,7 @@ def make_app(
     *,
     key: str | None = None,
     hosts: Sequence[str] | None = None,
-    max_batch: int = 16,
+    max_batch: int = 32,
     max_queue: int = 256,
     max_items: int = 64,
     max_bytes: int = 2**20,
