@@ -20,6 +20,7 @@ from trl_tract.cli import main
 from trl_tract.files.journal import write_jsonl
 from trl_tract.runs.steps import _SPEC, DistillStep, run_step
 from trl_tract.runs.train_steps import TrainStep
+from trl_tract.text.secrets import key_of
 from trl_tract.training.config import field_values
 
 HUB, INIT, ENVIRONMENT, KEY, PASSWORD = SECRETS = [f"planted-{number}-7f3a9c51e2" for number in range(5)]
@@ -58,6 +59,19 @@ def heard(capfd, caplog, monkeypatch):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("HF_TOKEN", ENVIRONMENT)
     return lambda: "".join([*capfd.readouterr(), caplog.text])
+
+
+@pytest.mark.parametrize(("held", "key"), [("right\n", "right"), (" right ", "right"), (" \n", None), ("", None)])
+def test_white_space_around_a_key_is_no_part_of_it(held, key, monkeypatch):
+    monkeypatch.setenv("K", held)
+    assert key_of("K") == key
+
+
+@pytest.mark.parametrize("held", ["ri\nght", "schlüssel"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(held, monkeypatch):
+    monkeypatch.setenv("K", held)
+    with pytest.raises(ValueError, match=r"^K holds characters that no HTTP header can carry$"):
+        key_of("K")
 
 
 def test_a_run_leaves_and_says_none(seed_model, tmp_path, heard):

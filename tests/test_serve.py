@@ -251,7 +251,7 @@ def test_a_path_that_is_not_there_is_told_which_ones_are(server):
 @pytest.fixture(scope="module")
 def locked():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRL_TRACT_API_KEY", "right")
+        patch.setenv("TRL_TRACT_API_KEY", "right\n")  # as files of keys end
         started = Served(scripted())
     yield started
     started.stop()

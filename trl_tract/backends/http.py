@@ -10,7 +10,6 @@ import html
 import json
 import logging
 import math
-import os
 import random
 import re
 import zlib
@@ -19,6 +18,8 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import aiohttp
+
+from trl_tract.text.secrets import key_of
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class JSONServer:
         self._told_at = -math.inf
 
     def _authorise(self, user: str | None, password: str | None) -> None:
-        key = os.environ.get(self.key_variable)
+        key = key_of(self.key_variable)
         if user is not None:
             if key:
                 raise ValueError(
@@ -113,8 +114,6 @@ class JSONServer:
             self._keep_secret(basic, plain, password or "", unquote(password or ""))
             self._headers = {"Authorization": f"Basic {basic}"}
         elif key:
-            if not key.isascii() or not key.isprintable():
-                raise ValueError(f"{self.key_variable} holds characters that no HTTP header can carry")
             self._keep_secret(key)
             self._headers = {"Authorization": f"Bearer {key}"}
 

@@ -1,6 +1,5 @@
 """`trl-tract serve`: a judge behind HTTP. What was asked for is checked before weights are loaded."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from trl_tract.integrations.serving import KEY_VARIABLE, check_installed, is_loo
 from trl_tract.judge.judge import CoTRAILJudge
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.sources.rubric import Rubric
+from trl_tract.text.secrets import key_of
 
 
 def serve(args: ServeArguments, rules: RuleArguments, generation: GenerationArguments, engine: EngineArguments) -> int:
@@ -21,7 +21,7 @@ def serve(args: ServeArguments, rules: RuleArguments, generation: GenerationArgu
     if rubric is not None:
         rubric.check(scales[0].grid)
     with open_socket(args.host, args.port) as listening:
-        if not is_loopback(args.host) and not os.environ.get(KEY_VARIABLE):
+        if not is_loopback(args.host) and key_of(KEY_VARIABLE) is None:
             print(f"Anyone who can reach {args.host} can send requests: {KEY_VARIABLE} is not set", file=sys.stderr)
         settings = {**generation.sampling(), "num_generations": generation.num_generations, **rules.rules()}
         backend = make_backend(args.model, **engine.options(generation))

@@ -1,7 +1,6 @@
 """A judge wherever it is: in this process, or behind a server. Knows both; knows no framework."""
 
 import json
-import os
 import time
 import urllib.error
 import urllib.request
@@ -12,6 +11,7 @@ from trl_tract.integrations.batcher import Batcher
 from trl_tract.integrations.forms import Answer, Item, answer
 from trl_tract.integrations.serving import KEY_VARIABLE
 from trl_tract.judge.judge import CoTRAILJudge
+from trl_tract.text.secrets import key_of
 
 Ask = Callable[[Item], Answer]
 """Judges one item, and may be called from many threads at once: what arrives together is judged together."""
@@ -58,7 +58,7 @@ def _local(judge: CoTRAILJudge) -> Ask:
 def _remote(url: str, patience: float) -> Ask:
     address = url.rstrip("/").removesuffix("/judge") + "/judge"
     headers = {"Content-Type": "application/json"}
-    if key := os.environ.get(KEY_VARIABLE):
+    if key := key_of(KEY_VARIABLE):
         headers["Authorization"] = f"Bearer {key}"
 
     def ask(item: Item) -> Answer:

@@ -2,12 +2,12 @@
 
 import importlib.util
 import ipaddress
-import os
 import socket
 import time
 from typing import Any
 
 from trl_tract.judge.judge import CoTRAILJudge
+from trl_tract.text.secrets import key_of
 
 KEY_VARIABLE = "TRL_TRACT_API_KEY"
 _QUIET_SECONDS = 0.5
@@ -71,7 +71,7 @@ def make_server(judge: CoTRAILJudge, name: str, *, host: str, **limits: Any) -> 
     from trl_tract.integrations.app import make_app
 
     hosts = ["localhost", "127.0.0.1", "::1"] if is_loopback(host) else None
-    gate = make_app(judge, name, key=os.environ.get(KEY_VARIABLE) or None, hosts=hosts, **limits)
+    gate = make_app(judge, name, key=key_of(KEY_VARIABLE), hosts=hosts, **limits)
 
     class Server(uvicorn.Server):
         quiet_since: float | None = None

@@ -1,5 +1,6 @@
 """What must not stand in a file: tokens, keys, and passwords in addresses. Knows settings by their names."""
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +8,18 @@ from typing import Any
 HIDDEN = "***"
 _NAMES = re.compile(r"(.*_)?(hub_token|hf_token|auth_token|api_key|access_key|password|secret)|token", re.IGNORECASE)
 _IN_TEXT = re.compile(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}")
+
+
+def key_of(variable: str) -> str | None:
+    """The key in an environment variable, without the white space that a file of it ends in; None where there is none.
+
+    Raises:
+        ValueError: No HTTP header can carry it.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"{variable} holds characters that no HTTP header can carry")
+    return key or None
 
 
 def without_secrets(value: Any) -> Any:
