@@ -184,7 +184,7 @@ def ray_crew(
         actor = ray.remote(_Worker).options(
             **resources, max_restarts=_RESTARTS, max_task_retries=_TRIES, max_concurrency=_CALLS
         )
-        each = ", ".join(f"{amount:g} {name.removeprefix('num_').upper()}" for name, amount in resources.items())
+        each = " and ".join(f"{amount} {name[4:-1].upper()}{'s' * (amount > 1)}" for name, amount in resources.items())
         say(f"By {count} workers of Ray {'on this machine' if here else 'in the cluster'}, each with {each}")
         packed = ray.cloudpickle.dumps(load)
         team = _Team(ray, [actor.remote(packed) for _ in range(count)], known)
