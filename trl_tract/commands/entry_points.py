@@ -127,11 +127,13 @@ def _run(arguments: Sequence[str]) -> int:
         backend=generation.engine(),
         given=frozenset(names_given("run", _option_groups("run"), arguments)),
     )
+    launch = deploying.planned(processes)
     if run.dry_run:
         from trl_tract.commands.dry_run import dry_run
 
+        if launch.starts:
+            print(f"Each step by {launch}")
         return _exit_code(dry_run(spec, training.output_dir, colour=uses_colour(sys.stdout), say=_say))
-    launch = deploying.planned(processes)
     _tell_of_neighbours()
     result = carry_out(spec, Path(training.output_dir), launch=launch, say=_say)
     for name, report in result.reports.items():
@@ -151,6 +153,9 @@ def _train(arguments: Sequence[str]) -> int:
 
     rows, columns, processes, training, model = _parse("train", arguments)
     name, own, fields = _required_model(model), _own(columns), field_values(training)
+    launch = deploying.planned(processes)
+    if launch.starts:
+        print(f"By {launch}: {launch.update(fields)}", flush=True)
     if rows.dry_run:
         from trl_tract.commands.dry_run import dry_train
 
@@ -165,9 +170,7 @@ def _train(arguments: Sequence[str]) -> int:
                 colour=uses_colour(sys.stdout),
             )
         )
-    launch = deploying.planned(processes)
     if launch.starts:
-        print(f"By {launch}: {launch.update(fields)}", flush=True)
         launch, each = launch.shared(fields)
         shared = [word for name, count in each.items() for word in (f"--{name}", str(count))]
         return deploying.start_again(launch, "train", [*arguments, *shared])
