@@ -78,7 +78,9 @@ def test_vllm_writes_the_rationales_of_two_steps(seed, tmp_path, engine_on_a_cpu
 
 
 def test_a_server_of_vllm_writes_the_rationales_of_two_steps(seed, tmp_path, server):
-    two_steps(seed, tmp_path, learning_rate=0.0, vllm_mode="server", vllm_server_base_url=server)
+    two_steps(
+        seed, tmp_path, learning_rate=0.0, vllm_mode="server", vllm_server_base_url=server, vllm_server_timeout=900
+    )
 
 
 def two_steps(seed, folder, **settings):
