@@ -68,7 +68,7 @@ def write_table(config: Any, directory: Path) -> dict[str, Any]:
     result: dict[str, Any] = {
         "device": _device(),
         "versions": _versions(),
-        "settings": asdict(config),
+        "settings": _without_places(asdict(config)),
         "choice": read_json(choice) if choice.is_file() else None,
         "seeds": finished,
         "tests": {},
@@ -340,6 +340,13 @@ def _both(numbers: dict[str, Any] | None) -> tuple[str, str]:
 
 def _read(numbers: dict[str, float | None]) -> Interval:
     return Interval(**{name: math.nan if number is None else number for name, number in numbers.items()})
+
+
+def _without_places(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that may be published: of a file its name alone."""
+    tests = {name: Path(file).name for name, file in settings["tests"].items()}
+    places = {name: Path(settings[name]) for name in ("data", "model") if settings[name] is not None}
+    return {**settings, **{name: place.name for name, place in places.items() if place.exists()}, "tests": tests}
 
 
 def _mean(values: list[float]) -> float | None:
