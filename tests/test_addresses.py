@@ -6,9 +6,12 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from conftest import make_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_survival import save_model
 
+from trl_tract.cli import main
 from trl_tract.files.export import check_target, export
 from trl_tract.files.journal import guard, read_jsonl, write_jsonl
 from trl_tract.sources.files import read_records
@@ -31,6 +34,17 @@ def test_a_result_that_was_brought_to_an_address_is_read_from_there_as_it_was(me
     target = f"{place.format(folder=tmp_path)}/rows.{kind}"
     export(tmp_path / "rows.jsonl", target)
     assert list(read_records(target)) == ROWS
+
+
+@pytest.mark.parametrize(("command", "result"), [("judge", "judgements.jsonl"), ("distill", "rows.jsonl")])
+def test_a_command_reads_at_one_address_and_brings_its_result_to_another(memory, tmp_path, command, result):
+    model = save_model(tmp_path / "model")
+    write_jsonl(tmp_path / "rows.jsonl", make_rows(2))
+    export(tmp_path / "rows.jsonl", "memory://bucket/rows.parquet")
+    given = ["--model", model, "--data", "memory://bucket/rows.parquet", "--output_dir", str(tmp_path / "out")]
+    given += ["--max_new_tokens", "4", "--max_attempts", "1", "--export", "memory://bucket/result.jsonl"]
+    assert main([command, *given]) == 0
+    assert memory.cat_file("/bucket/result.jsonl") == (tmp_path / "out" / result).read_bytes()
 
 
 @pytest.mark.parametrize(("name", "text"), [("rows.csv", "prompt,score\na,1\n"), ("rows.json", '[{"prompt": "a"}]')])

@@ -293,6 +293,7 @@ def _judge(arguments: Sequence[str]) -> int:
             write_jsonl(written.with_name("rows.jsonl"), read_jsonl(data))
     if written is not None and _is_first_process():
         reporting.print_judged(rows.model, rows.output_dir)
+        deploying.deliver(cluster, written)
     return 0
 
 
