@@ -212,7 +212,7 @@ def test_a_dry_run_holds_out_of_what_is_left(tmp_path, model, capsys):
     file = written(tmp_path, "jsonl", rows_of([{"score": 4}] * 19 + [{"score": "n/a"}]))
     options = ["--output_dir", str(tmp_path / "out"), "--bf16", "false", "--invalid_rows", "drop", "--dry-run"]
     assert main(["run", "--data", file, "--model_name_or_path", model, *options]) == 0
-    assert "17 rows to train on, 2 held-out items" in capsys.readouterr().out
+    assert "14 rows to train on, 5 held-out items" in capsys.readouterr().out
 
 
 @in_every_format

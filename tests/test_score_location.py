@@ -223,7 +223,7 @@ def test_messages_take_the_last_assistant_turn_as_the_completion():
         ("fine. [RESULT] 0", "not on the grid", "'0' follows the marker"),
         ("fine. [RESULT] -4", "not on the grid", "'-4' follows the marker"),
         ("fine. [RESULT] four", "not on the grid", "'four' follows the marker"),
-        ("fine. [RESULT] 4 or 5", "not on the grid", "'4 or 5' follows the marker"),
+        ("fine. [RESULT] 4 or 5", "two scores", "'4 or 5' follows the marker"),
         ("fine. [RESULT] 4, not 5", "two scores", "score '4' is followed by another one: '4, not 5'"),
         ("fine. [RESULT] 4 [RESULT] 5", "two scores", "holds '[RESULT]' with a score twice: '4' and '5'"),
         ("fine. [RESULT] 4 [RESULT] 4", "two scores", "holds '[RESULT]' with a score twice: '4' and '4'"),

@@ -123,7 +123,7 @@ def span_at(completion: str, marker_start: int, marker: str, score_texts: Sequen
     if text is None:
         shown = tail if len(tail) <= 40 else tail[:40] + "…"
         raise ScoreNotFoundError(
-            "not on the grid",
+            "two scores" if _offers_two(tail, score_texts) else "not on the grid",
             f"{shown!r} follows the marker; the admissible scores are {some_scores(score_texts)}"
             f"{_what_to_write(tail, score_texts)}",
         )
@@ -141,18 +141,24 @@ def span_at(completion: str, marker_start: int, marker: str, score_texts: Sequen
 
 def _leading_score(tail: str, score_texts: Sequence[str]) -> str | None:
     """The admissible score that `tail` begins with, or None; the longest where one is a prefix of another."""
-    other = _another(tuple(score_texts))
+    if _offers_two(tail, score_texts):
+        return None
     for text in sorted(score_texts, key=len, reverse=True):
         goes_on = _SCORE_GOES_ON if _NUMBER.fullmatch(text) else _WORD_GOES_ON
-        if tail.startswith(text) and not (goes_on.match(tail, len(text)) or other.match(tail, len(text))):
+        if tail.startswith(text) and not goes_on.match(tail, len(text)):
             return text
     return None
 
 
+def _offers_two(tail: str, score_texts: Sequence[str]) -> bool:
+    """Whether a second score is offered beside the first: "good or poor"."""
+    return bool(_two(tuple(score_texts)).match(tail))
+
+
 @functools.cache
-def _another(score_texts: tuple[str, ...]) -> re.Pattern[str]:
-    """A second score that is offered beside the first: "good or poor"."""
-    return re.compile(rf"{_OR}(?:{'|'.join(map(re.escape, score_texts))})(?!\w)", re.IGNORECASE)
+def _two(score_texts: tuple[str, ...]) -> re.Pattern[str]:
+    either = "|".join(map(re.escape, score_texts))
+    return re.compile(rf"(?!\d+/)(?:{either}){_OR}(?:{either})(?!\w)", re.IGNORECASE)
 
 
 def _what_to_write(tail: str, score_texts: Sequence[str]) -> str:
