@@ -60,6 +60,7 @@ NOT_RUN = {
     "docs/hub.md": 5,
     "docs/index.md": 2,
     "docs/large_runs.md": 1,
+    "docs/many_machines.md": 3,
     "docs/multi_gpu.md": 1,
     "docs/real.md": 2,
     "docs/recipes.md": 2,
