@@ -55,9 +55,9 @@ def test_on_0_to_100_every_judge_scores_on_101_values_and_is_reported_on_1_to_5(
             assert reports[name].rmse.value == pytest.approx(rmse)
             # The page is about the judge's own scale.
             assert f"{25 * rmse:.3f}" in (tmp_path / "out" / "report.html").read_text()
-    # 0.2 on 1 to 5, and 25 squared times smaller where the error is so much larger.
+    # 0.5 on 1 to 5, and 25 squared times smaller where the error is so much larger.
     training = json.loads((tmp_path / "out" / "tract.json").read_text())["training"]
-    assert training["raft_weight"] == pytest.approx(0.2 / 625)
+    assert training["raft_weight"] == pytest.approx(0.5 / 625)
     assert "on the judge's own scale it is 25 times that" in capsys.readouterr().out
 
 

@@ -114,6 +114,8 @@ def test_a_bootstrap_killed_at_twenty_instants_ends_with_the_same_bytes(tmp_path
     model = save_model(tmp_path / "model")
     data = tmp_path / "rows.jsonl"
     rows = make_rows(16)
+    for row in rows[:5]:
+        row["completion"] = row["completion"].replace("e", "a").replace("[RESULT]", "e")  # its only one
     for row in rows[5:]:
         del row["completion"]
     write_jsonl(data, rows)

@@ -514,7 +514,7 @@ def test_every_named_setting_of_the_card_is_a_field_of_a_config():
 
 
 def test_on_a_cpu_a_step_has_a_tile_of_logits_at_once(tmp_path):
-    # 4 MiB of them; TRL's own tiles are 32,768 tokens of the vocabulary wide, for each token with a label.
+    # 1,024 of the vocabulary; TRL's own tiles are 32,768 tokens of the vocabulary wide, for each token with a label.
     trainer = make_trainer(tmp_path, make_rows(16), model=make_model(vocab=40_000, width=8))
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(16)])
     labelled = int((batch["labels"] != -100).sum())

@@ -2,7 +2,7 @@
 # What one GPU says in ten minutes, without a network: is the loss exact there, what do a step, shared prompts and 4-bit
 # weights cost, how fast are rationales written, and the table of Short Answer Feedback.
 #
-#     bash examples/benchmarks/gpu.sh OUT SAF_FOLDER          # about ten minutes; again: the table goes on
+#     bash examples/benchmarks/gpu.sh OUT SAF_FOLDER          # meant for ten minutes; again: the table goes on
 #     bash examples/benchmarks/gpu.sh OUT SAF_FOLDER --dry    # tiny, on a CPU: does it run?
 #
 # OUT receives what each part printed, its errors beside it, and gpu.json, from which `docs/benchmark_tables.py` makes the

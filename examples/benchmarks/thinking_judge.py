@@ -22,7 +22,7 @@ from transformers import AutoConfig
 
 import trl_tract
 from trl_tract import run_tract
-from trl_tract.demo.run import COT_RAFT, GENERATION, LORA, QUICK, SAMPLING, demo_rows, training_settings, upper_layers
+from trl_tract.demo.run import COT_RAFT, GENERATION, LORA, SAMPLING, Size, demo_rows, training_settings, upper_layers
 from trl_tract.demo.seed_model import save_seed_model
 from trl_tract.evaluation.report import comparison_table
 from trl_tract.files.journal import write_jsonl
@@ -31,6 +31,7 @@ from trl_tract.runs.judged import Judged
 from trl_tract.runs.pipeline import JUDGED
 
 STAGES = {stage: folder for stage, folder in JUDGED.items() if folder in ("judged-stage1", "judged-tract")}
+SIZE = Size(160, 60, epochs=1, batch_size=2, minutes=10, learning_rate=2e-3)
 MODES = ("off", "rationale")
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 NEW_TOKENS = 48
@@ -45,7 +46,7 @@ def train_and_judge(directory: Path, seed: int, mode: str, arguments: argparse.N
         directory,
         eval_data=str(directory.parent / "eval.jsonl"),
         training={
-            **training_settings(QUICK, seed),
+            **training_settings(SIZE, seed),
             **COT_RAFT,
             "bf16": AutoConfig.from_pretrained(arguments.model).dtype == torch.bfloat16,
             "chat_template_path": str(TEMPLATES / f"{arguments.template}.jinja"),
@@ -98,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of training and sampling")
     parser.add_argument("--template", default="qwen3", help="a template that TRL ships, of a model that thinks")
     parser.add_argument("--model", help="seed model; SmolLM2-135M-Instruct by default, as in the demo")
-    parser.add_argument("--rows", type=int, default=QUICK.training_rows, help="to train on")
-    parser.add_argument("--items", type=int, default=QUICK.held_out_items, help="held out")
+    parser.add_argument("--rows", type=int, default=SIZE.training_rows, help="to train on")
+    parser.add_argument("--items", type=int, default=SIZE.held_out_items, help="held out")
     arguments = parser.parse_args(argv)
     directory: Path = arguments.output_dir
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """The demo: seed model, cross-entropy judge, stage one and TRACT on the same held-out items, in one table."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,29 @@ from trl_tract.runs.run import Run
 from trl_tract.runs.steps import DistillStep, JudgeStep
 from trl_tract.runs.train_steps import TrainStep
 
+# What `trl-tract run` derives for these rows (docs/defaults.md).
+DERIVED = {"raft_weight": 0.5, "annotator_loss": "distribution", "annotator_weight": 1.0}
+# Not the defaults: with a weight of 1 and the score out of the cross-entropy, stage two once ended with all probability
+# on the score 1, where the squared error has no gradient, and the rationales came out worse. See docs/demo.md.
+COT_RAFT = {"raft_weight": 0.2, "score_in_ce": True}
+CROSS_ENTROPY = {"raft_weight": 0.0, "score_in_ce": True}
+
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything a form of the demo uses."""
+    """How much of everything a form of the demo uses, and the objective of its two stages."""
 
     training_rows: int
     held_out_items: int
     epochs: float
     batch_size: int
     minutes: int
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
+    objective: Mapping[str, Any] = field(default_factory=lambda: DERIVED)
 
 
-# Where rows are few, two a step learn more per token than four or eight.
-QUICK = Size(training_rows=160, held_out_items=60, epochs=1, batch_size=2, minutes=10)
-FULL = Size(training_rows=480, held_out_items=120, epochs=2, batch_size=4, minutes=35)
+QUICK = Size(training_rows=160, held_out_items=60, epochs=3, batch_size=4, minutes=10)
+FULL = Size(480, 120, epochs=2, batch_size=4, minutes=35, learning_rate=2e-3, objective=COT_RAFT)
 
 GENERATION = {"name": "transformers", "batch_size": 32}
 LORA = {"dtype": "auto", "use_peft": True, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
@@ -98,7 +105,7 @@ def run_demo(
     bf16 = config.dtype == torch.bfloat16
     lora = {**LORA, "lora_target_modules": upper_layers(config.num_hidden_layers)}
 
-    def train(name: str, rows: Path, objective: dict[str, Any]) -> TrainStep:
+    def train(name: str, rows: Path, objective: Mapping[str, Any]) -> TrainStep:
         training = {**training_settings(size, seed), "bf16": bf16, **objective, "score_values": scores.values()}
         # The error is in squared units of the scale, so a step of 25 makes it 625 times what it is on 1 to 5.
         training["raft_weight"] /= scores.step**2
@@ -114,14 +121,14 @@ def run_demo(
             untrained=trained is None,
         )
 
-    def train_step(name: str, title: str, rows: Path, objective: dict[str, Any], of: list[str]) -> None:
+    def train_step(name: str, title: str, rows: Path, objective: Mapping[str, Any], of: list[str]) -> None:
         run.step(name, title, train(name, rows, objective), makes=[name], of=["prepare", *of])
 
     def judge_step(name: str, title: str, step: JudgeStep, of: list[str]) -> None:
         run.step(name, f"Judging: {title}", step, makes=[Path(step.output_dir).name], of=["prepare", *of])
 
     train_step("ce", "Baseline: cross-entropy on rationale and score", train_file, CROSS_ENTROPY, [])
-    train_step("stage1", "Stage one: CoT-RAFT on the given rationales", train_file, COT_RAFT, [])
+    train_step("stage1", "Stage one: CoT-RAFT on the given rationales", train_file, size.objective, [])
     distill = DistillStep(
         str(directory / "stage1"),
         str(train_file),
@@ -133,7 +140,7 @@ def run_demo(
     run.step("distill", title, distill, makes=["self-generated"], of=["prepare", "stage1"])
     stage_two_rows = directory / "self-generated" / "rows.jsonl"
     title = "Stage two: the seed model again, on its own rationales"
-    train_step("tract", title, stage_two_rows, COT_RAFT, ["distill"])
+    train_step("tract", title, stage_two_rows, size.objective, ["distill"])
     # The seed model does not write the marker, so it is put behind whatever it wrote.
     untrained = judge("seed model", None, append_marker=True, score_values=scores.values())
     judge_step("judge-seed", "seed model", untrained, [])
@@ -142,12 +149,6 @@ def run_demo(
     judge_step("judge-stage1", "stage-one model", judge("stage one, expected score", "stage1"), ["stage1"])
     judge_step("judge-tract", "TRACT", judge("TRACT", "tract"), ["tract"])
     return _report(directory, run, scores)
-
-
-# Not the defaults: with a weight of 1 and the score out of the cross-entropy, stage two once ended with all probability
-# on the score 1, where the squared error has no gradient, and the rationales came out worse. See docs/demo.md.
-COT_RAFT = {"raft_weight": 0.2, "score_in_ce": True}
-CROSS_ENTROPY = {"raft_weight": 0.0, "score_in_ce": True}
 
 
 def upper_layers(layers: int) -> list[str]:

@@ -84,6 +84,7 @@ class BlockLog:
         sync_directory(directory)
         self._worker = f"worker-{self.shard.index + 1}-of-{self.shard.count}"
         self._lock = self._claim()
+        self._sweep()
         blocks = -(-len(rows) // block_size)
         self._done = bytearray(blocks)
         self._handed_out = bytearray(blocks)

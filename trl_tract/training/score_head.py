@@ -6,7 +6,7 @@ Inside, because under FSDP2 and ZeRO-3 the head's weight is whole only there. Kn
 import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import field, make_dataclass
 from typing import Any
 
@@ -19,8 +19,7 @@ from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.logprobs import scale_logprobs
 from trl_tract.scale.trie import TokenTrie
 
-_TILE = 2**20  # logits that TRL's fused head works on at once on a CPU, 4 MiB in float32
-_NARROWEST = 256  # tokens of the vocabulary in a tile: a product of fewer is slow
+_TILE_WIDTH = 1024  # tokens of the vocabulary for TRL's fused head on a CPU; one width, or it is compiled again
 
 
 class _ScorePass:
@@ -150,7 +149,7 @@ def add_score_head(
             share=share,
             kept=kept,
         )
-        with scores, _tiles_for_a_cpu(None if kept is None else int(kept.sum())):
+        with scores, nullcontext() if kept is None else _narrow_tiles():  # kept: on a CPU
             outputs = inner_forward(*args, **kwargs)
         if kept is not None:
             for name, value in outputs.items():
@@ -163,17 +162,13 @@ def add_score_head(
 
 
 @contextmanager
-def _tiles_for_a_cpu(tokens: int | None) -> Iterator[None]:
+def _narrow_tiles() -> Iterator[None]:
     """TRL's fused head with tiles of logits for a CPU, where it has eight of them at once, at the peak of a step.
 
     Its own are 32,768 tokens of the vocabulary wide, whatever the vocabulary: right for a GPU, whose kernel needs one.
-
-    Args:
-        tokens: Positions that it is given; None where it is not on a CPU.
     """
     width = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
-    if tokens is not None:
-        trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(width, max(_NARROWEST, _TILE // tokens))
+    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(width, _TILE_WIDTH)
     try:
         yield
     finally:
