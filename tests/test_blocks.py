@@ -269,6 +269,13 @@ def test_what_killed_workers_left_half_written_is_gone_in_the_end(tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_what_a_worker_left_that_was_killed_behind_the_end_is_gone_at_the_next_start(tmp_path):
+    run(make_log(tmp_path))
+    (tmp_path / "blocks" / "000001.worker-2-of-2.partial").write_text("half")
+    run(make_log(tmp_path))
+    assert not list(tmp_path.rglob("*.partial"))
+
+
 def test_a_kill_while_the_settings_are_written_leaves_a_directory_that_can_be_used(tmp_path):
     (tmp_path / "settings.json.partial").write_text("half")
     run(make_log(tmp_path))

@@ -4,14 +4,16 @@ import html
 import importlib.util
 import json
 
+import numpy as np
 import pytest
 from conftest import make_model, make_tokenizer
 
 from trl_tract.demo import run
-from trl_tract.demo.run import JUDGES, Size, run_demo
+from trl_tract.demo.run import JUDGES, Size, demo_rows, run_demo
 from trl_tract.demo.seed_model import package_model, save_seed_model
 from trl_tract.files.journal import read_jsonl
 from trl_tract.runs.facts import fastest_dtype
+from trl_tract.training.recipe import Device, Facts, derive
 
 
 @pytest.fixture
@@ -88,3 +90,20 @@ def test_the_saved_seed_model_is_the_one_of_the_package(tmp_path):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
+
+
+def test_the_quick_form_trains_as_a_run_of_such_rows_does():
+    golds = [row["score"] for row in demo_rows("train", run.QUICK.training_rows)]
+    device = Device(kind="cpu", memory=2**34, bfloat16=True)
+    counts = {"parameters": 135 * 10**6, "rows": len(golds), "tokens": 111.0, "longest": 118, "rationale": 25}
+    derived = derive(Facts(**counts, variances={"": np.var(golds)}, spans={"": 4.0}, device=device)).part("training")
+    assert run.QUICK.objective.items() <= derived.items()
+    trained = run.training_settings(run.QUICK, 0)
+    for name in (
+        "learning_rate",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "lr_scheduler_type",
+        "warmup_steps",
+    ):
+        assert trained[name] == derived[name], name

@@ -435,3 +435,14 @@ def test_none_of_many_items_is_lost_or_judged_twice():
     assert [each.rationales[0].strip() for each in told] == [str(number) for number in range(300)]
     asked = Counter(TOKENIZER.decode(ids) for call in judge.backend.generate_calls for ids in call["prompts"])
     assert set(asked.values()) == {1}
+
+
+def test_an_idle_judge_waits_while_callers_come_one_after_the_other(monkeypatch):
+    judge = scripted()
+    judge.backend.max_calls = 0  # nobody is at work: the test takes the batch
+    batcher = Batcher(judge, max_batch=8)
+    later = list("bcd")
+    comes = lambda timeout=None: batcher.submit([later.pop()], [None]) if later else []  # noqa: E731
+    monkeypatch.setattr(batcher._changed, "wait", comes)
+    batcher.submit(["a"], [None])
+    assert len(batcher._next_batch()) == 4

@@ -5,7 +5,7 @@ of tokens, each with the position that it has in place, and with a mask through 
 Where a model's attention takes no such mask, rows are computed one by one, and branches in further forward passes over
 the row up to its score and each branch: slow, and the same numbers.
 
-Knows attention masks; knows nothing of losses, heads or trainers.
+Knows nothing of losses, heads or trainers.
 """
 
 import inspect
@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.attention.flex_attention import create_block_mask
 from transformers import PreTrainedModel
 
 from trl_tract.backends import tree
+from trl_tract.backends.masks import layer_masks
 from trl_tract.backends.tree import Ints, cost_of
 from trl_tract.scale.trie import TokenTrie
 
@@ -210,54 +210,6 @@ def _described(kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torc
         documents = jumps.cumsum(dim=1).expand(rows, length)
     kept = torch.ones_like(input_ids, dtype=torch.bool) if padding is None else padding.bool()
     return position_ids.expand(rows, length), kept, documents
-
-
-def layer_masks(config: Any, ends: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> Any:
-    """Write what each token of a tree sees as the masks that a model's layers take.
-
-    Args:
-        config: Of the language model.
-        ends: Index behind the last descendant of each token, `(R, T)`; see `tree.Layout`.
-        positions: Of each token, `(R, T)`.
-        dtype: Of the hidden states.
-
-    Returns:
-        `(R, 1, T, T)`: bool for sdpa; 0 and the lowest number for sdpa on a CPU, and for eager, which would add a bool
-        mask as 0 and 1; a BlockMask for flex_attention. By the type of layer where types differ.
-    """
-    index = torch.arange(ends.shape[1], device=ends.device)
-    visible = (index <= index[:, None]) & (index[:, None] < ends[:, None])
-    return written_masks(config, visible, positions, positions, dtype)
-
-
-def written_masks(
-    config: Any, visible: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, dtype: torch.dtype
-) -> Any:
-    """The same of what is visible to each query, bool `(R, Q, T)`, and of positions, `(R, Q)` and `(R, T)`."""
-
-    def written(mask: torch.Tensor) -> Any:
-        # On a CPU, sdpa makes numbers of a bool mask in each layer anew, and keeps all of them for the backward pass.
-        if config._attn_implementation == "sdpa" and mask.device.type != "cpu":
-            return mask[:, None]
-        if config._attn_implementation == "flex_attention":
-            rows, queries, keys = mask.shape
-            return create_block_mask(
-                lambda row, head, query, key: mask[row, query, key], rows, None, queries, keys, device=mask.device
-            )
-        # sdpa takes float32 beside queries of any 16 bits.
-        kind = torch.promote_types(dtype, torch.float32) if config._attn_implementation == "sdpa" else dtype
-        return torch.zeros(mask.shape, dtype=kind, device=mask.device).masked_fill(~mask, torch.finfo(kind).min)[
-            :, None
-        ]
-
-    window = getattr(config, "sliding_window", None)
-    types = set(getattr(config, "layer_types", None) or ())
-    if window is None or (types and "sliding_attention" not in types):
-        return written(visible)
-    seen = visible & (queries[:, :, None] - keys[:, None] < window)
-    if not types:
-        return written(seen)
-    return {"full_attention": written(visible), "sliding_attention": written(seen)}
 
 
 def further_forwards(

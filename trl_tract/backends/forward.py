@@ -13,8 +13,8 @@ from peft import PeftModel
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from trl_tract.backends.branches import written_masks
 from trl_tract.backends.key_values import KeyValueTree, read_row, roomy_cache, shared_beginnings
+from trl_tract.backends.masks import written_masks
 from trl_tract.backends.whole import innermost, left_padded, whole_rows
 from trl_tract.scale.trie import TokenTrie
 

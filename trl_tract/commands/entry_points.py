@@ -3,16 +3,22 @@
 Knows nothing of exit codes for errors, or of how they are printed: that is `cli`.
 """
 
-import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from trl_tract.commands import bootstrap, deploying, looking, options, reporting
+from trl_tract.commands.training import (
+    is_first_process,
+    own_columns,
+    required_model,
+    rl,
+    tell_of_neighbours,
+    train,
+)
 from trl_tract.text.terminal import as_options, can_write, uses_colour
 
 USAGE = """\
@@ -107,11 +113,11 @@ def _run(arguments: Sequence[str]) -> int:
 
     run, own, generation, processes, training, model = _parse("run", arguments)
     spec = RunSpec(
-        _required_model(model),
+        required_model(model),
         run.data,
         eval_data=run.eval_data,
         eval_fraction=run.eval_fraction,
-        own=_own(own),
+        own=own_columns(own),
         training=field_values(training),
         model_args=asdict(model),
         generation=generation.sampling(),
@@ -134,7 +140,7 @@ def _run(arguments: Sequence[str]) -> int:
         if launch.starts:
             print(f"Each step by {launch}")
         return _exit_code(dry_run(spec, training.output_dir, colour=uses_colour(sys.stdout), say=_say))
-    _tell_of_neighbours()
+    tell_of_neighbours()
     result = carry_out(spec, Path(training.output_dir), launch=launch, say=_say)
     for name, report in result.reports.items():
         mass = result.grid_mass[name]
@@ -146,48 +152,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    from trl_tract.backends.loading import tokenizer_to_train
-    from trl_tract.runs.train_steps import TrainStep
-    from trl_tract.sources.door import Bare, Source, rows_file
-    from trl_tract.training.config import field_values
-
-    rows, columns, processes, training, model = _parse("train", arguments)
-    name, own, fields = _required_model(model), _own(columns), field_values(training)
-    launch = deploying.planned(processes)
-    if launch.starts:
-        print(f"By {launch}: {launch.update(fields)}", flush=True)
-    if rows.dry_run:
-        from trl_tract.commands.dry_run import dry_train
-
-        return _exit_code(
-            dry_train(
-                name,
-                rows.data,
-                training.output_dir,
-                own=own,
-                training=fields,
-                eval_data=rows.eval_data,
-                colour=uses_colour(sys.stdout),
-            )
-        )
-    if launch.starts:
-        launch, each = launch.shared(fields)
-        shared = [word for name, count in each.items() for word in (f"--{name}", str(count))]
-        return deploying.start_again(launch, "train", [*arguments, *shared])
-    _tell_of_neighbours()
-    chat = bool(tokenizer_to_train(name, training.chat_template_path).chat_template)
-
-    def read(source: str) -> AbstractContextManager[Path]:
-        bare: Bare = "all" if training.drop_rationale else "none"
-        return rows_file(Source(source, training.scales, own, training.invalid_rows, bare=bare).training_rows(chat))
-
-    with read(rows.data) as data, read(rows.eval_data) if rows.eval_data else nullcontext() as eval_data:
-        evaluated = None if eval_data is None else str(eval_data)
-        kept = None if own is None else own.to_dict()
-        TrainStep(name, str(data), training.output_dir, evaluated, fields, asdict(model), own=kept).run()
-    if _is_first_process():
-        print(f"The model is in {training.output_dir}")
-    return 0
+    return train(arguments, *_parse("train", arguments))
 
 
 def _bootstrap(arguments: Sequence[str]) -> int:
@@ -195,32 +160,7 @@ def _bootstrap(arguments: Sequence[str]) -> int:
 
 
 def _rl(arguments: Sequence[str]) -> int:
-    from trl_tract.runs.train_steps import RLStep
-    from trl_tract.saved.judge_config import FILE_NAME, JudgeConfig
-    from trl_tract.sources.door import Source, rows_file
-    from trl_tract.training.config import field_values
-    from trl_tract.training.starting import policy_tokenizer
-
-    rows, columns, training, model = _parse("rl", arguments)
-    launch = deploying.one_process()
-    if launch.starts:  # the first of several accelerators: its groups of completions were tried in one process alone
-        return deploying.start_again(launch, "rl", arguments)
-    name = _required_model(model)
-    own, chat = _own(columns, name), bool(policy_tokenizer(name).chat_template)
-    scales = JudgeConfig.load(name).scales if (Path(name) / FILE_NAME).is_file() else training.scales
-    _tell_of_neighbours()
-
-    def read(source: str) -> AbstractContextManager[Path]:
-        items = Source(source, scales, own, training.invalid_rows)
-        return rows_file(items.rows(chat, lambda item: [item.reference]))
-
-    with read(rows.data) as data, read(rows.eval_data) if rows.eval_data else nullcontext() as eval_data:
-        evaluated = None if eval_data is None else str(eval_data)
-        kept = None if own is None else own.to_dict()
-        RLStep(name, str(data), training.output_dir, evaluated, field_values(training), asdict(model), own=kept).run()
-    if _is_first_process():
-        print(f"The judge is in {training.output_dir}")
-    return 0
+    return rl(arguments, *_parse("rl", arguments))
 
 
 def _distill(arguments: Sequence[str]) -> int:
@@ -243,7 +183,7 @@ def _distill(arguments: Sequence[str]) -> int:
         "keep_annotated": rows.keep_annotated,
         "block_size": worker.block_size,
     }
-    source = Source(rows.data, JudgeConfig.load(rows.model).scales, _own(columns, rows.model), rows.invalid_rows)
+    source = Source(rows.data, JudgeConfig.load(rows.model).scales, own_columns(columns, rows.model), rows.invalid_rows)
     chat = bool(load_tokenizer(rows.model).chat_template)
     # Where no annotated rationale is fallen back on, none is needed.
     needed = rows.on_failure == "keep_gold" or rows.keep_annotated
@@ -252,7 +192,7 @@ def _distill(arguments: Sequence[str]) -> int:
         who = deploying.who(processes, cluster)
         step = DistillStep(rows.model, str(data), rows.output_dir, settings, backend, worker.shard, **who)
         written = step.run()
-    if written is not None and _is_first_process():
+    if written is not None and is_first_process():
         print(f"{read_summary(Path(rows.output_dir))}\nThe stage-two rows are in {written}")
         deploying.deliver(cluster, written)
     return 0
@@ -275,7 +215,7 @@ def _judge(arguments: Sequence[str]) -> int:
         "num_generations": generation.num_generations,
         **rules.rules(),
     }
-    source = Source(rows.data, JudgeConfig.load(rows.model).scales, _own(columns, rows.model))
+    source = Source(rows.data, JudgeConfig.load(rows.model).scales, own_columns(columns, rows.model))
     with rows_file(source.judged_rows(bool(load_tokenizer(rows.model).chat_template))) as data:
         step = JudgeStep(
             rows.model,
@@ -288,10 +228,10 @@ def _judge(arguments: Sequence[str]) -> int:
             **deploying.who(processes, cluster),
         )
         written = step.run()
-        if written is not None and _is_first_process():
+        if written is not None and is_first_process():
             # The report page shows the prompts, and the temporary file is about to go.
             write_jsonl(written.with_name("rows.jsonl"), read_jsonl(data))
-    if written is not None and _is_first_process():
+    if written is not None and is_first_process():
         reporting.print_judged(rows.model, rows.output_dir)
         deploying.deliver(cluster, written)
     return 0
@@ -317,7 +257,7 @@ def _check(arguments: Sequence[str]) -> int:
         rows.data,
         rows.model,
         rows.training(),
-        own=_own(columns),
+        own=own_columns(columns),
         rows=rows.rows,
         mark="█" if can_write(sys.stdout, "█") else "#",
     )
@@ -356,35 +296,8 @@ def _completion(arguments: Sequence[str]) -> int:
     return completion(arguments, [name for name in COMMANDS if name != "completion"], _option_groups, SENTENCES)
 
 
-def _own(columns: options.ColumnArguments, judge: str | None = None) -> Any:
-    """The columns and the rubric that were given; for the rest those that were saved with a judge."""
-    from trl_tract.sources.columns import OwnColumns
-
-    given = OwnColumns.parse(columns.columns, columns.rubric)
-    return given if judge is None else OwnColumns.beside(given, OwnColumns.load(judge))
-
-
 def _exit_code(taken: bool) -> int:
     return 0 if taken else 1
-
-
-def _tell_of_neighbours() -> None:
-    from trl_tract.training.neighbours import neighbours
-
-    if _is_first_process():
-        for line in neighbours():
-            print(line, file=sys.stderr)
-
-
-def _is_first_process() -> bool:
-    """Whether this is the process that speaks for all that a launcher started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _required_model(model: Any) -> str:
-    if not model.model_name_or_path:
-        raise ValueError("--model is missing. Give the directory or hub id of the model to start from")
-    return str(model.model_name_or_path)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {

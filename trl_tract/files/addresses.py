@@ -2,25 +2,14 @@
 
 import io
 import os
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
 import fsspec
 
-from trl_tract.files.journal import whole_file
+from trl_tract.files.journal import is_address, whole_file
 from trl_tract.text.secrets import without_secrets
-
-
-def is_address(name: str) -> bool:
-    """Whether a name is an address, and no path of this machine.
-
-    Example:
-        >>> is_address("s3://bucket/rows.jsonl"), is_address("C:/rows.jsonl"), is_address("user/rows")
-        (True, False, False)
-    """
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+(::.*)?://", name) is not None
 
 
 class Address:

@@ -11,8 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from trl_tract.files.addresses import Address, deliver, is_address
-from trl_tract.files.journal import read_jsonl
+from trl_tract.files.addresses import Address, deliver
+from trl_tract.files.journal import is_address, read_jsonl
 
 _JSON_COLUMNS = b"rows.json_columns"
 _BATCH = 1024  # rows

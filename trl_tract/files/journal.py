@@ -237,6 +237,16 @@ def digest(items: Iterable[Any]) -> str:
     return state.hexdigest()[:32]
 
 
+def is_address(name: str) -> bool:
+    """Whether a name is an address, and no path of this machine.
+
+    Example:
+        >>> is_address("s3://bucket/rows.jsonl"), is_address("C:/rows.jsonl"), is_address("user/rows")
+        (True, False, False)
+    """
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+(::.*)?://", name) is not None
+
+
 def guard(directory: Path, settings: Mapping[str, Any], what: str) -> None:
     """Claim `directory` for a run with these settings, or recognise that it is being continued.
 
@@ -249,7 +259,7 @@ def guard(directory: Path, settings: Mapping[str, Any], what: str) -> None:
         FileExistsError: The directory holds another run, files that are not of a run, or a link.
         ValueError: It is an address, or its `settings.json` is damaged.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(directory)):
+    if is_address(str(directory).replace(":/", "://", 1)):  # a path has no double slash
         raise ValueError(
             f"{directory} is an address, and blocks need locks and names that change at once: give a directory of this "
             "machine or of a shared file system. --export brings the result to an address"

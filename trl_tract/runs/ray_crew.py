@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -243,19 +243,15 @@ def _connected(ray: Any) -> Iterator[bool]:
             f"RAY_ADDRESS={address} is for Ray's client. Start the command on a machine of the cluster, for example "
             "with `ray job submit`, and with RAY_ADDRESS=auto"
         )
-    try:
-        if address:
-            ray.init(address=address, **settings)
-            yield False
-        else:
-            with _own_environment(), _folder() as folder:
-                # Ray's own default is a niceness of 15: behind all else that the machine does.
-                settings |= {"object_store_memory": _OBJECTS, "_system_config": {"worker_niceness": 0}}
-                ray.init("local", include_dashboard=False, _temp_dir=str(folder), **settings)
-                yield True
-                ray.shutdown()
-    finally:
-        ray.shutdown()
+    with ExitStack() as stack:
+        if not address:
+            stack.enter_context(_own_environment())
+            settings |= {"include_dashboard": False, "_temp_dir": str(stack.enter_context(_folder()))}
+            # Ray's own default is a niceness of 15: behind all else that the machine does.
+            settings |= {"object_store_memory": _OBJECTS, "_system_config": {"worker_niceness": 0}}
+        stack.callback(ray.shutdown)
+        ray.init(address or "local", **settings)
+        yield not address
 
 
 @contextmanager

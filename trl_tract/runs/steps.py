@@ -195,7 +195,7 @@ class JudgeStep:
             write_jsonl(final, records)
 
         with (
-            nullcontext(self.crew(backend))
+            nullcontext(self.crew(backend, made_with))
             if self.engine == "local"
             else ray_crew(self.crew, made_with, workers=self.workers, backend=self.backend, say=say_now)
         ) as crew:
@@ -206,10 +206,10 @@ class JudgeStep:
         """The model, loaded."""
         return make_backend(self.model, **self.backend)
 
-    def crew(self, backend: Backend | None = None) -> Crew:
-        """This process, with the model loaded."""
-        backend = backend or self.make_backend()
-        made_with, scales = self._made_with(backend), self._scales()
+    def crew(self, backend: Backend | None = None, made_with: Mapping[str, Any] | None = None) -> Crew:
+        """This process, with the model loaded; what judgements depend on is found out where it is not given."""
+        backend, scales = backend or self.make_backend(), self._scales()
+        made_with = made_with or self._made_with(backend)  # reads the model's files
         if self.untrained:
             judge = CoTRAILJudge(backend, **self.settings)
         elif self.asked_like is not None:

@@ -12,7 +12,8 @@ _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 # (of 10)", "[RESULT] 3 to 4" and "[RESULT] 3 1/2" are other scores than 4 and 3, in whatever language and width they
 # are written. A dash or comma with spaces may begin a sentence, unless the number behind it ends the line.
 _OF = "(?:out |ud )?(?:of|af)|van|von|aus|auf|over|sur|de|di|da|su|em|av|na|ze?|od|из|от|από|στα"
-_OR = r"(?:[–~〜～→/]|\s+(?:to|or|till|bis|oder|à|ou|hasta|tot|eller|или)\s+)"
+_TO = r"to|or|till?|bis|oder|à|ou|hasta|tot|eller|lub|albo|do|až|nebo|ila|veya|tai|или|до|або|έως|(?-i:a|o|e)"
+_OR = rf"(?:[–~〜～→/]|\s+(?:{_TO})\s+)"
 _UNIT = r"(?:\s+(?:points?|pts?\.?|marks?|stars?|punkten?|sternen?|puntos|estrellas|étoiles|punti|stelle))?"
 _SCORE_GOES_ON = re.compile(
     rf"\w|[.,:-]\d|\s*[%％‰]|{_UNIT}\s*[/／∕⁄÷|]\s*\d|{_UNIT}[ \t]*[(\[（［【][^)\]）］】.\n]{{0,30}}?\d"

@@ -13,8 +13,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from trl_tract.files.addresses import Address, is_address
+from trl_tract.files.addresses import Address
 from trl_tract.files.export import json_columns
+from trl_tract.files.journal import is_address
 from trl_tract.text.secrets import without_secrets
 
 FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")

@@ -1,0 +1,133 @@
+"""The commands that train, and what several commands need: a model, columns, one process that speaks."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trl_tract.commands import deploying, options
+from trl_tract.text.terminal import uses_colour
+
+
+def train(arguments: Sequence[str], rows: Any, columns: Any, processes: Any, training: Any, model: Any) -> int:
+    """`trl-tract train`.
+
+    Args:
+        arguments: The options as they were typed, for other processes.
+        rows, columns, processes, training, model: The same, read.
+    """
+    from trl_tract.backends.loading import tokenizer_to_train
+    from trl_tract.runs.train_steps import TrainStep
+    from trl_tract.sources.door import Bare, Source, rows_file
+    from trl_tract.training.config import field_values
+
+    name, own, fields = required_model(model), own_columns(columns), field_values(training)
+    launch = deploying.planned(processes)
+    if launch.starts:
+        print(f"By {launch}: {launch.update(fields)}", flush=True)
+    if rows.dry_run:
+        from trl_tract.commands.dry_run import dry_train
+
+        return int(
+            not dry_train(
+                name,
+                rows.data,
+                training.output_dir,
+                own=own,
+                training=fields,
+                eval_data=rows.eval_data,
+                colour=uses_colour(sys.stdout),
+            )
+        )
+    if launch.starts:
+        launch, each = launch.shared(fields)
+        shared = [word for name, count in each.items() for word in (f"--{name}", str(count))]
+        return deploying.start_again(launch, "train", [*arguments, *shared])
+    tell_of_neighbours()
+    chat = bool(tokenizer_to_train(name, training.chat_template_path).chat_template)
+
+    def read(source: str) -> AbstractContextManager[Path]:
+        bare: Bare = "all" if training.drop_rationale else "none"
+        return rows_file(Source(source, training.scales, own, training.invalid_rows, bare=bare).training_rows(chat))
+
+    return _trained("model", partial(TrainStep, name), rows, training, model, own, read)
+
+
+def rl(arguments: Sequence[str], rows: Any, columns: Any, training: Any, model: Any) -> int:
+    """`trl-tract rl`, likewise."""
+    from trl_tract.runs.train_steps import RLStep
+    from trl_tract.saved.judge_config import FILE_NAME, JudgeConfig
+    from trl_tract.sources.door import Source, rows_file
+    from trl_tract.training.starting import policy_tokenizer
+
+    launch = deploying.one_process()
+    if launch.starts:  # the first of several accelerators: its groups of completions were tried in one process alone
+        return deploying.start_again(launch, "rl", arguments)
+    name = required_model(model)
+    own, chat = own_columns(columns, name), bool(policy_tokenizer(name).chat_template)
+    scales = JudgeConfig.load(name).scales if (Path(name) / FILE_NAME).is_file() else training.scales
+    tell_of_neighbours()
+
+    def read(source: str) -> AbstractContextManager[Path]:
+        items = Source(source, scales, own, training.invalid_rows)
+        return rows_file(items.rows(chat, lambda item: [item.reference]))
+
+    return _trained("judge", partial(RLStep, name), rows, training, model, own, read)
+
+
+def _trained(
+    what: str,
+    step: Callable[..., Any],
+    rows: Any,
+    training: Any,
+    model: Any,
+    own: Any,
+    read: Callable[[str], AbstractContextManager[Path]],
+) -> int:
+    """Train on the rows that `read` makes a file of."""
+    from trl_tract.training.config import field_values
+
+    kept, out = None if own is None else own.to_dict(), training.output_dir
+    with read(rows.data) as data, read(rows.eval_data) if rows.eval_data else nullcontext() as eval_data:
+        evaluated = None if eval_data is None else str(eval_data)
+        step(str(data), out, evaluated, field_values(training), asdict(model), own=kept).run()
+    if is_first_process():
+        print(f"The {what} is in {out}")
+    return 0
+
+
+def own_columns(columns: options.ColumnArguments, judge: str | None = None) -> Any:
+    """The columns and the rubric that were given; for the rest those that were saved with a judge."""
+    from trl_tract.sources.columns import OwnColumns
+
+    given = OwnColumns.parse(columns.columns, columns.rubric)
+    return given if judge is None else OwnColumns.beside(given, OwnColumns.load(judge))
+
+
+def tell_of_neighbours() -> None:
+    """Say which other training libraries are there, and what they ask of TRL."""
+    from trl_tract.training.neighbours import neighbours
+
+    if is_first_process():
+        for line in neighbours():
+            print(line, file=sys.stderr)
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that speaks for all that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def required_model(model: Any) -> str:
+    """The model that is trained.
+
+    Raises:
+        ValueError: None was given.
+    """
+    if not model.model_name_or_path:
+        raise ValueError("--model is missing. Give the directory or hub id of the model to start from")
+    return str(model.model_name_or_path)
