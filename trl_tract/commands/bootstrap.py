@@ -1,7 +1,7 @@
 """`trl-tract bootstrap`: rationales for rows that have only scores. Imports nothing heavy: `--help` reads it."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from trl_tract.commands.options import (
@@ -12,95 +12,71 @@ from trl_tract.commands.options import (
     GenerationArguments,
     WorkerArguments,
 )
+from trl_tract.text.options import option, required
 
 
 @dataclass
 class BootstrapArguments:
     """Who writes the rationales, and for which rows."""
 
-    model: str = field(
-        metadata={"help": "Who writes: a model directory or hub id, or with --backend chat the model's name there."}
+    model: str = required("Who writes: a model directory or hub id, or with --backend chat the model's name there.")
+    data: str = required(f"{ROWS} Rows that have a rationale keep it.")
+    output_dir: str = required("Where rows.jsonl, the rows with rationales, is written.")
+    tolerance: float | None = option(
+        None,
+        "How far the score that a rationale comes to may be from the gold score. By default half the "
+        "smallest step between scores, or an eighth of their range if that is more.",
     )
-    data: str = field(metadata={"help": f"{ROWS} Rows that have a rationale keep it."})
-    output_dir: str = field(metadata={"help": "Where rows.jsonl, the rows with rationales, is written."})
-    tolerance: float | None = field(
-        default=None,
-        metadata={
-            "help": "How far the score that a rationale comes to may be from the gold score. By default half the "
-            "smallest step between scores, or an eighth of their range if that is more."
-        },
+    show_score: bool = option(
+        True,
+        "Where no rationale comes to the gold score, show it and ask again. Such rationales are marked, "
+        "and not kept if they give the score away.",
     )
-    show_score: bool = field(
-        default=True,
-        metadata={
-            "help": "Where no rationale comes to the gold score, show it and ask again. Such rationales are marked, "
-            "and not kept if they give the score away."
-        },
+    keep: int = option(1, "Rationales to keep for a row, the closest first.")
+    rewrite: bool = option(False, "Write rationales for the rows that have one too.")
+    on_failure: str = option(
+        "drop",
+        "What to do with a row for which no rationale was kept: drop it, keep it without one, or stop.",
+        choices=["drop", "keep", "raise"],
     )
-    keep: int = field(default=1, metadata={"help": "Rationales to keep for a row, the closest first."})
-    rewrite: bool = field(default=False, metadata={"help": "Write rationales for the rows that have one too."})
-    on_failure: str = field(
-        default="drop",
-        metadata={
-            "help": "What to do with a row for which no rationale was kept: drop it, keep it without one, or stop.",
-            "choices": ["drop", "keep", "raise"],
-        },
+    num_generations: int = option(4, "Rationales to sample for a row, each time it is asked.")
+    temperature: float = option(0.7, "Sampling temperature of the rationale.")
+    top_p: float = option(0.9, "Nucleus sampling threshold.")
+    repetition_penalty: float = option(1.03, "Penalty on tokens used before. 1 turns it off.")
+    max_new_tokens: int = option(256, "Longest rationale, in tokens. A longer one ends with its last whole sentence.")
+    generation_seed: int = option(42, "Random seed of the sampling.")
+    generation_batch_size: int = option(32, "Rationales generated at once at most (transformers backend only).")
+    backend: str = option(
+        "transformers",
+        "What generates text: transformers, vLLM in this process, a vLLM server (see --base_url), or chat: "
+        "any OpenAI-compatible chat endpoint. The last one gives no probabilities, so the score that it writes "
+        "counts.",
+        choices=[*BACKENDS, "chat"],
     )
-    num_generations: int = field(default=4, metadata={"help": "Rationales to sample for a row, each time it is asked."})
-    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature of the rationale."})
-    top_p: float = field(default=0.9, metadata={"help": "Nucleus sampling threshold."})
-    repetition_penalty: float = field(default=1.03, metadata={"help": "Penalty on tokens used before. 1 turns it off."})
-    max_new_tokens: int = field(
-        default=256, metadata={"help": "Longest rationale, in tokens. A longer one ends with its last whole sentence."}
+    engine_args: str | None = option(
+        None, "More arguments for the backend, as JSON: '{\"tensor_parallel_size\": 2}' for vLLM."
     )
-    generation_seed: int = field(default=42, metadata={"help": "Random seed of the sampling."})
-    generation_batch_size: int = field(
-        default=32, metadata={"help": "Rationales generated at once at most (transformers backend only)."}
+    prices: list[float] | None = option(
+        None, "Two prices per million tokens, read and written, to be told the most that it can cost."
     )
-    backend: str = field(
-        default="transformers",
-        metadata={
-            "help": "What generates text: transformers, vLLM in this process, a vLLM server (see --base_url), or chat: "
-            "any OpenAI-compatible chat endpoint. The last one gives no probabilities, so the score that it writes "
-            "counts.",
-            "choices": [*BACKENDS, "chat"],
-        },
+    score_values: list[float] = option(
+        [1.0, 2.0, 3.0, 4.0, 5.0], "The possible scores, as in training: 0 1 2, or 0..100."
     )
-    engine_args: str | None = field(
-        default=None,
-        metadata={"help": "More arguments for the backend, as JSON: '{\"tensor_parallel_size\": 2}' for vLLM."},
+    score_texts: list[str] | None = option(None, "How the scores are written, if in words.")
+    score_marker: str = option("[RESULT]", "Text before the score.")
+    aspects: dict[str, Any] | str | None = option(
+        None, "For several scores in one completion, as in training. JSON, or a mapping in a YAML file."
     )
-    prices: list[float] | None = field(
-        default=None,
-        metadata={"help": "Two prices per million tokens, read and written, to be told the most that it can cost."},
+    chat_template_kwargs: dict[str, Any] | str | None = option(
+        None, "Variables of the chat template, as in training. JSON."
     )
-    score_values: list[float] = field(
-        default_factory=lambda: [1.0, 2.0, 3.0, 4.0, 5.0],
-        metadata={"help": "The possible scores, as in training: 0 1 2, or 0..100."},
+    thinking: str = option(
+        "auto", "Whether the rationale is the thinking, as in training.", choices=["auto", "off", "rationale"]
     )
-    score_texts: list[str] | None = field(default=None, metadata={"help": "How the scores are written, if in words."})
-    score_marker: str = field(default="[RESULT]", metadata={"help": "Text before the score."})
-    aspects: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "For several scores in one completion, as in training. JSON, or a mapping in a YAML file."},
-    )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Variables of the chat template, as in training. JSON."}
-    )
-    thinking: str = field(
-        default="auto",
-        metadata={
-            "help": "Whether the rationale is the thinking, as in training.",
-            "choices": ["auto", "off", "rationale"],
-        },
-    )
-    invalid_rows: str = field(
-        default="raise",
-        metadata={
-            "help": "What to do with rows that cannot be read or have no gold score: stop at once, or go on without "
-            "them.",
-            "choices": ["raise", "drop"],
-        },
+    invalid_rows: str = option(
+        "raise",
+        "What to do with rows that cannot be read or have no gold score: stop at once, or go on without them.",
+        choices=["raise", "drop"],
     )
 
     def settings(self) -> dict[str, Any]:

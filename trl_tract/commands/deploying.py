@@ -1,9 +1,10 @@
 """Options of serving, merging and starting processes. Imports nothing heavy: `--help` reads it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trl_tract.text.options import option, required
 from trl_tract.text.secrets import without_secrets
 
 if TYPE_CHECKING:
@@ -16,19 +17,15 @@ if TYPE_CHECKING:
 class LaunchArguments:
     """Processes of this machine."""
 
-    num_processes: int | None = field(
-        default=None,
-        metadata={
-            "help": "Processes to train and to generate with. By default one for each accelerator that is seen, or "
-            "one. An update keeps its number of rows, and fewer processes train where they do not share it evenly."
-        },
+    num_processes: int | None = option(
+        None,
+        "Processes to train and to generate with. By default one for each accelerator that is seen, or "
+        "one. An update keeps its number of rows, and fewer processes train where they do not share it evenly.",
     )
-    accelerate_config: str | None = field(
-        default=None,
-        metadata={
-            "help": "Configuration of accelerate to train with, such as examples/accelerate/fsdp2.yaml. Its "
-            "number of processes counts where --num_processes is not given."
-        },
+    accelerate_config: str | None = option(
+        None,
+        "Configuration of accelerate to train with, such as examples/accelerate/fsdp2.yaml. Its "
+        "number of processes counts where --num_processes is not given.",
     )
 
 
@@ -36,21 +33,17 @@ class LaunchArguments:
 class ClusterArguments:
     """Many machines."""
 
-    engine: str = field(
-        default="local",
-        metadata={
-            "help": "local: this machine does the work. ray: workers on the machines of a Ray cluster do it, one for "
-            "each GPU or machine, or as many as --num_processes says. RAY_ADDRESS says where the cluster is. Without "
-            "it Ray is started on this machine.",
-            "choices": ["local", "ray"],
-        },
+    engine: str = option(
+        "local",
+        "local: this machine does the work. ray: workers on the machines of a Ray cluster do it, one for "
+        "each GPU or machine, or as many as --num_processes says. RAY_ADDRESS says where the cluster is. Without "
+        "it Ray is started on this machine.",
+        choices=["local", "ray"],
     )
-    export: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where the result is brought as well: a .jsonl or .parquet file, as a path or an address that "
-            "fsspec knows, such as s3://bucket/judgements.parquet."
-        },
+    export: str | None = option(
+        None,
+        "Where the result is brought as well: a .jsonl or .parquet file, as a path or an address that "
+        "fsspec knows, such as s3://bucket/judgements.parquet.",
     )
 
 
@@ -58,29 +51,20 @@ class ClusterArguments:
 class ServeArguments:
     """The judge and its address."""
 
-    model: str = field(metadata={"help": "Judge model or adapter, saved by TRACTTrainer."})
-    rubric: str | None = field(
-        default=None,
-        metadata={
-            "help": "YAML file with `criterion` and `scores`, for requests with fields. By default the rubric saved "
-            "with the model."
-        },
+    model: str = required("Judge model or adapter, saved by TRACTTrainer.")
+    rubric: str | None = option(
+        None,
+        "YAML file with `criterion` and `scores`, for requests with fields. By default the rubric saved "
+        "with the model.",
     )
-    host: str = field(
-        default="127.0.0.1",
-        metadata={"help": "Address to listen at. 0.0.0.0 lets other machines in: set TRL_TRACT_API_KEY then."},
-    )
-    port: int = field(default=8123, metadata={"help": "Port to listen at. 0 takes one that is free."})
-    name: str | None = field(
-        default=None, metadata={"help": "What /v1/models calls the judge. By default the last part of --model."}
-    )
-    max_batch: int = field(default=32, metadata={"help": "Items judged together at most."})
-    max_queue: int = field(default=256, metadata={"help": "Items that may wait. More are refused with 429."})
-    max_items: int = field(default=64, metadata={"help": "Items in one request."})
-    max_bytes: int = field(default=2**20, metadata={"help": "Bytes in one request."})
-    answer_seconds: float = field(
-        default=300.0, metadata={"help": "How long a request may take. Then it is refused with 504."}
-    )
+    host: str = option("127.0.0.1", "Address to listen at. 0.0.0.0 lets other machines in: set TRL_TRACT_API_KEY then.")
+    port: int = option(8123, "Port to listen at. 0 takes one that is free.")
+    name: str | None = option(None, "What /v1/models calls the judge. By default the last part of --model.")
+    max_batch: int = option(32, "Items judged together at most.")
+    max_queue: int = option(256, "Items that may wait. More are refused with 429.")
+    max_items: int = option(64, "Items in one request.")
+    max_bytes: int = option(2**20, "Bytes in one request.")
+    answer_seconds: float = option(300.0, "How long a request may take. Then it is refused with 504.")
 
     def limits(self) -> dict[str, Any]:
         """As arguments of the application."""
@@ -92,14 +76,12 @@ class ServeArguments:
 class MergeArguments:
     """The adapter to merge."""
 
-    model: str = field(metadata={"help": "Judge adapter, saved by TRACTTrainer, on a base that is not quantised."})
-    output_dir: str = field(metadata={"help": "Where the merged judge is written. Has to be empty or not there."})
-    dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "What the sum is rounded to. By default the base's own 16 bits, or bfloat16.",
-            "choices": ["bfloat16", "float16"],
-        },
+    model: str = required("Judge adapter, saved by TRACTTrainer, on a base that is not quantised.")
+    output_dir: str = required("Where the merged judge is written. Has to be empty or not there.")
+    dtype: str | None = option(
+        None,
+        "What the sum is rounded to. By default the base's own 16 bits, or bfloat16.",
+        choices=["bfloat16", "float16"],
     )
 
 

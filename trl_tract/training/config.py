@@ -4,7 +4,7 @@ import copy
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -14,6 +14,7 @@ from trl import SFTConfig
 from trl_tract.rows.template import TemplateSettings
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import DEFAULT_MARKER, DEFAULT_VALUES, Scale, read_scales
+from trl_tract.text.options import option
 from trl_tract.text.secrets import without_secrets
 
 
@@ -57,164 +58,124 @@ class TRACTConfig(KeepsSecrets, SFTConfig):
     Source of the defaults: Chiang et al. 2025 and its code, https://aclanthology.org/2025.acl-long.147
     """
 
-    max_length: int | None = field(
-        default=3000,
-        metadata={
-            "help": "Tokens a row may have, prompt included. A row that would lose its score is refused, never cut "
-            "silently: see `invalid_rows`. None: no limit. The paper's cutoff is 3000."
-        },
+    max_length: int | None = option(
+        3000,
+        "Tokens a row may have, prompt included. A row that would lose its score is refused, never cut "
+        "silently: see `invalid_rows`. None: no limit. The paper's cutoff is 3000.",
     )
-    score_values: list[float] = field(
-        default_factory=lambda: list(DEFAULT_VALUES),
-        metadata={
-            "help": "The score grid, in rubric units, increasing. Any numbers: 1 to 5, half points, 0 to 100. A score "
-            "may be several tokens. Ranges may be written short: 0..100, or 0..10..0.5 in half points."
-        },
+    score_values: list[float] = option(
+        list(DEFAULT_VALUES),
+        "The score grid, in rubric units, increasing. Any numbers: 1 to 5, half points, 0 to 100. A score "
+        "may be several tokens. Ranges may be written short: 0..100, or 0..10..0.5 in half points.",
     )
-    score_texts: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "How the scores are written in the completions, in the order of `score_values`: letters or words. "
-            "None: as numbers."
-        },
+    score_texts: list[str] | None = option(
+        None,
+        "How the scores are written in the completions, in the order of `score_values`: letters or words. "
+        "None: as numbers.",
     )
-    score_marker: str = field(
-        default=DEFAULT_MARKER,
-        metadata={"help": "Text that stands before the score in every completion; it counts where a score follows it."},
+    score_marker: str = option(
+        DEFAULT_MARKER, "Text that stands before the score in every completion; it counts where a score follows it."
     )
-    aspects: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Where a completion has a score for each of several aspects: their names, each with its `marker`, "
-            "its `values` (1 to 5 by default), `texts` and `raft_weight`, in the order in which they are written. The "
-            "rows' `scores` then maps names to gold scores, and these markers and grids stand in for score_marker, "
-            "score_values and score_texts. On the command line as JSON. None: one score."
-        },
+    aspects: dict[str, Any] | str | None = option(
+        None,
+        "Where a completion has a score for each of several aspects: their names, each with its `marker`, "
+        "its `values` (1 to 5 by default), `texts` and `raft_weight`, in the order in which they are written. The "
+        "rows' `scores` then maps names to gold scores, and these markers and grids stand in for score_marker, "
+        "score_values and score_texts. On the command line as JSON. None: one score.",
     )
-    raft_weight: float = field(
-        default=1.0,
-        metadata={
-            "help": "Weight of the squared error on the expected score against the rationale's cross-entropy (lambda "
-            "of CoT-RAFT). Unitless; the error is in squared rubric units, so halving the score range quarters it. "
-            "0 trains on the rationale alone."
-        },
+    raft_weight: float = option(
+        1.0,
+        "Weight of the squared error on the expected score against the rationale's cross-entropy (lambda "
+        "of CoT-RAFT). Unitless; the error is in squared rubric units, so halving the score range quarters it. "
+        "0 trains on the rationale alone.",
     )
-    rationale_weight: float = field(
-        default=1.0,
-        metadata={
-            "help": "Weight of the cross-entropy of the completion, a mean over tokens in nats. 0 is RAFT without a "
-            "rationale: such a model can be asked for a score but no longer writes text."
-        },
+    rationale_weight: float = option(
+        1.0,
+        "Weight of the cross-entropy of the completion, a mean over tokens in nats. 0 is RAFT without a "
+        "rationale: such a model can be asked for a score but no longer writes text.",
     )
-    score_in_ce: bool = field(
-        default=False,
-        metadata={
-            "help": "Also take the cross-entropy on the score token, as the paper's formula does; the authors' code "
-            "does not. With `raft_weight=0` this is the ordinary cross-entropy judge."
-        },
+    score_in_ce: bool = option(
+        False,
+        "Also take the cross-entropy on the score token, as the paper's formula does; the authors' code "
+        "does not. With `raft_weight=0` this is the ordinary cross-entropy judge.",
     )
-    drop_rationale: bool = field(
-        default=False,
-        metadata={
-            "help": "Leave the rationale out of every completion, so that the score is read straight after the prompt: "
-            "the paper's baselines without a rationale. The judge then writes none either."
-        },
+    drop_rationale: bool = option(
+        False,
+        "Leave the rationale out of every completion, so that the score is read straight after the prompt: "
+        "the paper's baselines without a rationale. The judge then writes none either.",
     )
-    normalize_grid: bool = field(
-        default=False,
-        metadata={
-            "help": "Divide the expected score by the probability mass on the grid. The paper and its code do not: "
-            "mass off the grid then pulls the score to 0, which teaches the model to stay on the grid."
-        },
+    normalize_grid: bool = option(
+        False,
+        "Divide the expected score by the probability mass on the grid. The paper and its code do not: "
+        "mass off the grid then pulls the score to 0, which teaches the model to stay on the grid.",
     )
-    annotator_loss: str = field(
-        default="none",
-        metadata={
-            "help": "What else the score distribution is trained towards where `score` is a list with one score for "
-            "each annotator: `none`, their mean alone; `distribution` adds the cross-entropy to their histogram on the "
-            "grid, with `annotator_weight`.",
-            "choices": ["none", "distribution"],
-        },
+    annotator_loss: str = option(
+        "none",
+        "What else the score distribution is trained towards where `score` is a list with one score for "
+        "each annotator: `none`, their mean alone; `distribution` adds the cross-entropy to their histogram on the "
+        "grid, with `annotator_weight`.",
+        choices=["none", "distribution"],
     )
-    annotator_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of `annotator_loss`, a mean over scores in nats. With 0 it is logged, not trained."},
+    annotator_weight: float = option(
+        0.0, "Weight of `annotator_loss`, a mean over scores in nats. With 0 it is logged, not trained."
     )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Variables that the chat template is rendered with, at training and whenever the judge is used; a "
-            "row's own `chat_template_kwargs` go before them. On the command line as JSON. None: none."
-        },
+    chat_template_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "Variables that the chat template is rendered with, at training and whenever the judge is used; a "
+        "row's own `chat_template_kwargs` go before them. On the command line as JSON. None: none.",
     )
-    thinking: str = field(
-        default="auto",
-        metadata={
-            "help": "What models that think are asked for: `off`, no thinking, by the chat template's own switch or an "
-            "empty block; `rationale`, the rationale stands inside the thinking block and the score behind it; `auto`, "
-            "`rationale` if half of the first 1,000 rows or more bring thinking (`<think>` or `reasoning_content`) and "
-            "the template has a place for it, otherwise `off`.",
-            "choices": ["auto", "off", "rationale"],
-        },
+    thinking: str = option(
+        "auto",
+        "What models that think are asked for: `off`, no thinking, by the chat template's own switch or an "
+        "empty block; `rationale`, the rationale stands inside the thinking block and the score behind it; `auto`, "
+        "`rationale` if half of the first 1,000 rows or more bring thinking (`<think>` or `reasoning_content`) and "
+        "the template has a place for it, otherwise `off`.",
+        choices=["auto", "off", "rationale"],
     )
-    template_date: str | None = field(
-        default=None,
-        metadata={
-            "help": "What a chat template that asks for the date is told, as YYYY-MM-DD. It is saved, so that a judge "
-            "is asked every day as it was trained. None: the day of the training."
-        },
+    template_date: str | None = option(
+        None,
+        "What a chat template that asks for the date is told, as YYYY-MM-DD. It is saved, so that a judge "
+        "is asked every day as it was trained. None: the day of the training.",
     )
-    invalid_rows: str = field(
-        default="raise",
-        metadata={
-            "help": "What happens to rows whose score is missing, off the range, cut off by `max_length`, or "
-            "ambiguous: `raise` stops and names them; `drop` trains without them and says how many there were.",
-            "choices": ["raise", "drop"],
-        },
+    invalid_rows: str = option(
+        "raise",
+        "What happens to rows whose score is missing, off the range, cut off by `max_length`, or "
+        "ambiguous: `raise` stops and names them; `drop` trains without them and says how many there were.",
+        choices=["raise", "drop"],
     )
-    judge_eval_items: int = field(
-        default=0,
-        metadata={
-            "help": "Held-out rows that the model in training judges at each evaluation, with rationales that it "
-            "writes itself: the log then has `eval_judge/rmse` and more, by which the best checkpoint can be chosen. "
-            "It takes as long as judging that many rows. `run`, and `train` without --eval_data, take them out of the "
-            "training rows, whole groups. 0: none."
-        },
+    judge_eval_items: int = option(
+        0,
+        "Held-out rows that the model in training judges at each evaluation, with rationales that it "
+        "writes itself: the log then has `eval_judge/rmse` and more, by which the best checkpoint can be chosen. "
+        "It takes as long as judging that many rows. `run`, and `train` without --eval_data, take them out of the "
+        "training rows, whole groups. 0: none.",
     )
-    judge_eval_settings: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "How they are judged, where that is not by default: arguments of CoTRAILJudge, and `batch_size`. "
-            "On the command line as JSON: '{\"max_new_tokens\": 256}'. None: the defaults; of a run, as it judges."
-        },
+    judge_eval_settings: dict[str, Any] | str | None = option(
+        None,
+        "How they are judged, where that is not by default: arguments of CoTRAILJudge, and `batch_size`. "
+        "On the command line as JSON: '{\"max_new_tokens\": 256}'. None: the defaults; of a run, as it judges.",
     )
 
-    share_prompts: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Compute what rows of a micro-batch begin alike with once for all of them: the same update, up to "
-            "rounding, for less time and memory where prompts are long and shared. Needs sdpa, eager or, on a GPU, "
-            "flex attention; others compute each row by itself and say so. None: in stage two of a run with "
-            "`num_generations` above 1, otherwise not."
-        },
+    share_prompts: bool | None = option(
+        None,
+        "Compute what rows of a micro-batch begin alike with once for all of them: the same update, up to "
+        "rounding, for less time and memory where prompts are long and shared. Needs sdpa, eager or, on a GPU, "
+        "flex attention; others compute each row by itself and say so. None: in stage two of a run with "
+        "`num_generations` above 1, otherwise not.",
     )
-    share_batches: str = field(
-        default="prompt",
-        metadata={
-            "help": "With `share_prompts`, what stands together in a micro-batch: `prompt`, the rows of one prompt, "
-            "such as its several rationales; `question`, also rows whose prompts begin alike, such as answers to one "
-            "question behind the same rubric; `none`, rows as `train_sampling_strategy` has them. Micro-batches come "
-            "in random order: an update of several of them (accumulation, ranks) mixes prompts.",
-            "choices": ["prompt", "question", "none"],
-        },
+    share_batches: str = option(
+        "prompt",
+        "With `share_prompts`, what stands together in a micro-batch: `prompt`, the rows of one prompt, "
+        "such as its several rationales; `question`, also rows whose prompts begin alike, such as answers to one "
+        "question behind the same rubric; `none`, rows as `train_sampling_strategy` has them. Micro-batches come "
+        "in random order: an update of several of them (accumulation, ranks) mixes prompts.",
+        choices=["prompt", "question", "none"],
     )
 
-    hub_private_repo: bool | None = field(
-        default=True,
-        metadata={
-            "help": "With `push_to_hub`: whether a repository that is made for the model is private. None: what the "
-            "account has as its default, which may be public. A repository that exists stays as it is."
-        },
+    hub_private_repo: bool | None = option(
+        True,
+        "With `push_to_hub`: whether a repository that is made for the model is private. None: what the "
+        "account has as its default, which may be public. A repository that exists stays as it is.",
     )
 
     def __post_init__(self) -> None:

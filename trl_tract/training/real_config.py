@@ -11,6 +11,7 @@ from trl import GRPOConfig
 from trl_tract.rows.template import TemplateSettings
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale, read_scales
+from trl_tract.text.options import option
 from trl_tract.training.config import KeepsSecrets, TRACTConfig, field_values, greater_is_better
 
 _TRACT = {each.name: each for each in fields(TRACTConfig)}
@@ -46,62 +47,48 @@ class REALConfig(KeepsSecrets, GRPOConfig):
     normalize_grid: bool | None = field(default=None, metadata=_as_in_tract("normalize_grid"))
     thinking: str | None = field(default=None, metadata=_as_in_tract("thinking"))
     template_date: str | None = field(default=None, metadata=_as_in_tract("template_date"))
-    direct_weight: float = field(
-        default=1.0,
-        metadata={
-            "help": "Weight of the direct term: the gradient of the squared error through the score itself, beside the "
-            "policy term's, through the rationale. 1 is the gradient of the expected squared error; 0 trains the "
-            "rationale alone."
-        },
+    direct_weight: float = option(
+        1.0,
+        "Weight of the direct term: the gradient of the squared error through the score itself, beside the "
+        "policy term's, through the rationale. 1 is the gradient of the expected squared error; 0 trains the "
+        "rationale alone.",
     )
-    gold_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of the gold score's log-likelihood in reward and direct term, squared rubric units a nat. "
-            "A gold score between two values of the grid counts for both. 0 leaves it out."
-        },
+    gold_weight: float = option(
+        0.0,
+        "Weight of the gold score's log-likelihood in reward and direct term, squared rubric units a nat. "
+        "A gold score between two values of the grid counts for both. 0 leaves it out.",
     )
-    advantages: str = field(
-        default="unbiased",
-        metadata={
-            "help": "How rewards become advantages: `unbiased`, minus the mean of the other rewards of the group, so "
-            "that both terms together are the gradient of the expected squared error whatever loss_type is; "
-            "`normalised`, minus the group's mean, divided by its standard deviation and kept in [-1, 1], as in REAL. "
-            "It stands in for scale_rewards.",
-            "choices": ["unbiased", "normalised"],
-        },
+    advantages: str = option(
+        "unbiased",
+        "How rewards become advantages: `unbiased`, minus the mean of the other rewards of the group, so "
+        "that both terms together are the gradient of the expected squared error whatever loss_type is; "
+        "`normalised`, minus the group's mean, divided by its standard deviation and kept in [-1, 1], as in REAL. "
+        "It stands in for scale_rewards.",
+        choices=["unbiased", "normalised"],
     )
-    no_score_penalty: float | None = field(
-        default=None,
-        metadata={
-            "help": "Loss of a rationale behind which there is no score, because it never reached the marker, in "
-            "squared rubric units: it stands in for the squared error. Such rationales are counted in "
-            "`rationale/no_score`. None: the square of the score range, as for the worst score that there is."
-        },
+    no_score_penalty: float | None = option(
+        None,
+        "Loss of a rationale behind which there is no score, because it never reached the marker, in "
+        "squared rubric units: it stands in for the squared error. Such rationales are counted in "
+        "`rationale/no_score`. None: the square of the score range, as for the worst score that there is.",
     )
-    share_prompts: bool = field(
-        default=False,
-        metadata={
-            "help": "Compute the prompt of a group's rationales once in both forward passes: the same update, up to "
-            "rounding, for less time and memory where prompts are long. A micro-batch then holds whole groups where "
-            "per_device_train_batch_size is a multiple of num_generations. Needs sdpa, eager or, on a GPU, flex "
-            "attention."
-        },
+    share_prompts: bool = option(
+        False,
+        "Compute the prompt of a group's rationales once in both forward passes: the same update, up to "
+        "rounding, for less time and memory where prompts are long. A micro-batch then holds whole groups where "
+        "per_device_train_batch_size is a multiple of num_generations. Needs sdpa, eager or, on a GPU, flex "
+        "attention.",
     )
-    invalid_rows: str = field(
-        default="raise",
-        metadata={
-            "help": "What happens to rows whose gold score or prompt is missing, off the range or unreadable: `raise` "
-            "stops and names them; `drop` trains without them and says how many there were.",
-            "choices": ["raise", "drop"],
-        },
+    invalid_rows: str = option(
+        "raise",
+        "What happens to rows whose gold score or prompt is missing, off the range or unreadable: `raise` "
+        "stops and names them; `drop` trains without them and says how many there were.",
+        choices=["raise", "drop"],
     )
-    disable_dropout: bool = field(
-        default=True,
-        metadata={
-            "help": "Turn dropout off. With dropout, the model that is trained is not the one that wrote the rationale "
-            "and gave its reward."
-        },
+    disable_dropout: bool = option(
+        True,
+        "Turn dropout off. With dropout, the model that is trained is not the one that wrote the rationale "
+        "and gave its reward.",
     )
     hub_private_repo: bool | None = field(default=True, metadata=dict(_TRACT["hub_private_repo"].metadata))
 
