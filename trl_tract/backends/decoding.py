@@ -23,12 +23,6 @@ class Decoding:
     """Writes continuations.
 
     Args:
-        forward: The model's passes.
-        tree: Keys and values of prompts, and of finished texts if `keeps`.
-        room: Of the batch.
-        drawing: Draws tokens.
-        ending: Of the texts.
-        eos: End-of-sequence tokens.
         keeps: Whether the tree takes finished texts too: what is asked next goes on from them.
     """
 

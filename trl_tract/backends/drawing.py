@@ -57,11 +57,7 @@ class Nucleus(LogitsProcessor):
 
 
 class Drawing:
-    """Draws the next token of each row, with the library's own processors.
-
-    Args:
-        settings: How.
-    """
+    """Draws the next token of each row, with the library's own processors."""
 
     def __init__(self, settings: Sampling) -> None:
         self._is_greedy = settings.temperature == 0

@@ -52,12 +52,7 @@ def exact_head(model: Any) -> Iterator[None]:
 
 
 class Forward:
-    """Passes of one model over what rows have beyond tokens whose keys and values a tree holds.
-
-    Args:
-        model: The model, in evaluation mode.
-        pad: Token id to pad with.
-    """
+    """Passes of one model over what rows have beyond tokens whose keys and values a tree holds."""
 
     def __init__(self, model: Any, pad: int) -> None:
         self.model, self.pad = model, pad
@@ -120,8 +115,6 @@ class Forward:
         """Let the tree know rows, beginnings that several share computed once.
 
         Args:
-            rows: Token ids.
-            tree: What it knows is not computed.
             fits: Whether so many rows of so many tokens are one pass.
             whole: False: shared beginnings alone.
         """

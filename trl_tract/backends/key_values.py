@@ -17,13 +17,7 @@ Layers = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer of a cache that writes new tokens into room it has already, where its base copies all of them each time.
-
-    Args:
-        rows: Rows of the batch.
-        used: Columns that are filled.
-        room: Columns in all.
-    """
+    """A layer of a cache that writes new tokens into room it has already, where its base copies all of them each time."""
 
     def __init__(self, rows: int, used: int, room: int) -> None:
         super().__init__()

@@ -294,7 +294,6 @@ def tokenizer_to_train(model_id: str, chat_template_path: str | None = None) -> 
     """The tokenizer that a model is trained with: its own, with the chat template that `chat_template_path` names.
 
     Args:
-        model_id: Directory or hub id.
         chat_template_path: A Jinja file, or a directory or hub id whose tokenizer has the template; None: its own.
 
     Raises:

@@ -10,10 +10,8 @@ def layer_masks(config: Any, ends: torch.Tensor, positions: torch.Tensor, dtype:
     """Write what each token of a tree sees as the masks that a model's layers take.
 
     Args:
-        config: Of the language model.
         ends: Index behind the last descendant of each token, `(R, T)`; see `tree.Layout`.
         positions: Of each token, `(R, T)`.
-        dtype: Of the hidden states.
 
     Returns:
         `(R, 1, T, T)`: bool for sdpa; 0 and the lowest number for sdpa on a CPU, and for eager, which would add a bool

@@ -54,14 +54,7 @@ class Room:
         length: Callable[[_Item], int],
         forget: Callable[[], None],
     ) -> None:
-        """Hand batches from the left of `pending` to `step`, and put back what it returns, until nothing is left.
-
-        Args:
-            pending: What is to be done.
-            step: Does a batch, and returns what has to go on.
-            length: Tokens of an item.
-            forget: Frees what is not needed, when memory ran out.
-        """
+        """Hand batches from the left of `pending` to `step`, and put back what it returns, until nothing is left."""
         while pending:
             batch = [pending.popleft()]
             longest = length(batch[0])

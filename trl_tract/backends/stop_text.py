@@ -35,10 +35,6 @@ LEAST_MASS = 0.02
 class Ending:
     """Text of sampled tokens, and where the stop text ends it.
 
-    Args:
-        tokenizer: Of the model.
-        stop: The stop text, if any.
-
     Attributes:
         stop: It.
         shows_special: Whether it, or a text that it shows, has special tokens, which are left out of a text otherwise.
@@ -144,7 +140,6 @@ class Watch:
     """Looks at one continuation after each of its tokens.
 
     Args:
-        ending: The stop text.
         mentions: Where it was found not to count.
     """
 

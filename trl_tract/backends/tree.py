@@ -61,13 +61,7 @@ def lay_out(sequences: Sequence[Ints], owners: Sequence[int], *, share: bool, at
 
 
 def cost_of(rows: int, length: int, attention: float) -> float:
-    """What a forward pass over `rows` rows of `length` tokens costs, in tokens that attend to nothing.
-
-    Args:
-        rows: Number of rows.
-        length: Tokens in each, padding included.
-        attention: See `lay_out`.
-    """
+    """What a forward pass over `rows` rows of `length` tokens costs, in tokens that attend to nothing."""
     return rows * length * (1 + attention * length)
 
 

@@ -132,8 +132,6 @@ def examine(
 
     Args:
         found: The records' numbers and items, or why there is none: see `door.Source.found`.
-        name: What the source is called.
-        tokenizer: Of the model that is to be trained.
         training: Fields of TRACTConfig; those that are left out have its defaults.
         examples: Records whose rows are kept to be shown; None: the first five that are trained on.
 
@@ -253,15 +251,6 @@ def check(
     say: Callable[[str], None] = print,
 ) -> bool:
     """Print what training would make of a source; whether it would take all of it.
-
-    Args:
-        source: File or hub id.
-        model: Directory or hub id whose tokenizer is used.
-        training: Fields of TRACTConfig; those that are left out have its defaults.
-        own: The user's rubric and column names.
-        rows: Records whose score is shown token by token.
-        mark: What bars are made of.
-        say: Prints.
 
     Raises:
         FileNotFoundError, ValueError: The source as a whole cannot be read.

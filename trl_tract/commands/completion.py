@@ -33,11 +33,6 @@ def completion(
 def completion_script(shell: str, commands: Mapping[str, Sequence[type]], sentences: Mapping[str, str]) -> str:
     """The script of one shell.
 
-    Args:
-        shell: One of `SHELLS`.
-        commands: Command -> the dataclasses of its options.
-        sentences: Command -> what it does.
-
     Raises:
         ImportError: shtab is not installed.
     """

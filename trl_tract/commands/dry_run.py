@@ -62,11 +62,6 @@ class Plan:
     def of(cls, lengths: Sequence[int], training: Mapping[str, Any], processes: int) -> "Plan":
         """The plan of training on rows of these lengths, as Trainer counts updates.
 
-        Args:
-            lengths: Tokens of each row.
-            training: Fields of TRACTConfig.
-            processes: That share each update.
-
         Example:
             >>> Plan.of([100] * 20, {"per_device_train_batch_size": 4, "num_train_epochs": 3}, 1).updates
             15

@@ -86,9 +86,7 @@ def make_parser(command: str, dataclass_types: Sequence[type], description: str 
     """A parser of dataclasses' fields, all of which may also stand in a YAML file.
 
     Args:
-        command: Name of the command.
         dataclass_types: Its options; each class's docstring is their heading.
-        description: What the command does, in a sentence.
     """
     kinds = list(dataclass_types)
     parser = _Parser(
@@ -168,13 +166,7 @@ def parse(
 
 
 def names_given(command: str, dataclass_types: Sequence[type], arguments: Sequence[str]) -> set[str]:
-    """The options that a command is given, on its line or in its YAML file, by the names of their fields.
-
-    Args:
-        command: Its name.
-        dataclass_types: Its options.
-        arguments: That `parse` has taken.
-    """
+    """The options that a command is given, on its line or in its YAML file, by the names of their fields."""
     import yaml
 
     parser = make_parser(command, dataclass_types)

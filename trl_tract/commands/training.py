@@ -14,12 +14,7 @@ from trl_tract.text.terminal import uses_colour
 
 
 def train(arguments: Sequence[str], rows: Any, columns: Any, processes: Any, training: Any, model: Any) -> int:
-    """`trl-tract train`.
-
-    Args:
-        arguments: The options as they were typed, for other processes.
-        rows, columns, processes, training, model: The same, read.
-    """
+    """`trl-tract train`."""
     from trl_tract.backends.loading import tokenizer_to_train
     from trl_tract.runs.train_steps import TrainStep
     from trl_tract.sources.door import Bare, Source, rows_file

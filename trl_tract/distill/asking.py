@@ -28,9 +28,6 @@ def asked_row(
     """A row with its prompt as it is asked for the rationale of scale `number`.
 
     Args:
-        row: With `prompt`.
-        scales: Of its scores.
-        number: Which of them.
         shown: The gold score as it is written; None: the model is not told.
         done: Rationales and scores of the scales before, for who cannot be asked behind them.
     """

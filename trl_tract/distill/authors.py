@@ -72,12 +72,7 @@ class Draft:
 
 
 class Author(ABC):
-    """Who writes the rationales.
-
-    Args:
-        scales: Of the scores, with tokens where there are any.
-        sampling: How is sampled.
-    """
+    """Who writes the rationales."""
 
     def __init__(self, scales: tuple[Scale, ...], sampling: Sampling) -> None:
         self.scales = scales
@@ -96,11 +91,7 @@ class Author(ABC):
         """`n` candidates for the next rationale of each draft.
 
         Args:
-            drafts: All of them as far as each other.
-            n: How many for each.
-            seed: What the random numbers depend on.
             shown: Whether the gold score is shown.
-            on_progress: Told of each draft that is done.
         """
 
     @abstractmethod

@@ -31,9 +31,6 @@ class Told:
         """Those that may be kept, the closest to the gold score first, equal texts once; the others are counted.
 
         Args:
-            row: Whose they are.
-            candidates: They.
-            gold: Rubric units.
             tolerance: How far from the gold score they may be, rubric units; None: however far.
         """
         self.sampled[row] += len(candidates)

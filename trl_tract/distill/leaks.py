@@ -23,11 +23,6 @@ _TOLD = re.compile(
 def gives_away(text: str, score: str, texts: Sequence[str]) -> bool:
     """Whether a rationale names the score that was shown, or says that its author was told one.
 
-    Args:
-        text: The rationale.
-        score: The score that was shown, as it is written.
-        texts: All scores of the grid as they are written, in its order.
-
     Example:
         >>> grid = ("1", "2", "3", "4", "5")
         >>> gives_away("It is polite, but the date is missing.", "4", grid)

@@ -65,9 +65,7 @@ class Writer:
         """Write the rationales of a block: for each scale one, behind the gold score of the scale before it.
 
         Args:
-            drafts: Of all rows of the block, those of one row side by side.
             start: The block's first row; the random numbers depend on it.
-            report: Told how many rows are done, at each scale a part.
         """
         # Each further rationale goes on behind the one before it.
         with reusing(self.backend) if len(self.scales) > 1 else nullcontext():

@@ -153,10 +153,6 @@ class Recalibration:
 def applied_by_default(path: str | Path, revision: str | None = None) -> bool:
     """Whether a judge has a recalibration that it applies where nothing else is said: one that its run has fitted.
 
-    Args:
-        path: Its directory or hub id.
-        revision: Of a hub id.
-
     Raises:
         OSError: The hub cannot be reached.
         ValueError: It has one that cannot be read.

@@ -45,12 +45,7 @@ def made_by(backend: Any, model: str | None = None) -> dict[str, Any]:
 
 
 def model_fingerprint(model: str | Path, revision: str | None = None) -> dict[str, str]:
-    """Name of a part -> its digest, for a model or adapter and the base that it stands on.
-
-    Args:
-        model: Directory, or hub id. What the hub has is told by its commit.
-        revision: Of a hub id.
-    """
+    """Name of a part -> its digest, for a model or adapter and the base that it stands on."""
     directory = Path(model)
     parts: dict[str, str] = {}
     if directory.is_dir():

@@ -251,9 +251,7 @@ def guard(directory: Path, settings: Mapping[str, Any], what: str) -> None:
     """Claim `directory` for a run with these settings, or recognise that it is being continued.
 
     Args:
-        directory: Made if it is missing.
         settings: JSON-serialisable; whatever changes the result.
-        what: Names the run in errors, such as `self-distillation`.
 
     Raises:
         FileExistsError: The directory holds another run, files that are not of a run, or a link.

@@ -56,12 +56,6 @@ def make_server(judge: CoTRAILJudge, name: str, *, host: str, **limits: Any) -> 
     Then it answers what it has taken, refuses what is new, and returns. A second signal ends it at once. The key is
     that of the environment variable TRL_TRACT_API_KEY.
 
-    Args:
-        judge: The judge.
-        name: What `/v1/models` calls it.
-        host: The address that it listens at.
-        **limits: Of `app.make_app`.
-
     Raises:
         ImportError: The packages of the extra `serve` are not installed.
     """

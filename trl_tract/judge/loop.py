@@ -61,13 +61,7 @@ class Loop:
     def run(
         self, asked: Mapping[int, Asked], seeds: Mapping[int, int], report: Callable[[int], None]
     ) -> dict[int, Judgement]:
-        """A judgement for each item. It depends on the item's prompt and seed, and on no other item.
-
-        Args:
-            asked: Item -> its prompt.
-            seeds: Item -> its random seed.
-            report: Told how many items are done, at each pass over them a part.
-        """
+        """A judgement for each item. It depends on the item's prompt and seed, and on no other item."""
         with reusing(self.sampler.backend):
             return self._judge(asked, seeds, report)
 

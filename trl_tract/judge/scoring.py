@@ -55,12 +55,8 @@ class Sampler:
         """Rationales of each prompt.
 
         Args:
-            prompts: Token ids.
-            stop: The marker that ends them.
-            n: Rationales for each.
             seed: What the random numbers of a prompt's attempt (1, 2, ...) depend on.
             rejects: Whether a rationale that did reach its score has to be sampled again.
-            on_progress: See `Backend.generate`; told of the first attempt.
         """
         if not prompts or not self.writes:
             return {key: [Generation("", "stop", 0)] * n for key in prompts}
@@ -149,16 +145,7 @@ class Rule:
         seed: Sequence[Any],
         recalibration: Recalibration | None = None,
     ) -> None:
-        """Write into a judgement what the probabilities behind its rationales say.
-
-        Args:
-            judgement: Of one item, or of one of its aspects.
-            grid: Of the scores.
-            found: Of this item's rationales alone.
-            rationales: They.
-            seed: What a sampled score depends on.
-            recalibration: Applied to the final score.
-        """
+        """Write into a judgement what the probabilities behind its rationales say."""
         probs = found.probs
         tensor, values = torch.from_numpy(probs), torch.tensor(grid.values, dtype=torch.float64)
         generator = torch.Generator().manual_seed(as_seed(["score", *seed]))

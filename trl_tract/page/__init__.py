@@ -120,10 +120,6 @@ def write_page(judged: JudgedItems, path: str | Path, *, worst: int = 12) -> lis
 def page_html(judged: JudgedItems, *, worst: int = 12) -> str:
     """The page as a string, without pictures: one HTML document with its style, its script and nothing else to load.
 
-    Args:
-        judged: The judge and its items.
-        worst: How many of the items with the largest errors are shown in full.
-
     Raises:
         ValueError: There are not as many prompts as records.
     """

@@ -36,9 +36,7 @@ def find_scales(
     """The scales with their tokens and the rows' way of writing them: the commonest one of the first 1,000 rows.
 
     Args:
-        template: Of the rows; a fast tokenizer's own, without settings.
         rows: Of text, or tokenised.
-        scales: As configured.
         warn: Told how many rows write marker and score in another way.
 
     Raises:
@@ -173,14 +171,6 @@ def prepare_rows(
 ) -> Dataset | IterableDataset:
     """Encode every row; refuse or drop, and name, those that cannot be.
 
-    Args:
-        dataset: Prompt-completion or `messages` rows.
-        encoder: With its grid resolved.
-        invalid_rows: `raise`, or `drop` to continue without them.
-        num_proc: Processes that encode.
-        dataset_name: For messages.
-        warn: Told what was dropped.
-
     Raises:
         ValueError: A row was refused and `invalid_rows` is `raise`, or no row is left.
     """
@@ -255,9 +245,6 @@ def refusal_summary(
 
     Args:
         refused: `(row number, kind, message, number of tokens)` of each refused row.
-        total: Rows in the dataset; None for a stream.
-        dataset_name: Such as `train`.
-        max_length: Tokens a row may have.
         fix: Ask to fix the rows; False where the user chose to go on without them.
     """
     advice = " Fix what is wrong there." if fix else ""

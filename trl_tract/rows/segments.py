@@ -25,14 +25,7 @@ class Segments:
 def segment(
     tokenizer: PreTrainedTokenizerBase, text: str, cuts: Sequence[int] = (), *, add_special_tokens: bool = False
 ) -> Segments:
-    """Tokenise `text` from its beginning; what a tokenizer appends, such as an end of sequence, is left out.
-
-    Args:
-        tokenizer: A fast one.
-        text: The text.
-        cuts: Characters at which it is cut.
-        add_special_tokens: Whether the tokenizer puts its own before it.
-    """
+    """Tokenise `text` from its beginning; what a tokenizer appends, such as an end of sequence, is left out."""
     bounds = [0, *cuts, len(text)]
     encoded = tokenizer(
         text[: bounds[1]],

@@ -80,9 +80,6 @@ def tokenise(
     """Tokenise a rendered row once and find the tokens of each score by the characters they cover.
 
     Args:
-        template: Of the row, with a fast tokenizer.
-        rendered: The row.
-        scales: Of its scores, with tokens.
         check_ends: Whether what follows a score has to be what follows it in the grid's paths.
 
     Raises:

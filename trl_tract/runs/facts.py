@@ -27,13 +27,7 @@ _LOOKED_AT = 2000
 
 
 def facts_of(model: str, rows: Sequence[Mapping[str, Any]], training: Mapping[str, Any]) -> Facts:
-    """The facts about training `model` on `rows`.
-
-    Args:
-        model: Directory or hub id; its weights are not loaded.
-        rows: Training rows.
-        training: Fields of TRACTConfig; those that are left out have its defaults.
-    """
+    """The facts about training `model` on `rows`."""
     scales = read_scales(training)
     tokenizer = tokenizer_to_train(model, training.get("chat_template_path"))
     step = math.ceil(len(rows) / _LOOKED_AT)
@@ -74,11 +68,6 @@ def measured(
     """The facts about rows whose tokens are counted already.
 
     Args:
-        model: Directory or hub id.
-        scales: How the rows write their scores.
-        rows: How many there are.
-        lengths: Tokens of each row that was looked at.
-        completions: Tokens of its completion.
         golds: Its gold scores, one for each scale, rubric units.
 
     Raises:

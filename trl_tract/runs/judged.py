@@ -269,11 +269,6 @@ class JudgedScale:
 def check_same_items(a: JudgedScale, b: JudgedScale, names: Sequence[str]) -> None:
     """Refuse to compare judgements of different items.
 
-    Args:
-        a: One judge's.
-        b: And the other's.
-        names: What the two are called, for the error.
-
     Raises:
         ValueError: One judged more items, or an item differs in gold score, group or id.
     """

@@ -79,9 +79,6 @@ class Launch:
         """The processes that train, and what each makes of an update, which has the rows that it has with one process.
 
         They are the most that share those rows evenly: first each has fewer batches, then smaller ones.
-
-        Args:
-            training: Settings with one process.
         """
         rows = rows_of_an_update(training)
         trains = replace(self, processes=max(count for count in range(1, self.processes + 1) if rows % count == 0))
@@ -91,11 +88,7 @@ class Launch:
         return trains, {_BATCH: batch, _STEPS: each // batch}
 
     def update(self, training: Mapping[str, Any]) -> str:
-        """What an update is made of, in words.
-
-        Args:
-            training: Settings with one process.
-        """
+        """What an update is made of, in words."""
         trains, each = self.shared(training)
         told = f"an update of {trains.processes} x {each[_BATCH]} x {each[_STEPS]} rows, as with one process"
         if trains.processes == self.processes:

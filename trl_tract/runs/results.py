@@ -79,14 +79,7 @@ def write_run_page(
     reports: Mapping[str, ScoreReport],
     say: Callable[[str], None],
 ) -> None:
-    """Write `report.html` of a run: its last judge, compared with the others; without matplotlib, say what is missing.
-
-    Args:
-        directory: The run's.
-        judges: Judge -> its judgements on one scale.
-        reports: Judge, and scale where there are several -> agreement with the gold scores.
-        say: Prints where the page is.
-    """
+    """Write `report.html` of a run: its last judge, compared with the others; without matplotlib, say what is missing."""
     *others, (main, judged) = judges.items()
     items = judged_items(
         judged,
@@ -108,9 +101,6 @@ def finish_card(
     """Tell a model's card what training could not know: the evaluation; of TRACT, where rows came from, stage one.
 
     Args:
-        run: The run's folder.
-        card: The model's.
-        judged: The model's judgements on one scale: called for each of them in turn.
         reports: Agreement with the gold scores: of the judges that are compared with it, and of its own, last.
         data: File or hub id of the annotated rows.
         held_out: File or hub id of the items that were judged.
@@ -143,10 +133,8 @@ def recalibrate(
     """Fit a recalibration on the judgements in `directory` and save it with the judge.
 
     Args:
-        directory: Of `trl-tract judge`, on held-out items with gold scores.
         model: The judge's directory; None: the one that judged.
         always: Whether the judge is to apply it where nothing else is said.
-        least_spread: See `Recalibration.fit`.
 
     Returns:
         The fit of each scale by its name, and the file that they are saved in.
@@ -183,10 +171,6 @@ def recalibrate(
 
 def calibrate_judge(directory: Path, model: Path) -> str:
     """Fit a recalibration on a run's own judgements, and let the judge apply it from now on, if that lowers its error.
-
-    Args:
-        directory: Judgements of items that were kept aside.
-        model: The judge's directory.
 
     Returns:
         What became of it, in a sentence.

@@ -25,12 +25,8 @@ class Run:
     """A directory of finished steps.
 
     Args:
-        directory: Made if it is missing.
         settings: Whatever changes the results: a directory with other settings is refused.
         isolate: Run each step in a process of its own; by default on a GPU.
-        launch: Processes of each step; one by default.
-        total: Steps there will be, for the headings.
-        say: Prints the headings.
 
     Attributes:
         steps: Name -> what is written down of the steps: `seconds`, once finished; `made`, the digest of each file;
@@ -81,9 +77,6 @@ class Run:
         """Do `work`, unless it is finished and what it made is there, whole, and made of what is there now.
 
         Args:
-            name: Of the step.
-            title: Its heading.
-            work: Does it; what it finds half done, it goes on with.
             makes: Patterns of the files and folders that it makes.
             of: The steps on whose results it works.
 

@@ -16,12 +16,7 @@ from trl_tract.text.markdown import code_span, fenced, plain_line, python_litera
 
 
 def render(template: str, **values: Any) -> str:
-    """A card, or a part of one.
-
-    Args:
-        template: File name without `.md.jinja`.
-        values: What the template names.
-    """
+    """A card, or a part of one."""
     return _environment().get_template(f"{template}.md.jinja").render(values)
 
 

@@ -29,12 +29,7 @@ class TrainingRows:
 
     @classmethod
     def of(cls, given: Any, render: Callable[[Row], RenderedRow]) -> "TrainingRows":
-        """What there is to say of the dataset `given`; of a stream, which would have to be read again, nothing.
-
-        Args:
-            given: What the trainer was given.
-            render: Writes a prompt-completion row as text.
-        """
+        """What there is to say of the dataset `given`; of a stream, which would have to be read again, nothing."""
         if not isinstance(given, Dataset):
             return cls()
         sources = Counter(given["rationale_source"]) if "rationale_source" in given.column_names else {}

@@ -29,10 +29,6 @@ _MARK = "_trl_tract_changed_by"
 def check_adapters(model: Any, peft_config: PeftConfig | None) -> None:
     """Refuse adapters that TRACT cannot train, or that would not load as they were trained.
 
-    Args:
-        model: What the trainer is given: an id, a model, or a model with adapters.
-        peft_config: Of the adapter that is to be put on it.
-
     Raises:
         ValueError: It cannot be trained from the seed model, saved, and loaded again.
     """

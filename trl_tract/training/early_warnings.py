@@ -33,9 +33,6 @@ class _Watched:
 class EarlyWarnings:
     """Says what looks wrong, each thing once.
 
-    Args:
-        args: Of the trainer.
-
     Example:
         >>> (message,) = EarlyWarnings(TRACTConfig("out", learning_rate=1e-2)).at_start()
         >>> message.split(" that ")[0]
@@ -80,12 +77,7 @@ class EarlyWarnings:
         return said
 
     def after_log(self, means: Mapping[str, float], step: int) -> list[str]:
-        """What the means of one log entry show.
-
-        Args:
-            means: From `ScoreMetrics.means`.
-            step: Optimizer steps done.
-        """
+        """What the means of one log entry show."""
         said: list[str] = []
         for watched in self._watched:
             mass, expected, spread, gold_spread = (
@@ -168,9 +160,7 @@ class RolloutWarnings:
         """What the means of one log entry show.
 
         Args:
-            means: From `RolloutMetrics.means`.
             entropy: Of the rationale's tokens, nats per token.
-            step: Optimizer steps done.
         """
         length = means.get("rationale/length")
         if length is None:

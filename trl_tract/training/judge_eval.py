@@ -102,10 +102,6 @@ class JudgeEvalCallback(TrainerCallback):
     def metrics(self, trainer: Any, dataset: str | None = None) -> dict[str, float]:
         """Judge, each process its share of the items.
 
-        Args:
-            trainer: The TRACTTrainer.
-            dataset: Name of the evaluation set, where there are several.
-
         Returns:
             The figures that the class lists, from `judge/rmse` on; none for an evaluation set that was not given to the
             trainer at the start.
@@ -199,10 +195,8 @@ def judged_now(trainer: Any, eval_dataset: Any, prefix: str) -> dict[str, float]
     """The figures of the trainer's callbacks, by the names under which they are logged; says once what others mean.
 
     Args:
-        trainer: The TRACTTrainer.
         eval_dataset: What is evaluated: the name of an evaluation set, or None. Other rows than those that were given
             at the start are not judged.
-        prefix: Of the metrics' names.
     """
     callbacks = _callbacks(trainer)
     if not trainer.args.drop_rationale and trainer.is_world_process_zero():

@@ -51,9 +51,6 @@ def _wanted_trl(name: str) -> Requirement | None:
 def changed_class(kind: type) -> str | None:
     """Who changed a class of TRL's, in one line, or None: whether it was put in its place, or its methods were.
 
-    Args:
-        kind: The class, such as SFTTrainer.
-
     Example:
         >>> changed_class(int) is None
         True

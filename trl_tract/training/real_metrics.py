@@ -23,7 +23,6 @@ class RolloutMetrics:
 
         Args:
             table: A row for each rationale, groups one behind the other, `(N, 8)`; see the columns above.
-            num_generations: Rationales of a prompt.
         """
         table = table.detach().double().cpu()
         self.rows.append(table)

@@ -115,7 +115,6 @@ def derive(facts: Facts, given: Mapping[str, Any] | None = None) -> Recipe:
     """The settings of a training on few rows.
 
     Args:
-        facts: Of model, rows and device.
         given: Fields that the user has set, and what to: they are left alone, and others are derived to go with them.
 
     Raises:
@@ -262,11 +261,7 @@ def _shown(value: Any) -> str:
 
 
 def tell(recipe: Mapping[str, Any]) -> list[str]:
-    """Lines that say what was derived, and why.
-
-    Args:
-        recipe: From `Recipe.to_dict`.
-    """
+    """Lines that say what was derived, and why."""
     settings = {name: value for part in PARTS for name, value in recipe[part].items()}
     shown = {name: f"{name} {_shown(value)}" for name, value in settings.items()}
     width = max((len(each) for each in shown.values()), default=0) + 2

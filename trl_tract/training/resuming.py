@@ -50,9 +50,6 @@ def checkpoint_of(
     Args:
         resume_from_checkpoint: As for Trainer; True is the last one in the output directory that was written to its
             end.
-        args: Of the run that goes on.
-        judge_config: Of what it trains; None where it has no rows.
-        adapter: That it trains; None for the whole model.
 
     Raises:
         ValueError: There is none, or it was trained towards something else.

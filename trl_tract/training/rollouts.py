@@ -55,13 +55,6 @@ def as_rollout(
     """Cut a continuation at its marker, and go on to the score's place with the tokens that a judge is asked with.
 
     What was sampled stays as it was sampled: the policy's log-probabilities are of these tokens.
-
-    Args:
-        template: Of the prompt.
-        asked: The prompt.
-        scale: With tokens.
-        ids: Sampled tokens.
-        logprobs: Of them, if an engine told.
     """
     ending = Ending(template.tokenizer, marker_stop(scale, [asked.frame]))
     assert ending.stop is not None

@@ -111,8 +111,6 @@ def add_score_head(
     made: a hook takes the score rows from the backbone's last hidden state.
 
     Args:
-        model: Causal language model, without its PEFT wrapper.
-        grids: Of the scales, resolved.
         one_forward: Whether the nodes of a grid of several tokens a score go into the same forward pass, as branches;
             see `branches.py`.
         share: Whether rows that begin alike are computed as one sequence, where `one_forward` and where that pays.

@@ -28,8 +28,6 @@ class SharingSampler(Sampler[int]):
 
     Args:
         keys: What begins alike has the same first keys, and the same prompt the same last one; see `beginnings`.
-        batch_size: Rows in a micro-batch.
-        seed: Of the order.
     """
 
     def __init__(self, keys: Keys, batch_size: int, seed: int) -> None:
@@ -116,14 +114,7 @@ def sharing_sampler(rows: Any, args: TRACTConfig, batch_size: int) -> SharingSam
 
 
 def savings(rows: Dataset, order: Sequence[int], batch_size: int, attention: float) -> str:
-    """What sharing saves in the micro-batches of an order, as a sentence; from the first 64 of them.
-
-    Args:
-        rows: With `input_ids`.
-        order: Of the rows.
-        batch_size: Rows in a micro-batch.
-        attention: See `tree.lay_out`.
-    """
+    """What sharing saves in the micro-batches of an order, as a sentence; from the first 64 of them."""
     separate = shared = count = 0
     for at in range(0, min(len(order), _LOOKED_AT * batch_size), batch_size):
         batch = [np.array(ids) for ids in rows[list(order[at : at + batch_size])]["input_ids"]]
@@ -139,13 +130,7 @@ def savings(rows: Dataset, order: Sequence[int], batch_size: int, attention: flo
 
 
 def sharing_warnings(refusal: str | None, adapter: PeftConfig | None, args: TRACTConfig) -> list[str]:
-    """What users of `share_prompts` have to know: that this model cannot, or what differs from separate rows.
-
-    Args:
-        refusal: Why the model cannot be given a tree, or None; see `branches.why_not_one_forward`.
-        adapter: What is trained, where it is no full model.
-        args: Of the training.
-    """
+    """What users of `share_prompts` have to know: that this model cannot, or what differs from separate rows."""
     if refusal is not None:
         return [f"share_prompts: {refusal}, so each row is computed by itself. The result is the same"]
     if args.train_batch_size == 1 and not args.packing:

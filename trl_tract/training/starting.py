@@ -35,10 +35,7 @@ def check_start(model: Any, name: str, args: REALConfig, peft_config: PeftConfig
     """Refuse adapters that cannot be trained, and a reference model that cannot be loaded.
 
     Args:
-        model: What the trainer is given.
         name: Directory or hub id that it came from; empty for one that was made in memory.
-        args: Whose `beta` needs a reference.
-        peft_config: Of an adapter that is to be put on the model.
 
     Raises:
         ValueError: See `check_adapters`; or the model has no name to load the reference by.
@@ -63,14 +60,7 @@ def policy_tokenizer(model_id: str, revision: str | None = None) -> PreTrainedTo
 def load_policy(
     model_id: str, tokenizer: PreTrainedTokenizerBase, args: REALConfig, quantization_config: Any = None
 ) -> Any:
-    """An adapter on its base, to be trained on; of a full model its name, which TRL loads.
-
-    Args:
-        model_id: Directory or hub id.
-        tokenizer: Of the model.
-        args: Whose `model_init_kwargs` the base is loaded with.
-        quantization_config: Of the base.
-    """
+    """An adapter on its base, to be trained on; of a full model its name, which TRL loads."""
     check_model(model_id)
     init: dict[str, Any] = {**(args.model_init_kwargs or {})}
     if adapter_config(model_id, init.get("revision")) is None:
@@ -164,12 +154,7 @@ def checked_rows(
     """Refuse or drop, and name, rows that cannot be asked or have no gold score.
 
     Args:
-        template: Of the prompts.
-        scale: Of the scores.
-        args: `invalid_rows` and `max_completion_length`.
         room: Tokens of the model's context window; None: no limit.
-        rows: Of `prompt` and `score`.
-        dataset_name: For messages.
 
     Raises:
         ValueError: There are such rows and `invalid_rows` is `raise`, or too few others.
