@@ -34,9 +34,7 @@ class ChatBackend:
         retry_delay: Seconds before the first repetition; doubled up to 30.
 
     Attributes:
-        model_id: The model's name, for provenance.
         tokenizer: None: what the model's tokens are is not known.
-        max_calls: Calls that may run at once.
 
     Raises:
         ValueError: An address or a setting that is none.
@@ -139,11 +137,7 @@ class ChatBackend:
 
 
 def read_answer(answer: Any) -> Generation:
-    """The text of a chat completion.
-
-    Raises:
-        ValueError, TypeError, LookupError: It is none.
-    """
+    """The text of a chat completion."""
     choice = answer["choices"][0]
     text = choice["message"].get("content")
     if text is not None and not isinstance(text, str):

@@ -14,11 +14,7 @@ class Continuation:
     """One continuation under way.
 
     Attributes:
-        prompt: Number of its prompt.
-        prompt_ids: The prompt's tokens.
         numbers: A random number in [0, 1) for each token that it may have.
-        written: The tokens that it has.
-        ended: Whether it came to its end before the limit.
         doubt: Where the stop text stands that ended it, and what is in doubt there.
         taken: Where the stop text counts, after a doubt.
         mentions: Where it does not.

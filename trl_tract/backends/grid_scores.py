@@ -35,11 +35,7 @@ def _next(backend: Backend, prefixes: Sequence[Sequence[int]], tokens: Sequence[
 def _checked(
     backend: Backend, method: str, logprobs: NDArray[np.float64], prefixes: Sequence[Sequence[int]], count: int
 ) -> NDArray[np.float64]:
-    """What a backend returned, one row for each prefix.
-
-    Raises:
-        ValueError: It is of another shape; backend and method are named.
-    """
+    """What a backend returned, one row for each prefix."""
     if np.shape(logprobs) != (len(prefixes), count):
         raise ValueError(
             f"{method} of the backend {backend.name!r} returned an array of shape {np.shape(logprobs)} where "

@@ -34,12 +34,7 @@ _QUOTED = 8  # So many letters of a secret in a row are not shown.
 
 
 class Refused(RuntimeError):
-    """The server will not answer this request, now or later.
-
-    Attributes:
-        status: The HTTP status.
-        reason: What the server says about it.
-    """
+    """The server will not answer this request, now or later."""
 
     def __init__(self, message: str, status: int, reason: str) -> None:
         super().__init__(message)

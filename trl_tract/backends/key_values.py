@@ -17,7 +17,7 @@ Layers = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer of a cache that writes new tokens into room it has already, where its base copies all of them each time."""
+    """A layer of a cache that writes new tokens into room it has, where its base copies all of them each time."""
 
     def __init__(self, rows: int, used: int, room: int) -> None:
         super().__init__()
@@ -90,9 +90,6 @@ class KeyValueTree:
 
     Args:
         most: Tokens that it holds for long; see `trim`.
-
-    Attributes:
-        size: Tokens that it holds.
     """
 
     def __init__(self, most: int) -> None:

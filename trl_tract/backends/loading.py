@@ -156,11 +156,7 @@ def _digest(part: Any) -> str:
 
 
 def check_model(model_id: str) -> None:
-    """Refuse a path that leads nowhere; what may be a hub id is left to the hub's client.
-
-    Raises:
-        FileNotFoundError: It does.
-    """
+    """Refuse a path that leads nowhere; what may be a hub id is left to the hub's client."""
     path = Path(model_id)
     if not path.exists() and (model_id.startswith((".", "~", os.sep)) or model_id.count("/") > 1):
         raise FileNotFoundError(f"{model_id} is not a model directory: there is nothing at {path.absolute()}")
@@ -169,12 +165,7 @@ def check_model(model_id: str) -> None:
 
 
 def check_seed(model_id: str) -> None:
-    """Refuse what training cannot start from: a path that leads nowhere, and an adapter.
-
-    Raises:
-        FileNotFoundError: It leads nowhere.
-        ValueError: It is an adapter.
-    """
+    """Refuse what training cannot start from: a path that leads nowhere, and an adapter."""
     check_model(model_id)
     path = Path(model_id)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
@@ -228,9 +219,6 @@ def _base_of(adapter: Path, base: str) -> str:
     """Where an adapter's base is: as named, or else as seen from a directory above the adapter.
 
     A path that was relative to where the training was started is so seen from one of these, wherever they have moved.
-
-    Raises:
-        FileNotFoundError: It names a directory that is not there.
     """
     if not adapter.is_dir() or Path(base).exists():
         return base

@@ -30,8 +30,6 @@ class Written:
 
     Attributes:
         token_ids: Every token sampled, with the end-of-sequence token or the stop text's tokens.
-        text: Up to the stop text.
-        finish_reason: `stop` or `length`.
         stop_reason: The stop string, another end-of-sequence token than the first, or None.
     """
 

@@ -15,13 +15,7 @@ _Item = TypeVar("_Item")
 
 @dataclass
 class Room:
-    """How much one batch may hold; less after it was too much.
-
-    Attributes:
-        rows: Sequences.
-        tokens: Of all of them, with padding.
-        is_less: Whether it was.
-    """
+    """How much one batch may hold; less after it was too much."""
 
     rows: int
     tokens: int

@@ -63,7 +63,6 @@ class ServerBackend(RequestBackend):
     can disturb each other.
 
     Attributes:
-        name: `"server"`.
         model_id: What the server says that it loaded, or else `model`.
         model: The name under which the server offers the model.
     """
@@ -241,11 +240,7 @@ class ServerBackend(RequestBackend):
         return await self._server.ask(method, path, body, read, retry_seconds=patience)
 
     async def _check_model(self) -> None:
-        """Look whether the server has the model that it had at the start, if it may have changed.
-
-        Raises:
-            RuntimeError: It has another one.
-        """
+        """Look whether the server has the model that it had at the start, if it may have changed."""
         clock = asyncio.get_running_loop().time
         async with self._probing:
             if self._server.longest_silence < _RESTART and clock() < self._probed_at + _PROBE_EVERY:

@@ -43,15 +43,10 @@ class TransformersBackend(Backend):
     state of the process are as before after each call.
 
     Attributes:
-        name: `"transformers"`.
         model_id: What was loaded; for a model that came loaded, its `name_or_path` followed by ` (loaded)`, since its
             weights may have moved away from that checkpoint.
-        model: The model that answers.
-        tokenizer: Its tokenizer.
-        batch_size: Sequences in one forward pass at most.
         batch_tokens: Tokens of all of them at most, padding and what stands before them included. Both are halved for
             the rest of a call when the device runs out of memory.
-        max_calls: 1: a batch at a time.
     """
 
     name = "transformers"

@@ -89,8 +89,6 @@ class _Merge:
     """An order of sequences in which those that begin alike follow each other.
 
     Attributes:
-        sequences: As they came.
-        order: Their numbers.
         common: With how many tokens each, in that order, begins like the one before it; 0 begins a tree.
     """
 

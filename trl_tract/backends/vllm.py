@@ -39,10 +39,6 @@ class VLLMBackend(RequestBackend):
 
     A script that makes one needs `if __name__ == "__main__":`, since vLLM starts a process for its engine. In that
     process lies the GPU's memory: `close`, or the end of a `with` block, gives it back.
-
-    Attributes:
-        name: `"vllm"`.
-        model_id: What was loaded.
     """
 
     name = "vllm"

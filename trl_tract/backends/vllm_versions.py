@@ -18,11 +18,7 @@ INSTALL = 'pip install "trl-tract[vllm]"'
 
 
 def require_vllm() -> None:
-    """Look whether there is a vLLM in this environment that can be used in process.
-
-    Raises:
-        ImportError: There is none, or it is too old.
-    """
+    """Look whether there is a vLLM in this environment that can be used in process."""
     if importlib.util.find_spec("vllm") is None:
         raise ImportError(f"VLLMBackend needs vLLM: {INSTALL}")
     from vllm import __version__

@@ -79,21 +79,12 @@ class RowsReport:
     """What was found in rows.
 
     Attributes:
-        name: What the source is called.
-        records: Records that were read.
-        trained: Training rows that would be trained on.
         judged_only: Records with a gold score but without a completion: they can be judged, not trained on.
         bare: Records that are examined with their gold score alone in place of a completion.
-        groups: Different groups among the training rows.
-        prompt_tokens: Of each trained row.
-        completion_tokens: Of each trained row.
-        tokens: Of each trained row, as it is trained on.
         golds: Gold scores of the trained rows by aspect, rubric units; of rows with one score, by the empty name.
         rated: Likewise, how many of these are the mean of several annotators.
         agreement: By aspect likewise, where rows have a gold score in a column and another one in the completion.
-        refused: Whatever would not be trained on, and why.
         longest: Tokens of the longest row, one that is cut included: the `max_length` that cuts none.
-        examples: The first rows that are trained on, with the numbers of their records.
         sequences: Token ids and positions of the rows of the first 1,000 records, `(n, 2)` each.
     """
 

@@ -31,11 +31,7 @@ def completion(
 
 
 def completion_script(shell: str, commands: Mapping[str, Sequence[type]], sentences: Mapping[str, str]) -> str:
-    """The script of one shell.
-
-    Raises:
-        ImportError: shtab is not installed.
-    """
+    """The script of one shell."""
     try:
         import shtab
     except ImportError as error:

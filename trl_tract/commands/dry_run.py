@@ -41,13 +41,9 @@ class Plan:
     """What the tokens of training rows come to in updates.
 
     Attributes:
-        updates: Optimiser steps of a stage.
-        epochs: Passes over the rows.
         rows_per_update: Over all processes and accumulated batches.
         mean_tokens: Of an update, without padding.
         most_tokens: Of an update of the longest rows, padding included.
-        batch_rows: Rows of a batch on one device.
-        longest: Tokens of the longest row.
     """
 
     updates: int
@@ -189,11 +185,7 @@ def _silent(_: str) -> None:
 
 
 def _finished(directory: Path, settings: Mapping[str, Any]) -> dict[str, float]:
-    """The steps that the run would find finished.
-
-    Raises:
-        FileExistsError: It would refuse the directory.
-    """
+    """The steps that the run would find finished."""
     if not (directory / "settings.json").exists():
         return {}
     changed = changed_settings(directory, settings)

@@ -44,11 +44,7 @@ class GenerationArguments:
         return {**{name: getattr(self, name) for name in names}, "seed": self.generation_seed}
 
     def engine(self) -> dict[str, Any]:
-        """As arguments of `make_backend`.
-
-        Raises:
-            ValueError: `engine_args` is not a JSON object.
-        """
+        """As arguments of `make_backend`."""
         options: dict[str, Any] = {"batch_size": self.generation_batch_size} if self.backend == "transformers" else {}
         if self.engine_args:
             try:
@@ -158,11 +154,7 @@ class RunArguments:
     dry_run: bool = option(False, DRY_RUN)
 
     def bootstrap_settings(self) -> dict[str, Any]:
-        """`bootstrap` as a mapping.
-
-        Raises:
-            ValueError: It is none.
-        """
+        """`bootstrap` as a mapping."""
         settings: Any = self.bootstrap or {}
         if isinstance(settings, str):
             try:

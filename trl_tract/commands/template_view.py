@@ -22,11 +22,7 @@ def template_name(template: Template) -> str:
 
 
 def template_words(template: Template, row: Mapping[str, Any]) -> list[str]:
-    """What the chat template of a row of messages is, what it writes by itself, and where the rationale stands.
-
-    Raises:
-        ScoreNotFoundError: It refuses the row.
-    """
+    """What the chat template of a row of messages is, what it writes by itself, and where the rationale stands."""
     asked = template.ask(row)
     frame = asked.frame
     words = [f"chat template: {template_name(template)}"]

@@ -33,11 +33,7 @@ class Token:
     """A token of a row as it is trained on.
 
     Attributes:
-        index: Its place in the row.
-        id: In the vocabulary.
         text: The characters it covers; of a token that covers none, such as a beginning of sequence, its name.
-        part: What it belongs to.
-        cross_entropy: Whether it is in the cross-entropy.
         squared_error: Whether its probability is a part of a score's, whose expected value is compared.
         gold: The gold score, rubric units, at the first token of a score; else None.
         kept: False beyond `max_length`.

@@ -118,11 +118,7 @@ def is_first_process() -> bool:
 
 
 def required_model(model: Any) -> str:
-    """The model that is trained.
-
-    Raises:
-        ValueError: None was given.
-    """
+    """The model that is trained."""
     if not model.model_name_or_path:
         raise ValueError("--model is missing. Give the directory or hub id of the model to start from")
     return str(model.model_name_or_path)

@@ -32,12 +32,7 @@ HOSTILE_EVERY = 8
 
 @dataclass(frozen=True)
 class Scale:
-    """In which numbers the points of a text are written, 1 to 5 being the task's own.
-
-    Attributes:
-        lowest: Score of a text that meets no criterion.
-        step: What each criterion adds.
-    """
+    """In which numbers the points of a text are written, 1 to 5 being the task's own."""
 
     lowest: int
     step: int

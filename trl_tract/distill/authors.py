@@ -33,11 +33,8 @@ class Candidate:
     """One rationale that was written.
 
     Attributes:
-        rationale: Its text, without marker and score.
         score: What it comes to: the expected score behind it, or the one that its author wrote, rubric units; NaN where
             that is not known.
-        failure: What is wrong with it, or None.
-        tokens: How many were generated.
     """
 
     rationale: str
@@ -51,13 +48,9 @@ class Draft:
     """What is written of one row so far.
 
     Attributes:
-        number: Of the row in its block.
-        row: With `prompt`.
         asked: Its own prompt, as a model whose template is known is asked; None for a chat.
         golds: Gold scores, one for each scale, rubric units.
-        texts: The same as they are written.
         pieces: Rationale and score text of each scale that is done.
-        scores: What these rationales come to, rubric units.
         sources: How each came about: `blind` or `shown`.
     """
 

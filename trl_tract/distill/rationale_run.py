@@ -47,12 +47,7 @@ class Summary(Protocol):
 
 
 class RationaleRun(ABC):
-    """What is finished is on disk: killed at any instant and started again with the same arguments, a run goes on.
-
-    Attributes:
-        what: Names the run in messages.
-        on_failure_now: What `on_failure` does with a row, in the words of a message.
-    """
+    """What is finished is on disk: killed at any instant and started again with the same arguments, a run goes on."""
 
     what: ClassVar[str]
     columns: Features

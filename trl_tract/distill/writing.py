@@ -25,11 +25,8 @@ class Draft:
     """One stage-two row under way.
 
     Attributes:
-        row: The training row, with `prompt` and, if it has one, `completion`.
         asked: Its prompt as the model is asked; None where the chat template refuses it.
         golds: The gold scores as they are written, one for each scale.
-        rationales: Those of the first scales, as far as they are written.
-        failures: What was wrong with others.
     """
 
     row: Row

@@ -44,12 +44,7 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence or two of a verdict.
-
-    Attributes:
-        kind: What is found.
-        text: It in words, with its numbers.
-    """
+    """One sentence or two of a verdict."""
 
     kind: Kind
     text: str

@@ -310,11 +310,7 @@ class BlockLog:
         return sorted(block for name in names if name.isdigit() and (block := int(name)) < len(self))
 
     def _read(self, block: int) -> tuple[list[str], bytes]:
-        """The digests of a block's rows, and its records as JSON.
-
-        Raises:
-            _NotWhole: The file is missing or damaged.
-        """
+        """The digests of a block's rows, and its records as JSON."""
         path = self._path(block)
         try:
             checksum, body = path.read_bytes().split(b"\n", 1)

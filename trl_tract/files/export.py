@@ -35,11 +35,7 @@ def check_target(target: str) -> None:
 
 
 def export(rows: Path, target: str) -> None:
-    """Bring the rows of a JSONL file to a path or an address, as its name says.
-
-    Raises:
-        OSError: It could not be written.
-    """
+    """Bring the rows of a JSONL file to a path or an address, as its name says."""
     if Path(target).suffix == ".jsonl":
         deliver(rows, target)
         return

@@ -95,11 +95,7 @@ def _part(path: Path) -> str:
 
 
 def file_digests(paths: list[Path]) -> dict[Path, str]:
-    """A digest of each file; of a large one that is no JSONL, of samples.
-
-    Raises:
-        FileNotFoundError: One is missing.
-    """
+    """A digest of each file; of a large one that is no JSONL, of samples."""
     with ThreadPoolExecutor(8) as threads:
         return dict(zip(paths, threads.map(_digest, paths), strict=True))
 

@@ -173,11 +173,7 @@ class KnownRows(Sequence[Any]):
         return len(self._digests) // 8
 
     def __getitem__(self, number: Any) -> Any:
-        """A row.
-
-        Raises:
-            RuntimeError: It is not what it was at the start.
-        """
+        """A row."""
         try:
             row = self._rows[number]
         except (ValueError, IndexError):
@@ -193,11 +189,7 @@ class KnownRows(Sequence[Any]):
         return self._digests[8 * number : 8 * number + 8].hex()
 
     def check(self) -> None:
-        """Look whether the rows' file is still what it was at the start.
-
-        Raises:
-            RuntimeError: It is not.
-        """
+        """Look whether the rows' file is still what it was at the start."""
         if self._now() != self._stat and digest(self._rows) != self.digest:
             raise self._edited(None)
 
@@ -290,11 +282,7 @@ def guard(directory: Path, settings: Mapping[str, Any], what: str) -> None:
 
 
 def refuse_links(directory: Path) -> None:
-    """Look for symbolic links inside an output directory: what is written there must not land elsewhere.
-
-    Raises:
-        FileExistsError: There is one.
-    """
+    """Look for symbolic links inside an output directory: what is written there must not land elsewhere."""
     for folder, folders, files in os.walk(directory):
         for name in (*folders, *files):
             if (link := Path(folder, name)).is_symlink():

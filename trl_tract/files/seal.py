@@ -32,11 +32,7 @@ def wrong_with_result(directory: Path, rows_digest: str) -> str | None:
 
 
 def check_result(file: Path) -> None:
-    """Look whether a file of a result is as it was written, where that is written down.
-
-    Raises:
-        ValueError: It is not.
-    """
+    """Look whether a file of a result is as it was written, where that is written down."""
     seal = file.with_name(SEAL)
     if seal.exists() and counted(file) != read_json(seal).get("files", {}).get(file.name):
         raise ValueError(

@@ -24,9 +24,6 @@ class Shard:
     def parse(cls, text: str) -> "Shard":
         """Read `i/n`, i from 1 to n, as on the command line.
 
-        Raises:
-            ValueError: It is not of that form.
-
         Example:
             >>> Shard.parse("2/8")
             Shard(index=1, count=8, helps=False)

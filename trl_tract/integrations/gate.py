@@ -66,10 +66,6 @@ class Gate:
         max_bytes: Of a body.
         body_seconds: That a body may take to arrive.
         on_answer: Told path, status and seconds of each answer.
-
-    Attributes:
-        draining: No request is begun any more.
-        open: Requests under way.
     """
 
     def __init__(

@@ -88,11 +88,7 @@ def tract_scorer(
 
 
 def _text(given: Any, key: str | None, what: str) -> str:
-    """A text, or the one of a mapping.
-
-    Raises:
-        ValueError: There is none, or which one is meant is not said.
-    """
+    """A text, or the one of a mapping."""
     if isinstance(given, Mapping) and key is not None and key not in given:
         raise ValueError(f"the {what} have no {key!r}; they have {', '.join(map(str, given)) or 'nothing'}")
     if isinstance(given, Mapping) and (key is not None or len(given) == 1):

@@ -15,11 +15,7 @@ _QUIET_SECONDS = 0.5
 
 
 def check_installed() -> None:
-    """Say what is missing before a model is loaded.
-
-    Raises:
-        ImportError: The packages of the extra `serve` are not installed.
-    """
+    """Say what is missing before a model is loaded."""
     missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f'trl-tract serve needs {", ".join(missing)}: pip install "trl-tract[serve]"')
@@ -55,9 +51,6 @@ def make_server(judge: CoTRAILJudge, name: str, *, host: str, **limits: Any) -> 
 
     Then it answers what it has taken, refuses what is new, and returns. A second signal ends it at once. The key is
     that of the environment variable TRL_TRACT_API_KEY.
-
-    Raises:
-        ImportError: The packages of the extra `serve` are not installed.
     """
     check_installed()
     import uvicorn

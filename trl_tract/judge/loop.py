@@ -43,12 +43,7 @@ class Loop:
     """What is the same for all items that are judged.
 
     Attributes:
-        template: Of the prompts.
-        scales: In their order, with tokens.
-        sampler: Writes the rationales.
-        rule: Makes scores of probabilities.
         recalibrations: Name of a scale -> what is applied to its final scores.
-        num_generations: Completions of each item.
     """
 
     template: Template

@@ -29,9 +29,6 @@ class Sampler:
     """Samples rationales, and again those that did not reach their score.
 
     Attributes:
-        backend: The judge model.
-        options: `temperature`, `top_p`, `repetition_penalty`, `max_new_tokens`.
-        max_attempts: How often a rationale is sampled.
         append_marker: Whether a rationale without the marker is as good.
         writes: False for a judge that gives its scores straight away: its rationales are empty.
     """

@@ -49,8 +49,6 @@ class OtherJudge:
     """A judge of the same items, to compare with.
 
     Attributes:
-        name: What it is called.
-        report: Its own agreement.
         difference: The page's judge minus this one.
     """
 
@@ -64,15 +62,11 @@ class JudgedItems:
     """One judge's results, as a page shows them.
 
     Attributes:
-        name: What the judge is called.
         records: One for each item, as in `judgements.jsonl`: `reference`, `score`, and, where known, `id`, `group`,
             `scores`, `rationales`, `probs` `(S, K)`, `grid_mass`, `std`, `error`.
-        report: Agreement of the records' scores with their gold scores.
         grid: The score grid, rubric units; None: the integers.
         prompts: One for each item, text or chat messages; None where they are not at hand.
         about: What the page's head says of the judge: the base model, the rows, the date.
-        settings: How the items were judged.
-        others: Judges of the same items.
         curves: Stage -> the `log_history` of its trainer.
     """
 
@@ -118,11 +112,7 @@ def write_page(judged: JudgedItems, path: str | Path, *, worst: int = 12) -> lis
 
 
 def page_html(judged: JudgedItems, *, worst: int = 12) -> str:
-    """The page as a string, without pictures: one HTML document with its style, its script and nothing else to load.
-
-    Raises:
-        ValueError: There are not as many prompts as records.
-    """
+    """The page as a string, without pictures: one HTML document with its style, its script and nothing else to load."""
     return _html(judged, read_items(judged.records, judged.grid), [], [], worst)
 
 

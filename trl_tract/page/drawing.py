@@ -39,11 +39,7 @@ class Chart:
     """One picture.
 
     Attributes:
-        name: Stem of its file.
-        title: What it shows.
-        caption: How to read it.
         alt: What there is to see in it, in words.
-        draw: Draws it.
         size: Inches.
     """
 

@@ -108,11 +108,8 @@ class RowEncoder(Encoder):
     """Turns one prompt-completion row into the model's columns, or says why it cannot.
 
     Attributes:
-        tokenizer: A fast one.
-        settings: What its chat template is rendered with.
         completion_only: Whether the prompt is left out of the cross-entropy.
         score_in_ce: Whether the scores are left in it.
-        drop_rationale: Whether to leave the rationales out.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -127,11 +124,7 @@ class RowEncoder(Encoder):
         return Template(self.tokenizer, self.settings)
 
     def render(self, row: Mapping[str, Any]) -> RenderedRow:
-        """The row as the text that is tokenised, with its scores found.
-
-        Raises:
-            ScoreNotFoundError: A score is missing.
-        """
+        """The row as the text that is tokenised, with its scores found."""
         row = as_prompt_completion(row)
         return render_row(
             self.template, without_rationales(row, self.scales) if self.drop_rationale else row, self.scales
@@ -182,11 +175,7 @@ class TokenisedRowEncoder(Encoder):
 
 
 def _check_score_tokens(ids: Sequence[int], index: int, grid: ScoreGrid) -> None:
-    """Refuse a tokenised row where no score of the grid begins at `index`.
-
-    Raises:
-        ScoreNotFoundError: None does.
-    """
+    """Refuse a tokenised row where no score of the grid begins at `index`."""
     known = [path.token_ids for path in grid.paths] or [(token,) for token in grid.token_ids]
     if not any(tuple(ids[index : index + len(path)]) == path for path in known):
         shown = some_scores([str(path if grid.paths else path[0]) for path in known])
@@ -197,11 +186,7 @@ def _check_score_tokens(ids: Sequence[int], index: int, grid: ScoreGrid) -> None
 
 
 def score_indices(row: Mapping[str, Any], scales: Sequence[Scale]) -> list[int]:
-    """Where a tokenised row has the score of each scale; none for a row that counts for its text alone.
-
-    Raises:
-        ScoreNotFoundError: Some of the scores are missing, there twice, or out of order.
-    """
+    """Where a tokenised row has the score of each scale; none for a row that counts for its text alone."""
     # A list of floats that went through Arrow may hold None for NaN.
     indices = [i for i, score in enumerate(row["score_labels"]) if score is not None and not math.isnan(score)]
     if "seq_lengths" in row:

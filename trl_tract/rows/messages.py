@@ -14,11 +14,7 @@ _FROM, _TO = "\U000ffffc", "\U000ffffd"
 
 
 def text_of(content: Any) -> str:
-    """A message's content as text: text itself, or its parts of type text put together.
-
-    Raises:
-        ScoreNotFoundError: It holds something else.
-    """
+    """A message's content as text: text itself, or its parts of type text put together."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -33,11 +29,7 @@ def text_of(content: Any) -> str:
 
 
 def whole_characters(text: str) -> None:
-    """Refuse half a character, as text has it that was cut in the middle of an emoji.
-
-    Raises:
-        ScoreNotFoundError: There is one.
-    """
+    """Refuse half a character, as text has it that was cut in the middle of an emoji."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

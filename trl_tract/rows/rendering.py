@@ -239,9 +239,6 @@ class _Written:
 
     Attributes:
         thought: What stands inside the thinking block; None where nothing does.
-        answer: The rest.
-        spans: The scores, in the answer.
-        formats: How they are written.
     """
 
     thought: str | None

@@ -63,11 +63,7 @@ class TemplateSettings:
 
     @classmethod
     def of_training(cls, training: Mapping[str, Any]) -> "TemplateSettings":
-        """What fields of TRACTConfig say; those that are left out have its defaults.
-
-        Raises:
-            ValueError: They contradict each other, or one is none.
-        """
+        """What fields of TRACTConfig say; those that are left out have its defaults."""
         kwargs: Any = training.get("chat_template_kwargs") or {}
         if isinstance(kwargs, str):
             try:

@@ -96,11 +96,7 @@ def thought_and_answer(completion: Any, frame: Frame) -> tuple[str | None, str]:
 
 
 def _reasoning(message: Mapping[str, Any], name: str) -> str:
-    """Thinking that stands beside the content of a message; empty where there is none.
-
-    Raises:
-        ScoreNotFoundError: It is no text.
-    """
+    """Thinking that stands beside the content of a message; empty where there is none."""
     value = message.get(name)
     return "" if value is None or value != value else text_of(value)
 

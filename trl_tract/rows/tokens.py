@@ -54,11 +54,7 @@ def asked_ids(template: Template, asked: Asked) -> list[int]:
 
 
 def encode(template: Template, rendered: RenderedRow) -> tuple[Segments, int]:
-    """The tokens of a row, and how many of them are those that its prompt is asked with.
-
-    Raises:
-        ScoreNotFoundError: Its text holds half a character.
-    """
+    """The tokens of a row, and how many of them are those that its prompt is asked with."""
     tokenizer, asked = template.tokenizer, rendered.asked
     whole_characters(rendered.text)
     begin = asked_ids(template, asked)

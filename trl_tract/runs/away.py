@@ -12,15 +12,7 @@ from trl_tract.rows.row import Row
 
 @dataclass
 class AwayBackend:
-    """Stands for the backend of workers elsewhere, where rows are looked at and the result is written.
-
-    Attributes:
-        tokenizer: The model's.
-        model_id: What the workers load.
-        name: Their backend.
-        loaded_as: How they loaded it.
-        crew: They.
-    """
+    """Stands for the backend of workers elsewhere, where rows are looked at and the result is written."""
 
     tokenizer: Any
     model_id: str

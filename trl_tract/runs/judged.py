@@ -28,8 +28,6 @@ class Judged:
     file when they are asked for.
 
     Attributes:
-        directory: Output directory of a JudgeStep.
-        settings: How the items were judged; empty where that is not written down.
         keys: `id`, `group`, `side` and `subset` of each item, as far as it has them.
         groups: The group of each item; an item without one is a group of its own.
         scales: Name -> scores on that scale; a completion with one score has one scale, whose name is "".

@@ -27,7 +27,6 @@ class Launch:
     """The processes of a command.
 
     Attributes:
-        processes: How many.
         config: A configuration of accelerate's; None: every process holds the whole model.
         sees_all: Whether a single process is shown all accelerators, as an engine that spreads itself over them is.
             A trainer would take them for itself (DataParallel), and TRL's refuse that.

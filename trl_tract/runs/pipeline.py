@@ -374,11 +374,7 @@ def write_report(directory: Path, result: RunResult, judges: Mapping[str, Judged
 
 
 def judged_folders(folder: str) -> list[str]:
-    """The folders of judgements of a run, that of the judge it ends with first; any other folder by itself.
-
-    Raises:
-        FileNotFoundError: No such folder.
-    """
+    """The folders of judgements of a run, that of the judge it ends with first; any other folder by itself."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: no such directory")
     if (Path(folder) / "judgements.jsonl").is_file():

@@ -79,7 +79,7 @@ def write_run_page(
     reports: Mapping[str, ScoreReport],
     say: Callable[[str], None],
 ) -> None:
-    """Write `report.html` of a run: its last judge, compared with the others; without matplotlib, say what is missing."""
+    """Write `report.html` of a run: its last judge, compared with the others; without matplotlib say so."""
     *others, (main, judged) = judges.items()
     items = judged_items(
         judged,

@@ -79,9 +79,6 @@ class Run:
         Args:
             makes: Patterns of the files and folders that it makes.
             of: The steps on whose results it works.
-
-        Raises:
-            RuntimeError: Another process is at work in the directory.
         """
         self._met += 1
         heading = f"[{self._met}/{self.total}] {title}"
@@ -147,11 +144,7 @@ def _files(paths: Iterable[Path]) -> Iterator[Path]:
 
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """Keep other processes out of a run's directory.
-
-    Raises:
-        RuntimeError: One is at work there.
-    """
+    """Keep other processes out of a run's directory."""
     lock = FileLock(directory / "run.lock", blocking=False)
     try:
         lock.acquire()

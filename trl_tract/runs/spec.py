@@ -41,29 +41,8 @@ class RunSpec:
     """Model, rows and settings of both stages; the attributes are `run_tract`'s arguments.
 
     Attributes:
-        model: Seed model.
-        data: Rows to train on.
-        eval_data: Held-out items, or None.
-        eval_fraction: Part of the groups that is held out where there are no such items; None: a tenth, but as many
-            groups as intervals need where that is at most a third of all.
         own: The user's rubric and column names.
-        training: Fields of TRACTConfig.
-        model_args: Fields of TRL's ModelConfig.
-        generation: Sampling of rationales.
-        num_generations: Stage-two rows for each prompt.
-        on_failure: What happens to rationales that fail.
-        keep_annotated: Whether stage two has the annotated rationales too.
-        rationales: Where rationales come from: `auto`, those that rows lack are bootstrapped; `given`, only rows that
-            have one are trained on; `bootstrap`, all are bootstrapped; `none`, the judge writes none.
-        bootstrap: Arguments of CoTBootstrap; and `model`, who writes, if it is not the seed model, and `backend`, the
-            arguments of its backend.
-        seed_baseline: Whether the seed model judges the held-out items too, as it is.
-        backend: What generates.
-        rl: Fields of REALConfig, for training the judge further on its own errors; None: it is not.
-        objective: `auto`: what is not in `given` is derived from rows, model and device; `paper`: nothing is.
         given: Fields that the user has set; None: all that are there.
-        calibrate: Part of the rows to train on that is kept aside to calibrate the judges; None: see
-            `recipe.calibration_share`, and with `paper` none.
     """
 
     model: str

@@ -53,13 +53,8 @@ class DistillStep:
     """Let a stage-one model write its own rationale for every training row.
 
     Attributes:
-        model: Stage-one model or adapter directory.
-        data: JSONL of training rows.
         output_dir: Receives `rows.jsonl`, the stage-two rows, and `summary.json`.
-        settings: Arguments of CoTSelfDistill.
-        backend: Arguments of `make_backend`: `name`, and what that backend takes.
         shard: `i/n`, this job's share of the rows; None: this process's share under a launcher.
-        engine: `ray`: the blocks are done by the workers of a Ray cluster; `local`: by this process.
         workers: Of Ray; None: one for each GPU, or each machine.
     """
 
@@ -108,15 +103,9 @@ class BootstrapStep:
     """Let a model write rationales for the rows that have only scores.
 
     Attributes:
-        model: Who writes: a model directory or hub id; the seed model where `author` is None.
-        data: JSONL of rows, some or all without a completion.
         output_dir: Receives `rows.jsonl`, all rows with completions, and `summary.json`.
-        settings: Arguments of CoTBootstrap.
-        backend: Arguments of `make_backend`: `name`, and what that backend takes; or of `ChatBackend`, with the name
-            `chat`.
         author: Who writes, if not `model`.
         chat_template: Jinja file, or model, with the chat template that `model` is asked with; None: its own.
-        shard: `i/n`, this job's share of the rows; None: this process's share under a launcher.
     """
 
     kind: ClassVar[str] = "bootstrap"
@@ -145,17 +134,10 @@ class JudgeStep:
     """Judge rows; what is finished of them survives an interruption.
 
     Attributes:
-        model: Judge directory, or a seed model with `untrained`.
-        data: JSONL of rows with `prompt` and, if known, `score`.
         output_dir: Receives `judgements.jsonl`.
-        settings: Arguments of CoTRAILJudge.
-        backend: Arguments of `make_backend`: `name`, and what that backend takes.
         untrained: The model was never trained as a judge: grid and marker come from `settings`.
         asked_like: A judge's directory, from which grid, marker, prompts and tokenizer come, for a model that was never
             trained as one; None: the model is a judge.
-        shard: `i/n`, this job's share of the rows; None: this process's share under a launcher.
-        block_size: Items that are judged together and then written to disk.
-        engine: `ray`: the blocks are done by the workers of a Ray cluster; `local`: by this process.
         workers: Of Ray; None: one for each GPU, or each machine.
     """
 
@@ -284,11 +266,7 @@ def spread(backend: Mapping[str, Any], launch: Launch) -> tuple[dict[str, Any], 
 
 
 def run_step(step: Step, spec_file: Path, *, isolate: bool, launch: Launch | None = None) -> None:
-    """Run a step here, in a process of its own, or in several.
-
-    Raises:
-        RuntimeError: The process failed; its own message is above.
-    """
+    """Run a step here, in a process of its own, or in several."""
     step, launch = shared_out(step, launch or Launch())
     spec = {"kind": step.kind, **asdict(step)}
     write_json(spec_file, without_secrets(spec))
@@ -307,11 +285,7 @@ def run_step(step: Step, spec_file: Path, *, isolate: bool, launch: Launch | Non
 
 
 def _references(row: Mapping[str, Any], number: int, scales: Sequence[Scale]) -> list[list[float]] | None:
-    """The gold scores of a row, for each scale its annotators', where it has them.
-
-    Raises:
-        ValueError: One of them cannot be read; the row is named.
-    """
+    """The gold scores of a row, for each scale its annotators', where it has them."""
     if row.get(REFUSED):
         return None  # what is wrong with the row is the item's error
     try:

@@ -51,12 +51,7 @@ class TrainStep:
     """Train one model with CoT-RAFT, going on from its last checkpoint if it has one.
 
     Attributes:
-        model: Model directory or hub id to start from.
-        train_data: JSONL of training rows.
-        output_dir: Receives the model or adapter, the tokenizer and `tract_config.json`.
         eval_data: JSONL of evaluation rows with completions, or None: with `judge_eval_items`, rows of `train_data`.
-        training: Fields of TRACTConfig.
-        model_args: Fields of TRL's ModelConfig: dtype, LoRA, quantisation.
         asked_like: A judge's directory, whose prompts are rendered alike (thinking, date), since it wrote the rows.
         own: The rows' columns and rubric as `OwnColumns.to_dict` has them, saved with the model; None: none.
         recipe: Settings that were derived, and why, to be saved with the model: see `Recipe.to_dict`; None: none.
@@ -136,11 +131,7 @@ class TrainStep:
         }
 
     def _last_checkpoint(self, made_of: Mapping[str, Any]) -> Path | None:
-        """The checkpoint to go on from.
-
-        Raises:
-            FileExistsError: It was made of another model or other rows; or a link is in the directory.
-        """
+        """The checkpoint to go on from."""
         refuse_links(Path(self.output_dir))
         checkpoint = last_complete_checkpoint(self.output_dir)
         held = {} if checkpoint is None else checkpoint_made_of(checkpoint)
@@ -160,11 +151,8 @@ class RLStep(TrainStep):
     what is saved.
 
     Attributes:
-        model: A judge, full or adapter, or a seed model.
-        train_data: JSONL of rows with prompts and gold scores.
         eval_data: JSONL of such rows to choose the checkpoint by; None: a tenth of the rows of `train_data`, 200 at
             most.
-        training: Fields of REALConfig.
     """
 
     kind: ClassVar[str] = "rl"

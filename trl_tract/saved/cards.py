@@ -21,11 +21,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def section(text: str, name: str, card: Path) -> str:
-    """What stands in a card between `<!-- name -->` and `<!-- /name -->`.
-
-    Raises:
-        ValueError: `text` has no such part; `card` is named.
-    """
+    """What stands in a card between `<!-- name -->` and `<!-- /name -->`."""
     found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", text, re.DOTALL)
     if found is None:
         raise ValueError(

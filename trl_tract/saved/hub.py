@@ -117,11 +117,7 @@ def push_rows(
 
 
 def _saved(backend: Any, directory: Path) -> Path:
-    """The backend's model and tokenizer as files.
-
-    Raises:
-        ValueError: The weights are not in this process.
-    """
+    """The backend's model and tokenizer as files."""
     if not hasattr(backend, "model") or not hasattr(backend.model, "save_pretrained"):
         raise ValueError(
             f"the weights of {backend.model_id} are not here, but with the {backend.name} backend's engine. Load the "
@@ -133,11 +129,7 @@ def _saved(backend: Any, directory: Path) -> Path:
 
 
 def _base_on_hub(files: dict[str, Path], made: Path, base_model: str | None) -> str:
-    """The hub id of an adapter's base, written into the uploaded adapter configuration.
-
-    Raises:
-        ValueError: The adapter names a directory of this machine, and nothing else is given.
-    """
+    """The hub id of an adapter's base, written into the uploaded adapter configuration."""
     settings = _json(files["adapter_config.json"])
     base = base_model or str(settings["base_model_name_or_path"])
     if Path(base).exists() or base.startswith((".", "/", "~")):
@@ -179,11 +171,7 @@ def _push(
     revision: str | None,
     commit_message: str,
 ) -> str:
-    """Upload all files in one commit; the repository's address.
-
-    Raises:
-        ValueError: A private upload was asked for, and the repository exists and is public.
-    """
+    """Upload all files in one commit; the repository's address."""
     api = HfApi(token=token, library_name="trl-tract")
     address = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
     if private and not api.repo_info(address.repo_id, repo_type=repo_type).private:

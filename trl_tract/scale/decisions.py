@@ -74,11 +74,7 @@ def temper(probs: torch.Tensor, score_temperature: float) -> torch.Tensor:
 
 
 def check_quantile(quantile: float) -> None:
-    """Refuse a quantile that no score can be.
-
-    Raises:
-        ValueError: It is not between 0 and 1.
-    """
+    """Refuse a quantile that no score can be."""
     if not 0 < quantile < 1:
         raise ValueError(f"quantile={quantile} must lie between 0 and 1: the median is 0.5")
 

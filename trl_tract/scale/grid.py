@@ -202,11 +202,7 @@ class _NoRangeError(ValueError):
 
 
 def _numbers(values: Sequence[Any] | str) -> Iterator[float]:
-    """The numbers among `values`, ranges written out.
-
-    Raises:
-        ValueError: Something is neither a number nor a range.
-    """
+    """The numbers among `values`, ranges written out."""
     for value in [values] if isinstance(values, str) else values:
         found = _RANGE.fullmatch(value.strip()) if isinstance(value, str) else None
         if found is None:

@@ -40,9 +40,6 @@ class ScoreSpan:
     """Where a completion's score stands, in characters of the completion.
 
     Attributes:
-        start: First character of the score.
-        end: One past its last character.
-        text: The score as it is written.
         marker_start: First character of the marker that announces it.
         lead: Whitespace between the rationale and the marker.
         separator: Whitespace between the marker and the score.

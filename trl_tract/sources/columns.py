@@ -138,11 +138,7 @@ class OwnColumns:
         return replace(self, columns=columns)
 
     def check(self, scales: Sequence[Scale]) -> None:
-        """Refuse a rubric that describes other scores than there are.
-
-        Raises:
-            ValueError: It does; or there are several scales, and a rubric or the columns of a single score.
-        """
+        """Refuse a rubric that describes other scores than there are."""
         if scales[0].name and (self.rubric or {"score", "rationale"} & self.columns.keys()):
             raise ValueError(
                 "--rubric and the columns score and rationale are for rows with one score. With aspects write prompt "

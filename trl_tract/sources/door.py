@@ -30,9 +30,7 @@ class Refusal(NamedTuple):
     """Why a record gives no item; in the order that `refusal_summary` takes.
 
     Attributes:
-        number: Of the record in its file, from 0.
         kind: Groups records that share the reason.
-        message: What is wrong, and what to do.
         tokens: Of its row, where they were counted.
     """
 
@@ -219,11 +217,7 @@ def held_out(
 
 
 def held_out_rows(path: Path, count: int, seed: int) -> set[int]:
-    """Places of about `count` rows of a file, whole groups of them; rows without a group belong to their prompt's.
-
-    Raises:
-        ValueError: Nothing would be left.
-    """
+    """Places of about `count` rows of a file, whole groups of them; rows without a group belong to their prompt's."""
     groups: dict[bytes, list[int]] = {}
     for place, row in enumerate(read_jsonl(path)):
         group = row.get("group") or row.get("prompt") or row.get("messages")

@@ -90,11 +90,7 @@ class Rubric:
             raise ValueError(f"--rubric {path}: in `template`, {wrong}. Places are: {known}")
 
     def check(self, grid: ScoreGrid) -> None:
-        """Refuse a rubric that describes other scores than the grid has.
-
-        Raises:
-            ValueError: It does.
-        """
+        """Refuse a rubric that describes other scores than the grid has."""
         described, known = list(self.descriptions), list(grid.texts)
         if self.scale is not None:
             self._check_some(grid)
@@ -161,11 +157,7 @@ class Rubric:
 
 
 def _as_written(node: Any) -> Any:
-    """A YAML node as its characters, whatever YAML makes of `yes` and `2.50`; None for a list.
-
-    Raises:
-        ValueError: A key stands twice.
-    """
+    """A YAML node as its characters, whatever YAML makes of `yes` and `2.50`; None for a list."""
     if not isinstance(node.value, list):
         return node.value
     if node.id != "mapping":

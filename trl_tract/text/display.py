@@ -20,7 +20,6 @@ class Excerpt:
     """The beginning of a text, and how long the whole is.
 
     Attributes:
-        text: What is shown, its invisible characters written out.
         length: Characters of the whole text.
         shown: Characters of it that are shown.
     """

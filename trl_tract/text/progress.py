@@ -24,13 +24,9 @@ class ProgressLines:
     """A bar's stand-in that writes whole lines, at most one in `mininterval` seconds, and one at the end.
 
     Args:
-        total: How much there is to do.
-        desc: What is being done.
         unit: What is counted, in the singular.
         initial: How much was done before.
-        file: Where the lines go; None: standard error.
         mininterval: Seconds between two lines.
-        disable: Write nothing.
         patient: Write nothing before `mininterval` seconds have passed: of short work not a line.
     """
 

@@ -11,11 +11,7 @@ _IN_TEXT = re.compile(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z
 
 
 def key_of(variable: str) -> str | None:
-    """The key in an environment variable, without the white space that a file of it ends in; None where there is none.
-
-    Raises:
-        ValueError: No HTTP header can carry it.
-    """
+    """The key in an environment variable, without the white space that its file ends in; None where there is none."""
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ValueError(f"{variable} holds characters that no HTTP header can carry")

@@ -27,11 +27,7 @@ _MARK = "_trl_tract_changed_by"
 
 
 def check_adapters(model: Any, peft_config: PeftConfig | None) -> None:
-    """Refuse adapters that TRACT cannot train, or that would not load as they were trained.
-
-    Raises:
-        ValueError: It cannot be trained from the seed model, saved, and loaded again.
-    """
+    """Refuse adapters that TRACT cannot train, or that would not load as they were trained."""
     active = list(model.active_adapters) if isinstance(model, PeftModel) else []
     for config in [peft_config, *(model.peft_config[name] for name in active)]:
         if getattr(config, "is_prompt_learning", False):
@@ -75,11 +71,7 @@ def check_adapters(model: Any, peft_config: PeftConfig | None) -> None:
 
 
 def mark_base(model: Any) -> None:
-    """Let `check_adapters` recognise a base model whose weights an adapter changed, also when that is unloaded.
-
-    Raises:
-        ValueError: The adapter leaves a head that TRL cannot read.
-    """
+    """Let `check_adapters` recognise a base model whose weights an adapter changed, also when that is unloaded."""
     _check_head(model)
     if isinstance(model, PeftModel):
         changes = [_change(config, _CHANGES) for config in model.peft_config.values()]
@@ -87,11 +79,7 @@ def mark_base(model: Any) -> None:
 
 
 def _check_head(model: Any) -> None:
-    """Refuse a head that TRL cannot read.
-
-    Raises:
-        ValueError: An adapter trains single tokens of embeddings that are tied to the head.
-    """
+    """Refuse a head that TRL cannot read."""
     head = model.get_base_model().get_output_embeddings() if isinstance(model, PeftModel) else None
     if head is not None and not hasattr(head, "bias"):
         raise ValueError(

@@ -178,11 +178,7 @@ def is_judged(metric: str) -> bool:
 
 
 def check_metric(trainer: Any) -> None:
-    """Refuse to choose the best checkpoint by judging where nothing is judged: the host would find out much later.
-
-    Raises:
-        ValueError: It is so.
-    """
+    """Refuse to choose the best checkpoint by judging where nothing is judged: the host would find out much later."""
     metric = trainer.args.metric_for_best_model or ""
     if is_judged(metric) and not _callbacks(trainer):
         raise ValueError(

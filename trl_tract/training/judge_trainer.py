@@ -40,11 +40,7 @@ class KeepsJudge:
         raise NotImplementedError
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.
-
-        Raises:
-            ValueError: There is none, or it was trained on other scores or with other weights of the loss.
-        """
+        """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end."""
         checkpoint = checkpoint_of(resume_from_checkpoint, self.args, self.judge_config, self._adapter)
         return super().train(checkpoint, *args, **kwargs)  # type: ignore[misc]
 

@@ -27,10 +27,8 @@ class Device:
     """What trains.
 
     Attributes:
-        kind: `cpu`, `cuda` or another accelerator.
         memory: Bytes: of the accelerator, or of the machine where there is none.
         bfloat16: Whether it computes faster in bfloat16 than in float32.
-        processes: That share each update.
     """
 
     kind: str
@@ -44,14 +42,10 @@ class Facts:
     """What settings are derived from.
 
     Attributes:
-        parameters: Of the seed model.
         rows: To train on, those kept aside for calibration not among them.
-        tokens: Of a row, in the mean.
-        longest: Tokens of the longest row.
         rationale: Tokens of the longest completion.
         variances: Of the gold scores of each scale by its name, squared rubric units.
         spans: Highest minus lowest score of each scale's grid, rubric units.
-        device: What trains.
     """
 
     parameters: int
@@ -77,9 +71,6 @@ class Setting:
 
     Attributes:
         part: `training`, `model_args` or `generation`: whose field it is.
-        name: Of the field.
-        value: JSON-serialisable.
-        why: In a few words.
     """
 
     part: str
@@ -90,12 +81,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Derived settings, those that the user has set left out.
-
-    Attributes:
-        facts: What they were derived from.
-        settings: In the order in which they are told.
-    """
+    """Derived settings, those that the user has set left out."""
 
     facts: Facts
     settings: tuple[Setting, ...] = field(default=())

@@ -50,9 +50,6 @@ def checkpoint_of(
     Args:
         resume_from_checkpoint: As for Trainer; True is the last one in the output directory that was written to its
             end.
-
-    Raises:
-        ValueError: There is none, or it was trained towards something else.
     """
     if not resume_from_checkpoint:
         return None

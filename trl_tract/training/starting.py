@@ -36,9 +36,6 @@ def check_start(model: Any, name: str, args: REALConfig, peft_config: PeftConfig
 
     Args:
         name: Directory or hub id that it came from; empty for one that was made in memory.
-
-    Raises:
-        ValueError: See `check_adapters`; or the model has no name to load the reference by.
     """
     check_adapters(model, peft_config)
     # Of an adapter, the reference is its base, or a copy of it.
