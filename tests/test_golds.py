@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from trl_tract.backends import Stop
 from trl_tract.rows.golds import mean_golds, read_golds
-from trl_tract.scale.scale import read_aspects, read_scales
+from trl_tract.scale.scale import locate_scores, read_aspects, read_scales, scored_within
 from trl_tract.scale.text import ScoreNotFoundError
 
 ONE = read_scales({})
@@ -128,18 +129,46 @@ FRACTIONS = [
     " ud af 10",
     " points out of 10",
     " Punkte von 10",
+    " out of ten",
+    " / ten",
+    " of a possible 10",
+    " out of a maximum of 10",
+    " in 10",
+    " : 10",
+    " ★ / 10",
+    " on a scale of 10",
+    " on a ten-point scale",
+    " sur une échelle de dix",
+    ", max. 10",
+    " with 10 being the best",
 ]
-BRACKETS = [" (out of 10)", " (10 max)", "（满分10）", " [of 10]"]
+BRACKETS = [" (out of ten)", " (max. 10)", " (out of 10)", " (10 max)", "（满分10）", " [of 10]"]
 
 
-@pytest.mark.parametrize("behind", [*FRACTIONS, *BRACKETS, ".5", ",5", "-5", " %", "％", "4"])
+@pytest.mark.parametrize(
+    "behind", [*FRACTIONS, *BRACKETS, ".5", ",5", "·7", "٫7", "’7", "-5", " %", "％", " percent", "4", "+", "-"]
+)
 def test_a_number_right_behind_a_score_makes_it_another_score(behind):
     with pytest.raises(ScoreNotFoundError) as refused:
         read_golds({"completion": f"Fine. [RESULT] 4{behind}"}, ONE)
     assert refused.value.kind == "not on the grid"
 
 
-SECOND_THOUGHTS = [" to 6", "–6", "~5", " or 6", " bis 6", " - 6", ", 6.", " 4.5", " ½", " 1/2", " and a half"]
+SECOND_THOUGHTS = [
+    " to 6",
+    "–6",
+    "~5",
+    " or 6",
+    " bis 6",
+    " - 6",
+    ", 6.",
+    " 4.5",
+    " ½",
+    " 1/2",
+    " and a half",
+    " and a quarter",
+]
+SECOND_THOUGHTS += [" through 6", " up to 6", " ~ 6", " 至 6", " x 10", " point seven", " 10ths"]
 
 
 @pytest.mark.parametrize("behind", SECOND_THOUGHTS)
@@ -165,6 +194,33 @@ def test_a_second_word_behind_a_score_makes_it_no_score(behind):
 )
 def test_words_behind_a_score_leave_it_as_it_is(behind):
     assert read_golds({"completion": f"Fine. [RESULT] 4{behind}"}, ONE) == [[4.0]]
+
+
+@pytest.mark.parametrize(
+    "behind",
+    ["\nIn all 7 of them", ". A scale of 10 would be finer", " (good)\n10 is the maximum", " in all", " of course"],
+)
+def test_numbers_of_a_sentence_behind_a_score_are_no_part_of_it(behind):
+    assert read_golds({"completion": f"Fine. [RESULT] 4{behind}"}, ONE) == [[4.0]]
+
+
+@pytest.mark.parametrize(
+    "mention", ["3 of 5 hold", "4/10", "4.5", "3-4", "42", "3rd", "good or poor", "good-ish", "poor's"]
+)
+def test_a_mention_behind_which_a_judge_would_be_read_is_refused(mention):
+    scales = WORDS if mention[0] in "gp" else ONE
+    last = scales[0].grid.texts[-1]
+    completion = f"I write [RESULT] {mention}, say. Fine. [RESULT] {last}"
+    assert Stop.at(scales[0]).place_in(completion) != completion.rindex("[RESULT]")
+    with pytest.raises(ScoreNotFoundError):
+        read_golds({"completion": completion}, scales)
+    assert scored_within(completion.rpartition("[RESULT]")[0], scales) is not None
+
+
+@pytest.mark.parametrize("mention", ["9 of 10 hold", "and a score", "", "goods"])
+def test_a_mention_that_a_judge_goes_past_is_a_part_of_the_rationale(mention):
+    completion = f"I write [RESULT] {mention}. Fine. [RESULT] 4"
+    assert Stop.at(ONE[0]).place_in(completion) == locate_scores(completion, ONE)[0].marker_start
 
 
 @pytest.mark.parametrize("values", [[False, True], [0, True], [True, "2..5"]])

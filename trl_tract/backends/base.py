@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from trl_tract.scale.scale import Scale
+from trl_tract.scale.text import score_begins
 from trl_tract.scale.trie import TokenTrie
 
 FinishReason = Literal["stop", "eos", "length", "prompt_too_long"]
@@ -106,17 +107,7 @@ class Stop(str):
 
     def follows(self, text: str, *, whole: bool = False) -> bool | None:
         """Whether what has to follow does so in `text`, which begins with an occurrence; None if that is still open."""
-        after = text[len(self) :].lstrip()
-        ends = [after[len(one) :] for one in self.followed_by if after.startswith(one)]
-        # Of a word the end has to be seen: "A" is not "And". "10" may go on, since it is no word that was meant.
-        if (
-            not self.followed_by
-            or any(end[:1] and not end[0].isalpha() for end in ends)
-            or (ends and after[0].isdigit())
-        ):
-            return True
-        is_open = "" in ends or any(one.startswith(after.rstrip()) for one in self.followed_by)
-        return (True if whole else None) if is_open else False
+        return not self.followed_by or score_begins(text[len(self) :], self.followed_by, whole=whole)
 
     @functools.cached_property
     def strings(self) -> list[str]:

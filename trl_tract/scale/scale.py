@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_tract.scale.grid import ScoreGrid
-from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, ScoreSpan, holds_score, span_at
+from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, ScoreSpan, holds_score, score_begins, span_at
 
 DEFAULT_VALUES = (1.0, 2.0, 3.0, 4.0, 5.0)
 
@@ -212,17 +212,21 @@ def locate_scores(completion: str, scales: Sequence[Scale]) -> tuple[ScoreSpan, 
 def _only_span(completion: str, scale: Scale) -> ScoreSpan:
     found: list[ScoreSpan] = []
     problem = ScoreNotFoundError("no marker", f"the completion does not hold the marker {scale.marker!r}")
-    wrong_number = False
+    no_mention = False
     for marker in re.finditer(re.escape(scale.marker), completion):
+        after = completion[marker.end() :]
         try:
             found.append(span_at(completion, marker.start(), scale.marker, scale.grid.texts))
         except ScoreNotFoundError as error:
             problem = error
-            # Behind the score, "[RESULT] 9" on a scale to 5 is no mention of the marker but a second thought.
-            wrong_number = bool(found and re.match(r"\s*[-+]?\d", completion[marker.end() :]))
-        if wrong_number or len(found) > 1:
+            if found:  # "[RESULT] 9" on a scale to 5 is no mention of the marker but a second thought
+                no_mention = bool(re.match(r"\s*[-+]?\d", after))
+            elif score_begins(after, scale.grid.texts) and scale.marker in after:  # a judge would be read there
+                told = f"{error}. A judge that wrote this would be read there: mention the marker in another way"
+                no_mention, problem = True, ScoreNotFoundError("two scores", told)
+        if no_mention or len(found) > 1:
             break
-    if wrong_number or not found:
+    if no_mention or not found:
         raise ScoreNotFoundError(problem.kind, f"{scale.about}{problem}")
     if len(found) > 1:
         raise ScoreNotFoundError(
@@ -246,6 +250,7 @@ def scored_within(rationale: str, scales: Sequence[Scale]) -> Scale | None:
             try:
                 span_at(rationale, marker.start(), scale.marker, scale.grid.texts)
             except ScoreNotFoundError:
-                continue
+                if not score_begins(rationale[marker.end() :], scale.grid.texts):
+                    continue
             return scale
     return None

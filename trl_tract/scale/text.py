@@ -9,17 +9,34 @@ _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 
 
 # What may not stand right behind a score: "[RESULT] 4.5", "[RESULT] 3 / 10", "[RESULT] 3 points of 10", "[RESULT] 3
-# (of 10)", "[RESULT] 3 to 4" and "[RESULT] 3 1/2" are other scores than 4 and 3, in whatever language and width they
-# are written. A dash or comma with spaces may begin a sentence, unless the number behind it ends the line.
-_OF = "(?:out |ud )?(?:of|af)|van|von|aus|auf|over|sur|de|di|da|su|em|av|na|ze?|od|из|от|από|στα"
-_TO = r"to|or|till?|bis|oder|à|ou|hasta|tot|eller|lub|albo|do|až|nebo|ila|veya|tai|или|до|або|έως|(?-i:a|o|e)"
-_OR = rf"(?:[–~〜～→/]|\s+(?:{_TO})\s+)"
-_UNIT = r"(?:\s+(?:points?|pts?\.?|marks?|stars?|punkten?|sternen?|puntos|estrellas|étoiles|punti|stelle))?"
+# (of 10)", "[RESULT] 3 on a scale of ten", "[RESULT] 3 to 4" and "[RESULT] 3 1/2" are other scores than 4 and 3, in
+# whatever language and width they are written. A dash or comma with spaces may begin a sentence, unless the number
+# behind it ends the line.
+_OF = "(?:out |ud )?(?:of|af)|van|von|aus|auf|over|sur|de|di|da|su|em|av|na|ze?|od|из|от|από|στα|per|in"
+_TO = (
+    "to|or|through|thru|till?|bis|oder|à|ou|hasta|tot|eller|lub|albo|do|až|nebo|ila|veya|tai|или|до|або|έως|(?-i:a|o|e)"
+)
+_OR = rf"(?:[–~〜～→/]|[ \t]*[~〜～→至到×][ \t]*|\s+(?:up\s+)?(?:{_TO})\s+)"
+_UNIT = (
+    r"(?:\s+(?:points?|pts?\.?|marks?|stars?|punkten?|sternen?|puntos|estrellas|étoiles|punti|stelle|分|点|점)"
+    r"|\s*[★☆⭐🌟\ufe0f]+)?"
+)
+_HIGHEST = (
+    r"(?:\d|[十百]|десят|(?:ten|hundred|zehn|hundert|dix|cent|diez|cien|dieci|cento|dez|cem|tien|honderd|tio)(?!\w))"
+)
+_SCALE = r"(?:scale|skala|schaal|échelle|escala|scala|шкал\w*|max(?:im(?:um|al|o|a))?)(?!\w)"
 _SCORE_GOES_ON = re.compile(
-    rf"\w|[.,:-]\d|\s*[%％‰]|{_UNIT}\s*[/／∕⁄÷|]\s*\d|{_UNIT}[ \t]*[(\[（［【][^)\]）］】.\n]{{0,30}}?\d"
-    rf"|{_UNIT}\s+(?:{_OF}|per)\s+\d|{_OR}[-+]?\d|\s+and\s+a\s+half|[ \t]*(?:[¼½¾⅓⅔]|\d+[/⁄]\d)"
+    rf"\w|[.,:·٫'’*-]\d|[ \t]+\d|[+±]|[−-](?=[\s.,;)\]]*$)"
+    rf"|{_UNIT}\s*[/／∕⁄÷|]\s*{_HIGHEST}|\s+[:x·]\s*\d"
+    rf"|{_UNIT}[ \t]*[(\[（［【](?:[^)\]）］】.\n]|\.(?=\s*\d)){{0,30}}?{_HIGHEST}"
+    rf"|{_UNIT}[ \t]+(?:{_OF})\s+(?:(?:[^\W\d]+|max\.)\s+){{0,3}}{_HIGHEST}"
+    rf"|[^.!?\n]{{0,30}}?{_SCALE}(?:[^.!?\n]|\.(?=\s*\d)){{0,20}}?{_HIGHEST}"
+    rf"|[^.!?\n]{{0,30}}?{_HIGHEST}(?:[^.!?\n]{{0,12}}?{_SCALE}|\s+(?:is|being)\s+(?:the\s+)?(?:best|highest|top))"
+    rf"|{_OR}[-+]?\d|\s*(?:[%％‰]|(?:per\s?cent|prozent|procent|pct|hundred|thousand|million)(?!\w))|[ \t]*[¼½¾⅓⅔]"
+    r"|\s+and\s+(?:a|one|two|three)[\s-]+(?:half|thirds?|quarters?)|\s+(?:et\s+demie?|y\s+medi[ao]|e\s+mezz[ao])(?!\w)"
+    r"|\s+(?:point|dot|comma|komma)\s+(?:\d|zero|one|two|three|four|five|six|seven|eight|nine)"
     rf"|[ \t]*[-–—,;&+…]?[ \t]*\d+(?:\.\d+)?{_UNIT}[.!]?[ \t]*(?:[\r\n]|$)",
-    re.IGNORECASE,
+    re.IGNORECASE | re.MULTILINE,
 )
 
 
@@ -135,6 +152,32 @@ def span_at(completion: str, marker_start: int, marker: str, score_texts: Sequen
         lead=rationale[len(rationale.rstrip()) :],
         separator=separator,
     )
+
+
+def score_begins(after: str, score_texts: Sequence[str], *, whole: bool = False) -> bool | None:
+    """Whether text behind a marker begins with a score, as far as it can be told while it is written.
+
+    Here a judge's writing ends, whatever would have followed.
+
+    Args:
+        after: The text.
+        score_texts: The admissible scores as they are written.
+        whole: Nothing will be added.
+
+    Returns:
+        None where that is still open.
+
+    Example:
+        >>> [score_begins(after, ["1", "2"]) for after in (" 2 of 3", " and", " ")]
+        [True, False, None]
+    """
+    after = after.lstrip()
+    ends = [after[len(text) :] for text in score_texts if after.startswith(text)]
+    # Of a word the end has to be seen: "A" is not "And". "10" may go on, since it is no word that was meant.
+    if any(end[:1] and not end[0].isalpha() for end in ends) or (ends and after[0].isdigit()):
+        return True
+    is_open = "" in ends or any(text.startswith(after.rstrip()) for text in score_texts)
+    return (True if whole else None) if is_open else False
 
 
 def _leading_score(tail: str, score_texts: Sequence[str]) -> str | None:
