@@ -4,11 +4,14 @@ Both are given the same rationales, since writing them is the same work in both:
 gradients, and the optimizer's step. GRPOTrainer's reward is a black box that runs the model once over prompt and
 rationale without gradient, and returns a number for each. `shared` is REALTrainer with `share_prompts`.
 
+On a CPU TRL's fused head also scores the prompt, which REALTrainer leaves out, as both do on a GPU. With
+`--same-positions` it does not, and what is left is what REALTrainer itself costs.
+
 The contenders alternate in one process, in every order in turn; a ratio is taken inside a round, and what is reported
 is the median of the rounds' ratios with their spread.
 
     python examples/benchmarks/real_step.py --smoke                  # seconds, tiny: does it run?
-    python examples/benchmarks/real_step.py --rounds 6               # a CPU: SmolLM2's width, three of its layers
+    python examples/benchmarks/real_step.py --rounds 6 --same-positions  # a CPU: SmolLM2's width, three of its layers
     python examples/benchmarks/real_step.py --shape 1b --rounds 12   # a GPU
 
 The last line of stdout is JSON with device, versions, arguments and ratios.
@@ -22,7 +25,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 import trl
@@ -132,11 +137,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--completion", type=int, default=150, help="Tokens of a rationale.")
     parser.add_argument("--group", type=int, default=8, help="Rationales of the prompt.")
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument(
+        "--same-positions", action="store_true", help="GRPOTrainer leaves the prompt out of its head on a CPU too."
+    )
     parser.add_argument("--smoke", action="store_true", help="Tiny, in seconds.")
     args = parser.parse_args(argv)
     if args.smoke:
         args.shape, args.vocab, args.prompt, args.completion, args.group, args.rounds = "tiny", 512, 60, 24, 4, 2
-    with tempfile.TemporaryDirectory() as folder:
+    # TRL's fused head asks this whether to leave out what has no label; its arithmetic asks elsewhere.
+    compact = mock.patch("trl.trainer.utils._use_triton", return_value=True) if args.same_positions else nullcontext()
+    with compact, tempfile.TemporaryDirectory() as folder:
         trainers = {name: make_trainer(name, args, folder) for name in NAMES}
         for trainer in trainers.values():
             step(trainer)
