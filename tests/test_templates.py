@@ -331,6 +331,40 @@ def test_a_prompt_that_a_template_refuses_is_a_refusal_with_its_reason() -> None
     assert caught.value.kind == "template"
 
 
+USER, AGAIN = ({"role": "user", "content": text} for text in ("Is it polite?", "Judge it."))
+LEFT_OUT = {
+    "qwen2_5": [{"role": "developer", "content": "You judge."}, USER],
+    "gptoss": [USER, {"role": "system", "content": "You judge."}],
+    "gemma3": [{"role": "system", "content": "You judge."}],
+    "gemma4_v5": [USER, {"role": "tool", "content": "Found: 3."}, AGAIN],
+    "deepseek_r1_distill": [
+        {"role": "system", "content": "You judge."},
+        {"role": "system", "content": "Be fair."},
+        USER,
+    ],
+    "phi3": [USER, {"role": "critic", "content": "It is rude."}],
+    "qwen3": [USER, {"role": "assistant", "content": "I end with </think> here."}, AGAIN],
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_a_prompt_of_which_a_template_leaves_something_out_is_refused(name: str) -> None:
+    with pytest.raises(ScoreNotFoundError, match="leaves out what message"):
+        template_of(name).ask({"prompt": LEFT_OUT[name]})
+
+
+def test_tools_that_a_template_leaves_out_are_refused() -> None:
+    tools = [{"type": "function", "function": {"name": "look_up", "description": "", "parameters": {}}}]
+    with pytest.raises(ScoreNotFoundError, match="leaves out the row's `tools`"):
+        template_of("gemma3").ask(row_of(tools=tools))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_r1_distill"])
+def test_thinking_of_earlier_turns_may_be_left_out(name: str) -> None:
+    said = {"role": "assistant", "content": '<think>\nHm.\n</think>\n\nYes, "it" is.  \n'}
+    assert 'Yes, "it" is.' in template_of(name).ask({"prompt": [USER, said, AGAIN]}).text
+
+
 def test_variables_and_tools_of_a_row_go_before_those_of_the_training() -> None:
     template = template_of("qwen3_8", chat_template_kwargs={"reasoning_effort": "low", "enable_thinking": True})
     assert "effort is set to low" in template.ask(row_of()).text

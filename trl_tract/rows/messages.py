@@ -3,6 +3,7 @@
 Knows nothing of templates or tokenizers.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +27,20 @@ def text_of(content: Any) -> str:
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
             raise ScoreNotFoundError("not text", f"a message holds a part of type {kind!r}; a judge reads text alone")
     return "".join(part if isinstance(part, str) else part["text"] for part in content)
+
+
+def shows(text: str, said: str) -> bool:
+    """Whether rendered text holds what a message says: as it is or as JSON, up to white space and switches of thinking.
+
+    Example:
+        >>> shows("<user> Is it polite?", " Is it  polite?\n"), shows("<user>", "Is it polite?")
+        (True, False)
+    """
+
+    def bare(text: str) -> str:
+        return re.sub(r"/(?:no_?)?think\b", "", "".join(text.split()))
+
+    return any(bare(form) in bare(text) for form in (said, json.dumps(said, ensure_ascii=False)[1:-1]))
 
 
 def whole_characters(text: str) -> None:

@@ -18,8 +18,9 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from trl_tract.rows.frame import QUESTION, Frame, Probe
-from trl_tract.rows.messages import cut, marked, text_of, whole_characters
+from trl_tract.rows.messages import cut, marked, shows, text_of, whole_characters
 from trl_tract.rows.row import Prompt
+from trl_tract.rows.thinking import own_thinking
 from trl_tract.scale.text import ScoreNotFoundError
 
 Thinking = Literal["auto", "off", "rationale"]
@@ -160,7 +161,36 @@ class Template:
             )
         text, cuts = cut(asked + frame.opening, self._control)
         whole_characters(text)
+        self._check_all_shown(messages, frame, text)
         return Asked(text, cuts, frame, False, True)
+
+    def _check_all_shown(self, messages: Sequence[Mapping[str, Any]], frame: Frame, text: str) -> None:
+        """Look whether the template wrote what it was given: some pass over roles that they do not know.
+
+        Raises:
+            ScoreNotFoundError: A message is left out, or the tools are.
+        """
+        for number, message in enumerate(messages):
+            said, _ = cut(text_of(message.get("content")), self._control)
+            if message["role"] == "assistant":  # earlier thinking is left out on purpose
+                if message.get("tool_calls"):
+                    continue
+                said = said[own_thinking(said, frame)[1] or 0 :]
+                said = said.rpartition(frame.block[1].strip())[2] if frame.block and frame.opens else said
+            if not shows(text, said):
+                raise ScoreNotFoundError(
+                    "template",
+                    f"the chat template leaves out what message {number} ({message['role']}) says: {said[:60]!r}. Give "
+                    "it another role, put it into another message, or use another template (chat_template_path)",
+                )
+        if frame.variables.get("tools"):
+            without = {name: value for name, value in frame.variables.items() if name != "tools"}
+            if cut(self._render(messages, without, True) + frame.opening, self._control)[0] == text:
+                raise ScoreNotFoundError(
+                    "template",
+                    "the chat template leaves out the row's `tools`. Put them into a message, leave the column out, or "
+                    "use another template (chat_template_path)",
+                )
 
     def before(self, row: Mapping[str, Any]) -> str:
         """What the template writes by itself before the first message of a row, its header included."""
