@@ -21,8 +21,8 @@ def table() -> str:
     """A line for each template; one with a `_training` variant that does the same stands for both."""
     lines = [
         f"Templates of TRL {trl.__version__}, each rendered with a question and a rationale.\n",
-        "| template | `off`: between question and rationale | `rationale`: thinking begins, ends | behind the score | "
-        "writes by itself | takes away |",
+        "| template | `off`: between question and rationale | `rationale`: thinking starts with, ends with "
+        "| after the score | added before the question | removed |",
         "|---|---|---|---|---|---|",
     ]
     described = {name: _described(name) for name in TEMPLATES}

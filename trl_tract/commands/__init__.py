@@ -1,1 +1,1 @@
-"""The command line's parts: each command, its options, and what is shown before anything is trained."""
+"""The parts of the command line: each command, its options, and what is shown before training starts."""

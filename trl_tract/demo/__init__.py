@@ -1,1 +1,1 @@
-"""`trl-tract demo`: both stages on a real small model, on rows that the project makes itself."""
+"""`trl-tract demo`: both stages on a real small model, with rows that the project makes."""

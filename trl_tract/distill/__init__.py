@@ -1,1 +1,1 @@
-"""Self-written rationales: how they come about, what can be wrong with them, what became of each."""
+"""Rationales: the model writes them, they are checked, and each outcome is recorded."""

@@ -1,1 +1,1 @@
-"""How far scores agree with gold scores: metrics, intervals, calibration, the report."""
+"""Agreement with gold scores: metrics, intervals, calibration, the report."""

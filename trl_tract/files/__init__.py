@@ -1,1 +1,1 @@
-"""What outlives a killed process: JSON written whole, blocks of work, fingerprints of models, checkpoints."""
+"""Files that survive a killed process: atomic JSON, blocks of work, fingerprints of models, checkpoints."""

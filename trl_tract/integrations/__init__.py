@@ -1,1 +1,1 @@
-"""Where judges work: behind HTTP and inside evaluation frameworks."""
+"""Judges as services and scorers: HTTP, inspect_ai, MLflow."""

@@ -1,1 +1,1 @@
-"""Rationale, then expected score; and a judge as a reward."""
+"""Judging: a rationale, then the expected score; and a judge as a reward."""

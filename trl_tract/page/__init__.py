@@ -1,4 +1,4 @@
-"""One HTML page about one judge, complete in itself, and its pictures as PNG files.
+"""The report page: one self-contained HTML file about one judge, and its pictures as PNG files.
 
 Everything that models or people wrote is escaped, and a content security policy forbids requests, and scripts but the
 page's own, besides.

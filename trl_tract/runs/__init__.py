@@ -1,1 +1,1 @@
-"""Whole runs: their steps, what is finished, and the folders they leave."""
+"""Whole runs: their steps, what is finished, and the folders that they write."""

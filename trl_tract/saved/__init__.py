@@ -1,1 +1,1 @@
-"""What stands beside trained weights, and what goes to the hub: the judge's configuration and the cards."""
+"""Files beside trained weights and on the hub: the judge's configuration and the cards."""

@@ -1,1 +1,1 @@
-"""Files, hub ids, schemas and rubrics -> judge items: the door through which rows come in."""
+"""Reading rows: files, hub ids, column layouts and rubrics become items to train on or to judge."""

@@ -1,1 +1,1 @@
-"""Text that people look at: made safe, as Markdown, in colour, as progress."""
+"""Text for people: made safe, as Markdown, in colour, as progress."""

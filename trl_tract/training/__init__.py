@@ -1,1 +1,1 @@
-"""The trainer, its configuration and losses, the score head, what is logged and what looks wrong early."""
+"""The trainers, their configuration and losses, the score head, what is logged, and early warnings."""
