@@ -254,13 +254,7 @@ def _seconds(dtype: torch.dtype) -> float:
     return min(taken)
 
 
-def _rest(
-    report: RowsReport,
-    encoder: RowEncoder | None,
-    training: Mapping[str, Any],
-    colour: bool,
-    say: Say,
-) -> bool:
+def _rest(report: RowsReport, encoder: RowEncoder | None, training: Mapping[str, Any], colour: bool, say: Say) -> bool:
     """Five rows, refusals, and what is doubtful; whether all rows would be taken."""
     for number, row in report.examples[:5] if encoder else ():
         assert encoder is not None

@@ -11,14 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_tract.commands import bootstrap, deploying, looking, options, reporting
-from trl_tract.commands.training import (
-    is_first_process,
-    own_columns,
-    required_model,
-    rl,
-    tell_of_neighbours,
-    train,
-)
+from trl_tract.commands.training import is_first_process, own_columns, required_model, rl, tell_of_neighbours, train
 from trl_tract.text.terminal import as_options, can_write, uses_colour
 
 USAGE = """\
@@ -78,10 +71,7 @@ def _option_groups(command: str) -> list[type]:
         "check": [looking.CheckArguments, options.ColumnArguments],
         "bootstrap": [bootstrap.BootstrapArguments, options.ColumnArguments, generation[1], options.WorkerArguments],
         "distill": [options.DistillArguments, options.ColumnArguments, *generation, *workers],
-        "judge": [
-            *(options.JudgeArguments, options.RuleArguments, options.ColumnArguments),
-            *(*generation, *workers),
-        ],
+        "judge": [*(options.JudgeArguments, options.RuleArguments, options.ColumnArguments), *(*generation, *workers)],
         "serve": [deploying.ServeArguments, options.RuleArguments, *generation],
         "merge": [deploying.MergeArguments],
         "report": [looking.ReportArguments],
@@ -210,11 +200,7 @@ def _judge(arguments: Sequence[str]) -> int:
     if launch.starts:
         print(f"By {launch}", flush=True)
         return deploying.start_again(launch, "judge", arguments)
-    settings = {
-        **generation.sampling(),
-        "num_generations": generation.num_generations,
-        **rules.rules(),
-    }
+    settings = {**generation.sampling(), "num_generations": generation.num_generations, **rules.rules()}
     source = Source(rows.data, JudgeConfig.load(rows.model).scales, own_columns(columns, rows.model))
     with rows_file(source.judged_rows(bool(load_tokenizer(rows.model).chat_template))) as data:
         step = JudgeStep(

@@ -73,13 +73,7 @@ class Author(ABC):
 
     @abstractmethod
     def write(
-        self,
-        drafts: Sequence[Draft],
-        n: int,
-        seed: Sequence[Any],
-        *,
-        shown: bool,
-        on_progress: Callable[[int], None],
+        self, drafts: Sequence[Draft], n: int, seed: Sequence[Any], *, shown: bool, on_progress: Callable[[int], None]
     ) -> list[list[Candidate]]:
         """`n` candidates for the next rationale of each draft.
 
@@ -130,13 +124,7 @@ class ModelAuthor(Author):
             return 0
 
     def write(
-        self,
-        drafts: Sequence[Draft],
-        n: int,
-        seed: Sequence[Any],
-        *,
-        shown: bool,
-        on_progress: Callable[[int], None],
+        self, drafts: Sequence[Draft], n: int, seed: Sequence[Any], *, shown: bool, on_progress: Callable[[int], None]
     ) -> list[list[Candidate]]:
         """See `Author.write`."""
         number = len(drafts[0].pieces)
@@ -229,24 +217,14 @@ class ChatAuthor(Author):
         return sum(len(str(message["content"])) for message in messages) // 4
 
     def write(
-        self,
-        drafts: Sequence[Draft],
-        n: int,
-        seed: Sequence[Any],
-        *,
-        shown: bool,
-        on_progress: Callable[[int], None],
+        self, drafts: Sequence[Draft], n: int, seed: Sequence[Any], *, shown: bool, on_progress: Callable[[int], None]
     ) -> list[list[Candidate]]:
         """See `Author.write`."""
         number = len(drafts[0].pieces)
         conversations = [
             as_messages(
                 asked_row(
-                    draft.row,
-                    self.scales,
-                    number,
-                    shown=draft.texts[number] if shown else None,
-                    done=draft.pieces,
+                    draft.row, self.scales, number, shown=draft.texts[number] if shown else None, done=draft.pieces
                 )["prompt"]
             )
             for draft in drafts

@@ -222,12 +222,7 @@ class CoTBootstrap(RationaleRun):
         return added
 
     def _own_settings(self) -> dict[str, Any]:
-        return {
-            "tolerance": self.tolerances,
-            "show_score": self.show_score,
-            "keep": self.keep,
-            "rewrite": self.rewrite,
-        }
+        return {"tolerance": self.tolerances, "show_score": self.show_score, "keep": self.keep, "rewrite": self.rewrite}
 
     def _begin(self, log: BlockLog) -> None:
         if log.finished or log.shard.index or not self._lacking:

@@ -131,11 +131,7 @@ class Loop:
             chain.error = f"the rationale before {scale.marker!r} holds {which}"
 
     def _score(
-        self,
-        number: int,
-        going: Sequence[_Chain],
-        judged: Mapping[int, dict[str, Judgement]],
-        drawn: Mapping[int, str],
+        self, number: int, going: Sequence[_Chain], judged: Mapping[int, dict[str, Judgement]], drawn: Mapping[int, str]
     ) -> None:
         """Judge what was written, and put the score that was decided behind it."""
         scale = self.scales[number]

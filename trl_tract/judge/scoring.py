@@ -147,11 +147,7 @@ class Rule:
         tensor, values = torch.from_numpy(probs), torch.tensor(grid.values, dtype=torch.float64)
         generator = torch.Generator().manual_seed(as_seed(["score", *seed]))
         tensor = temper(tensor, self.score_temperature)
-        rule: dict[str, Any] = {
-            "normalize": self.normalize_grid,
-            "quantile": self.quantile,
-            "generator": generator,
-        }
+        rule: dict[str, Any] = {"normalize": self.normalize_grid, "quantile": self.quantile, "generator": generator}
         judgement.scores = decide(tensor, values, self.decision, **rule).tolist()
         judgement.score = float(np.mean(judgement.scores))
         if self.pool == "distributions":

@@ -54,11 +54,7 @@ def _points(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float,
 
 
 def _learning(
-    key: str,
-    title: str,
-    unit: str,
-    lines: Mapping[tuple[str, str], list[tuple[float, float]]],
-    stages: Sequence[str],
+    key: str, title: str, unit: str, lines: Mapping[tuple[str, str], list[tuple[float, float]]], stages: Sequence[str]
 ) -> Chart:
 
     def draw(axes: Axes, theme: Theme) -> None:

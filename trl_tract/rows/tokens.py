@@ -67,11 +67,7 @@ def encode(template: Template, rendered: RenderedRow) -> tuple[Segments, int]:
 
 
 def tokenise(
-    template: Template,
-    rendered: RenderedRow,
-    scales: Sequence[Scale],
-    *,
-    check_ends: bool = True,
+    template: Template, rendered: RenderedRow, scales: Sequence[Scale], *, check_ends: bool = True
 ) -> TokenisedRow:
     """Tokenise a rendered row once and find the tokens of each score by the characters they cover.
 

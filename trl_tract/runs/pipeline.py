@@ -146,12 +146,7 @@ def run_tract(
 
 
 def carry_out(
-    spec: RunSpec,
-    directory: Path,
-    *,
-    isolate: bool | None = None,
-    launch: Launch,
-    say: Callable[[str], None] = say_now,
+    spec: RunSpec, directory: Path, *, isolate: bool | None = None, launch: Launch, say: Callable[[str], None] = say_now
 ) -> RunResult:
     """What `run_tract` does, with its arguments checked and in one place."""
     if spec.backend.get("name") == "server":

@@ -74,10 +74,7 @@ def page_file(file: Path, aspect: str) -> Path:
 
 
 def write_run_page(
-    directory: Path,
-    judges: Mapping[str, JudgedScale],
-    reports: Mapping[str, ScoreReport],
-    say: Callable[[str], None],
+    directory: Path, judges: Mapping[str, JudgedScale], reports: Mapping[str, ScoreReport], say: Callable[[str], None]
 ) -> None:
     """Write `report.html` of a run: its last judge, compared with the others; without matplotlib say so."""
     *others, (main, judged) = judges.items()

@@ -164,11 +164,7 @@ class RunSpec:
         """As arguments of CoTBootstrap."""
         template = TemplateSettings.of_training(self.training)
         names = self.bootstrap.keys() - {"model", "backend"}
-        return {
-            **scale_arguments(self.scales),
-            **template.arguments,
-            **{name: self.bootstrap[name] for name in names},
-        }
+        return {**scale_arguments(self.scales), **template.arguments, **{name: self.bootstrap[name] for name in names}}
 
     def split(self, data: Source) -> Callable[[Item], bool]:
         """Whether an item of `data` is held out."""

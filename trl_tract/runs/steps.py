@@ -24,12 +24,7 @@ from trl_tract.evaluation.recalibration import Recalibration, applied_by_default
 from trl_tract.files.blocks import BlockLog, Record, Report
 from trl_tract.files.crew import Crew
 from trl_tract.files.fingerprint import made_by
-from trl_tract.files.journal import (
-    JsonlRows,
-    KnownRows,
-    write_json,
-    write_jsonl,
-)
+from trl_tract.files.journal import JsonlRows, KnownRows, write_json, write_jsonl
 from trl_tract.files.shards import Shard
 from trl_tract.judge.judge import CoTRAILJudge
 from trl_tract.judge.judgement import Judgement

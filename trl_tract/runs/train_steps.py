@@ -108,13 +108,7 @@ class TrainStep:
             held_out = _dataset(self.eval_data, args, "eval", args.scales)
         elif args.judge_eval_items:
             rows, held_out = _split(rows, held_out_rows(Path(self.train_data), args.judge_eval_items, args.seed))
-        return TRACTTrainer(
-            self.model,
-            args,
-            train_dataset=rows,
-            eval_dataset=held_out,
-            **put_on,
-        )
+        return TRACTTrainer(self.model, args, train_dataset=rows, eval_dataset=held_out, **put_on)
 
     def _loaded_as(self, args: Any) -> dict[str, Any]:
         """What the weights are loaded as is put into `args`; the adapter and the quantisation are returned."""
@@ -125,10 +119,7 @@ class TrainStep:
             "dtype": model_args.dtype,
         }
         args.model_init_kwargs = {**init, **(args.model_init_kwargs or {})}
-        return {
-            "peft_config": get_peft_config(model_args),
-            "quantization_config": get_quantization_config(model_args),
-        }
+        return {"peft_config": get_peft_config(model_args), "quantization_config": get_quantization_config(model_args)}
 
     def _last_checkpoint(self, made_of: Mapping[str, Any]) -> Path | None:
         """The checkpoint to go on from."""

@@ -45,10 +45,7 @@ class JudgeConfig:
         if len(self.scales) > 1:
             return {"aspects": {scale.name: scale.to_dict() for scale in self.scales}}
         grid = self.scales[0].grid
-        return {
-            "score_values": dict(zip(grid.texts, grid.values, strict=True)),
-            "completion_format": self.format,
-        }
+        return {"score_values": dict(zip(grid.texts, grid.values, strict=True)), "completion_format": self.format}
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `tract_config.json`.

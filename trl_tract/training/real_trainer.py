@@ -26,13 +26,7 @@ from trl_tract.training.early_warnings import RolloutWarnings
 from trl_tract.training.judge_trainer import KeepsJudge
 from trl_tract.training.losses import ScoreTerms, score_terms
 from trl_tract.training.real_config import REALConfig
-from trl_tract.training.real_losses import (
-    EVEN_LENGTHS,
-    advantages_of,
-    divisors,
-    gold_log_likelihood,
-    sequence_ratio,
-)
+from trl_tract.training.real_losses import EVEN_LENGTHS, advantages_of, divisors, gold_log_likelihood, sequence_ratio
 from trl_tract.training.real_metrics import RolloutMetrics
 from trl_tract.training.rollouts import Rollout, as_rollout, grouped, marker_stop, score_places
 from trl_tract.training.score_head import add_score_head

@@ -227,12 +227,7 @@ def _numbers(facts: Facts) -> list[Setting]:
         Setting("training", "bf16", fast, "faster here" if fast else "float32 is faster here"),
         Setting("model_args", "dtype", "bfloat16" if fast else "float32", "the weights that are not trained"),
         Setting("training", "gradient_checkpointing", not small, "memory is not short" if small else "saves memory"),
-        Setting(
-            "generation",
-            "max_new_tokens",
-            min(max(2 * facts.rationale, 64), 1024),
-            "twice the longest rationale",
-        ),
+        Setting("generation", "max_new_tokens", min(max(2 * facts.rationale, 64), 1024), "twice the longest rationale"),
     ]
 
 

@@ -46,11 +46,7 @@ def marker_stop(scale: Scale, frames: Sequence[Frame]) -> Stop:
 
 
 def as_rollout(
-    template: Template,
-    asked: Asked,
-    scale: Scale,
-    ids: Sequence[int],
-    logprobs: Sequence[float | None] | None = None,
+    template: Template, asked: Asked, scale: Scale, ids: Sequence[int], logprobs: Sequence[float | None] | None = None
 ) -> Rollout:
     """Cut a continuation at its marker, and go on to the score's place with the tokens that a judge is asked with.
 

@@ -137,15 +137,7 @@ def add_score_head(
             kept[0, 0] |= ~kept.any()
             kwargs["labels"], kwargs["shift_labels"] = None, labels[:, 1:][kept][None]
         scores = _ScorePass(
-            self,
-            grids,
-            union,
-            score_positions,
-            score_aspects,
-            kwargs,
-            one_forward=one_forward,
-            share=share,
-            kept=kept,
+            self, grids, union, score_positions, score_aspects, kwargs, one_forward=one_forward, share=share, kept=kept
         )
         with scores, nullcontext() if kept is None else _narrow_tiles():  # kept: on a CPU
             outputs = inner_forward(*args, **kwargs)
