@@ -80,10 +80,10 @@ def load(
 def whole_weights(model_id: str, revision: str | None = None) -> dict[str, list[int]]:
     """Names and shapes of the weights that an adapter holds whole, beside its pairs of low rank."""
     shapes: dict[str, list[int]] = {}
-    if file := _file_of(model_id, "adapter_model.safetensors", revision):
+    if file := file_of(model_id, "adapter_model.safetensors", revision):
         with safe_open(file, "pt") as weights:
             shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
-    elif file := _file_of(model_id, "adapter_model.bin", revision):
+    elif file := file_of(model_id, "adapter_model.bin", revision):
         weights = torch.load(file, map_location="meta", weights_only=True)
         shapes = {name: list(weight.shape) for name, weight in weights.items()}
     return {name: shape for name, shape in shapes.items() if ".lora_" not in name}
@@ -227,7 +227,7 @@ def _base_of(adapter: Path, base: str) -> str:
             if (place / base / "config.json").is_file():
                 return str(place / base)
     try:
-        found, reason = _file_of(base, "config.json", None), ""
+        found, reason = file_of(base, "config.json"), ""
     except OSError as error:  # no name that the hub could have, or one that it does not have
         found, reason = None, f" ({' '.join(str(error).split())})"
     if found is None:
@@ -240,14 +240,11 @@ def _base_of(adapter: Path, base: str) -> str:
 
 def tokenizer_id(model_id: str, base_id: str, revision: str | None = None) -> str:
     """Where the tokenizer of a model is: an adapter's own if it has one, else its base's."""
-    return model_id if model_id == base_id or _has_tokenizer(model_id, revision) else base_id
+    own = model_id == base_id or file_of(model_id, "tokenizer_config.json", revision) is not None
+    return model_id if own else base_id
 
 
-def _has_tokenizer(model_id: str, revision: str | None) -> bool:
-    return _file_of(model_id, "tokenizer_config.json", revision) is not None
-
-
-def _file_of(model_id: str, name: str, revision: str | None) -> str | None:
+def file_of(model_id: str, name: str, revision: str | None = None) -> str | None:
     """A file of a directory or hub id; None where there is none, or nothing can be had from the hub."""
     found: str | None = cached_file(
         model_id,

@@ -92,13 +92,6 @@ def planned(args: LaunchArguments) -> "Launch":
     return Launch.planned(args.num_processes, args.accelerate_config)
 
 
-def one_process() -> "Launch":
-    """One process, that is shown one accelerator."""
-    from trl_tract.runs.launching import Launch
-
-    return Launch()
-
-
 def for_generation(
     args: LaunchArguments, cluster: ClusterArguments, backend: Mapping[str, Any], shard: str | None
 ) -> tuple[dict[str, Any], "Launch"]:

@@ -5,7 +5,6 @@ Knows nothing of how steps are done; what is in a row, and what is refused, come
 
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from trl_tract.commands.check import RowsReport, contradictions, examine, what_i
 from trl_tract.commands.token_view import labelled, legend, painted, view_row
 from trl_tract.files.journal import changed_settings
 from trl_tract.rows.encoding import RowEncoder
-from trl_tract.runs.facts import measured
+from trl_tract.runs.facts import measured, seconds_of_a_product
 from trl_tract.runs.pipeline import nothing_held_out
 from trl_tract.runs.run import finished_steps, nothing_trained
 from trl_tract.runs.spec import RunSpec, too_few_groups
@@ -239,19 +238,9 @@ def _warn(training: Mapping[str, Any], output_dir: str | Path, say: Say) -> None
     for warning in EarlyWarnings(TRACTConfig(**{**training, "output_dir": str(output_dir)})).at_start():
         say(f"\nTraining would warn: {warning}")
     if (training.get("bf16") or training.get("fp16")) and not torch.accelerator.is_available():
-        slow, fast = (_seconds(dtype) for dtype in (torch.bfloat16, torch.float32))
+        slow, fast = (seconds_of_a_product(dtype) for dtype in (torch.bfloat16, torch.float32))
         if slow > 1.5 * fast:
             say(f"bfloat16 is slow on this processor, float32 {slow / fast:.0f} times as fast: add --bf16 false")
-
-
-def _seconds(dtype: torch.dtype) -> float:
-    """The least time of a matrix product on this processor."""
-    matrix, taken = torch.ones(512, 512, dtype=dtype), []
-    for _ in range(5):
-        started = time.perf_counter()
-        matrix @ matrix
-        taken.append(time.perf_counter() - started)
-    return min(taken)
 
 
 def _rest(report: RowsReport, encoder: RowEncoder | None, training: Mapping[str, Any], colour: bool, say: Say) -> bool:

@@ -105,21 +105,14 @@ def _run(arguments: Sequence[str]) -> int:
     spec = RunSpec(
         required_model(model),
         run.data,
-        eval_data=run.eval_data,
-        eval_fraction=run.eval_fraction,
+        **run.choices(),
         own=own_columns(own),
         training=field_values(training),
         model_args=asdict(model),
         generation=generation.sampling(),
         num_generations=generation.num_generations,
-        on_failure=run.on_failure,
-        keep_annotated=run.keep_annotated,
-        rationales=run.rationales,
-        seed_baseline=run.seed_baseline,
         bootstrap=run.bootstrap_settings(),
         rl=run.rl_settings(),
-        objective=run.objective,
-        calibrate=run.calibrate,
         backend=generation.engine(),
         given=frozenset(names_given("run", _option_groups("run"), arguments)),
     )
@@ -129,7 +122,7 @@ def _run(arguments: Sequence[str]) -> int:
 
         if launch.starts:
             print(f"Each step by {launch}")
-        return _exit_code(dry_run(spec, training.output_dir, colour=uses_colour(sys.stdout), say=_say))
+        return int(not dry_run(spec, training.output_dir, colour=uses_colour(sys.stdout), say=_say))
     tell_of_neighbours()
     result = carry_out(spec, Path(training.output_dir), launch=launch, say=_say)
     for name, report in result.reports.items():
@@ -203,17 +196,8 @@ def _judge(arguments: Sequence[str]) -> int:
     settings = {**generation.sampling(), "num_generations": generation.num_generations, **rules.rules()}
     source = Source(rows.data, JudgeConfig.load(rows.model).scales, own_columns(columns, rows.model))
     with rows_file(source.judged_rows(bool(load_tokenizer(rows.model).chat_template))) as data:
-        step = JudgeStep(
-            rows.model,
-            str(data),
-            rows.output_dir,
-            settings,
-            backend,
-            shard=worker.shard,
-            block_size=worker.block_size,
-            **deploying.who(processes, cluster),
-        )
-        written = step.run()
+        who = {**deploying.who(processes, cluster), "block_size": worker.block_size}
+        written = JudgeStep(rows.model, str(data), rows.output_dir, settings, backend, worker.shard, **who).run()
         if written is not None and is_first_process():
             # The report page shows the prompts, and the temporary file is about to go.
             write_jsonl(written.with_name("rows.jsonl"), read_jsonl(data))
@@ -239,15 +223,8 @@ def _check(arguments: Sequence[str]) -> int:
     from trl_tract.commands.check import check
 
     rows, columns = _parse("check", arguments, positional="--data")
-    taken = check(
-        rows.data,
-        rows.model,
-        rows.training(),
-        own=own_columns(columns),
-        rows=rows.rows,
-        mark="█" if can_write(sys.stdout, "█") else "#",
-    )
-    return _exit_code(taken)
+    mark = "█" if can_write(sys.stdout, "█") else "#"
+    return int(not check(rows.data, rows.model, rows.training(), own=own_columns(columns), rows=rows.rows, mark=mark))
 
 
 def _recalibrate(arguments: Sequence[str]) -> int:
@@ -280,10 +257,6 @@ def _completion(arguments: Sequence[str]) -> int:
     from trl_tract.commands.completion import completion
 
     return completion(arguments, [name for name in COMMANDS if name != "completion"], _option_groups, SENTENCES)
-
-
-def _exit_code(taken: bool) -> int:
-    return 0 if taken else 1
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {

@@ -153,6 +153,11 @@ class RunArguments:
     )
     dry_run: bool = option(False, DRY_RUN)
 
+    def choices(self) -> dict[str, Any]:
+        """What a run is asked for as it stands, as arguments of `RunSpec`."""
+        rows = ("eval_data", "eval_fraction", "rationales", "calibrate", "on_failure", "keep_annotated")
+        return {name: getattr(self, name) for name in (*rows, "seed_baseline", "objective")}
+
     def bootstrap_settings(self) -> dict[str, Any]:
         """`bootstrap` as a mapping."""
         settings: Any = self.bootstrap or {}

@@ -27,17 +27,9 @@ def train(arguments: Sequence[str], rows: Any, columns: Any, processes: Any, tra
     if rows.dry_run:
         from trl_tract.commands.dry_run import dry_train
 
-        return int(
-            not dry_train(
-                name,
-                rows.data,
-                training.output_dir,
-                own=own,
-                training=fields,
-                eval_data=rows.eval_data,
-                colour=uses_colour(sys.stdout),
-            )
-        )
+        colour = uses_colour(sys.stdout)
+        settings: dict[str, Any] = {"own": own, "training": fields, "eval_data": rows.eval_data, "colour": colour}
+        return int(not dry_train(name, rows.data, training.output_dir, **settings))
     if launch.starts:
         launch, each = launch.shared(fields)
         shared = [word for name, count in each.items() for word in (f"--{name}", str(count))]
@@ -54,13 +46,14 @@ def train(arguments: Sequence[str], rows: Any, columns: Any, processes: Any, tra
 
 def rl(arguments: Sequence[str], rows: Any, columns: Any, training: Any, model: Any) -> int:
     """`trl-tract rl`, likewise."""
+    from trl_tract.runs.launching import Launch
     from trl_tract.runs.train_steps import RLStep
     from trl_tract.saved.judge_config import FILE_NAME, JudgeConfig
     from trl_tract.sources.door import Source, rows_file
     from trl_tract.training.starting import policy_tokenizer
 
-    launch = deploying.one_process()
-    if launch.starts:  # the first of several accelerators: its groups of completions were tried in one process alone
+    launch = Launch()  # one process, which is shown one accelerator
+    if launch.starts:  # the first of several: its groups of completions were tried in one process alone
         return deploying.start_again(launch, "rl", arguments)
     name = required_model(model)
     own, chat = own_columns(columns, name), bool(policy_tokenizer(name).chat_template)

@@ -15,7 +15,7 @@ from trl_tract.backends.grid_scores import grid_probabilities
 from trl_tract.distill.asking import asked_row
 from trl_tract.distill.failures import before_score, rationale_failure, stated_score, whole_sentences
 from trl_tract.distill.leaks import gives_away
-from trl_tract.files.journal import digest
+from trl_tract.files.journal import seed_of
 from trl_tract.rows.frame import Frame
 from trl_tract.rows.row import Row
 from trl_tract.rows.template import Asked, Template
@@ -86,7 +86,7 @@ class Author(ABC):
         """Tokens of a row's prompt as it is asked, or about as many."""
 
     def _settings(self, seed: Sequence[Any]) -> dict[str, Any]:
-        return {**asdict(self.sampling), "seed": int(digest(list(seed))[:8], 16)}
+        return {**asdict(self.sampling), "seed": seed_of(*seed)}
 
     def _placed(self, draft: Draft, text: str) -> str:
         """A rationale as it goes on behind its prompt: text that ends in a letter is not gone on with at once."""

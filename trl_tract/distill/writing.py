@@ -9,7 +9,7 @@ from typing import Any
 from trl_tract.backends import Backend, Generation, Sampling, Stop
 from trl_tract.backends.base import reusing
 from trl_tract.distill.failures import Failure, rationale_failure, stated_score
-from trl_tract.files.journal import digest
+from trl_tract.files.journal import seed_of
 from trl_tract.rows.frame import Frame
 from trl_tract.rows.row import Row
 from trl_tract.rows.template import Asked, Template
@@ -115,7 +115,7 @@ class Writer:
         Their seed is of block, attempt and scale alone, so that a rerun repeats them.
         """
         on_progress = None if tell is None else lambda count: tell(count * n / self.num_generations)
-        settings: dict[str, Any] = {**asdict(self.sampling), "seed": int(digest(list(seed))[:8], 16)}
+        settings: dict[str, Any] = {**asdict(self.sampling), "seed": seed_of(*seed)}
         sampled = self.backend.generate(asked, n=n, stop=stop, on_progress=on_progress, **settings)
         return [generation for generations in sampled for generation in generations]
 

@@ -6,7 +6,7 @@ models, training, how counts are drawn, or tables.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -70,6 +70,12 @@ def as_pairs(predictions: npt.ArrayLike, references: npt.ArrayLike, name: str = 
             "Remove these items or give them a gold score; only predictions may be NaN."
         )
     return predicted, gold
+
+
+def numbered(groups: Iterable[Hashable]) -> Ints:
+    """0, 1, ... for each group, in order of appearance, `(n,)`."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.int64)
 
 
 def round_to_grid(scores: npt.ArrayLike, grid: Iterable[float] | None = None) -> Floats:

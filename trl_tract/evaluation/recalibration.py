@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trl_tract.evaluation.pairs import Floats, as_pairs, as_scores
+from trl_tract.evaluation.pairs import Floats, as_pairs, as_scores, numbered
 
 FILE_NAME = "tract_calibration.json"
 MIN_FIT = 10
@@ -90,7 +90,7 @@ class Recalibration:
         if len(listed) != len(gold):
             raise ValueError(f"groups has {len(listed)} items and references has {len(gold)}. Pass one group per item")
         given = np.flatnonzero(np.isfinite(predicted))
-        codes = _codes([listed[i] for i in given])
+        codes = numbered([listed[i] for i in given])
         if len(given) < MIN_FIT or codes.max() < 4:
             raise ValueError(
                 f"{len(given)} judgements with a score, in {codes.max(initial=-1) + 1} groups, are too few to fit a "
@@ -259,7 +259,7 @@ class Conformal:
         if not (width[given] >= floor).all():
             raise ValueError("std holds a spread that is negative or NaN for an item that has a score")
         shuffled = np.random.default_rng(seed).permutation(given)
-        _, first = np.unique(_codes([listed[i] for i in shuffled]), return_index=True)
+        _, first = np.unique(numbered([listed[i] for i in shuffled]), return_index=True)
         kept = shuffled[first]
         # 1e-9: (n + 1) * level may come out a rounding error above a whole number.
         rank = math.ceil((len(kept) + 1) * level - 1e-9)
@@ -286,11 +286,6 @@ class Conformal:
         centre = np.asarray(scores, dtype=np.float64)
         half = self.quantile * (np.ones_like(centre) if std is None else np.asarray(std, dtype=np.float64) + self.floor)
         return np.clip(centre - half, self.low, self.high), np.clip(centre + half, self.low, self.high)
-
-
-def _codes(groups: Sequence[Hashable]) -> npt.NDArray[np.int64]:
-    numbers: dict[Hashable, int] = {}
-    return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.int64)
 
 
 def _least_squares(predicted: Floats, gold: Floats, least_spread: float = 0.0) -> tuple[float, float]:

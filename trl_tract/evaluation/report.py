@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trl_tract.evaluation.intervals import KINDS, MIN_UNITS, Interval, Kind, bootstrap, interval
-from trl_tract.evaluation.pairs import METRICS, Floats, Ints, JudgedPairs, as_pairs
+from trl_tract.evaluation.pairs import METRICS, Floats, Ints, JudgedPairs, as_pairs, numbered
 from trl_tract.evaluation.standing import Standing, standing
 from trl_tract.evaluation.tables import aligned, markdown, number
 from trl_tract.evaluation.verdict import Finding, verdict
@@ -365,9 +365,8 @@ def _group_codes(groups: Iterable[Hashable] | None, given: npt.NDArray[np.bool_]
             f"{len(missing)} of {len(listed)} groups are missing (first: groups[{missing[0]}] is "
             f"{listed[missing[0]]}). Name every item's group; an item on its own is a group of one."
         )
-    codes: dict[Hashable, int] = {}
-    numbered = [codes.setdefault(group, len(codes)) for group, kept in zip(listed, given, strict=True) if kept]
-    return np.array(numbered, dtype=np.int64), len(codes)
+    codes = numbered(group for group, kept in zip(listed, given, strict=True) if kept)
+    return codes, int(codes.max(initial=-1)) + 1
 
 
 def _intervals(

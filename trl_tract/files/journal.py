@@ -229,6 +229,11 @@ def digest(items: Iterable[Any]) -> str:
     return state.hexdigest()[:32]
 
 
+def seed_of(*parts: Any) -> int:
+    """A random seed of 32 bits that depends on all of the parts."""
+    return int(digest(parts)[:8], 16)
+
+
 def is_address(name: str) -> bool:
     """Whether a name is an address, and no path of this machine.
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from trl_tract.backends import Backend, Generation, Stop
 from trl_tract.evaluation.recalibration import Recalibration
-from trl_tract.files.journal import digest
+from trl_tract.files.journal import seed_of
 from trl_tract.judge.judgement import Judgement
 from trl_tract.scale.decisions import DECISIONS, POOLS, Decision, Pool, check_quantile, decide, temper
 from trl_tract.scale.grid import ScoreGrid
@@ -62,11 +62,11 @@ class Sampler:
         for attempt in range(1, self.max_attempts + 1):
             settings: dict[str, Any] = {**self.options, "stop": stop}
             if attempt == 1:
-                settings["seed"] = [as_seed(seed(key, attempt)) for key in prompts]
+                settings["seed"] = [seed_of(*seed(key, attempt)) for key in prompts]
                 first = self.backend.generate(list(prompts.values()), n=n, on_progress=on_progress, **settings)
                 results = {key: list(generations) for key, generations in zip(prompts, first, strict=True)}
             else:
-                settings["seed"] = [as_seed([*seed(key, attempt), sample]) for key, sample in open_slots]
+                settings["seed"] = [seed_of(*seed(key, attempt), sample) for key, sample in open_slots]
                 again = self.backend.generate([prompts[key] for key, _ in open_slots], n=1, **settings)
                 for (key, sample), generations in zip(open_slots, again, strict=True):
                     results[key][sample] = generations[0]
@@ -105,11 +105,6 @@ class Sampler:
         return f"no rationale reached {scale.marker!r}{mentioned} {attempts}"
 
 
-def as_seed(parts: Sequence[Any]) -> int:
-    """A seed of 32 bits that depends on all of the parts."""
-    return int(digest(list(parts))[:8], 16)
-
-
 @dataclass(frozen=True)
 class Rule:
     """How probabilities become scores; the fields are arguments of `CoTRAILJudge`.
@@ -145,7 +140,7 @@ class Rule:
         """Write into a judgement what the probabilities behind its rationales say."""
         probs = found.probs
         tensor, values = torch.from_numpy(probs), torch.tensor(grid.values, dtype=torch.float64)
-        generator = torch.Generator().manual_seed(as_seed(["score", *seed]))
+        generator = torch.Generator().manual_seed(seed_of("score", *seed))
         tensor = temper(tensor, self.score_temperature)
         rule: dict[str, Any] = {"normalize": self.normalize_grid, "quantile": self.quantile, "generator": generator}
         judgement.scores = decide(tensor, values, self.decision, **rule).tolist()

@@ -16,7 +16,7 @@ from trl_tract.runs.results import calibrate_judge, finish_card, write_run_page
 from trl_tract.runs.run import Run
 from trl_tract.runs.spec import RunSpec, too_few_groups
 from trl_tract.runs.step_names import steps_of
-from trl_tract.runs.steps import BootstrapStep, DistillStep, JudgeStep, say_now
+from trl_tract.runs.steps import BootstrapStep, DistillStep, JudgeStep, Step, say_now
 from trl_tract.runs.train_steps import RLStep, TrainStep
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.door import write_rows
@@ -156,19 +156,49 @@ def carry_out(
     check_seed(spec.model)
     spec = spec.settled(say)
     titles = steps_of(spec)
-    calibrates = any(name.startswith("calibrate-") for name in titles)
-    settings = spec.settings()
-    run = Run(directory, settings, isolate=isolate, launch=launch, total=len(titles), say=say)
+    run = Run(directory, spec.settings(), isolate=isolate, launch=launch, total=len(titles), say=say)
     if launch.starts:
         say(f"Each step by {launch}" + ("" if "settings" in titles else f"; {launch.update(spec.training)}"))
-    given_file, eval_file = directory / "train.jsonl", directory / "eval.jsonl"
-    # What stage one trains on, and the steps that make it.
-    train_file, rows_of = (
-        (directory / "bootstrapped" / "rows.jsonl", ["bootstrap"]) if spec.bootstraps else (given_file, ["prepare"])
-    )
-    calibration_file, recipe_file = directory / "calibration.jsonl", directory / "recipe.json"
+    pipeline = _Pipeline(spec, directory, run, titles)
+    pipeline.prepare()
+    if spec.bootstraps:
+        pipeline.bootstrap()
+    if "settings" in titles:
+        pipeline.derive()
+        if launch.starts:
+            say(f"    By {launch}: {launch.update(pipeline.chosen.training)}")
+    pipeline.train_and_judge()
+    result = pipeline.report()
+    if changed := changed_settings(directory, spec.settings()):
+        say(f"    changed while the run was at work, which began with what was there before: {'; '.join(changed[:5])}")
+    return result
 
-    def prepare() -> None:
+
+class _Pipeline:
+    """A run under way: the files of its steps, and what they are made of."""
+
+    def __init__(self, spec: RunSpec, directory: Path, run: Run, titles: Mapping[str, str]) -> None:
+        self.spec, self.directory, self.run, self.titles, self.say = spec, directory, run, titles, run.say
+        self.chosen = spec  # with what is derived
+        self.recipe: dict[str, Any] | None = None
+        self.given, self.held_out = directory / "train.jsonl", directory / "eval.jsonl"
+        self.aside = directory / "calibration.jsonl"
+        # What stage one trains on, and the steps that make it.
+        self.rows, self.rows_of = self.given, ["prepare"]
+        if spec.bootstraps:
+            self.rows, self.rows_of = directory / "bootstrapped" / "rows.jsonl", ["bootstrap"]
+
+    def step(self, name: str, work: Step | Callable[[], None], makes: Sequence[str], of: Sequence[str] = ()) -> None:
+        self.run.step(name, self.titles[name], work, makes=makes, of=of)
+
+    def prepare(self) -> None:
+        self.step("prepare", self._read_rows, ["train.jsonl", "eval.jsonl", "calibration.jsonl", "*.numbers.json"])
+        self.kept_aside = _count(self.aside) if self.aside.is_file() else 0
+        aside = f", {self.kept_aside} items kept aside to calibrate with" if self.kept_aside else ""
+        self.say(f"    {_count(self.given)} training rows, {_count(self.held_out)} held-out items{aside}")
+
+    def _read_rows(self) -> None:
+        spec, say = self.spec, self.say
         chat = bool(tokenizer_to_train(spec.model, spec.training.get("chat_template_path")).chat_template)
         data, evaluated = spec.source(spec.data, say), None
         groups: dict[bool, set[int]] = {True: set(), False: set()}  # held out, and not
@@ -182,165 +212,147 @@ def carry_out(
             split = spec.split(data)
         else:
             split, evaluated = nothing_held_out, spec.source(spec.eval_data, say)
+        calibrates = any(name.startswith("calibrate-") for name in self.titles)
         aside = spec.kept_aside(data, split, evaluated) if calibrates else nothing_held_out
         if isinstance(aside, str):
             say(f"    The judges are not calibrated: {aside}")
             aside = nothing_held_out
         elif calibrates:
             kept = data.rows(chat, lambda item: [item.reference] if aside(item) and not split(item) else [])
-            write_rows(calibration_file, kept)
+            write_rows(self.aside, kept)
         if spec.bootstraps:
             # Rows without completions among them: the bootstrap writes those.
             given = data.rows(chat, lambda item: [] if split(item) or aside(item) else spec.to_write(item))
         else:
             given = data.training_rows(chat, lambda item: not (split(item) or aside(item)))
-        write_rows(given_file, given)
-        write_rows(eval_file, (evaluated or data).rows(chat, judged))
+        write_rows(self.given, given)
+        write_rows(self.held_out, (evaluated or data).rows(chat, judged))
         if few := too_few_groups(len(groups[True]), len(groups[False])):
             say(f"    {few}")
 
-    makes = ["train.jsonl", "eval.jsonl", "calibration.jsonl", "*.numbers.json"]
-    run.step("prepare", titles["prepare"], prepare, makes=makes)
-    kept_aside = _count(calibration_file) if calibration_file.is_file() else 0
-    say(
-        f"    {_count(given_file)} training rows, {_count(eval_file)} held-out items"
-        + (f", {kept_aside} items kept aside to calibrate with" if kept_aside else "")
-    )
-    if spec.bootstraps:
+    def bootstrap(self) -> None:
+        spec, folder = self.spec, self.rows.parent
         step = BootstrapStep(
             spec.model,
-            str(given_file),
-            str(train_file.parent),
+            str(self.given),
+            str(folder),
             spec.bootstrap_settings(),
             dict(spec.bootstrap.get("backend") or spec.backend),
             author=spec.bootstrap.get("model"),
             chat_template=spec.training.get("chat_template_path"),
         )
-        run.step("bootstrap", titles["bootstrap"], step, makes=[train_file.parent.name], of=["prepare"])
-        if not _count(train_file):
+        self.step("bootstrap", step, [folder.name], ["prepare"])
+        if not _count(self.rows):
             raise ValueError(
-                f"no row is left to train on: the bootstrap kept no rationale ({train_file.parent}/summary.json says "
-                "why). Let another model write them (bootstrap: model, backend), raise num_generations or tolerance "
-                "there, or set rationales='none'"
+                f"no row is left to train on: the bootstrap kept no rationale ({folder}/summary.json says why). Let "
+                "another model write them (bootstrap: model, backend), raise num_generations or tolerance there, or "
+                "set rationales='none'"
             )
 
-    recipe, chosen = None, spec
-    if "settings" in titles:
-        run.step(
-            "settings",
-            titles["settings"],
-            lambda: write_recipe(spec, JsonlRows(train_file), recipe_file),
-            makes=[recipe_file.name],
-            of=rows_of,
-        )
-        recipe = read_json(recipe_file)
-        chosen, rows_of = spec.with_recipe(recipe), [*rows_of, "settings"]
-        say("    " + "\n    ".join(tell(recipe)))
-        if launch.starts:
-            say(f"    By {launch}: {launch.update(chosen.training)}")
+    def derive(self) -> None:
+        file = self.directory / "recipe.json"
+        self.step("settings", lambda: write_recipe(self.spec, JsonlRows(self.rows), file), [file.name], self.rows_of)
+        self.recipe = recipe = read_json(file)
+        self.chosen, self.rows_of = self.spec.with_recipe(recipe), [*self.rows_of, "settings"]
+        self.say("    " + "\n    ".join(tell(recipe)))
 
-    def train(rows: Path, name: str, training: Mapping[str, Any], asked_like: Path | None = None) -> TrainStep:
+    def train_and_judge(self) -> None:
+        spec, chosen, titles = self.spec, self.chosen, self.titles
+        if spec.stages:
+            self.step("stage1", self._train(self.rows, "stage1", chosen.training), ["stage1"], self.rows_of)
+            self.step("distill", self._distill(), ["self-generated"], [*self.rows_of, "stage1"])
+            own_rows = self.directory / "self-generated" / "rows.jsonl"
+            stage_two = self._train(own_rows, "tract", chosen.stage_two_training, self.directory / "stage1")
+            self.step("stage2", stage_two, ["tract"], ["distill"])
+        elif "stage2" in titles:
+            self.step("stage2", self._train(self.rows, "tract", chosen.training), ["tract"], self.rows_of)
+        if "judge-seed" in titles and "stage2" in titles:
+            self._judge_untrained("tract", "stage2")
+        if "judge-stage1" in titles:
+            self._judge("stage1", "stage1")
+        if "judge-tract" in titles:
+            self._judge("stage2", "tract")
+        if "rl" in titles:
+            self.step("rl", self._reinforce(), ["real"], ["stage2" if spec.stages else "prepare"])
+            if "judge-seed" in titles and "stage2" not in titles:
+                self._judge_untrained("real", "rl")
+            self._judge("rl", "real")
+
+    def _train(self, rows: Path, name: str, training: Mapping[str, Any], asked_like: Path | None = None) -> TrainStep:
         return TrainStep(
-            spec.model,
+            self.spec.model,
             str(rows),
-            str(directory / name),
-            training={**training, **chosen.judged_in_training},
-            model_args=dict(chosen.model_args),
+            str(self.directory / name),
+            training={**training, **self.chosen.judged_in_training},
+            model_args=dict(self.chosen.model_args),
             asked_like=None if asked_like is None else str(asked_like),
-            own=None if spec.own is None else spec.own.to_dict(),
-            recipe=recipe,
+            own=None if self.spec.own is None else self.spec.own.to_dict(),
+            recipe=self.recipe,
         )
 
-    def reinforce() -> RLStep:
+    def _distill(self) -> DistillStep:
+        kept = ("num_generations", "on_failure", "keep_annotated")
+        return DistillStep(
+            str(self.directory / "stage1"),
+            str(self.rows),
+            str(self.directory / "self-generated"),
+            {**self.chosen.generation, **{name: getattr(self.spec, name) for name in kept}},
+            dict(self.spec.backend),
+        )
+
+    def _reinforce(self) -> RLStep:
         return RLStep(
-            str(directory / "tract") if spec.stages else spec.model,
-            str(given_file),
-            str(directory / "real"),
-            training=chosen.rl_training,
-            model_args=dict(chosen.model_args),
-            own=None if spec.own is None else spec.own.to_dict(),
+            str(self.directory / "tract") if self.spec.stages else self.spec.model,
+            str(self.given),
+            str(self.directory / "real"),
+            training=self.chosen.rl_training,
+            model_args=dict(self.chosen.model_args),
+            own=None if self.spec.own is None else self.spec.own.to_dict(),
         )
 
-    def judge(stage: str, name: str) -> None:
-        def judging(rows: Path, folder: str, settings: dict[str, Any]) -> JudgeStep:
-            settings = {**chosen.generation, **settings}
-            return JudgeStep(str(directory / name), str(rows), str(directory / folder), settings, dict(spec.backend))
+    def _judging(self, model: str, rows: Path, folder: str, **settings: Any) -> JudgeStep:
+        settings = {**self.chosen.generation, **settings}
+        return JudgeStep(model, str(rows), str(self.directory / folder), settings, dict(self.spec.backend))
 
-        before, step = ["prepare", stage], f"calibrate-{name}"
-        if step in titles and not kept_aside:
-            run.leave_out(titles[step])
-        elif step in titles:
+    def _judge(self, stage: str, name: str) -> None:
+        model, before, step = self.directory / name, ["prepare", stage], f"calibrate-{name}"
+        if step in self.titles and not self.kept_aside:
+            self.run.leave_out(self.titles[step])
+        elif step in self.titles:
             folder = f"calibration-{name}"
-            raw = judging(calibration_file, folder, {"recalibrate": False})
-            run.step(step, titles[step], raw, makes=[folder], of=before)
-            say(f"    {calibrate_judge(directory / folder, directory / name)}")
+            raw = self._judging(str(model), self.aside, folder, recalibrate=False)
+            self.step(step, raw, [folder], before)
+            self.say(f"    {calibrate_judge(self.directory / folder, model)}")
             before = [*before, step]
         folder = f"judged-{name}"
-        run.step(f"judge-{name}", titles[f"judge-{name}"], judging(eval_file, folder, {}), makes=[folder], of=before)
+        self.step(f"judge-{name}", self._judging(str(model), self.held_out, folder), [folder], before)
 
-    def judge_untrained(name: str, stage: str) -> None:
-        settings = {**chosen.generation, "append_marker": True, "normalize_grid": True}
-        step = JudgeStep(
-            spec.model,
-            str(eval_file),
-            str(directory / "judged-seed"),
-            settings,
-            dict(spec.backend),
-            asked_like=str(directory / name),
-        )
-        run.step("judge-seed", titles["judge-seed"], step, makes=["judged-seed"], of=["prepare", stage])
+    def _judge_untrained(self, name: str, stage: str) -> None:
+        settings = {"append_marker": True, "normalize_grid": True}
+        step = self._judging(self.spec.model, self.held_out, "judged-seed", **settings)
+        step.asked_like = str(self.directory / name)
+        self.step("judge-seed", step, ["judged-seed"], ["prepare", stage])
 
-    if spec.stages:
-        run.step("stage1", titles["stage1"], train(train_file, "stage1", chosen.training), makes=["stage1"], of=rows_of)
-        distill = DistillStep(
-            str(directory / "stage1"),
-            str(train_file),
-            str(directory / "self-generated"),
-            {
-                **chosen.generation,
-                "num_generations": spec.num_generations,
-                "on_failure": spec.on_failure,
-                "keep_annotated": spec.keep_annotated,
-            },
-            dict(spec.backend),
-        )
-        run.step("distill", titles["distill"], distill, makes=["self-generated"], of=[*rows_of, "stage1"])
-        own_rows = directory / "self-generated" / "rows.jsonl"
-        stage_two = train(own_rows, "tract", chosen.stage_two_training, directory / "stage1")
-        run.step("stage2", titles["stage2"], stage_two, makes=["tract"], of=["distill"])
-    elif "stage2" in titles:
-        run.step("stage2", titles["stage2"], train(train_file, "tract", chosen.training), makes=["tract"], of=rows_of)
-    if "judge-seed" in titles and "stage2" in titles:
-        judge_untrained("tract", "stage2")
-    if "judge-stage1" in titles:
-        judge("stage1", "stage1")
-    if "judge-tract" in titles:
-        judge("stage2", "tract")
-    if "rl" in titles:
-        run.step("rl", titles["rl"], reinforce(), makes=["real"], of=["stage2" if spec.stages else "prepare"])
-        if "judge-seed" in titles and "stage2" not in titles:
-            judge_untrained("real", "rl")
-        judge("rl", "real")
-    found = {name: folder for name, folder in JUDGED.items() if f"judge-{folder.partition('-')[2]}" in titles}
-    judges = {name: Judged(directory / folder) for name, folder in found.items()}
-    result = summarise(directory, judges, run.seconds)
+    def report(self) -> RunResult:
+        names = [name for name in self.titles if name.startswith("judge-")]
+        found = {name: folder for name, folder in JUDGED.items() if f"judge-{folder.partition('-')[2]}" in names}
+        judges = {name: Judged(self.directory / folder) for name, folder in found.items()}
+        result = summarise(self.directory, judges, self.run.seconds)
+        makes = ["report.json", "report*.html", "report*-plots/*"]
+        self.step("report", lambda: self._write(result, judges), makes, names)
+        return result
 
-    def report() -> None:
+    def _write(self, result: RunResult, judges: Mapping[str, Judged]) -> None:
+        directory, spec = self.directory, self.spec
         write_report(directory, result, judges)
         for scale in judges[list(judges)[-1]].scales:
             on_scale = {name: judge.scales[scale] for name, judge in judges.items()}
-            write_run_page(directory, on_scale, result.reports, say)
+            write_run_page(directory, on_scale, result.reports, self.say)
             reports = {name: result.reports[judge.called(name)] for name, judge in on_scale.items()}
             for name in (each for each in judges if each in MODELS):
                 compared = dict(list(reports.items())[: list(reports).index(name) + 1])
                 card, held_out = directory / MODELS[name] / "README.md", spec.eval_data or spec.data
                 finish_card(directory, card, on_scale[name], compared, data=spec.data, held_out=held_out)
-
-    before = [name for name in titles if name.startswith("judge-")]
-    run.step("report", titles["report"], report, makes=["report.json", "report*.html", "report*-plots/*"], of=before)
-    if changed := changed_settings(directory, spec.settings()):
-        say(f"    changed while the run was at work, which began with what was there before: {'; '.join(changed[:5])}")
-    return result
 
 
 def summarise(directory: Path, judges: Mapping[str, Judged], seconds: dict[str, float]) -> RunResult:

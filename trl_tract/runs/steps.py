@@ -44,31 +44,54 @@ say_now: Callable[[str], None] = partial(print, flush=True)
 
 
 @dataclass
-class DistillStep:
-    """Let a stage-one model write its own rationale for every training row.
+class _BlockStep:
+    """A step whose rows are done in blocks.
 
     Attributes:
-        output_dir: Receives `rows.jsonl`, the stage-two rows, and `summary.json`.
+        model: Directory or hub id of who does them.
+        data: JSONL of the rows.
+        output_dir: Receives the result.
+        settings: Arguments of the class that does them.
+        backend: Arguments of `make_backend`: `name`, and what that backend takes.
         shard: `i/n`, this job's share of the rows; None: this process's share under a launcher.
-        workers: Of Ray; None: one for each GPU, or each machine.
     """
 
-    kind: ClassVar[str] = "distill"
+    kind: ClassVar[str]
     model: str
     data: str
     output_dir: str
     settings: dict[str, Any] = field(default_factory=dict)
     backend: dict[str, Any] = field(default_factory=dict)
     shard: str | None = None
+
+    @property
+    def share(self) -> Shard | None:
+        """`shard`, read."""
+        return Shard.parse(self.shard) if self.shard else None
+
+    def make_backend(self) -> Backend:
+        """The model, loaded."""
+        return make_backend(self.model, **self.backend)
+
+
+@dataclass
+class DistillStep(_BlockStep):
+    """Let a stage-one model write its own rationale for every training row: `rows.jsonl` and `summary.json`.
+
+    Attributes:
+        engine: `ray`: the blocks are done by the workers of a Ray cluster; `local`: by this process.
+        workers: Of Ray; None: one for each GPU, or each machine.
+    """
+
+    kind: ClassVar[str] = "distill"
     engine: str = "local"
     workers: int | None = None
 
     def run(self) -> Path | None:
         """Generate, or go on generating; the stage-two rows, or None if other shards still have to be done."""
         JudgeConfig.load(self.model)  # what is missing is said before the weights are loaded
-        shard = Shard.parse(self.shard) if self.shard else None
         if self.engine == "local":
-            return self._distiller(self.make_backend()).distill_file(self.data, self.output_dir, shard=shard)
+            return self._distiller(self.make_backend()).distill_file(self.data, self.output_dir, shard=self.share)
         tokenizer = load_tokenizer(self.model, self.backend.get("revision"))
         away = AwayBackend(tokenizer, self.model, self.backend.get("name", "transformers"))
         distiller = AwayDistill.from_pretrained(self.model, away, **self.settings)  # type: ignore[arg-type]
@@ -77,11 +100,7 @@ class DistillStep:
         step = replace(self, settings={**self.settings, **rendered})
         with ray_crew(step.crew, known, workers=self.workers, backend=self.backend, say=say_now) as crew:
             away.hire(crew, known)
-            return distiller.distill_file(self.data, self.output_dir, shard=shard)
-
-    def make_backend(self) -> Backend:
-        """The model, loaded."""
-        return make_backend(self.model, **self.backend)
+            return distiller.distill_file(self.data, self.output_dir, shard=self.share)
 
     def crew(self) -> Crew:
         """This process, with the model loaded."""
@@ -94,57 +113,42 @@ class DistillStep:
 
 
 @dataclass
-class BootstrapStep:
-    """Let a model write rationales for the rows that have only scores.
+class BootstrapStep(_BlockStep):
+    """Let a model write rationales for the rows that have only scores: `rows.jsonl`, all rows, and `summary.json`.
 
     Attributes:
-        output_dir: Receives `rows.jsonl`, all rows with completions, and `summary.json`.
         author: Who writes, if not `model`.
         chat_template: Jinja file, or model, with the chat template that `model` is asked with; None: its own.
     """
 
     kind: ClassVar[str] = "bootstrap"
-    model: str
-    data: str
-    output_dir: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    backend: dict[str, Any] = field(default_factory=dict)
     author: str | None = None
     chat_template: str | None = None
-    shard: str | None = None
 
     def run(self) -> Path | None:
         """Generate, or go on generating; the rows, or None if other shards still have to be done."""
-        shard = Shard.parse(self.shard) if self.shard else None
         author = make_author(self.author or self.model, **self.backend)
         if author.tokenizer is not None and self.chat_template and self.author is None:
             author.tokenizer.chat_template = tokenizer_to_train(self.model, self.chat_template).chat_template
         probe = author.tokenizer is not None  # who is paid by the token is not measured
         writer = CoTBootstrap(author, **{"probe": probe, "say": say_now, **self.settings})
-        return writer.bootstrap_file(self.data, self.output_dir, shard=shard)
+        return writer.bootstrap_file(self.data, self.output_dir, shard=self.share)
 
 
 @dataclass
-class JudgeStep:
-    """Judge rows; what is finished of them survives an interruption.
+class JudgeStep(_BlockStep):
+    """Judge rows: `judgements.jsonl`.
 
     Attributes:
-        output_dir: Receives `judgements.jsonl`.
         untrained: The model was never trained as a judge: grid and marker come from `settings`.
         asked_like: A judge's directory, from which grid, marker, prompts and tokenizer come, for a model that was never
             trained as one; None: the model is a judge.
-        workers: Of Ray; None: one for each GPU, or each machine.
+        engine, workers: As of `DistillStep`.
     """
 
     kind: ClassVar[str] = "judge"
-    model: str
-    data: str
-    output_dir: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    backend: dict[str, Any] = field(default_factory=dict)
     untrained: bool = False
     asked_like: str | None = None
-    shard: str | None = None
     block_size: int = 64
     engine: str = "local"
     workers: int | None = None
@@ -163,7 +167,7 @@ class JudgeStep:
             "judging",
             rows=KnownRows(JsonlRows(Path(self.data)), lambda row, number: _references(row, number, scales)),
             block_size=self.block_size,
-            shard=Shard.parse(self.shard) if self.shard else None,
+            shard=self.share,
         )
         if log.finished:
             return final
@@ -178,10 +182,6 @@ class JudgeStep:
         ) as crew:
             done = log.run(crew.do, write, (final.name,), max_calls=crew.max_calls, cancel=crew.cancel)
         return final if done else None
-
-    def make_backend(self) -> Backend:
-        """The model, loaded."""
-        return make_backend(self.model, **self.backend)
 
     def crew(self, backend: Backend | None = None, made_with: Mapping[str, Any] | None = None) -> Crew:
         """This process, with the model loaded; what judgements depend on is found out where it is not given."""

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig
-from transformers.utils import cached_file
 
-from trl_tract.backends.loading import adapter_config, load, tokenizer_id
+from trl_tract.backends.loading import adapter_config, file_of, load, tokenizer_id
 from trl_tract.saved.judge_config import JudgeConfig
 
 _TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt")
@@ -61,12 +60,12 @@ def merge_judge(model: str, output_dir: str | Path, dtype: str | None = None) ->
     tokenizer.save_pretrained(directory)
     source = tokenizer_id(model, base_id)
     for name in _TOKENIZERS:
-        found = _file(source, name) or _file(base_id, name)
+        found = file_of(source, name) or file_of(base_id, name)
         if found and not (directory / name).exists():
             shutil.copyfile(found, directory / name)
     judge.save(directory)
     for name in _JUDGES:
-        if found := _file(model, name):
+        if found := file_of(model, name):
             shutil.copyfile(found, directory / name)
     return directory
 
@@ -80,14 +79,3 @@ def _save(model: Any, directory: Path) -> None:
             # Checkpoints name a temperature and leave sampling off; such a configuration is loaded and not saved.
             settings.do_sample = True
     model.save_pretrained(directory, safe_serialization=True)
-
-
-def _file(model_id: str, name: str) -> str | None:
-    found: str | None = cached_file(
-        model_id,
-        name,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return found

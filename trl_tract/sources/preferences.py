@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from trl_tract.evaluation.intervals import Interval, bootstrap, interval
-from trl_tract.evaluation.pairs import METRICS, Floats
+from trl_tract.evaluation.pairs import METRICS, Floats, numbered
 from trl_tract.rows.messages import text_of
 from trl_tract.rows.row import Row
 from trl_tract.sources.prompts import cleaned_instruction, prometheus_question
@@ -165,11 +165,11 @@ def pair_report(records: Sequence[Mapping[str, Any]], *, n_bootstrap: int = 1000
 def _share(wins: Floats, groups: Sequence[Any], n_bootstrap: int, seed: int) -> Interval:
     if not len(wins):
         return Interval(np.nan, np.nan, np.nan)
-    numbers: dict[str, int] = {}
-    codes = np.array([numbers.setdefault(json.dumps(group), len(numbers)) for group in groups], dtype=np.int64)
+    codes = numbered(map(json.dumps, groups))
+    count = int(codes.max()) + 1
 
     def statistics(counts: Floats) -> dict[str, Floats]:
         return dict.fromkeys(METRICS, counts @ wins / counts.sum(axis=1))
 
-    resampled = bootstrap(statistics, len(wins), codes, n_bootstrap if len(numbers) > 1 else 0, seed)["accuracy"]
-    return interval(float(wins.mean()), resampled, len(numbers), "share")
+    resampled = bootstrap(statistics, len(wins), codes, n_bootstrap if count > 1 else 0, seed)["accuracy"]
+    return interval(float(wins.mean()), resampled, count, "share")

@@ -104,7 +104,7 @@ class Models:
         if untrained or self.config.append_marker:
             settings["append_marker"] = True
         model = self.seed_model if untrained else str(self.directory / folder)
-        step = JudgeStep(model, str(items), str(out), settings, self.config.backend, untrained, block_size=16)
+        step = JudgeStep(model, str(items), str(out), settings, self.config.backend, untrained=untrained, block_size=16)
         title = f"seed {self.seed}: {folder} judges {test}"
         self.run.step(out.name, title, step, makes=[out.name], of=[] if untrained else [folder])
         return out
