@@ -218,10 +218,8 @@ def further_forwards(
     """Hidden states behind each inner node but the root, `(S, N - 1, H)`, without a mask of our own.
 
     Args:
-        backbone: Called with rows that are padded to the right.
         inputs: What the model was called with: `input_ids` and, if they are there, `attention_mask`, `position_ids`.
         score_positions: True where the next token is a score's first, bool `(B, L - 1)`.
-        trie: Of the grid.
     """
     places = ScorePlaces.of(score_positions)
     input_ids = inputs["input_ids"]

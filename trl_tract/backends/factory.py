@@ -17,7 +17,6 @@ def make_author(model: str, name: str = "transformers", **options: Any) -> "Back
 
     Args:
         model: As in `make_backend`; with `chat`, the model's name there.
-        name: One of `BACKENDS`, or `chat`.
         **options: Arguments of the class. With `chat`: `base_url`, and `served_model` if it is not `model`.
     """
     if name != "chat":

@@ -129,9 +129,6 @@ class JSONServer:
         """Send one request, and again while the server is away, overloaded or makes no sense.
 
         Args:
-            method: GET or POST.
-            path: Below `url`.
-            body: Sent as JSON.
             read: Takes the answer apart; a ValueError, TypeError or LookupError marks it as unusable.
             retry_seconds: How long after the first failure the last attempt may begin.
             limit: Bytes that an answer may have, unpacked. Of a longer one no more is read.

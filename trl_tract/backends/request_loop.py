@@ -41,7 +41,6 @@ class RequestLoop:
         once, whatever the requests are doing.
 
         Args:
-            requests: Functions that start a request.
             on_arrival: Called in the caller's thread with number and result of each request as it is finished.
 
         Raises:

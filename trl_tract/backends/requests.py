@@ -43,8 +43,6 @@ class RequestBackend(Backend):
     """A backend whose engine serves many requests at once, from any number of threads.
 
     Attributes:
-        model_id: The model, for provenance.
-        tokenizer: Its tokenizer.
         max_calls: Calls that it takes to keep the engine busy while the last continuations of some are being written.
         context_length: Tokens of prompt and continuation together.
     """

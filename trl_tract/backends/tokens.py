@@ -7,8 +7,6 @@ def checked_ids(rows: Sequence[Sequence[int]], what: str, vocabulary: int) -> li
     """`rows` as plain lists.
 
     Args:
-        rows: Token ids, one sequence a row.
-        what: What they are called in errors.
         vocabulary: Ids of this size and above do not exist.
 
     Raises:

@@ -283,7 +283,6 @@ class TransformersBackend(Backend):
         """Ask for log-probabilities behind rows, in batches, and write them into `answers`.
 
         Args:
-            rows: Token ids.
             beyond: Tokens that the context window has to hold behind a row.
             ask: A batch's, `(B, K)`.
             answers: `(len(rows), K)`; stays as it is where a row does not fit.

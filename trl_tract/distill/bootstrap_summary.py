@@ -20,14 +20,10 @@ class BootstrapSummary:
     """What became of the rows of a bootstrap; printed, it is a table by score. `summary.json` holds the same.
 
     Attributes:
-        rows: Rows that came in.
         annotated: Rows that had a rationale and kept it.
         blind: Rows with a rationale that was written without knowing the score, and comes to it.
         shown: Rows whose rationale was written for a score that was shown.
-        given_up: Rows for which no rationale was kept.
         rationales: Rationales among the rows that came out, the annotated ones not counted.
-        sampled: Rationales that were sampled.
-        tokens: Tokens that were generated.
         failed: Why sampled rationales were not kept, by reason. `off score`: it comes to another score.
         by_score: Name of a scale (empty where there is one) -> gold score as it is written -> `blind`, `shown` and
             `given up` -> rows. In the order of the grid.
@@ -102,9 +98,6 @@ class BootstrapCost:
 
     Attributes:
         rows: Rows that are still to be done.
-        asked: Rationales that are sampled.
-        read: Tokens of prompts.
-        written: Tokens that are generated.
         seconds: None where nothing is known of the speed.
         money: In the unit of the prices; None without prices.
     """

@@ -14,12 +14,9 @@ class DistillSummary:
     """What became of the rationales of a self-distillation; printed, it is a table. `summary.json` holds the same.
 
     Attributes:
-        rows: Training rows.
         rationales: Asked for: rows times `num_generations`.
         self_written: Rationales of the model's own among the stage-two rows.
-        annotated: Annotated rationales among them.
         dropped: Rationales that failed and left no row.
-        resampled: Rationales that took more than one attempt.
         failed: How often the last attempt failed, by reason.
         attempts_failed: How often any attempt failed, by reason.
     """

@@ -45,11 +45,6 @@ _END = 14.0  # atanh(1 - 1e-12) and -log(1e-6): beyond it, a resampled correlati
 class Interval:
     """A number and its 95 % interval; NaN where undefined.
 
-    Attributes:
-        value: The estimate from all items.
-        low: The interval's lower end.
-        high: Its upper end.
-
     Example:
         >>> print(Interval(0.6501, 0.6, 0.7))
         0.650 [0.600, 0.700]

@@ -56,11 +56,7 @@ def verdict(
     """The findings, what matters most first: the first one is the headline.
 
     Args:
-        n: Items with a score.
-        failed: Items without one.
         n_groups: Groups that were resampled; None: items were.
-        rmse: Of the judge, rubric units.
-        pearson: Of the judge.
         standing: The judge beside the mean and the raters; None where no item has a score.
     """
     if standing is None:

@@ -13,15 +13,7 @@ from trl_tract.text.secrets import without_secrets
 
 
 class Address:
-    """A file elsewhere, as far as it is asked like a path.
-
-    Args:
-        url: As fsspec has them.
-
-    Raises:
-        ValueError: fsspec knows no such protocol.
-        ImportError: It needs a package for this one.
-    """
+    """A file elsewhere, as far as it is asked like a path."""
 
     def __init__(self, url: str) -> None:
         self._shown = without_secrets(url)

@@ -75,14 +75,9 @@ def make_app(
     """An ASGI application around a judge.
 
     Args:
-        judge: The judge.
-        name: What `/v1/models` calls it.
         key: What requests have to bring as `Authorization: Bearer KEY`; None: nothing.
         hosts: Names that requests may use for this server; None: any.
-        max_batch: Items that are judged together at most.
         max_queue: Items that may wait; more are refused with 429.
-        max_items: Items of one request.
-        max_bytes: Bytes of one request.
         answer_seconds: Seconds that a request may take; then it leaves the queue and is refused with 504.
     """
     metrics = Metrics()

@@ -25,10 +25,7 @@ class Batcher:
 
     Args:
         judge: The judge. It is called from as many threads as its backend takes calls at once.
-        max_batch: Items that are judged together at most.
-        max_queue: Items that may wait.
         linger: Seconds that an idle judge waits for one more item; while they keep coming, it waits on.
-        on_batch: Told the number of items of each batch.
     """
 
     def __init__(

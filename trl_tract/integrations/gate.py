@@ -37,13 +37,7 @@ def error_body(message: str, kind: str = "invalid_request_error") -> dict[str, A
 
 
 class Refusal(Exception):
-    """An answer other than the one asked for.
-
-    Args:
-        status: Of HTTP.
-        message: In words, for whoever sent the request.
-        headers: Further headers.
-    """
+    """An answer other than the one asked for."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -59,11 +53,9 @@ class Gate:
     """ASGI middleware. Reads a request's body whole, within limits, and hands it on.
 
     Args:
-        app: What stands behind it.
         key: What requests have to bring as `Authorization: Bearer KEY`; None: nothing.
         hosts: Names that requests may use for this server; None: any. A page of somebody else's, whose name was
             made to point to this machine, has another one.
-        max_bytes: Of a body.
         body_seconds: That a body may take to arrive.
         on_answer: Told path, status and seconds of each answer.
     """

@@ -85,8 +85,6 @@ def write_page(judged: JudgedItems, path: str | Path, *, worst: int = 12) -> lis
     """Write the page and, in a folder beside it, its pictures as PNG files.
 
     Args:
-        judged: The judge and its items.
-        path: The HTML file; its folder is made where missing.
         worst: How many of the items with the largest errors are shown in full.
 
     Returns:

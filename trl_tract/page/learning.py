@@ -24,9 +24,6 @@ _LOGGED = (
 def learning_charts(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Chart]:
     """What was logged in training, one picture for each quantity, one line for each stage.
 
-    Args:
-        curves: Stage ("stage one", "stage two") -> the `log_history` of its trainer.
-
     Raises:
         ImportError: matplotlib is not installed.
     """

@@ -39,7 +39,6 @@ class RenderedRow:
     Attributes:
         asked: The prompt alone, as the model is asked.
         text: Prompt and completion, with the chat template's or the end-of-sequence text.
-        scores: Its scores, one for each scale, in their order.
         formats: Each score's marker and the whitespace around it; `start` is what stands before its rationale.
         cuts: Where the text is cut before it is tokenised.
     """
@@ -172,8 +171,6 @@ def render_pieces(
     """Rationales and score texts behind a prompt, as a training row with them is written.
 
     Args:
-        template: Of the prompt.
-        asked: The prompt.
         scales: One for each piece; more are left for later.
         pieces: What was written, the rationales as by `read_rationale`.
     """

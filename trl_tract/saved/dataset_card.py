@@ -26,9 +26,6 @@ def rows_card(
     """The card's text.
 
     Args:
-        summary: What self-distillation counted, from its `summary.json`.
-        settings: What it was started with, from its `settings.json`.
-        repo_id: Where the rows will be.
         source: Where the annotated rows come from: a hub id, or words; None: the card says that it is not stated.
         model: Hub id of the model that wrote the rationales; None: what it was started with, of a path the name alone.
         license: For the card's metadata; None states none.

@@ -85,12 +85,8 @@ def model_card(
         args: The run's settings; None for a judge of which no more than its weights is known.
         judge_config: Grid and marker, where they are known.
         base_model: Hub id or directory of the seed model; a directory stays out of the card's metadata.
-        model_name: Title of the card.
         hub_id: Where the quick start loads the judge from.
-        dataset_name: Hub id of the training rows.
-        tags: Hub tags.
         metrics: The last evaluation's log entry; empty without one.
-        rows: The training rows.
         adapter: The PEFT configuration, where an adapter was trained.
     """
     rows = rows or TrainingRows()
@@ -149,13 +145,8 @@ def add_evaluation(
     """Put the evaluation on held-out items into a card: a table with intervals, and the Hub's metadata.
 
     Args:
-        readme: The card.
-        report: Agreement with the gold scores.
-        dataset_name: What the items are called.
         dataset_type: Their hub id, if they have one.
-        grid_mass: Mean probability on the grid.
         errors: Why items have no score, and how many for each reason.
-        notes: Lines to add, plain text.
         aspect: The one that the report is about, where the judge scores several; its table goes behind those before.
         others: Name -> agreement of another judge of the same items, for a column beside the baselines.
 
@@ -202,8 +193,6 @@ def add_training_run(readme: Path, stage_one: Path, *, data: str, summary: Mappi
     """Tell a stage-two card of the whole run: where the rows came from, and stage one's settings beside stage two's.
 
     Args:
-        readme: The stage-two card.
-        stage_one: The stage-one card.
         data: File or hub id of the annotated rows; of a path the name alone is written.
         summary: What self-generation counted, from its `summary.json`.
 

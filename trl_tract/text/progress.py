@@ -101,8 +101,6 @@ class Passes:
 
     Args:
         report: Told how many more items are done.
-        items: How many there are.
-        passes: How often they are gone through.
 
     Example:
         >>> passes = Passes(print, items=3, passes=2)
