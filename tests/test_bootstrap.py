@@ -13,7 +13,9 @@ from trl_tract import CoTBootstrap
 from trl_tract.backends import ScriptedBackend
 from trl_tract.distill.authors import Candidate, ModelAuthor
 from trl_tract.distill.bootstrap_summary import read_bootstrap_summary
+from trl_tract.distill.choosing import written_like
 from trl_tract.files.journal import read_jsonl, write_jsonl
+from trl_tract.scale.scale import read_scales
 
 TOKENIZER = make_tokenizer()
 TONES = {"awful": 1, "weak": 2, "fair": 3, "good": 4, "great": 5}
@@ -117,6 +119,11 @@ def test_a_rationale_that_gives_the_shown_score_away_is_not_kept(tmp_path, leak)
     rows = quiet(backend, on_failure="keep").bootstrap(rows_of(2), tmp_path / "out")
     assert rows["rationale_source"] == [None]
     assert read_bootstrap_summary(tmp_path / "out").failed["leak"] == 4
+
+
+def test_rationales_are_written_as_most_rows_write_theirs():
+    rows = [{"prompt": "p", "completion": f"Good.{gap}[RESULT] 4"} for gap in ("\r\n", " ", " ")]
+    assert written_like(rows, read_scales({}))[0].format.lead == " "
 
 
 def test_rows_that_have_a_rationale_keep_it_and_their_way_of_writing(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 from conftest import make_model, make_rows, make_tokenizer, make_trainer
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -19,6 +19,7 @@ from trl_tract import CoTRAILJudge
 from trl_tract.backends import ScriptedBackend
 from trl_tract.cli import main
 from trl_tract.files.journal import read_jsonl
+from trl_tract.rows.dataset import check_dataset
 from trl_tract.rows.row import REFUSED
 from trl_tract.rows.template import Template
 from trl_tract.rows.tokens import asked_ids, prompt_ids
@@ -143,6 +144,45 @@ def model(tmp_path_factory):
     make_tokenizer().save_pretrained(directory)
     make_model().config.save_pretrained(directory)
     return str(directory)
+
+
+@pytest.mark.parametrize("nothing", ["NA", "NULL", "null", "\\N", "#N/A", " NA "])
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_cells_without_a_value_are_missing_however_they_are_written(kind, nothing, tmp_path):
+    row = {"instruction": "ask", "response": "fine", "rationale": nothing, "score": 4, "group": nothing}
+    file = written(tmp_path, kind, [row, row | {"rationale": "good", "score": nothing}])
+    own = OwnColumns({}, Rubric("Polite?", {str(score): "so" for score in range(1, 6)}))
+    (_, first), (_, second) = Source(file, SCALES, own).found()
+    assert (first.training, first.group, second.kind) == ((), "ask", "empty column")
+    (_, first), (_, second) = Source(file, SCALES, own).found(judged=True)
+    assert (first.reference["score"], "score" in second.reference) == (4.0, False)
+
+
+@pytest.mark.parametrize("how", [json.dumps, str])
+@pytest.mark.parametrize("name", ["prompt", "completion"])
+def test_messages_that_a_table_made_text_of_are_refused(name, how, tmp_path):
+    row = {"prompt": "Judge.", "completion": "Fine. [RESULT] 4"}
+    spelled = how([{"role": "user", "content": "Fine. [RESULT] 4"}])
+    ((_, refused),) = Source(written(tmp_path, "csv", [row | {name: spelled}]), SCALES).found()
+    assert refused.kind == "not text"
+
+
+@pytest.mark.parametrize("score", ["1", "2.0", "4.5"])
+def test_numbers_as_text_that_may_be_a_score_or_its_value_are_refused(score, tmp_path):
+    scales = read_scales({"score_values": {str(text): 6 - text for text in range(1, 6)}})
+    rows = rows_of([{"score": score}, {"score": float(score)}, {}])
+    assert outcome(written(tmp_path, "jsonl", rows), scales=scales) == ["ambiguous", float(score), 1.0]
+
+
+def test_categories_are_the_texts_that_their_numbers_stand_for(tmp_path, monkeypatch):
+    features = Features({"prompt": Value("string"), "score": ClassLabel(names=["1", "2", "3", "4", "5"])})
+    rows = Dataset.from_dict({"prompt": ["a", "b", "c"], "score": [0, 3, None]}, features=features)
+    rows.to_parquet(str(tmp_path / "rows.parquet"))
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: rows)
+    for source in (str(tmp_path / "rows.parquet"), "someone/rows"):
+        assert outcome(source) == [1.0, 4.0, "no score"]
+    with pytest.raises(ValueError, match="add_column"):
+        check_dataset(rows, "train")
 
 
 @in_every_format

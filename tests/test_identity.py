@@ -20,6 +20,7 @@ from trl_tract import CoTSelfDistill, TransformersBackend, run_tract
 from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.files.fingerprint import file_digests, made_by, model_fingerprint
 from trl_tract.files.journal import differences, read_json, read_jsonl, write_json, write_jsonl
+from trl_tract.files.seal import contents
 from trl_tract.runs.spec import RunSpec
 from trl_tract.runs.steps import DistillStep, JudgeStep
 from trl_tract.runs.train_steps import TrainStep
@@ -200,6 +201,15 @@ def test_scores_under_another_recalibration_are_refused_by_its_name(judge, tmp_p
         Recalibration(slope, 1.0, 1.0, 5.0, 30, 0.5, 0.5).save(judge)
         with nullcontext() if slope == 0.5 else pytest.raises(FileExistsError, match=r"slope: 0.5 there, 0.75 now"):
             judged(judge, tmp_path / "out", make_rows(2), recalibrate=True)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_run_knows_the_template_that_a_directory_has(tmp_path, name):
+    (tmp_path / name).write_text("before")
+    before = contents({"chat_template": str(tmp_path)})
+    (tmp_path / name).write_text("after")
+    assert before
+    assert contents({"chat_template": str(tmp_path)}) != before
 
 
 def test_a_run_knows_the_template_that_a_file_has(judge, tmp_path):

@@ -88,6 +88,13 @@ def test_an_item_that_never_reaches_its_marker_is_an_error_on_that_item_alone():
     assert bad.error == "no rationale reached '[RESULT]' in 3 attempts: the model ended its turn"
 
 
+def test_messages_for_a_judge_of_plain_text_are_an_error_on_that_item_alone():
+    instance = judge(" short [RESULT] 4")
+    instance.chat = False
+    judgements = instance.judge([[{"role": "user", "content": "a"}], "a"])
+    assert [judgement.error is None for judgement in judgements] == [False, True]
+
+
 def test_a_prompt_that_is_too_long_is_an_error_on_that_item_alone():
     backend = ScriptedBackend(lambda prompt, seed: " fine [RESULT]", TOKENIZER, probs=PROBS, context_length=30)
     short, long = CoTRAILJudge(backend).judge(["short", "long " * 40])

@@ -21,9 +21,11 @@ from trl_tract import CoTRAILJudge, REALConfig, REALTrainer, TransformersBackend
 from trl_tract.files.checkpoints import last_complete_checkpoint
 from trl_tract.rows.template import Template, TemplateSettings
 from trl_tract.rows.tokens import resolve_asked
+from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.scale import Scale, read_scales
 from trl_tract.training.resuming import checkpoint_of, save_objective
 from trl_tract.training.rollouts import as_rollout
+from trl_tract.training.starting import problem_of
 
 TOKENIZER = enumerable_tokenizer()
 REAL = {**SETTINGS, "num_generations": 4, "per_device_train_batch_size": 8, "learning_rate": 0.1}
@@ -240,6 +242,14 @@ def test_a_checkpoint_is_not_gone_on_from_with_another_beta(tmp_path):
     save_objective(tmp_path, before, None, None)
     with pytest.raises(ValueError, match="beta"):
         checkpoint_of(str(tmp_path), now, None)
+
+
+def test_a_prompt_of_another_kind_than_the_judge_was_trained_on_is_none(tmp_path):
+    template, scales = Template(make_tokenizer()), read_scales({})
+    rows = {False: {"prompt": "a", "score": 3}, True: {"prompt": [{"role": "user", "content": "a"}], "score": 3}}
+    for chat in (False, True):
+        found = [problem_of(template, JudgeConfig(scales, chat=chat), None, rows[own]) for own in (chat, not chat)]
+        assert [problem and problem[0] for problem in found] == [None, "mixed types"]
 
 
 def test_rows_without_a_gold_score_are_dropped_if_asked_to(tmp_path):

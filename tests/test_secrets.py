@@ -18,9 +18,10 @@ from trl_tract import TRACTConfig, run_tract
 from trl_tract.backends.http import JSONServer
 from trl_tract.cli import main
 from trl_tract.files.journal import write_jsonl
+from trl_tract.runs.spec import RunSpec
 from trl_tract.runs.steps import _SPEC, DistillStep, run_step
 from trl_tract.runs.train_steps import TrainStep
-from trl_tract.text.secrets import key_of
+from trl_tract.text.secrets import key_of, without_secrets
 from trl_tract.training.config import field_values
 
 HUB, INIT, ENVIRONMENT, KEY, PASSWORD = SECRETS = [f"planted-{number}-7f3a9c51e2" for number in range(5)]
@@ -72,6 +73,26 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(held, monkeypat
     monkeypatch.setenv("K", held)
     with pytest.raises(ValueError, match=r"^K holds characters that no HTTP header can carry$"):
         key_of("K")
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"api-key": PASSWORD, "x-api-key": PASSWORD, "Authorization": PASSWORD},
+        {"accessToken": PASSWORD, "access_token": PASSWORD, "apiKey": PASSWORD, "credentials": {"passwd": PASSWORD}},
+        f"https://host/rows.jsonl?X-Amz-Credential={PASSWORD}&X-Amz-Signature={PASSWORD}&X-Amz-Security-Token={PASSWORD}",
+        f"https://host/rows.jsonl?sig={PASSWORD}&key={PASSWORD}&api_key={PASSWORD}",
+        f"HTTP 401: Bearer {PASSWORD}",
+    ],
+)
+def test_secrets_are_known_by_their_names_and_places(held):
+    assert PASSWORD not in json.dumps(without_secrets({"held": [held]}))
+
+
+def test_an_address_of_rows_leaves_none_in_settings_and_messages():
+    address = f"https://me:{PASSWORD}@host/rows.jsonl?sig={PASSWORD}"
+    spec = RunSpec("model", address, eval_data=address)
+    assert PASSWORD not in json.dumps(spec.settings()) + spec.source(address).title
 
 
 def test_a_run_leaves_and_says_none(seed_model, tmp_path, heard):

@@ -166,8 +166,9 @@ def _distill(arguments: Sequence[str]) -> int:
         "keep_annotated": rows.keep_annotated,
         "block_size": worker.block_size,
     }
-    source = Source(rows.data, JudgeConfig.load(rows.model).scales, own_columns(columns, rows.model), rows.invalid_rows)
-    chat = bool(load_tokenizer(rows.model).chat_template)
+    judge = JudgeConfig.load(rows.model)
+    source = Source(rows.data, judge.scales, own_columns(columns, rows.model), rows.invalid_rows)
+    chat = judge.asks_chat(load_tokenizer(rows.model))
     # Where no annotated rationale is fallen back on, none is needed.
     needed = rows.on_failure == "keep_gold" or rows.keep_annotated
     given = source.training_rows(chat) if needed else source.rows(chat, lambda item: item.training or [item.reference])
@@ -194,8 +195,9 @@ def _judge(arguments: Sequence[str]) -> int:
         print(f"By {launch}", flush=True)
         return deploying.start_again(launch, "judge", arguments)
     settings = {**generation.sampling(), "num_generations": generation.num_generations, **rules.rules()}
-    source = Source(rows.data, JudgeConfig.load(rows.model).scales, own_columns(columns, rows.model))
-    with rows_file(source.judged_rows(bool(load_tokenizer(rows.model).chat_template))) as data:
+    judge = JudgeConfig.load(rows.model)
+    source = Source(rows.data, judge.scales, own_columns(columns, rows.model))
+    with rows_file(source.judged_rows(judge.asks_chat(load_tokenizer(rows.model)))) as data:
         who = {**deploying.who(processes, cluster), "block_size": worker.block_size}
         written = JudgeStep(rows.model, str(data), rows.output_dir, settings, backend, worker.shard, **who).run()
         if written is not None and is_first_process():

@@ -59,7 +59,8 @@ def default_tolerance(values: Sequence[float]) -> float:
 
 
 def written_like(rows: Iterable[Any], scales: tuple[Scale, ...]) -> tuple[Scale, ...]:
-    """The scales as the first row that has a rationale writes their scores; as they are where none has."""
+    """The scales as most of the first rows with a rationale write their scores; as they are where none has one."""
+    ways: Counter[tuple[Scale, ...]] = Counter()
     for row in itertools.islice(rows, _LOOKED_AT):
         try:
             if not has_rationale(row, scales):
@@ -73,7 +74,7 @@ def written_like(rows: Iterable[Any], scales: tuple[Scale, ...]) -> tuple[Scale,
                 form = replace(scale.format, lead=lead, separator=span.separator, start=start)
                 found.append(replace(scale, format=form))
                 begin = span.end
-            return tuple(found)
+            ways[tuple(found)] += 1
         except ScoreNotFoundError:
             continue  # refused by its number later
-    return scales
+    return ways.most_common(1)[0][0] if ways else scales

@@ -19,7 +19,7 @@ from trl_tract.files.blocks import BlockLog, Record, Report
 from trl_tract.files.fingerprint import made_by
 from trl_tract.files.journal import JsonlRows, KnownRows, Rows, write_json, write_jsonl
 from trl_tract.files.shards import Shard
-from trl_tract.rows.golds import is_missing, mean_golds
+from trl_tract.rows.golds import check_labels, is_missing, mean_golds
 from trl_tract.rows.rendering import as_prompt_completion, settled
 from trl_tract.rows.row import Row
 from trl_tract.rows.template import Asked, Template, TemplateSettings
@@ -87,6 +87,7 @@ class RationaleRun(ABC):
             raise TypeError(f"dataset is a {type(dataset).__name__}: make it a Dataset, as in Dataset.from_list(rows)")
         if not len(dataset):
             raise ValueError("the dataset holds no rows")
+        check_labels(dataset)
         times = next((name for name, kind in dataset.features.items() if re.search(r"time(32|64)\[", str(kind))), None)
         if times is not None:  # Arrow makes dates of their text, but no times of day
             raise ValueError(f"the column {times} holds times of day: leave it out, or make it text")

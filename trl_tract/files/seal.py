@@ -50,7 +50,10 @@ def sealed_rows(directory: Path) -> str | None:
 def contents(files: Mapping[str, str | None]) -> dict[str, str]:
     """Name -> digest of the file that it stands for, of those that are files here; of a directory its chat template."""
     named = {name: Path(file) for name, file in files.items() if file}
-    named = {name: file / "chat_template.jinja" if file.is_dir() else file for name, file in named.items()}
+    held = ("chat_template.jinja", "tokenizer_config.json")  # where a tokenizer has its template
+    named = {
+        name: next((file / each for each in held if (file / each).is_file()), file) for name, file in named.items()
+    }
     return {name: counted(file)["sha256"][:16] for name, file in named.items() if file.is_file()}
 
 

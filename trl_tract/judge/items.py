@@ -37,6 +37,10 @@ def read_item(row: Any, chat: bool | None) -> Row:
         )
     if isinstance(prompt, str):
         return item
+    if chat is False:
+        raise TypeError(
+            "it is chat messages, and the judge was trained on plain text: give the text of the prompt as in training"
+        )
     if not isinstance(prompt, Sequence):
         raise TypeError(f"it is {type(prompt).__name__}, not text or a list of chat messages")
     if not prompt:

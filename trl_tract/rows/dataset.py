@@ -15,6 +15,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
 from trl_tract.rows.encoding import ASPECT_COLUMN, Encoder, score_indices
+from trl_tract.rows.golds import check_labels
 from trl_tract.rows.rendering import as_prompt_completion, written_formats
 from trl_tract.rows.row import ROW_NUMBER
 from trl_tract.rows.template import Template
@@ -137,6 +138,7 @@ def check_dataset(dataset: Any, dataset_name: str) -> None:
         raise TypeError(f"the {dataset_name} dataset is a {kind}: make it a Dataset, as in Dataset.from_list(rows)")
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"the {dataset_name} dataset is empty")
+    check_labels(dataset)
 
 
 def check_columns(columns: Sequence[str], needed: Sequence[str], dataset_name: str) -> None:

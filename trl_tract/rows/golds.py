@@ -39,6 +39,26 @@ def is_missing(value: Any) -> bool:
         return True
 
 
+def label_columns(dataset: Any) -> list[str]:
+    """The columns of a dataset whose numbers are places in a list of names: 0 may stand for the score 1."""
+    features = getattr(dataset, "features", None) or {}
+    return [name for name, feature in features.items() if type(feature).__name__ == "ClassLabel"]
+
+
+def check_labels(dataset: Any) -> None:
+    """Refuse gold scores that are places in a list of names.
+
+    Raises:
+        ValueError: They are.
+    """
+    if "score" in label_columns(dataset):
+        raise ValueError(
+            "the column score is a ClassLabel: its numbers are places in a list of names, and no scores. Put the names "
+            'there: names = dataset.features["score"].names, scores = [names[place] for place in dataset["score"]], '
+            'dataset.remove_columns("score").add_column("score", scores)'
+        )
+
+
 def read_golds(row: Mapping[str, Any], scales: Sequence[Scale]) -> list[list[float]] | None:
     """The gold scores of a row: for each scale those of its annotators, rubric units.
 
@@ -66,7 +86,8 @@ def read_golds(row: Mapping[str, Any], scales: Sequence[Scale]) -> list[list[flo
         completion = as_prompt_completion(row).get("completion")
         if is_missing(completion):
             return None
-        given = [span.text for span in locate_scores(scored_text(completion), scales)]
+        spans = locate_scores(scored_text(completion), scales)
+        return [[scale.grid.value_of(span.text)] for scale, span in zip(scales, spans, strict=True)]
     golds = []
     for scale, value in zip(scales, given, strict=True):
         try:
@@ -136,6 +157,13 @@ def _score(value: Any, grid: ScoreGrid) -> float:
     """One gold score: a text of the grid, a number, or text of a number; within the grid's range."""
     if isinstance(value, str):
         text = value.strip()
+        if _NUMBER.fullmatch(text) and grid.contradicts_numbers:
+            raise ScoreNotFoundError(
+                "ambiguous",
+                f"the score is {_shown(value)}, as text. Scores are written {some_scores(grid.texts)} and stand for "
+                f"{', '.join(f'{each:g}' for each in grid.values[:12])}: it could be either. Give numbers, in rubric "
+                "units (JSONL or Parquet), or leave the column out, where the completion has the score",
+            )
         if text in grid.texts:
             return grid.value_of(text)
         if not _NUMBER.fullmatch(text):

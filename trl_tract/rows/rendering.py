@@ -323,10 +323,13 @@ def settled(
 
 
 def asks_in_chat(rows: Iterable[Mapping[str, Any]]) -> bool | None:
-    """Whether prompts are chat messages; None where rows came tokenised."""
-    for row in rows:
-        return None if "input_ids" in row else not isinstance(row.get("prompt"), str)
-    return None
+    """Whether prompts are chat messages, by the first 1,000 rows; None where they came tokenised, or are both."""
+    kinds = {
+        None if "input_ids" in row else "messages" in row or not isinstance(row.get("prompt"), str)
+        for row in itertools.islice(rows, _LOOKED_AT)
+        if "prompt" not in row or row["prompt"] is not None
+    }
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def _brings(template: Template, row: Mapping[str, Any]) -> bool:

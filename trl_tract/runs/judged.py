@@ -70,7 +70,8 @@ class Judged:
                 )
                 if record["error"]:
                     errors.setdefault(name, Counter())[record["error"]] += 1
-        self.groups = [str(key.get("group", number)) for number, key in enumerate(self.keys)]
+        # An item's number may be another one's group.
+        self.groups = [str(key["group"]) if "group" in key else f"item {n}" for n, key in enumerate(self.keys)]
         self.scales = {
             name: JudgedScale(
                 self,

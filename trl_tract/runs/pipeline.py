@@ -21,6 +21,7 @@ from trl_tract.runs.train_steps import RLStep, TrainStep
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.door import write_rows
 from trl_tract.sources.schemas import Item
+from trl_tract.text.secrets import without_secrets
 from trl_tract.training.recipe import tell
 
 JUDGED = {
@@ -351,8 +352,9 @@ class _Pipeline:
             reports = {name: result.reports[judge.called(name)] for name, judge in on_scale.items()}
             for name in (each for each in judges if each in MODELS):
                 compared = dict(list(reports.items())[: list(reports).index(name) + 1])
-                card, held_out = directory / MODELS[name] / "README.md", spec.eval_data or spec.data
-                finish_card(directory, card, on_scale[name], compared, data=spec.data, held_out=held_out)
+                card, held_out = directory / MODELS[name] / "README.md", without_secrets(spec.eval_data or spec.data)
+                data = without_secrets(spec.data)
+                finish_card(directory, card, on_scale[name], compared, data=data, held_out=held_out)
 
 
 def summarise(directory: Path, judges: Mapping[str, Judged], seconds: dict[str, float]) -> RunResult:

@@ -265,8 +265,8 @@ class RunSpec:
         files = {"data": self.data, "eval_data": self.eval_data, "chat_template": template}
         settings: dict[str, Any] = {
             "model": self.model,
-            "data": self.data,
-            "eval_data": self.eval_data,
+            "data": without_secrets(self.data),
+            "eval_data": without_secrets(self.eval_data),
             "contents": contents(files),
             "eval_fraction": self.eval_fraction,
             "training": without_secrets({name: self.training[name] for name in self.training if name not in _ASIDE}),

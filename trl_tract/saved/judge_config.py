@@ -47,6 +47,10 @@ class JudgeConfig:
         grid = self.scales[0].grid
         return {"score_values": dict(zip(grid.texts, grid.values, strict=True)), "completion_format": self.format}
 
+    def asks_chat(self, tokenizer: Any) -> bool:
+        """Whether prompts are chat messages: as in training or, where that is not known, as the tokenizer has it."""
+        return bool(tokenizer.chat_template) if self.chat is None else self.chat
+
     def to_dict(self) -> dict[str, Any]:
         """The content of `tract_config.json`.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
-from trl_tract.scale.text import score_text, some_scores
+from trl_tract.scale.text import is_number, score_text, some_scores
 from trl_tract.scale.trie import ScorePath, TokenTrie
 
 _RANGE = re.compile(r"(-?\d+(?:\.\d+)?)\.\.(-?\d+(?:\.\d+)?)(?:\.\.(\d+(?:\.\d+)?))?")
@@ -195,6 +195,12 @@ class ScoreGrid:
     def in_range(self, value: float) -> bool:
         """Whether a gold score lies between the two ends of the grid; it need not be on it."""
         return self.values[0] <= value <= self.values[-1]
+
+    @functools.cached_property
+    def contradicts_numbers(self) -> bool:
+        """Whether a score is written as a number of the range that is not its value: "1" for 5, the best one."""
+        written = {text: value for text, value in zip(self.texts, self.values, strict=True) if is_number(text)}
+        return any(float(text) != value and self.in_range(float(text)) for text, value in written.items())
 
 
 class _NoRangeError(ValueError):

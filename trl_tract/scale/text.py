@@ -216,6 +216,11 @@ def _what_to_write(tail: str, score_texts: Sequence[str]) -> str:
     return ""
 
 
+def is_number(text: str) -> bool:
+    """Whether a score is written in digits."""
+    return _NUMBER.fullmatch(text) is not None
+
+
 def holds_score(text: str, score_texts: Sequence[str]) -> bool:
     """Whether an admissible score stands anywhere in `text`, by itself."""
     numbers = set(_NUMBER.findall(text))

@@ -153,8 +153,10 @@ class OwnColumns:
         parts = {role: each for role, each in parts.items() if role not in self.optional}
         return [part for each in parts.values() for part in each if part not in seen]
 
-    def convert(self, record: Mapping[str, Any], scales: Sequence[Scale]) -> Row:
+    def convert(self, record: Mapping[str, Any], scales: Sequence[Scale], *, judged: bool = False) -> Row:
         """A record's columns under the names that are understood, its prompt written by the rubric.
+
+        A record that is only `judged` needs no score beside its rationale.
 
         Raises:
             ScoreNotFoundError: A column that is needed is empty, or not there; it is named.
@@ -184,7 +186,7 @@ class OwnColumns:
                 row["score"] = golds[0] if isinstance(found["score"], list) or len(golds[0]) > 1 else golds[0][0]
         if "completion" in found:
             row["completion"] = found["completion"]
-        elif "rationale" in found:
+        elif "rationale" in found and not judged:
             self._need(row, "score", record)
             row["completion"] = written(self._text(found, "rationale"), row["score"], scales[0])
         return row

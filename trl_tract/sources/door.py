@@ -22,6 +22,7 @@ from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.files import read_records
 from trl_tract.sources.preferences import SIDES
 from trl_tract.sources.schemas import Item, as_text, has_rationale, read_items, scored_alone
+from trl_tract.text.secrets import without_secrets
 
 Bare = Literal["none", "lacking", "all"]
 
@@ -68,7 +69,11 @@ class Source:
     @property
     def title(self) -> str:
         """What messages call it."""
-        return Path(self.name).name
+        return Path(self._shown).name
+
+    @property
+    def _shown(self) -> str:
+        return str(without_secrets(self.name))
 
     def found(self, *, judged: bool = False) -> Iterator[tuple[int, Item | Refusal]]:
         """Each record's number with its item, or why there is none; a pair has two items.
@@ -101,11 +106,11 @@ class Source:
             else:
                 yield from ((number, item if judged else self._bared(item)) for item in items)
         if number < 0:
-            raise ValueError(f"{self.name} holds no rows")
+            raise ValueError(f"{self._shown} holds no rows")
         absent = [] if self.own is None else self.own.absent(seen)
         if absent:
             raise ValueError(
-                f"{self.name}: there is no column {', '.join(absent)}. The columns are {', '.join(sorted(seen))}"
+                f"{self._shown}: there is no column {', '.join(absent)}. The columns are {', '.join(sorted(seen))}"
             )
 
     def items(self) -> Iterator[tuple[int, Item]]:
@@ -141,7 +146,7 @@ class Source:
                 yield from ((number, row) for row in written_rows(item, item.training, chat))
         if not taken:
             raise ValueError(
-                f"{self.name}: none of the rows has a completion (or rationale), so there is none to train on. "
+                f"{self._shown}: none of the rows has a completion (or rationale), so there is none to train on. "
                 "`trl-tract bootstrap` writes rationales, and `trl-tract run` does so by itself; --drop_rationale true "
                 "trains without"
             )

@@ -29,6 +29,8 @@ _BENCHMARK_FILES = {
     name: f"eval/benchmark/data/{name.replace('-', '_')}_eval.json" for name in ("flask", "vicuna", "mt-bench")
 }
 _DELIMITERS = ",;\t"
+_NOTHING = {"", "NA", "NULL", "null", "\\N", "#N/A"}
+"""Cells without a value, as spreadsheets, R and databases write them; `nan` and `<NA>` are such in every file."""
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 _BETWEEN = re.compile(r"[\s,]*")
 _CHUNK = 2**20  # characters of a .json file that are looked at together
@@ -72,15 +74,13 @@ def read_records(source: str) -> Iterable[Record | ValueError]:
     kind = path.suffix.lower()
     if path.is_file() and kind in readers:
         if not path.stat().st_size:
-            raise ValueError(f"{source} is empty: it holds 0 bytes")
+            raise ValueError(f"{path} is empty: it holds 0 bytes")
         if packed := _packing(path):
-            raise ValueError(
-                f"{source} holds {packed} data, whatever its name says: unpack it, or save it as CSV UTF-8"
-            )
+            raise ValueError(f"{path} holds {packed} data, whatever its name says: unpack it, or save it as CSV UTF-8")
         return readers[kind](path)
     if source and path.exists():
         kind = "a directory" if path.is_dir() else "not a supported file"
-        raise ValueError(f"{source} is {kind}. Give one of {', '.join(FILES)}, not packed and in one file, or a hub id")
+        raise ValueError(f"{path} is {kind}. Give one of {', '.join(FILES)}, not packed and in one file, or a hub id")
     if kind in FILES or source.startswith((".", "~", os.sep)) or source.count("/") > 1:
         place = "there" if is_address(source) else f"in {path.absolute().parent}"
         raise FileNotFoundError(f"{without_secrets(source)}: no such file. It was looked for {place}")
@@ -194,7 +194,7 @@ class _NotRowsError(ValueError):
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
-    """Rows of a CSV file in UTF-8, its columns named in the first line; an empty cell is None.
+    """Rows of a CSV file in UTF-8, its columns named in the first line; a cell of `_NOTHING` is None.
 
     The delimiter is the comma, semicolon or tab that parts the first line into most names. Between tabs, a quotation
     mark is a character like any other unless every cell that begins with one is quoted as a whole.
@@ -229,7 +229,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
                     )
                 number += 1
                 columns = zip(names[index:], cells[index:], strict=True)
-                yield {name: cell if cell.strip() else None for name, cell in columns}
+                yield {name: None if cell.strip() in _NOTHING else cell for name, cell in columns}
             if not names:
                 raise ValueError(f"{path} is empty: it has only blank lines")
             if not number:
@@ -282,23 +282,43 @@ def _read_parquet(path: Path) -> Iterator[Record]:
             names = file.schema_arrow.names
             if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
                 raise ValueError(f"{path} has several columns called {twice[0]!r}: rename all but one")
-            as_json = json_columns(file.schema_arrow)
+            as_json, labels = json_columns(file.schema_arrow), _labels(file.schema_arrow)
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist(maps_as_pydicts="strict"):
-                    yield row | {name: json.loads(row[name]) for name in as_json if row[name] is not None}
+                    own = {name: json.loads(row[name]) for name in as_json if row[name] is not None}
+                    own |= {name: texts.get(row[name]) for name, texts in labels.items()}
+                    yield row | own
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _labels(schema: Any) -> dict[str, dict[int, str]]:
+    """Column -> the texts that its numbers stand for, as `datasets` writes categories."""
+    written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = (written.get("info") or {}).get("features") or {}
+    return {
+        name: dict(enumerate(feature["names"]))
+        for name, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and name in schema.names
+    }
 
 
 def _read_hub(source: str) -> Iterable[Record]:
     from datasets import load_dataset
 
+    from trl_tract.rows.golds import label_columns
+
     name, _, split = source.partition(":")
     try:
-        return load_dataset(name, split=split or "train")  # type: ignore[no-any-return]
+        dataset: Any = load_dataset(name, split=split or "train")
     except Exception as error:  # whatever kind the hub's client raises today, the user needs to know what was asked for
         reason = " ".join(str(error).split())
         advice = " A split other than train is named behind a colon, as in ID:test" if not split else ""
         raise FileNotFoundError(
             f"{source} is not a file here, and could not be read as a hub dataset: {reason}.{advice}"
         ) from error
+    # The texts that the numbers of categories stand for.
+    labels = {name: dict(enumerate(dataset.features[name].names)) for name in label_columns(dataset)}
+    if labels:
+        return (row | {name: texts.get(row[name]) for name, texts in labels.items()} for row in dataset)
+    return dataset  # type: ignore[no-any-return]

@@ -1,6 +1,7 @@
 """A record of any schema that is understood -> a judge item. Knows nothing of files, tokens or models."""
 
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,7 +77,7 @@ def read_items(
     """
     row = _cleaned(record, KNOWN if own is None else KNOWN.union(*(name.split(",") for name in own.columns.values())))
     if own is not None:
-        row = own.convert(row, scales)
+        row = own.convert(row, scales, judged=judged)
     if is_pair(row):
         if not judged:
             raise ScoreNotFoundError(
@@ -139,6 +140,8 @@ def _read_item(row: Row, scales: Sequence[Scale], judged: bool, converted: bool)
 
 
 _CHATS = {"messages", "conversations"}
+_SPELLED = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value)["']\s*:.*\}\s*\]\s*""", re.DOTALL)
+"""Chat messages as JSON or Python writes them."""
 
 
 def _cleaned(record: Mapping[str, Any], used: Collection[str]) -> Row:
@@ -188,6 +191,12 @@ def _check_chat(row: Row) -> None:
         raise ScoreNotFoundError("no prompt", "the prompt is missing")
     for name in ("prompt", "completion"):
         value = row.get(name)
+        if isinstance(value, str) and _SPELLED.fullmatch(value):
+            raise ScoreNotFoundError(
+                "not text",
+                f"the {name} is the text of a list of chat messages, as a table writes it: give the list itself, in "
+                "JSONL or Parquet; or put words around it, if it is meant as text",
+            )
         if value is None or isinstance(value, str):
             continue
         if not isinstance(value, list) or not value:

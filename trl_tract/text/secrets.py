@@ -6,8 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "***"
-_NAMES = re.compile(r"(.*_)?(hub_token|hf_token|auth_token|api_key|access_key|password|secret)|token", re.IGNORECASE)
-_IN_TEXT = re.compile(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}")
+_NAMES = re.compile(
+    r"(.*_)?((hub|hf|auth|access|refresh|bearer|session|api|sas)_?token|(api|access|private|secret)_?key"
+    r"|password|passwd|secret|credentials?)|token|authorization",
+    re.IGNORECASE,
+)
+# Also where an address carries them, as one that is signed for a while does.
+_IN_TEXT = re.compile(
+    r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|(?<=\bBearer )\S{8,}"
+    r"|(?<=token=|ature=|ntial=)[^&\s#]+|(?<=[?&]key=|[?&]sig=|_key=|-key=)[^&\s#]+",
+    re.IGNORECASE,
+)
 
 
 def key_of(variable: str) -> str | None:
@@ -26,7 +35,7 @@ def without_secrets(value: Any) -> Any:
         {'hub_token': '***', 'eos_token': '</s>', 'base_url': 'http://***@host/v1'}
     """
     if isinstance(value, Mapping):
-        hide = [name for name, one in value.items() if one and _NAMES.fullmatch(str(name))]
+        hide = [name for name, one in value.items() if one and _NAMES.fullmatch(str(name).replace("-", "_"))]
         return {name: HIDDEN if name in hide else without_secrets(one) for name, one in value.items()}
     if type(value) in (list, tuple):
         return type(value)(map(without_secrets, value))

@@ -18,6 +18,7 @@ from trl_tract.backends.branches import several_tokens, why_not_one_forward
 from trl_tract.backends.stop_text import Ending, StopText, Watch
 from trl_tract.rows.golds import mean_golds
 from trl_tract.rows.rendering import RenderedRow
+from trl_tract.rows.row import RENDERED_WITH
 from trl_tract.rows.template import Asked
 from trl_tract.rows.tokens import asked_ids
 from trl_tract.saved.judge_config import JudgeConfig
@@ -107,7 +108,7 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
                 args.model_init_kwargs = None
         config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
         room = getattr(config.get_text_config(), "max_position_embeddings", None)
-        check = functools.partial(checked_rows, self._template, self.scale, args, room)
+        check = functools.partial(checked_rows, self._template, self.judge_config, args, room)
         train_dataset = check(train_dataset, "train")
         if isinstance(eval_dataset, Mapping):
             eval_dataset = {key: check(rows, key) for key, rows in eval_dataset.items()}
@@ -163,7 +164,7 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        own = ["score", "completion", "tools", "chat_template_kwargs"]
+        own = ["score", "completion", *RENDERED_WITH]
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *own]))
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:

@@ -146,7 +146,7 @@ def _resolved(template: Template, rows: _Rows, scales: tuple[Scale, ...]) -> tup
 
 
 def checked_rows(
-    template: Template, scale: Scale, args: REALConfig, room: int | None, rows: _Rows, dataset_name: str
+    template: Template, judge: JudgeConfig, args: REALConfig, room: int | None, rows: _Rows, dataset_name: str
 ) -> _Rows:
     """Refuse or drop, and name, rows that cannot be asked or have no gold score.
 
@@ -159,10 +159,10 @@ def checked_rows(
     _check_columns(rows, dataset_name)
     longest = None if room is None else room - int(args.max_completion_length or 0)
     if isinstance(rows, IterableDataset):
-        return rows if args.invalid_rows == "raise" else _kept(template, scale, longest, rows, dataset_name)
+        return rows if args.invalid_rows == "raise" else _kept(template, judge, longest, rows, dataset_name)
     refused, kept = [], []
     for number, row in enumerate(rows):
-        found = problem_of(template, scale, longest, row)
+        found = problem_of(template, judge, longest, row)
         if found is None:
             kept.append(number)
         else:
@@ -196,12 +196,14 @@ def _check_columns(rows: _Rows, dataset_name: str) -> None:
         )
 
 
-def _kept(template: Template, scale: Scale, longest: int | None, rows: IterableDataset, name: str) -> IterableDataset:
+def _kept(
+    template: Template, judge: JudgeConfig, longest: int | None, rows: IterableDataset, name: str
+) -> IterableDataset:
     dropped = 0
 
     def keep(row: Mapping[str, Any], number: int) -> bool:
         nonlocal dropped
-        found = problem_of(template, scale, longest, row)
+        found = problem_of(template, judge, longest, row)
         dropped += found is not None
         if found is not None and dropped & (dropped - 1) == 0:  # at 1, 2, 4, 8, ...
             summary = refusal_summary([(number, *found, 0)], None, name, None)
@@ -211,12 +213,17 @@ def _kept(template: Template, scale: Scale, longest: int | None, rows: IterableD
     return rows.filter(keep, with_indices=True)
 
 
-def problem_of(template: Template, scale: Scale, longest: int | None, row: Mapping[str, Any]) -> tuple[str, str] | None:
+def problem_of(
+    template: Template, judge: JudgeConfig, longest: int | None, row: Mapping[str, Any]
+) -> tuple[str, str] | None:
     """Kind of what is wrong with a row, and the message; None where nothing is."""
     try:
         if row.get("prompt") is None:
             raise ScoreNotFoundError("no prompt", "the prompt is missing")
-        if mean_golds(row, [scale]) is None:
+        if judge.chat is not None and judge.chat is isinstance(row["prompt"], str):
+            trained, given = ("chat messages", "plain text")[:: 1 if judge.chat else -1]
+            raise ScoreNotFoundError("mixed types", f"the prompt is {given}, and the judge was trained on {trained}")
+        if mean_golds(row, judge.scales) is None:
             raise ScoreNotFoundError("no score", "the score is missing")
         asked = template.ask(row)
         length = len(asked_ids(template, asked)) if longest is not None else 0
