@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from enumerable import (
+    END,
     GOLD,
     MOST,
     PENALTY,
@@ -25,6 +26,7 @@ from enumerable import (
     sequences,
 )
 from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from trl_tract import REALConfig, REALTrainer
 from trl_tract.training.rollouts import grouped
@@ -71,6 +73,20 @@ def enumerated(
     inputs["importance_sampling_ratio"] = weights[:, None]
     found = gradient(model, trainer.compute_loss(trainer.model, inputs))
     return trainer, found, float((inputs["completion_mask"] * inputs["tool_mask"]).sum()) / count
+
+
+def test_padding_in_front_of_a_prompt_does_not_change_log_probabilities(tmp_path):
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.4}
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=6, pad_token_id=END, eos_token_id=END, bos_token_id=None, **sizes)
+    model = GPT2LMHeadModel(config).eval()
+    trainer = make(tmp_path, model, [{"prompt": PROMPT, "score": GOLD}], num_generations=4)
+    row = torch.tensor([[*IDS, 2, 3, 4]])
+    padded = torch.nn.functional.pad(row, (5, 0), value=END)
+    mask = torch.nn.functional.pad(torch.ones_like(row), (5, 0))
+    alone, *_ = trainer._get_per_token_logps_and_entropies(model, row, torch.ones_like(row), 3)
+    found, *_ = trainer._get_per_token_logps_and_entropies(model, padded, mask, 3)
+    torch.testing.assert_close(found, alone)
 
 
 @functools.cache

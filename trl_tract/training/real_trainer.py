@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -153,6 +154,7 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
     def _add_score_head(self) -> None:
         base = self.accelerator.unwrap_model(self.model)
         base = base.get_base_model() if hasattr(base, "get_base_model") else base
+        self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
         grid = self.scale.grid
         share = self.args.share_prompts
         refusal = why_not_one_forward(base) if grid.paths or share else None
@@ -326,16 +328,21 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         scored = self._scored
-        if scored is None:
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
-        def scoring(**inputs: Any) -> Any:
-            outputs = model(**inputs, score_positions=score_places(inputs["attention_mask"], scored))
+        def forward(**inputs: Any) -> Any:
+            mask = inputs["attention_mask"]
+            if self._takes_positions:
+                # Prompts are padded on the left, and GPT-2 would count the padding, which generation does not.
+                inputs["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+            if scored is None:
+                return model(**inputs)
+            outputs = model(**inputs, score_positions=score_places(mask, scored))
             self._outputs = outputs.score_logprobs
             return outputs
 
-        found = super()._get_per_token_logps_and_entropies(scoring, *args, **kwargs)
-        self._logps = found[0]
+        found = super()._get_per_token_logps_and_entropies(forward, *args, **kwargs)
+        if scored is not None:
+            self._logps = found[0]
         return found
 
     def compute_loss(
