@@ -15,6 +15,7 @@ from trl_tract.backends import ScriptedBackend
 from trl_tract.distill.distill import read_summary
 from trl_tract.files.blocks import Shard
 from trl_tract.files.journal import read_jsonl, write_jsonl
+from trl_tract.rows.rendering import as_prompt_completion
 
 TOKENIZER = make_tokenizer()
 
@@ -54,6 +55,18 @@ def test_chat_and_messages_rows_keep_their_type(tmp_path):
     distilled = scripted("own [RESULT]").distill(messages, tmp_path / "messages")
     assert [turn["role"] for turn in distilled[0]["messages"]] == ["user", "assistant"]
     assert distilled[0]["messages"][-1]["content"].startswith("own [RESULT] ")
+
+
+def test_a_conversation_of_from_and_value_is_read_as_one_of_roles(tmp_path):
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "old [RESULT] 4"}]
+    row = {"conversations": [dict(turn) for turn in turns], "score": 4.0}
+    pair = as_prompt_completion(row)
+    assert pair["prompt"] == [{"role": "user", "content": "a"}]
+    assert pair["completion"] == [{"role": "assistant", "content": "old [RESULT] 4"}]
+    assert row["conversations"] == turns
+    (done,) = scripted("own [RESULT]").distill(Dataset.from_list([row]), tmp_path / "out")
+    assert [turn["from"] for turn in done["conversations"]] == ["human", "gpt"]
+    assert done["conversations"][1]["value"] == "own [RESULT] 4"
 
 
 def test_without_a_score_column_the_gold_score_is_the_one_in_the_completion(tmp_path):

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import EarlyStoppingCallback
 
 from trl_tract import CoTRAILJudge, JudgeEvalCallback, TRACTTrainer, score_report
 from trl_tract.runs.train_steps import TrainStep
+from trl_tract.scale.scale import read_scales
 
 ROWS = make_rows(12)
 HELD_OUT = make_rows(6, seed=1)
@@ -31,6 +33,13 @@ TRAINED: dict[str, Any] = {
     "eval_steps": 1,
 }
 NAMES = {f"eval_judge/{name}" for name in ("rmse", "mae", "pearson", "spread", "grid_mass", "failed")}
+
+
+def test_a_row_that_cannot_be_judged_is_named_by_its_place_in_the_evaluation_set():
+    rows = [*HELD_OUT[:3], {**HELD_OUT[3], "score": "n/a"}, *HELD_OUT[4:]]
+    trainer = SimpleNamespace(scales=read_scales({}), args=SimpleNamespace(invalid_rows="raise"))
+    with pytest.raises(ValueError, match="row 3 cannot be judged"):
+        JudgeEvalCallback(num_items=2)._part_of(rows, trainer, "eval")
 
 
 def lora() -> LoraConfig:

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.scale import Scale, read_scales
 from trl_tract.training.resuming import checkpoint_of, save_objective
 from trl_tract.training.rollouts import as_rollout
-from trl_tract.training.starting import problem_of
+from trl_tract.training.starting import checked_rows, problem_of
 
 TOKENIZER = enumerable_tokenizer()
 REAL = {**SETTINGS, "num_generations": 4, "per_device_train_batch_size": 8, "learning_rate": 0.1}
@@ -250,6 +251,14 @@ def test_a_prompt_of_another_kind_than_the_judge_was_trained_on_is_none(tmp_path
     for chat in (False, True):
         found = [problem_of(template, JudgeConfig(scales, chat=chat), None, rows[own]) for own in (chat, not chat)]
         assert [problem and problem[0] for problem in found] == [None, "mixed types"]
+
+
+def test_a_bad_row_of_a_stream_is_named_when_its_turn_comes():
+    rows = Dataset.from_list([{"prompt": "a", "score": 3}, {"prompt": "b", "score": 9}]).to_iterable_dataset()
+    args = SimpleNamespace(invalid_rows="raise", max_completion_length=8)
+    stream = checked_rows(Template(TOKENIZER), JudgeConfig(read_scales({})), args, None, rows, "train")
+    with pytest.raises(ValueError, match="train row 1 refused"):
+        list(stream)
 
 
 def test_rows_without_a_gold_score_are_dropped_if_asked_to(tmp_path):

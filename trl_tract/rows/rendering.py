@@ -21,6 +21,8 @@ from trl_tract.scale.scale import Scale, locate_scores
 from trl_tract.scale.text import CompletionFormat, ScoreNotFoundError, ScoreSpan
 
 _LOOKED_AT = 1000  # rows that decide whether a rationale is the thinking
+_ROLES = {"human": "user", "gpt": "assistant"}
+"""Roles as conversations of `from` and `value` call them -> as chat templates know them."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,10 @@ def as_prompt_completion(row: Mapping[str, Any]) -> Row:
     """
     if "messages" not in row and "conversations" not in row:
         return dict(row)
-    rest: Row = maybe_convert_to_chatml(dict(row))
-    messages = list(rest.pop("messages"))
+    # Copied, since the host renames `from` and `value` in place.
+    copied = {name: [dict(turn) for turn in row[name]] for name in ("messages", "conversations") if row.get(name)}
+    rest: Row = maybe_convert_to_chatml({**row, **copied})
+    messages = [{**turn, "role": _ROLES.get(turn.get("role"), turn.get("role"))} for turn in rest.pop("messages")]
     if not messages or messages[-1]["role"] != "assistant":
         if messages and any(rest.get(name) is not None for name in ("score", "scores")):
             return {**rest, "prompt": messages}

@@ -22,7 +22,7 @@ from trl_tract.judge.judge import CoTRAILJudge
 from trl_tract.judge.judgement import Judgement
 from trl_tract.rows.golds import mean_golds
 from trl_tract.rows.rendering import as_prompt_completion
-from trl_tract.rows.row import Row
+from trl_tract.rows.row import ROW_NUMBER, Row
 from trl_tract.scale.text import ScoreNotFoundError
 
 logger = logging.get_logger(__name__)
@@ -90,7 +90,7 @@ class JudgeEvalCallback(TrainerCallback):
         if self.items is not None:
             if isinstance(eval_dataset, Mapping):
                 raise ValueError("items were given, and several evaluation sets: leave one of the two out")
-            self._read[None] = _read_items(self.items, trainer, "items", drop=False)
+            self._read[None] = _read_items(enumerate(self.items), trainer, "items", drop=False)
         elif isinstance(eval_dataset, Mapping):
             self._read = {name: self._part_of(rows, trainer, name) for name, rows in eval_dataset.items()}
         elif eval_dataset is None:
@@ -152,9 +152,10 @@ class JudgeEvalCallback(TrainerCallback):
         """Some rows of an evaluation set: evenly spaced, or the first of a stream."""
         if hasattr(rows, "__len__"):
             count = min(self.num_items, len(rows))
-            part = [rows[place * len(rows) // count] for place in range(count)]
+            places = [place * len(rows) // count for place in range(count)]
+            part = [(place, rows[place]) for place in places]
         else:
-            part = list(itertools.islice(rows, self.num_items))
+            part = list(enumerate(itertools.islice(rows, self.num_items)))
         return _read_items(part, trainer, f"the {name} dataset", drop=trainer.args.invalid_rows == "drop")
 
     def _judge(self, trainer: Any) -> CoTRAILJudge:
@@ -215,13 +216,14 @@ def _callbacks(trainer: Any) -> list[JudgeEvalCallback]:
 
 
 def _read_items(
-    rows: Sequence[Mapping[str, Any]], trainer: Any, where: str, *, drop: bool
+    rows: Iterable[tuple[int, Mapping[str, Any]]], trainer: Any, where: str, *, drop: bool
 ) -> tuple[list[Row], np.ndarray[Any, np.dtype[np.float64]]]:
     """What the judge is asked with, and the gold scores `(n, A)`, rubric units."""
     asked: list[Row] = []
     golds: list[list[float]] = []
     refused: list[str] = []
-    for number, row in enumerate(rows):
+    for place, row in rows:
+        number = row.get(ROW_NUMBER, place)
         try:
             if "input_ids" in row and "prompt" not in row:
                 raise ValueError("it is tokenised, and a judge needs its prompt: give JudgeEvalCallback items")

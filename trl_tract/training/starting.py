@@ -159,7 +159,7 @@ def checked_rows(
     _check_columns(rows, dataset_name)
     longest = None if room is None else room - int(args.max_completion_length or 0)
     if isinstance(rows, IterableDataset):
-        return rows if args.invalid_rows == "raise" else _kept(template, judge, longest, rows, dataset_name)
+        return _kept(template, judge, longest, rows, dataset_name, args.invalid_rows)
     refused, kept = [], []
     for number, row in enumerate(rows):
         found = problem_of(template, judge, longest, row)
@@ -197,18 +197,22 @@ def _check_columns(rows: _Rows, dataset_name: str) -> None:
 
 
 def _kept(
-    template: Template, judge: JudgeConfig, longest: int | None, rows: IterableDataset, name: str
+    template: Template, judge: JudgeConfig, longest: int | None, rows: IterableDataset, name: str, invalid_rows: str
 ) -> IterableDataset:
     dropped = 0
 
     def keep(row: Mapping[str, Any], number: int) -> bool:
         nonlocal dropped
         found = problem_of(template, judge, longest, row)
-        dropped += found is not None
-        if found is not None and dropped & (dropped - 1) == 0:  # at 1, 2, 4, 8, ...
-            summary = refusal_summary([(number, *found, 0)], None, name, None)
+        if found is None:
+            return True
+        summary = refusal_summary([(row.get(ROW_NUMBER, number), *found, 0)], None, name, None)
+        if invalid_rows == "raise":
+            raise ValueError(f"{summary} Or set invalid_rows='drop' to continue without such rows.")
+        dropped += 1
+        if dropped & (dropped - 1) == 0:  # at 1, 2, 4, 8, ...
             logger.warning(f"Dropped {dropped} row(s) of the stream so far, the last one: {summary}")
-        return found is None
+        return False
 
     return rows.filter(keep, with_indices=True)
 
