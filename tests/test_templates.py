@@ -357,6 +357,9 @@ def test_tools_that_a_template_leaves_out_are_refused() -> None:
     tools = [{"type": "function", "function": {"name": "look_up", "description": "", "parameters": {}}}]
     with pytest.raises(ScoreNotFoundError, match="leaves out the row's `tools`"):
         template_of("gemma3").ask(row_of(tools=tools))
+    documents = {"documents": [{"title": "a", "text": "b"}]}
+    with pytest.raises(ScoreNotFoundError, match="leaves out the row's `documents`"):
+        template_of("qwen2_5").ask(row_of(chat_template_kwargs=documents))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "deepseek_r1_distill"])

@@ -421,6 +421,11 @@ def test_a_range_of_one_score_is_no_grid():
         ScoreGrid.from_values("3..3")
 
 
+def test_a_range_on_the_command_line_may_begin_below_zero(tmp_path):
+    (args,) = parse("train", [TRACTConfig], ["--output_dir", str(tmp_path), "--score_values", "-2..2"])
+    assert args.score_values == [-2, -1, 0, 1, 2]
+
+
 @pytest.mark.parametrize("in_yaml", ["0..10..0.5", "[0..10..0.5]", None])
 def test_yaml_and_the_command_line_give_ranges(tmp_path, in_yaml):
     config = tmp_path / "config.yaml"

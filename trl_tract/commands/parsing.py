@@ -6,6 +6,7 @@ Knows nothing of what the commands do.
 import argparse
 import dataclasses
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class _Parser(TrlParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # of a range too: -2..2 is no option
         for action in self._actions:
             if action.dest in _MODEL:
                 options = [f"--{name}" for name in _MODEL]

@@ -329,9 +329,9 @@ def settled(
 def asks_in_chat(rows: Iterable[Mapping[str, Any]]) -> bool | None:
     """Whether prompts are chat messages, by the first 1,000 rows; None where they came tokenised, or are both."""
     kinds = {
-        None if "input_ids" in row else "messages" in row or not isinstance(row.get("prompt"), str)
+        None if "input_ids" in row else not isinstance(row.get("prompt"), str)
         for row in itertools.islice(rows, _LOOKED_AT)
-        if "prompt" not in row or row["prompt"] is not None
+        if any(row.get(name) is not None for name in ("prompt", "messages", "conversations", "input_ids"))
     }
     return kinds.pop() if len(kinds) == 1 else None
 

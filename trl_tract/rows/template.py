@@ -183,12 +183,12 @@ class Template:
                     f"the chat template leaves out what message {number} ({message['role']}) says: {said[:60]!r}. Give "
                     "it another role, put it into another message, or use another template (chat_template_path)",
                 )
-        if frame.variables.get("tools"):
-            without = {name: value for name, value in frame.variables.items() if name != "tools"}
+        for given in [name for name in ("tools", "documents") if frame.variables.get(name)]:
+            without = {name: value for name, value in frame.variables.items() if name != given}
             if cut(self._render(messages, without, True) + frame.opening, self._control)[0] == text:
                 raise ScoreNotFoundError(
                     "template",
-                    "the chat template leaves out the row's `tools`. Put them into a message, leave the column out, or "
+                    f"the chat template leaves out the row's `{given}`. Put them into a message, leave them out, or "
                     "use another template (chat_template_path)",
                 )
 
