@@ -110,6 +110,33 @@ class RowsReport:
         """Whether there is something to train on, and nothing would be refused."""
         return bool(self.trained) and not self.refused
 
+    def add_tokens(self, number: int, columns: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
+        """Count the tokens of a row that is trained on; `whole` is what it is where nothing is cut."""
+        ids, length = columns["input_ids"], whole["num_tokens"]
+        prompt = next((i for i, label in enumerate(whole["labels"]) if label != -100), length)
+        self.trained += 1
+        self.tokens.append(len(ids))
+        self.prompt_tokens.append(prompt)
+        self.completion_tokens.append(length - prompt)
+        if number < _LOOKED_AT:
+            self.sequences.append(np.stack([ids, np.arange(len(ids))], axis=1))
+
+    def add_golds(self, row: Row, golds: Sequence[float], scales: Sequence[Scale], converted: bool) -> bool:
+        """Count a row's gold scores; whether its completion says no others, and was written from them."""
+        for scale, gold, each in zip(scales, golds, read_golds(row, scales) or [], strict=True):
+            self.golds.setdefault(scale.name, array("d")).append(gold)
+            self.rated[scale.name] += len(each) > 1
+        if is_missing(row.get("score")) and is_missing(row.get("scores")):
+            return True
+        made = converted
+        written = read_golds({"completion": row["completion"]}, scales) or []
+        for scale, gold, (score,) in zip(scales, golds, written, strict=True):
+            agreement = self.agreement.setdefault(scale.name, Agreement())
+            agreement.golds.append(gold)
+            agreement.written.append(score)
+            made = made and score == scale.grid.value_of(scale.grid.nearest_text(gold))
+        return made
+
 
 def examine(
     found: Iterable[tuple[int, Item | Refusal]],
@@ -144,37 +171,20 @@ def examine(
         score_in_ce=bool(training.get("score_in_ce")),
         drop_rationale=bool(training.get("drop_rationale")),
     )
-    whole = replace(encoder, max_length=None)
+    uncut = replace(encoder, max_length=None)
     shown: set[int] = set()
     made = True  # all scores in the completions were written from the gold scores
     for number, row, converted in itertools.chain(first, rows):
-        columns = whole(row)
-        length = columns["num_tokens"]
-        report.longest = max(report.longest, length)
-        prompt = next((i for i, label in enumerate(columns["labels"]) if label != -100), length)
-        golds = [score for score in columns["score_labels"] if not np.isnan(score)]
-        if not columns["refusal_kind"] and max_length is not None and length > max_length:
+        columns = whole = uncut(row)
+        report.longest = max(report.longest, whole["num_tokens"])
+        if not whole["refusal_kind"] and max_length is not None and whole["num_tokens"] > max_length:
             columns = encoder(row)  # which of them lose their score is the encoder's to say
         if columns["refusal_kind"]:
             report.refused.append(Refusal(number, columns["refusal_kind"], columns["refusal"], columns["num_tokens"]))
             continue
-        report.trained += 1
-        for scale, gold, each in zip(scales, golds, read_golds(row, scales) or [], strict=True):
-            report.golds.setdefault(scale.name, array("d")).append(gold)
-            report.rated[scale.name] += len(each) > 1
-        if not (is_missing(row.get("score")) and is_missing(row.get("scores"))):
-            written = read_golds({"completion": row["completion"]}, scales) or []
-            for scale, gold, (score,) in zip(scales, golds, written, strict=True):
-                agreement = report.agreement.setdefault(scale.name, Agreement())
-                agreement.golds.append(gold)
-                agreement.written.append(score)
-                made = made and converted and score == scale.grid.value_of(scale.grid.nearest_text(gold))
-        ids = columns["input_ids"]
-        report.tokens.append(len(ids))
-        if number < _LOOKED_AT:
-            report.sequences.append(np.stack([ids, np.arange(len(ids))], axis=1))
-        report.prompt_tokens.append(prompt)
-        report.completion_tokens.append(length - prompt)
+        report.add_tokens(number, columns, whole)
+        golds = [score for score in whole["score_labels"] if not np.isnan(score)]
+        made = report.add_golds(row, golds, scales, converted) and made
         if number in shown:
             continue  # of a record with several rationales, the first
         if len(report.examples) < _EXAMPLES if examples is None else number in examples:

@@ -6,7 +6,7 @@ Knows nothing of how steps are done; what is in a row, and what is refused, come
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,90 +93,117 @@ class Plan:
         )
 
 
+@dataclass
+class _Items:
+    """Which items a run would train on, hold out and keep aside; counted as they are read."""
+
+    data: Source
+    split: Callable[[Item], bool] = nothing_held_out
+    aside: Callable[[Item], bool] = nothing_held_out
+    held_out: int = 0
+    kept_aside: int = 0
+    groups: set[int] = field(default_factory=set)
+    others: set[int] = field(default_factory=set)
+
+    def hold_out(self, item: Item) -> None:
+        """Count an item that is evaluated on."""
+        self.held_out += 1
+        self.groups.add(hash(item.group))
+
+    def to_train_on(self) -> Iterator[tuple[int, Item | Refusal]]:
+        """What is left of the data, and what of it is refused."""
+        for number, item in self.data.found():
+            if isinstance(item, Refusal):
+                yield number, item
+            elif self.split(item):
+                self.hold_out(item)
+            else:
+                self.others.add(hash(item.group))
+                if self.aside(item):
+                    self.kept_aside += 1
+                else:
+                    yield number, item
+
+
 def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = print) -> bool:
     """Print what `run_tract` would do with the same arguments; whether it would take all rows."""
     spec = spec.settled(say)
-    training = spec.training
     done = _finished(Path(output_dir), spec.settings())
-    data, held_out, groups, others = spec.source(spec.data), 0, set[int](), set[int]()
+    steps = steps_of(spec)
+    data = spec.source(spec.data)
     if spec.bootstraps:  # what is still to be written is left out
         data = replace(data, bare="lacking")
     readable = replace(data, invalid_rows="drop", say=_silent)  # refusals are told below, all together
-    split: Callable[[Item], bool] = nothing_held_out
-    evaluated = None
+    items, evaluated = _Items(data), None
     if spec.eval_data is None:
-        split = spec.split(readable)
+        items.split = spec.split(readable)
     else:
         evaluated = spec.source(spec.eval_data, say)
         for _, judged in evaluated.items():
-            held_out += 1
-            groups.add(hash(judged.group))
-    steps = steps_of(spec)
-    aside = spec.kept_aside(readable, split, evaluated) if "calibrate-tract" in steps else nothing_held_out
-    why_not, aside = (aside, nothing_held_out) if isinstance(aside, str) else ("", aside)
-    kept_aside = 0
-
-    def to_train_on() -> Iterator[tuple[int, Item | Refusal]]:
-        nonlocal held_out, kept_aside
-        for number, item in data.found():
-            if isinstance(item, Item) and not split(item):
-                others.add(hash(item.group))
-            if isinstance(item, Item) and split(item):
-                held_out += 1
-                groups.add(hash(item.group))
-            elif isinstance(item, Item) and aside(item):
-                kept_aside += 1
-            else:
-                yield number, item
-
-    report, encoder = examine(
-        to_train_on(), data.title, tokenizer_to_train(spec.model, training.get("chat_template_path")), training
-    )
-    chosen = spec
+            items.hold_out(judged)
+    why_not = ""
+    if "calibrate-tract" in steps:
+        aside = spec.kept_aside(readable, items.split, evaluated)
+        if isinstance(aside, str):
+            why_not = aside
+        else:
+            items.aside = aside
+    tokenizer = tokenizer_to_train(spec.model, spec.training.get("chat_template_path"))
+    report, encoder = examine(items.to_train_on(), data.title, tokenizer, spec.training)
     if spec.objective == "auto" and report.tokens:
-        scales = tuple(spec.scales)
-        golds = list(zip(*(report.golds[scale.name] for scale in scales), strict=True))
-        facts = measured(spec.model, scales, report.trained, report.tokens, report.completion_tokens, golds)
-        recipe = derive(facts, spec.set_by_user).to_dict()
-        chosen = spec.with_recipe(recipe)
-        if spec.bootstraps:  # twice the longest rationale, and there is none
-            recipe["generation"].pop("max_new_tokens", None)
-        say("\n".join(tell(recipe)) + "\n")
-    training = chosen.training
+        spec = _derived(spec, report, say)
     say(f"Dry run: nothing is trained or written. trl-tract run would do this in {output_dir}:")
     for number, (name, title) in enumerate(steps.items(), start=1):
-        lines = [f"[{number}/{len(steps)}] {title}"]
-        if name in done:
-            lines[0] += f": finished before, in {done[name]:.0f} s"
-        elif name == "bootstrap":
-            rows = report.trained if spec.rationales == "bootstrap" else report.bare
-            lines.append(f"{rows:,} rows; what it will cost is said at its start")
-        elif report.tokens and name in ("stage1", "stage2"):
-            # The stage-one model's own rationales are taken to be as long as the annotated ones.
-            times = spec.num_generations if name == "stage2" and spec.writes_rationales else 1
-            lines.append(str(Plan.of(report.tokens * times, training, _processes())))
-            if times > 1 and spec.stage_two_training["share_prompts"]:
-                lines.append(f"share_prompts: the {times} rationales of a prompt stand in one micro-batch, behind it")
-        elif name.startswith("calibrate-") and not kept_aside:
-            lines[0] += ": left out"
-        elif spec.writes_rationales and report.tokens and name in _GENERATED:
-            prompts, each = (report.trained, spec.num_generations) if name == "distill" else (held_out, 1)
-            if name.startswith("calibrate-"):
-                prompts = kept_aside
-            total = prompts * each * len(spec.scales)
-            most = f", at most {int(chosen.generation.get('max_new_tokens', 1024)):,} tokens each"
-            lines.append(f"{total:,} rationales for {prompts:,} prompts{'' if spec.bootstraps else most}")
-        say("\n    ".join(lines))
-    apart = f", {kept_aside:,} items kept aside to calibrate with" if kept_aside else ""
-    say(f"\n{report.trained:,} rows to train on, {held_out:,} held-out items in {len(groups):,} groups{apart}")
+        finished = f": finished before, in {done[name]:.0f} s" if name in done else None
+        lines = [] if finished else _work(name, spec, report, items)
+        left_out = ": left out" if name.startswith("calibrate-") and not items.kept_aside else ""
+        say("\n    ".join([f"[{number}/{len(steps)}] {title}{finished or left_out}", *lines]))
+    apart = f", {items.kept_aside:,} items kept aside to calibrate with" if items.kept_aside else ""
+    held_out = f"{items.held_out:,} held-out items in {len(items.groups):,} groups"
+    say(f"\n{report.trained:,} rows to train on, {held_out}{apart}")
     if why_not:
         say(f"The judges would not be calibrated: {why_not}")
     if spec.bootstraps:
         say("Rows are counted without the rationales that are still to be written. The settings are derived after that")
-    if few := too_few_groups(len(groups), 0 if spec.eval_data else len(others)):
+    if few := too_few_groups(len(items.groups), 0 if spec.eval_data else len(items.others)):
         say(few)
-    _warn(training, output_dir, say)
-    return _rest(report, encoder, training, colour, say)
+    _warn(spec.training, output_dir, say)
+    return _rest(report, encoder, spec.training, colour, say)
+
+
+def _derived(spec: RunSpec, report: RowsReport, say: Say) -> RunSpec:
+    """The run with the settings that it would derive, which are told."""
+    golds = list(zip(*(report.golds[scale.name] for scale in spec.scales), strict=True))
+    scales, lengths = tuple(spec.scales), (report.tokens, report.completion_tokens)
+    recipe = derive(measured(spec.model, scales, report.trained, *lengths, golds), spec.set_by_user).to_dict()
+    derived = spec.with_recipe(recipe)
+    if spec.bootstraps:  # twice the longest rationale, and there is none
+        recipe["generation"].pop("max_new_tokens", None)
+    say("\n".join(tell(recipe)) + "\n")
+    return derived
+
+
+def _work(name: str, spec: RunSpec, report: RowsReport, items: _Items) -> list[str]:
+    """How much there is to do in a step, where that is known."""
+    if name == "bootstrap":
+        rows = report.trained if spec.rationales == "bootstrap" else report.bare
+        return [f"{rows:,} rows; what it will cost is said at its start"]
+    if not report.tokens:
+        return []
+    if name in ("stage1", "stage2"):
+        # The stage-one model's own rationales are taken to be as long as the annotated ones.
+        times = spec.num_generations if name == "stage2" and spec.writes_rationales else 1
+        lines = [str(Plan.of(report.tokens * times, spec.training, _processes()))]
+        if times > 1 and spec.stage_two_training["share_prompts"]:
+            lines.append(f"share_prompts: the {times} rationales of a prompt stand in one micro-batch, behind it")
+        return lines
+    calibrates = name.startswith("calibrate-")
+    if name not in _GENERATED or not spec.writes_rationales or (calibrates and not items.kept_aside):
+        return []
+    prompts = report.trained if name == "distill" else items.kept_aside if calibrates else items.held_out
+    total = prompts * len(spec.scales) * (spec.num_generations if name == "distill" else 1)
+    most = f", at most {int(spec.generation.get('max_new_tokens', 1024)):,} tokens each"
+    return [f"{total:,} rationales for {prompts:,} prompts{'' if spec.bootstraps else most}"]
 
 
 def _silent(_: str) -> None:

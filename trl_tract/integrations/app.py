@@ -60,6 +60,52 @@ class Metrics:
                 self.mass.observe(own.grid_mass)
 
 
+class Desk:
+    """Takes the items of requests, within limits, has them judged, and counts what comes of them."""
+
+    def __init__(self, judge: CoTRAILJudge, *, max_batch: int, max_queue: int, max_items: int, answer_seconds: float):
+        self.judge, self.metrics = judge, Metrics()
+        self.max_queue, self.max_items, self.answer_seconds = max_queue, max_items, answer_seconds
+        batches = self.metrics.batches
+        self.batcher = Batcher(judge, max_batch=max_batch, max_queue=max_queue, on_batch=batches.observe)
+        self.metrics.waiting.set_function(lambda: self.batcher.waiting)
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """What is under way is finished before the server ends."""
+        yield
+        await asyncio.to_thread(self.batcher.close)
+
+    async def judged(self, request: Request, items: Sequence[Any]) -> list[Judgement]:
+        """Judge the items of a request.
+
+        Raises:
+            Refusal: There are too many of them, they came too late, or none could be judged.
+        """
+        rows = [_row(item, self.judge) for item in items]
+        if len(rows) > self.max_items:
+            told = f"{len(rows)} items in one request, and {self.max_items} are taken. Send several requests"
+            raise Refusal(413, told)
+        try:
+            futures = self.batcher.submit(rows, [item.seed for item in items])
+        except QueueFull:
+            told = f"{self.batcher.waiting} items are waiting, and {self.max_queue} may. Send the request again later"
+            raise Refusal(429, told, {"Retry-After": "1"}) from None
+        except Closed:
+            raise Refusal(503, "the server is being stopped. Send the request to another one") from None
+        outcomes = await _outcomes(futures, request, self.answer_seconds)
+        judgements = []
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                logger.error("an item could not be judged", exc_info=outcome)
+                outcome = Judgement(error=f"the judge failed ({type(outcome).__name__}); the server's log says more")
+            self.metrics.judged(outcome)
+            judgements.append(outcome)
+        if outcomes and all(isinstance(outcome, BaseException) for outcome in outcomes):
+            raise Refusal(500, str(judgements[0].error))
+        return judgements
+
+
 def make_app(
     judge: CoTRAILJudge,
     name: str,
@@ -80,62 +126,33 @@ def make_app(
         max_queue: Items that may wait; more are refused with 429.
         answer_seconds: Seconds that a request may take; then it leaves the queue and is refused with 504.
     """
-    metrics = Metrics()
-    batcher = Batcher(judge, max_batch=max_batch, max_queue=max_queue, on_batch=metrics.batches.observe)
-    metrics.waiting.set_function(lambda: batcher.waiting)
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        await asyncio.to_thread(batcher.close)
-
+    desk = Desk(judge, max_batch=max_batch, max_queue=max_queue, max_items=max_items, answer_seconds=answer_seconds)
+    metrics = desk.metrics
     app = FastAPI(
         title="trl-tract judge",
         version=__version__,
         description=f"{name}: scores responses, with a rationale and exact probabilities of the scores.",
-        lifespan=lifespan,
+        lifespan=desk.lifespan,
         default_response_class=_Ascii,
+        exception_handlers=_ERRORS,
         # Their pages load scripts from elsewhere.
         docs_url=None,
         redoc_url=None,
     )
 
-    async def judged(request: Request, rows: list[Row], seeds: list[int | None]) -> list[Judgement]:
-        if len(rows) > max_items:
-            raise Refusal(413, f"{len(rows)} items in one request, and {max_items} are taken. Send several requests")
-        try:
-            futures = batcher.submit(rows, seeds)
-        except QueueFull:
-            told = f"{batcher.waiting} items are waiting, and {max_queue} may. Send the request again later"
-            raise Refusal(429, told, {"Retry-After": "1"}) from None
-        except Closed:
-            raise Refusal(503, "the server is being stopped. Send the request to another one") from None
-        outcomes = await _outcomes(futures, request, answer_seconds)
-        judgements = []
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                logger.error("an item could not be judged", exc_info=outcome)
-                outcome = Judgement(error=f"the judge failed ({type(outcome).__name__}); the server's log says more")
-            metrics.judged(outcome)
-            judgements.append(outcome)
-        if outcomes and all(isinstance(outcome, BaseException) for outcome in outcomes):
-            raise Refusal(500, str(judgements[0].error))
-        return judgements
-
     @app.post("/judge", response_model=Answer | list[Answer])
     async def judge_items(request: Request, body: OneOrMany) -> Any:
         """Judge one response, or a list of them: an answer for one, a list in the same order for a list."""
-        items = body if isinstance(body, list) else [body]
-        rows = [_row(item, judge) for item in items]
-        answers = [answer(each, judge.scales) for each in await judged(request, rows, [each.seed for each in items])]
-        return _Ascii([each.model_dump() for each in answers] if isinstance(body, list) else answers[0].model_dump())
+        judgements = await desk.judged(request, body if isinstance(body, list) else [body])
+        answers = [answer(each, judge.scales).model_dump() for each in judgements]
+        return _Ascii(answers if isinstance(body, list) else answers[0])
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatRequest) -> Any:
         """The same in the form of OpenAI's chat completions; the judgement's numbers are in `judgement`."""
         if body.model != name:
             raise Refusal(404, f"there is no model {short(body.model, 100)!r} here; this judge is called {name!r}")
-        (judgement,) = await judged(request, [_row(body, judge)], [body.seed])
+        (judgement,) = await desk.judged(request, [body])
         if judgement.error:
             raise Refusal(422, f"there is no score: {judgement.error}")
         return _Ascii(body.completion(judgement, judge.scales))
@@ -148,7 +165,7 @@ def make_app(
     @app.get("/health")
     async def health() -> Any:
         """Whether items are taken."""
-        well = batcher.alive and not gate.draining
+        well = desk.batcher.alive and not gate.draining
         return _Ascii({"status": "ok" if well else "stopping", "model": name}, 200 if well else 503)
 
     @app.get("/metrics", response_class=Response)
@@ -162,27 +179,6 @@ def make_app(
     async def form() -> Any:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
-    @app.exception_handler(Refusal)
-    async def refused(request: Request, refusal: Refusal) -> Any:
-        return _Ascii(error_body(refusal.message, refusal.kind), refusal.status, refusal.headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def not_understood(request: Request, error: RequestValidationError) -> Any:
-        return _Ascii(error_body(_in_words(error)), 422)
-
-    @app.exception_handler(HTTPException)
-    async def not_there(request: Request, error: HTTPException) -> Any:
-        told = {
-            404: f"there is nothing at this address. There are {_ROUTES}",
-            405: f"this address does not take {request.method}. There are {_ROUTES}",
-            400: "the body cannot be read as JSON",
-        }
-        return _Ascii(error_body(told.get(error.status_code, str(error.detail))), error.status_code, error.headers)
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> Any:
-        return _Ascii(error_body(f"the server failed ({type(error).__name__})", "server_error"), 500)
-
     paths = {getattr(route, "path", "") for route in app.routes}
 
     def count(path: str, status: int, seconds: float) -> None:
@@ -192,6 +188,35 @@ def make_app(
 
     gate = Gate(app, key=key, hosts=hosts, max_bytes=max_bytes, on_answer=count)
     return gate
+
+
+async def _refused(request: Request, refusal: Any) -> Response:
+    return _Ascii(error_body(refusal.message, refusal.kind), refusal.status, refusal.headers)
+
+
+async def _not_understood(request: Request, error: Any) -> Response:
+    return _Ascii(error_body(_in_words(error)), 422)
+
+
+async def _not_there(request: Request, error: Any) -> Response:
+    told = {
+        404: f"there is nothing at this address. There are {_ROUTES}",
+        405: f"this address does not take {request.method}. There are {_ROUTES}",
+        400: "the body cannot be read as JSON",
+    }
+    return _Ascii(error_body(told.get(error.status_code, str(error.detail))), error.status_code, error.headers)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return _Ascii(error_body(f"the server failed ({type(error).__name__})", "server_error"), 500)
+
+
+_ERRORS: dict[int | type[Exception], Any] = {
+    Refusal: _refused,
+    RequestValidationError: _not_understood,
+    HTTPException: _not_there,
+    Exception: _failed,
+}
 
 
 def _row(item: Any, judge: CoTRAILJudge) -> Row:

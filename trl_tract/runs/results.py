@@ -17,9 +17,9 @@ from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.saved.model_card import add_evaluation, add_training_run
 
 STAGES = {"stage one": "stage1", "stage two": "tract", "reinforcement": "real"}
+"""What a run calls its stages, and the folders they train in."""
 LEAST_SPREAD = 0.15
 """Of a run's calibrated scores, in parts of the gold scores': a constant ranks nothing."""
-"""What a run calls its stages, and the folders they train in."""
 
 
 def judged_items(
