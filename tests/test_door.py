@@ -167,6 +167,14 @@ def test_messages_that_a_table_made_text_of_are_refused(name, how, tmp_path):
     assert refused.kind == "not text"
 
 
+@pytest.mark.parametrize("name", ["prompt", "chosen", "rejected"])
+def test_pairs_that_a_table_made_text_of_are_refused(name, tmp_path):
+    row = {"prompt": "ask", "chosen": "good", "rejected": "bad", name: '[{"content": "good", "role": "assistant"}]'}
+    own = OwnColumns({}, Rubric("Polite?", {str(score): "so" for score in range(1, 6)}))
+    ((_, refused),) = Source(written(tmp_path, "csv", [row]), SCALES, own).found(judged=True)
+    assert refused.kind == "pair"
+
+
 @pytest.mark.parametrize("score", ["1", "2.0", "4.5"])
 def test_numbers_as_text_that_may_be_a_score_or_its_value_are_refused(score, tmp_path):
     scales = read_scales({"score_values": {str(text): 6 - text for text in range(1, 6)}})

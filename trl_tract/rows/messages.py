@@ -12,6 +12,7 @@ from trl_tract.scale.text import ScoreNotFoundError
 
 # Set around what spells a control token in a message. Noncharacters of the private use planes: in no real text.
 _FROM, _TO = "\U000ffffc", "\U000ffffd"
+_SPELLED = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value)["']\s*:.*\}\s*\]\s*""", re.DOTALL)
 
 
 def text_of(content: Any) -> str:
@@ -27,6 +28,20 @@ def text_of(content: Any) -> str:
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
             raise ScoreNotFoundError("not text", f"a message holds a part of type {kind!r}; a judge reads text alone")
     return "".join(part if isinstance(part, str) else part["text"] for part in content)
+
+
+def no_spelled_messages(name: str, text: str) -> None:
+    """Refuse a text that is a list of chat messages as JSON or Python writes it.
+
+    Raises:
+        ScoreNotFoundError: It is; `name` is the column.
+    """
+    if _SPELLED.fullmatch(text):
+        raise ScoreNotFoundError(
+            "not text",
+            f"the {name} is the text of a list of chat messages, as a table writes it: give the list itself, in JSONL "
+            "or Parquet; or put words around it, if it is meant as text",
+        )
 
 
 def shows(text: str, said: str) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 
 from trl_tract.evaluation.intervals import Interval, bootstrap, interval
 from trl_tract.evaluation.pairs import METRICS, Floats, numbered
-from trl_tract.rows.messages import text_of
+from trl_tract.rows.messages import no_spelled_messages, text_of
 from trl_tract.rows.row import Row
 from trl_tract.sources.prompts import cleaned_instruction, prometheus_question
 from trl_tract.sources.rubric import Rubric
@@ -53,6 +53,9 @@ def pair_rows(record: Mapping[str, Any], rubric: Rubric | None, marker: str) -> 
                 "this is a pair of responses (chosen, rejected): say how to judge them, with --rubric RUBRIC.yaml"
             )
         asked, responses = record.get("prompt"), [record[side] for side in SIDES]
+        for name in ("prompt", *SIDES):
+            if isinstance(text := record.get(name), str):
+                no_spelled_messages(name, text)
         texts = [_text(response[-1:] if isinstance(response, list) else response) for response in responses]
         if not all(text.strip() for text in texts):
             raise ValueError("one of `chosen` and `rejected` is empty")

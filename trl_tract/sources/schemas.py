@@ -1,13 +1,13 @@
 """A record of any schema that is understood -> a judge item. Knows nothing of files, tokens or models."""
 
 import json
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trl_tract.rows.frame import REASONING
 from trl_tract.rows.golds import is_missing, mean_golds, read_golds
+from trl_tract.rows.messages import no_spelled_messages
 from trl_tract.rows.rendering import as_prompt_completion, with_completion
 from trl_tract.rows.row import RENDERED_WITH, Row
 from trl_tract.rows.thinking import completion_text, scored_text
@@ -140,8 +140,6 @@ def _read_item(row: Row, scales: Sequence[Scale], judged: bool, converted: bool)
 
 
 _CHATS = {"messages", "conversations"}
-_SPELLED = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value)["']\s*:.*\}\s*\]\s*""", re.DOTALL)
-"""Chat messages as JSON or Python writes them."""
 
 
 def _cleaned(record: Mapping[str, Any], used: Collection[str]) -> Row:
@@ -191,12 +189,8 @@ def _check_chat(row: Row) -> None:
         raise ScoreNotFoundError("no prompt", "the prompt is missing")
     for name in ("prompt", "completion"):
         value = row.get(name)
-        if isinstance(value, str) and _SPELLED.fullmatch(value):
-            raise ScoreNotFoundError(
-                "not text",
-                f"the {name} is the text of a list of chat messages, as a table writes it: give the list itself, in "
-                "JSONL or Parquet; or put words around it, if it is meant as text",
-            )
+        if isinstance(value, str):
+            no_spelled_messages(name, value)
         if value is None or isinstance(value, str):
             continue
         if not isinstance(value, list) or not value:
