@@ -1,4 +1,4 @@
-"""Between the stages: the stage-one model writes its own rationale for every training prompt. The gold scores stay.
+"""Let the stage-one model write its own rationale for every training prompt. The gold scores stay the same.
 
     python examples/distill.py \
         --model stage1 \
@@ -6,8 +6,8 @@
         --output_dir self-generated \
         --max_new_tokens 256
 
-What is finished is on disk: stopped and started again, it goes on. On many GPUs put `accelerate launch` in place of
-`python`: the processes share the rows.
+Finished blocks are saved, so an interrupted run continues when you start it again. On several GPUs, use `accelerate
+launch` instead of `python`: the processes share the rows.
 """
 
 from dataclasses import dataclass, field
@@ -20,15 +20,15 @@ from trl_tract import CoTSelfDistill, TransformersBackend
 
 @dataclass
 class DistillArguments:
-    model: str = field(metadata={"help": "The stage-one model or adapter: directory or hub id."})
-    output_dir: str = field(metadata={"help": "Receives rows.jsonl, the rows of stage two."})
-    num_generations: int = field(default=1, metadata={"help": "Stage-two rows for each prompt."})
-    max_new_tokens: int = field(default=1024, metadata={"help": "Tokens a rationale may have."})
-    batch_size: int = field(default=8, metadata={"help": "Rationales that are written at once."})
+    model: str = field(metadata={"help": "Stage-one model or adapter: directory or hub id."})
+    output_dir: str = field(metadata={"help": "Output directory for rows.jsonl, the rows of stage two."})
+    num_generations: int = field(default=1, metadata={"help": "Number of rationales per prompt."})
+    max_new_tokens: int = field(default=1024, metadata={"help": "Maximum number of tokens in a rationale."})
+    batch_size: int = field(default=8, metadata={"help": "Number of rationales generated at once."})
     on_failure: str = field(
         default="keep_gold",
         metadata={
-            "help": "What happens to a row whose rationale fails in every attempt.",
+            "help": "What to do with a row if all attempts fail.",
             "choices": ["keep_gold", "drop", "raise"],
         },
     )
@@ -39,7 +39,7 @@ def main(script_args: ScriptArguments, args: DistillArguments) -> None:
         script_args.dataset_name, name=script_args.dataset_config, split=script_args.dataset_train_split
     )
 
-    # VLLMBackend or ServerBackend write the same rationales faster on a GPU.
+    # On a GPU, VLLMBackend and ServerBackend are faster.
     backend = TransformersBackend(args.model, batch_size=args.batch_size)
     distiller = CoTSelfDistill.from_pretrained(
         args.model,

@@ -1,7 +1,7 @@
 """Train a policy with GRPO on a judge's expected scores.
 
-The policy is asked to write what the demo's judge has learned to score. For a judge of your own, change TASKS and
-`judge_prompt`: the judge must be asked exactly as in its training rows.
+The policy writes texts of the kind that the demo's judge was trained to score. For your own judge, change TASKS and
+`judge_prompt`: the judge's prompts must have exactly the format of its training rows.
 
     python examples/grpo_judge_reward.py \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
@@ -31,12 +31,12 @@ TASKS = {
 
 @dataclass
 class JudgeArguments:
-    judge: str = field(metadata={"help": "The judge or its adapter: directory or hub id."})
-    judge_max_new_tokens: int = field(default=256, metadata={"help": "Tokens a rationale of the judge may have."})
+    judge: str = field(metadata={"help": "Judge model or adapter: directory or hub id."})
+    judge_max_new_tokens: int = field(default=256, metadata={"help": "Maximum tokens in the judge's rationale."})
 
 
 def judge_prompt(row):
-    """The prompt of the judge's training rows; what the policy wrote stands in the user's turn."""
+    """Build the prompt as in the judge's training rows, with the policy's text as the user turn."""
     rubric = f"Score this {row['task']}: 1, plus 1 for each of {row['criteria']}."
     system = f"{rubric} Quote a word for each, or none, then [RESULT] and the score."
     written = row["completion"][-1]["content"]

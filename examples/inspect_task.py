@@ -1,8 +1,8 @@
-"""An inspect_ai task whose answers a TRACT judge scores.
+"""An inspect_ai task scored by a TRACT judge.
 
     inspect eval examples/inspect_task.py -T judge=my-judge/tract -T data=rows.jsonl --model MODEL
 
-Rows have an `instruction` and, if known, a `reference`: what a judge with a saved rubric is given beside the response.
+Rows have an `instruction` and optionally a `reference`. A judge with a saved rubric gets both with the response.
 """
 
 from inspect_ai import Task, task
@@ -18,8 +18,8 @@ def judged(judge: str, data: str, reference: bool = False) -> Task:
 
     Args:
         judge: A judge's directory or hub id, or the address of `trl-tract serve`.
-        data: JSONL with `instruction` and, with `reference`, `reference`.
-        reference: Whether the judge is given the reference.
+        data: JSONL with the columns `instruction` and, if used, `reference`.
+        reference: Whether to give the judge the reference.
     """
     fields = FieldSpec(input="instruction", target="reference")
     return Task(

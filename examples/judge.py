@@ -1,4 +1,4 @@
-"""Score rows with a trained judge, and compare with their gold scores where they have some.
+"""Score rows with a trained judge, and compare with gold scores if the rows have them.
 
     python examples/judge.py \
         --model judge \
@@ -6,7 +6,7 @@
         --output_file judged.jsonl \
         --max_new_tokens 256
 
-`trl-tract judge` does the same for long runs: it survives being killed, and shares the rows among processes.
+For long runs use `trl-tract judge`: it can be interrupted and continued, and shares the rows among processes.
 """
 
 import json
@@ -20,11 +20,11 @@ from trl_tract import CoTRAILJudge, TransformersBackend, score_report
 
 @dataclass
 class JudgeArguments:
-    model: str = field(metadata={"help": "The judge or its adapter: directory or hub id."})
-    output_file: str = field(metadata={"help": "Receives a line of JSON for each row: score, rationales, error."})
-    num_generations: int = field(default=1, metadata={"help": "Rationales for each row; their scores are averaged."})
-    max_new_tokens: int = field(default=1024, metadata={"help": "Tokens a rationale may have."})
-    batch_size: int = field(default=8, metadata={"help": "Rationales that are written at once."})
+    model: str = field(metadata={"help": "Judge model or adapter: directory or hub id."})
+    output_file: str = field(metadata={"help": "Output file, with one JSON line per row: score, rationales, error."})
+    num_generations: int = field(default=1, metadata={"help": "Rationales per row. Their scores are averaged."})
+    max_new_tokens: int = field(default=1024, metadata={"help": "Maximum number of tokens in a rationale."})
+    batch_size: int = field(default=8, metadata={"help": "Number of rationales generated at once."})
 
 
 def main(script_args: ScriptArguments, args: JudgeArguments) -> None:
@@ -42,7 +42,7 @@ def main(script_args: ScriptArguments, args: JudgeArguments) -> None:
         for judgement in judgements:
             file.write(json.dumps(judgement.to_dict()) + "\n")
 
-    # An item that could not be scored has an error that says why, and NaN for a score: never a guess.
+    # An item that could not be scored has an error with the reason, and NaN as its score.
     scored = [judgement for judgement in judgements if judgement.error is None]
     print(f"{len(scored)} of {len(judgements)} rows have a score; all are in {args.output_file}")
     if "score" in rows.column_names:

@@ -1,4 +1,4 @@
-"""Train a judge further on its own errors: rows need a prompt and a score, and no rationale.
+"""Train a judge further on its own errors. Rows need a prompt and a score, but no rationale.
 
     python examples/real.py \
         --model_name_or_path judge \
@@ -8,7 +8,7 @@
         --max_completion_length 256 \
         --learning_rate 1e-6
 
-The judge is what `stage_two.py` saved, full or adapter: grid, marker and format are read from beside it.
+The judge is the full model or adapter that `stage_two.py` saved. Grid, marker and format are read from its directory.
 """
 
 from datasets import load_dataset

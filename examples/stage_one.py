@@ -1,7 +1,7 @@
 """Stage one of TRACT: train the seed model on annotated rationales and scores.
 
-`--dataset_name` is a hub id, or a directory with `train.jsonl` and `eval.jsonl` such as the demo's. The rows are TRL's
-prompt-completion type.
+`--dataset_name` is a hub id, or a directory with `train.jsonl` and `eval.jsonl` such as the demo's. Rows have TRL's
+prompt-completion format.
 
     python examples/stage_one.py \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
@@ -14,7 +14,7 @@ prompt-completion type.
         --eval_strategy epoch \
         --use_peft --lora_r 8 --lora_target_modules all-linear
 
-QLoRA on a consumer card: add `--load_in_4bit`. Many GPUs: `accelerate launch examples/stage_one.py ...`.
+QLoRA on a consumer card: add `--load_in_4bit`. Several GPUs: `accelerate launch examples/stage_one.py ...`.
 """
 
 from datasets import load_dataset
@@ -42,7 +42,7 @@ def main(script_args: ScriptArguments, training_args: TRACTConfig, model_args: M
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
 
-    # Beside the weights lie the tokenizer and tract_config.json, from which a judge reads grid and marker.
+    # This also saves the tokenizer and tract_config.json, from which a judge reads grid and marker.
     trainer.save_model()
     trainer.create_model_card(dataset_name=script_args.dataset_name)
     trainer.accelerator.print(f"Stage one is in {training_args.output_dir}; next: examples/distill.py")

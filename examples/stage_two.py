@@ -1,6 +1,6 @@
 """Stage two of TRACT: train the SEED model again, on the rationales that the stage-one model wrote.
 
-Not the stage-one model: the paper's ablation that goes on from it ends lower. Use the options of stage one otherwise.
+Do not start from the stage-one model: that gave worse results in the paper's ablation. Use stage one's other options.
 
     python examples/stage_two.py \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
@@ -12,7 +12,7 @@ Not the stage-one model: the paper's ablation that goes on from it ends lower. U
         --gradient_accumulation_steps 2 \
         --use_peft --lora_r 8 --lora_target_modules all-linear
 
-The judge goes to the hub, into a private repository, with `--push_to_hub --hub_model_id user/my-judge`.
+To upload the judge to a private repository on the hub, add `--push_to_hub --hub_model_id user/my-judge`.
 """
 
 from dataclasses import dataclass, field
@@ -46,7 +46,7 @@ def main(script_args: StageTwoArguments, training_args: TRACTConfig, model_args:
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
 
-    trainer.save_model()  # with --push_to_hub it is uploaded here, with its card
+    trainer.save_model()  # with --push_to_hub, this also uploads it with its card
     trainer.create_model_card()
     trainer.accelerator.print(f"The judge is in {training_args.output_dir}; next: examples/judge.py")
     trainer.end()

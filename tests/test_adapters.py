@@ -178,5 +178,5 @@ def test_several_adapters_at_once_are_refused(tmp_path):
 def test_an_adapter_that_is_frozen_is_refused(tmp_path):
     model = get_peft_model(make_model(), lora())
     model.requires_grad_(False)
-    with pytest.raises(ValueError, match="no weight of the adapter default is trainable"):
+    with pytest.raises(ValueError, match="no trainable weights in the adapter default"):
         trained(tmp_path, model)

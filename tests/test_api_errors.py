@@ -63,18 +63,18 @@ MISTAKES = {
     "one row instead of a list": (
         lambda _: judge().judge("Judge this."),
         TypeError,
-        "rows is one str: put it into a list",
+        "rows is a single str. Put it into a list",
     ),
     "one dict instead of a list": (lambda _: judge().judge({"prompt": "a"}), TypeError, "as in judge.judge([row])[0]"),
     "a response for a judge without a rubric": (
         lambda _: judge().judge_response(response="a"),
         ValueError,
-        "no rubric was saved with this judge. Write the prompts as in training, with rubric_prompt",
+        "no rubric was saved with this judge. Build the prompts as in training and use judge()",
     ),
     "fewer instructions than responses": (
         lambda _: with_rubric().judge_response(response=["a", "b"], instruction=["c"]),
         ValueError,
-        "1 instructions for 2 responses: give one for each",
+        "1 instructions for 2 responses. Pass one for each",
     ),
     "a table instead of rows": (
         lambda _: judge().judge(pandas.DataFrame([{"prompt": "a"}])),
@@ -85,7 +85,7 @@ MISTAKES = {
     "no rows to distill": (
         lambda folder: CoTSelfDistill(scripted()).distill(Dataset.from_list([]), folder),
         ValueError,
-        "the dataset holds no rows",
+        "the dataset is empty",
     ),
     "times of day to distill": (
         lambda folder: CoTSelfDistill(scripted()).distill(
@@ -97,7 +97,7 @@ MISTAKES = {
     "a backend that returns too few probabilities": (
         lambda _: CoTRAILJudge(Short(lambda *_: "fine. [RESULT]", make_tokenizer())).judge(["a", "b"]),
         ValueError,
-        "next_token_logprobs of the backend 'scripted' returned an array of shape (2, 3) where (2, 5) was asked for",
+        "next_token_logprobs of the backend 'scripted' returned an array of shape (2, 3) but must return (2, 5)",
     ),
     "no rationale": (lambda _: judge(num_generations=0), ValueError, "num_generations=0 must be 1 or more"),
     "no attempt": (lambda _: judge(max_attempts=0), ValueError, "max_attempts=0 must be 1 or more"),
@@ -113,11 +113,11 @@ MISTAKES = {
         ValueError,
         "put the words into score_texts",
     ),
-    "a grid of one number": (lambda _: TRACTConfig("out", score_values=5), ValueError, "give them in rubric units"),
+    "a grid of one number": (lambda _: TRACTConfig("out", score_values=5), ValueError, "Give the scores as numbers"),
     "sampling that the gradient does not know of": (
         lambda _: REALConfig("out", top_p=0.9),
         ValueError,
-        "leave top_p at 1.0, or set advantages='normalised'",
+        "Leave top_p at 1.0, or set advantages='normalised'",
     ),
     "ratios that are cut below an unchanged model's": (
         lambda _: REALConfig("out", loss_type="cispo"),
@@ -127,17 +127,17 @@ MISTAKES = {
     "whole turns for rationales that end none": (
         lambda _: REALConfig("out", mask_truncated_completions=True),
         ValueError,
-        "rationales that never reach the marker earn no_score_penalty",
+        "rationales that never reach the marker get no_score_penalty",
     ),
     "a reward beside the judge's own error": (
         lambda folder: REALTrainer(seed(folder), REALConfig("out"), reward_funcs=[len]),
         ValueError,
-        "reward_funcs: REALTrainer's reward is the judge's own error",
+        "reward_funcs is not supported: REALTrainer's reward is the judge's own error",
     ),
     "reinforcement of several aspects": (
         lambda folder: run(folder, rl={}, training={"aspects": {"a": {"marker": "[A]"}, "b": {"marker": "[B]"}}}),
         ValueError,
-        "rl trains judges of one score",
+        "rl supports judges with one score only",
     ),
     "reinforcement without rationales": (
         lambda folder: run(folder, rl={}, training={"drop_rationale": True}),
@@ -158,7 +158,7 @@ MISTAKES = {
     "a backend by a name that needs more": (
         lambda folder: CoTRAILJudge.from_pretrained(trained(folder), backend="vllm"),
         ValueError,
-        "give 'transformers', or a backend, such as VLLMBackend(path)",
+        "Pass 'transformers', or a backend object such as VLLMBackend(path)",
     ),
     "a recalibration that nobody fitted": (
         lambda folder: CoTRAILJudge.from_pretrained(trained(folder), scripted(), recalibrate=True),
@@ -188,7 +188,7 @@ MISTAKES = {
     "a list to distil": (
         lambda folder: CoTSelfDistill(scripted()).distill(make_rows(2), folder / "out"),
         TypeError,
-        "dataset is a list: make it a Dataset, as in Dataset.from_list(rows)",
+        "dataset is a list. Make it a Dataset, as in Dataset.from_list(rows)",
     ),
     "a tolerance below zero": (
         lambda _: CoTBootstrap(scripted(), tolerance=-1),
@@ -217,7 +217,7 @@ MISTAKES = {
             "seed", "rows.jsonl", folder, rationales="bootstrap", training={"drop_rationale": True}
         ),
         ValueError,
-        "choose one",
+        "Use only one of the two",
     ),
     "no rationale to distil": (
         lambda _: CoTSelfDistill(scripted(), num_generations=0),
@@ -232,13 +232,13 @@ MISTAKES = {
     "a run into a file": (
         lambda folder: run(folder, output_dir=folder / "rows.jsonl"),
         FileExistsError,
-        "rows.jsonl is a file: give a directory for the run",
+        "rows.jsonl is a file. Give a directory for the run",
     ),
     "too large a share held out": (lambda folder: run(folder, eval_fraction=2), ValueError, "leaves one side empty"),
     "descriptions without scores": (
         lambda _: rubric_prompt("a", "b", "c", ["bad", "good"]),
         TypeError,
-        'descriptions is a list: give score text -> what earns it, as in {"1": "wrong", "2": "right"}',
+        'descriptions is a list. Give a mapping from each score to its description, as in {"1": "wrong", "2": "right"}',
     ),
     "an order of prompts that is none": (
         lambda _: rubric_prompt("a", "b", "c", {"1": "bad", "2": "good"}, order="response first"),
@@ -253,7 +253,7 @@ MISTAKES = {
     "judging in training without evaluations": (
         lambda _: TRACTConfig("out", judge_eval_items=8),
         ValueError,
-        "set eval_strategy='epoch', or eval_strategy='steps' and eval_steps",
+        "Set eval_strategy='epoch', or eval_strategy='steps' and eval_steps",
     ),
     "fewer than no items to judge in training": (
         lambda _: TRACTConfig("out", judge_eval_items=-1),
@@ -269,37 +269,37 @@ MISTAKES = {
     "settings of judging in training that are a list": (
         lambda _: TRACTConfig("out", judge_eval_settings="[5]"),
         ValueError,
-        "is not a mapping of a judge's arguments to values",
+        "is not a mapping from a judge's arguments to values",
     ),
     "an unknown setting of judging in training": (
         lambda _: JudgeEvalCallback(max_tokens=5),
         ValueError,
-        "'max_tokens' is no setting of a judge. There are append_marker, chat_template_kwargs",
+        "'max_tokens' is not a judge setting. Settings: append_marker, chat_template_kwargs",
     ),
     "nothing to judge in training": (
         lambda folder: judged_in_training(folder, None),
         ValueError,
-        "give an eval_dataset, or items",
+        "Give an eval_dataset, or items",
     ),
     "items and several evaluation sets": (
         lambda folder: judged_in_training(folder, {"a": Dataset.from_list(make_rows(2))}, items=make_rows(2)),
         ValueError,
-        "items were given, and several evaluation sets: leave one of the two out",
+        "both items and several evaluation sets were given. Use only one of the two",
     ),
     "items without gold scores": (
         lambda folder: judged_in_training(folder, None, items=[{"prompt": "a"}]),
         ValueError,
-        "items, row 0 cannot be judged in training: it has no gold score",
+        "items, row 0 cannot be judged during training: it has no gold score",
     ),
     "tokenised rows to judge in training": (
         lambda folder: judged_in_training(folder, tokenised(folder)),
         ValueError,
-        "it is tokenised, and a judge needs its prompt: give JudgeEvalCallback items",
+        "it is tokenised, but a judge needs its prompt. Give items to JudgeEvalCallback",
     ),
     "more rows to judge in training than there are": (
         lambda folder: held_out_rows(write_jsonl(folder / "rows.jsonl", make_rows(3)) and folder / "rows.jsonl", 9, 0),
         ValueError,
-        "leaves none to train on: lower judge_eval_items, or give eval_data",
+        "leaves no training rows. Lower judge_eval_items, or give eval_data",
     ),
     "a path as a reward's judge": (
         lambda _: make_reward_func("judge"),
@@ -356,4 +356,4 @@ def test_plain_text_for_a_judge_of_chat_messages_is_that_item_s_error(tmp_path):
     make_trainer(tmp_path / "judge", make_rows(3, chat=True)).save_model()
     (judgement,) = CoTRAILJudge.from_pretrained(tmp_path / "judge", scripted()).judge(["Judge this."])
     assert judgement.error is not None
-    assert "it is plain text, and the judge was trained on chat messages" in judgement.error
+    assert "it is plain text, but the judge was trained on chat messages" in judgement.error

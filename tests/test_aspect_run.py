@@ -110,7 +110,7 @@ def test_the_report_command_takes_aspects_one_by_one_and_compares_them(tmp_path,
     assert "5.000" in mae
     write_jsonl(tmp_path / "b" / "judgements.jsonl", [{**judged("1", 0), "aspects": {}}])
     assert main(["report", *folders]) == 1
-    assert "they cannot be compared" in capsys.readouterr().err
+    assert "Give two directories with the same kind of judgements" in capsys.readouterr().err
 
 
 def test_a_rows_file_is_read_with_a_score_for_each_aspect(tmp_path):

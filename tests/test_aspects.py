@@ -285,7 +285,10 @@ def good_row() -> dict[str, Any]:
     ("change", "message"),
     [
         ({"scores": {"tone": 1.0, "facts": None}}, "`scores` has no gold score for aspect 'facts'"),
-        ({"scores": {"tone": 1.0, "facts": 4.0, "fcats": 2.0}}, "`scores` names 'fcats', which is none of the aspects"),
+        (
+            {"scores": {"tone": 1.0, "facts": 4.0, "fcats": 2.0}},
+            "`scores` names 'fcats', which is not one of the aspects",
+        ),
         ({"scores": {"tone": 1.0, "facts": 9.0}}, "aspect 'facts': the score 9 is not between 1 and 5"),
         ({"scores": {"tone": float("nan"), "facts": 4.0}}, "`scores` has no gold score for aspect 'tone'"),
     ],
@@ -334,9 +337,9 @@ def test_several_annotators_of_an_aspect_count_as_their_mean(tmp_path):
 @pytest.mark.parametrize(
     ("aspects", "message"),
     [
-        ({"tone": ONE_TO_FIVE}, "for one score a completion leave it out"),
-        ({"tone": ONE_TO_FIVE, "more": {"marker": "[TONE]"}}, "is a part of the marker"),
-        ({"tone": {"marker": "Score"}, "more": {"marker": "Score 2:"}}, "'Score' of aspect 'tone' is a part of"),
+        ({"tone": ONE_TO_FIVE}, "For one score per completion, leave aspects out"),
+        ({"tone": ONE_TO_FIVE, "more": {"marker": "[TONE]"}}, "is part of the marker"),
+        ({"tone": {"marker": "Score"}, "more": {"marker": "Score 2:"}}, "'Score' of aspect 'tone' is part of"),
         ({"tone": ONE_TO_FIVE, "more": {"values": [1, 2]}}, "aspect 'more' has no marker"),
         ({"tone": ONE_TO_FIVE, "more": {"marker": "[B]", "value": [1, 2]}}, "the unknown field 'value'"),
         ({"tone": ONE_TO_FIVE, "more": {"marker": "[B]", "values": [2, 1]}}, "aspect 'more': score_values"),

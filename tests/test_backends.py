@@ -496,11 +496,11 @@ class TestBorrowedModel:
 
     def test_options_that_only_loading_has_are_refused(self, model, tokenizer):
         for option in ({"dtype": "float32"}, {"device": "cpu"}, {"merge_adapter": True}):
-            with pytest.raises(ValueError, match="loaded already"):
+            with pytest.raises(ValueError, match="already loaded"):
                 TransformersBackend(model, tokenizer, **option)
 
     def test_a_model_from_nowhere_needs_a_tokenizer(self, model):
-        with pytest.raises(ValueError, match="pass its tokenizer"):
+        with pytest.raises(ValueError, match="Pass its tokenizer"):
             TransformersBackend(model)
 
     def test_batch_size_is_checked(self, model, tokenizer):

@@ -179,7 +179,8 @@ class TestRowsThatChange:
         self.worked_on(tmp_path, TEXTS)
         assert self.worked_on(tmp_path, [*TEXTS[:4], "mended", *TEXTS[5:]]) == [3, 4, 5]
         assert (
-            "1 blocks are of rows that have changed since and are made again, the first for rows 3 to 5" in caplog.text
+            "1 blocks are of rows that have changed since and are generated again, the first for rows 3 to 5"
+            in caplog.text
         )
 
     def test_are_done_when_they_are_added(self, tmp_path):
@@ -330,7 +331,7 @@ def test_a_directory_deleted_under_the_run_is_not_said_to_be_kept(tmp_path):
             shutil.rmtree(out)
         return numbered(rows, first, report)
 
-    with pytest.raises(OSError, match="directory was deleted meanwhile: start the same again, it begins anew"):
+    with pytest.raises(OSError, match=r"directory was deleted in the meantime\. Run the same command again"):
         run(make_log(out), work)
 
 
@@ -391,13 +392,13 @@ def test_a_result_that_cannot_be_written_leaves_nothing_half_written(tmp_path):
 class TestTwoRuns:
     def test_at_once_on_one_directory_are_refused(self, tmp_path):
         held = make_log(tmp_path)
-        with pytest.raises(RuntimeError, match="another process is at work"):
+        with pytest.raises(RuntimeError, match="another process is working"):
             make_log(tmp_path)
         assert held.finished_rows == 0
 
     def test_with_different_numbers_of_workers_are_refused(self, tmp_path):
         held = make_log(tmp_path, shard=Shard(0, 2))
-        with pytest.raises(RuntimeError, match="another process is at work"):
+        with pytest.raises(RuntimeError, match="another process is working"):
             make_log(tmp_path, shard=Shard(0, 3))
         assert held.shard.count == 2
 
@@ -477,7 +478,7 @@ class TestShards:
 
     @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "1/", "a/b", "-1/2"])
     def test_another_form_is_named(self, text):
-        with pytest.raises(ValueError, match="is not i/n with i from 1 to n"):
+        with pytest.raises(ValueError, match="must be i/n with i from 1 to n"):
             Shard.parse(text)
 
     def test_a_launchers_environment_is_read(self, monkeypatch):
@@ -538,7 +539,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, caplog):
     with pytest.raises(KeyboardInterrupt):
         run(make_log(tmp_path), interrupted)
     assert "stopped with 6 of 10 rows on disk" in caplog.text
-    assert "Start the same again" in caplog.text
+    assert "Run the same command again" in caplog.text
 
 
 def test_an_interrupted_run_cancels_the_calls_under_way(tmp_path):

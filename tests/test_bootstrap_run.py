@@ -45,7 +45,7 @@ def mixed(seed_model, tmp_path_factory):
 
 
 def test_a_run_says_first_which_rows_get_a_rationale(mixed):
-    assert mixed[1][0].startswith("Rationales: 9 of 12 rows have none. The seed model writes them; the others keep")
+    assert mixed[1][0].startswith("Rationales: 9 of 12 rows have none. The seed model writes them; the other rows keep")
 
 
 def test_rows_with_a_rationale_keep_it_and_the_others_get_one(mixed):
@@ -123,7 +123,7 @@ def test_a_dry_run_counts_the_rows_to_write_for(seed_model, tmp_path, capsys):
     assert main([*command, "--dry-run", "--eval_data", str(tmp_path / "rows.jsonl"), "--bf16", "false"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("Rationales: 9 of 12 rows have none")
-    assert "[2/11] Bootstrap: rationales for the rows that have only scores\n    9 rows" in printed
+    assert "[2/11] Bootstrap: writing rationales for rows that have only scores\n    9 rows" in printed
     assert not (tmp_path / "o").exists()
 
 
@@ -131,7 +131,7 @@ def test_check_says_what_becomes_of_rows_that_have_only_scores(seed_model, tmp_p
     write_jsonl(tmp_path / "rows.jsonl", scored(5))
     assert main(["check", str(tmp_path / "rows.jsonl"), "--model", seed_model]) == 0
     printed = capsys.readouterr().out
-    assert "5 of 5 rows would be trained on" in printed
+    assert "5 of 5 rows can be used for training" in printed
     assert "5 rows have no rationale" in printed
 
 

@@ -337,9 +337,9 @@ def test_known_families_take_one_forward(family):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (lambda: tiny(BloomConfig), "BloomForCausalLM does not follow a mask"),
-        (lambda: tiny(FalconConfig, alibi=True), "FalconForCausalLM does not follow a mask"),
-        (lambda: tiny(MambaConfig), "layers that are no plain attention"),
+        (lambda: tiny(BloomConfig), "BloomForCausalLM ignores the mask"),
+        (lambda: tiny(FalconConfig, alibi=True), "FalconForCausalLM ignores the mask"),
+        (lambda: tiny(MambaConfig), "layers other than standard attention"),
     ],
 )
 def test_what_takes_no_branches_says_why(model, reason):
@@ -435,7 +435,7 @@ def test_the_way_is_said_once(tmp_path, vocabularies, monkeypatch, refusal):
     make_trainer(tmp_path, make_rows(grid), tokenizer=vocabularies["splitting"], **settings_of(grid))
     about = [message for message in said if "several tokens" in message]
     assert about == [
-        "a score is several tokens: each adds 10 token(s) to the forward pass, which stays the only one"
+        "a score is several tokens: each adds 10 token(s) to the single forward pass"
         if refusal is None
         else "a score is several tokens, and it was told not to: each costs 9 more forward pass(es) over its row. The "
         "result is the same"

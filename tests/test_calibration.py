@@ -114,8 +114,8 @@ def test_failed_items_have_no_spread():
     [
         ([[0.5, 0.5]], r"probs has shape \(1, 2\)"),
         ([[0.0] * 5], r"probs\[0\] is \[0.0"),
-        ([[math.nan] * 5], "are no distribution"),
-        ([[-0.1, 0.5, 0.5, 0.1, 0]], "are no distribution"),
+        ([[math.nan] * 5], "are not distributions"),
+        ([[-0.1, 0.5, 0.5, 0.1, 0]], "are not distributions"),
     ],
 )
 def test_what_is_no_distribution_is_refused(probs, message):

@@ -103,7 +103,7 @@ def test_the_card_cites(tmp_path, part):
 def test_the_card_says_whose_rationales_the_rows_have(tmp_path):
     text = write(tmp_path).read_text()
     assert "- Rows: 8\n" in text
-    assert "- Rationales self-written, by the stage-one model: 6 of 8, 75.0%" in text
+    assert "- Rationales written by the stage-one model: 6 of 8, 75.0%" in text
     assert "- Rationales annotated: 2 of 8, 25.0%" in text
 
 

@@ -153,7 +153,7 @@ def test_refusals_are_training_s_own(tmp_path, model, capsys):
 def test_good_rows_end_with_exit_code_0(tmp_path, model, capsys):
     code, printed = checked(tmp_path, model, make_rows(6), capsys)
     assert code == 0
-    assert "rows.jsonl: 6 records, 6 of 6 rows would be trained on" in printed
+    assert "rows.jsonl: 6 records, 6 of 6 rows can be used for training" in printed
     assert "No row would be refused" in printed
 
 
@@ -167,22 +167,22 @@ def test_records_that_cannot_be_read_are_counted_with_the_rest(tmp_path, model, 
 def test_rows_without_completions_are_counted_as_rows_to_write_for(tmp_path, model, capsys):
     code, printed = checked(tmp_path, model, [{"prompt": "ask", "score": 4}, *make_rows(1)], capsys)
     assert code == 0
-    assert "2 of 2 rows would be trained on" in printed
+    assert "2 of 2 rows can be used for training" in printed
     assert "1 rows have no rationale" in printed
 
 
 def test_the_rows_that_are_asked_for_are_shown(tmp_path, model, capsys):
     printed = checked(tmp_path, model, make_rows(4), capsys, "--rows", "2", "9")[1]
-    assert "row 2, token by token" in printed
+    assert "row 2, the tokens around" in printed
     assert "squared error, gold" in printed
-    assert "row 9 is not shown: there is no such row" in printed
+    assert "row 9 is not shown: it does not exist" in printed
 
 
 def test_every_schema_can_be_checked(tmp_path, model, capsys):
     item = {"instruction": "Judge.\n###Response to evaluate: a", "gpt4_score": [4, 5], "gpt4_feedback": ["x", "y"]}
     (tmp_path / "bench.json").write_text(json.dumps([item]))
     assert main(["check", str(tmp_path / "bench.json"), "--model", model]) == 0
-    assert "1 records, 2 of 2 rows would be trained on" in capsys.readouterr().out
+    assert "1 records, 2 of 2 rows can be used for training" in capsys.readouterr().out
 
 
 def test_aspects_are_checked_each_on_its_own_grid(tmp_path, model, capsys):
@@ -190,7 +190,7 @@ def test_aspects_are_checked_each_on_its_own_grid(tmp_path, model, capsys):
     trained = make_trainer(tmp_path, rows, aspects=ASPECTS).train_dataset
     code, printed = checked(tmp_path, model, rows, capsys, "--aspects", json.dumps(ASPECTS))
     assert code == 0
-    assert "6 of 6 rows would be trained on" in printed
+    assert "6 of 6 rows can be used for training" in printed
     assert f"max_length: {max(len(row['input_ids']) for row in trained)} is enough" in printed
     for name in ASPECTS:
         golds = [row["scores"][name] for row in rows]
@@ -217,7 +217,7 @@ def test_an_aspect_without_its_score_is_refused_as_in_training(tmp_path, model, 
 def test_a_model_without_a_tokenizer_is_named(tmp_path, capsys):
     write_jsonl(tmp_path / "rows.jsonl", make_rows(1))
     assert main(["check", str(tmp_path / "rows.jsonl"), "--model", str(tmp_path)]) == 1
-    assert "no tokenizer could be loaded from there" in capsys.readouterr().err
+    assert "no tokenizer could be loaded from it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_gold_scores_that_contradict_the_written_ones_are_warned_of(golds, warns
     ]
     code, printed = checked(tmp_path, model, rows, capsys)
     assert (code, "\nWarning: " in printed) == (0, warns)
-    assert "6 completions say a score as well" in printed
+    assert "6 completions also contain a score" in printed
 
 
 def test_own_completions_that_contradict_their_gold_scores_are_warned_of(tmp_path, model, capsys):
@@ -267,7 +267,7 @@ def test_tokens_are_shared_in_files_longer_than_what_is_looked_at(tmp_path, mode
     monkeypatch.setattr("trl_tract.commands.check._LOOKED_AT", 3)
     code, printed = checked(tmp_path, model, make_rows(9), capsys)
     assert code == 0
-    assert "of the tokens are computed" in printed
+    assert "of the tokens, in micro-batches" in printed
 
 
 def test_distinct_tokens_are_counted_by_hand():

@@ -262,7 +262,7 @@ def test_judgements_that_are_recalibrated_are_no_ground_for_another(judged, caps
     settings = json.loads((judged / "judged" / "settings.json").read_text())
     write_json(judged / "judged" / "settings.json", settings | {"recalibrate": True})
     assert main(["recalibrate", str(judged / "judged")]) == 1
-    assert "are recalibrated already: judge again without --recalibrate" in capsys.readouterr().err
+    assert "are already recalibrated. Judge again without --recalibrate" in capsys.readouterr().err
 
 
 def test_judgements_without_gold_scores_cannot_recalibrate(judged, capsys):
@@ -294,9 +294,12 @@ def usage_error(arguments, capsys):
             ["report", "a", "--n_bootsrap", "5"],
             "trl-tract report has no option --n_bootsrap. Did you mean --n_bootstrap?",
         ),
-        (["report", "a", "--xyzzy"], "trl-tract report has no option --xyzzy. trl-tract report --help lists them"),
+        (
+            ["report", "a", "--xyzzy"],
+            "trl-tract report has no option --xyzzy. trl-tract report --help lists the options",
+        ),
         (["report", "a", "--n_bootstrap", "many"], "invalid int value: 'many'"),
-        (["report", "a", "--n_bootstrap", "5", "b"], "'b' does not belong to an option"),
+        (["report", "a", "--n_bootstrap", "5", "b"], "'b' does not belong to any option"),
         (["judge", "--decision", "best"], "invalid choice: 'best'"),
         (["report", "a", "--config"], "--config needs the path of a YAML file"),
         (["completion", "csh"], "invalid choice: 'csh'"),
@@ -322,7 +325,7 @@ def test_an_option_of_a_yaml_file_that_there_is_none_of_is_named(tmp_path, capsy
 def test_text_that_yaml_made_a_number_of_is_refused(tmp_path, capsys, line):
     (tmp_path / "report.yaml").write_text(f"judgements: a\n{line}\n" if "html" in line else line)
     assert main(["report", "--config", str(tmp_path / "report.yaml")]) == 1
-    assert "in the YAML file is text, and YAML made the number" in capsys.readouterr().err
+    assert "must be text, but YAML read it as the number" in capsys.readouterr().err
 
 
 def test_a_yaml_file_is_read_in_either_spelling(tmp_path, capsys):
@@ -384,7 +387,7 @@ def test_an_unforeseen_error_is_one_line_too_and_names_its_kind(monkeypatch, cap
 
     monkeypatch.setitem(commands.COMMANDS, "report", broken)
     assert main(["report"]) == 1
-    assert re.fullmatch(r"trl-tract report: KeyError: [^\n]*--verbose shows where[^\n]*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"trl-tract report: KeyError: [^\n]*Please report it[^\n]*\n", capsys.readouterr().err)
 
 
 def test_ctrl_c_is_exit_code_130(monkeypatch, capsys):

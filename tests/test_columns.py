@@ -89,7 +89,7 @@ def test_a_mapping_from_yaml_does_as_well(rubric):
     ("columns", "wanted"),
     [
         (["answer"], "--columns answer: write role=column"),
-        (["anwser=answer"], "the role one of instruction, response"),
+        (["anwser=answer"], "The roles are instruction, response"),
         (["response=a", "response=b"], "names response twice: a and b"),
     ],
 )
@@ -101,8 +101,8 @@ def test_a_mistake_in_columns_is_named(columns, wanted):
 @pytest.mark.parametrize(
     ("columns", "record", "wanted"),
     [
-        (["score=stars"], RECORD, r"no column is named for the response .*add --columns response=COLUMN"),
-        (COLUMNS, RECORD | {"answer": None}, r"the column answer \(the text to be judged\) is empty"),
+        (["score=stars"], RECORD, r"no column is given for the response .*Add --columns response=COLUMN"),
+        (COLUMNS, RECORD | {"answer": None}, r"the column answer \(the response to judge\) is empty"),
         (COLUMNS, RECORD | {"stars": None}, r"the column stars \(the gold score\) is empty"),
         (COLUMNS, RECORD | {"stars": "five"}, "the score is 'five', not a number"),
         (COLUMNS, RECORD | {"stars": "9"}, "the score 9 is not between 1 and 5"),
@@ -129,9 +129,9 @@ def test_a_response_that_is_true_or_nan_is_no_text(rubric):
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("- a\n", "a rubric is YAML with `criterion: text` and `scores:`"),
-        ("criterion: a\nscores: {1: a}\n", "must describe two scores or more"),
-        (RUBRIC + "critrion: b\n", "critrion is not understood"),
+        ("- a\n", "a rubric is a YAML file with `criterion: text` and `scores:`"),
+        ("criterion: a\nscores: {1: a}\n", "must describe at least two scores"),
+        (RUBRIC + "critrion: b\n", "critrion is not a known field"),
         ("a: [", "cannot be read as YAML"),
         ("criterion: c\nscores: {1: a, 1: b, 2: c}", "a key appears twice"),
         ("criterion: c\nscores: {2024-01-01: a, 2: b}", "Put it in quotes"),
@@ -140,11 +140,11 @@ def test_a_response_that_is_true_or_nan_is_no_text(rubric):
         ("criterion: c\nscores: {1: [a], 2: b}", "1 has no text"),
         (
             RUBRIC + "template: '{answer}'\n",
-            r"in `template`, \{answer\} is not understood. Places are: \{",
+            r"in `template`, \{answer\} is not understood. Placeholders are: \{",
         ),
-        (RUBRIC + "template: 'judge'\n", r"no place for the \{response\}"),
+        (RUBRIC + "template: 'judge'\n", r"no placeholder for the \{response\}"),
         (RUBRIC + "order: reversed\n", "order 'reversed' is unknown; it is standard or shared-first"),
-        (RUBRIC + "template: '{response}'\norder: standard\n", "`template` has an order of its own"),
+        (RUBRIC + "template: '{response}'\norder: standard\n", "`template` sets its own order"),
     ],
 )
 def test_a_mistake_in_a_rubric_is_named(text, wanted, tmp_path):
@@ -207,10 +207,10 @@ def test_a_scale_stands_in_an_own_template(tmp_path):
     [
         (
             "0: a, 101: b",
-            "describes '101': that is neither a score of the grid, which is 0, 1, 2, 3, 4, ..., 100, nor a",
+            r"describes '101': that is neither a score of the grid \(0, 1, 2, 3, 4, ..., 100\) nor a",
         ),
         ("0-20: a, 21-120: b", "describes '21-120': that is neither"),
-        ("50: a, 0: b", "describes '0' after a higher score: put the lowest first"),
+        ("50: a, 0: b", "describes '0' after a higher score. Put the lowest score first"),
         ("0-20: a, 10-30: b", "describes '10-30' after a higher score"),
         ("20-0: a, 30: b", "describes '20-0' after a higher score"),
     ],
@@ -223,7 +223,7 @@ def test_a_scale_describes_scores_of_the_grid_in_its_order(tmp_path, scores, wan
 
 def test_a_rubric_of_some_scores_without_a_scale_is_told_of_it(tmp_path):
     (tmp_path / "r.yaml").write_text(SOME.replace("SCORES", "0: a, 100: b").rsplit("scale", 1)[0])
-    with pytest.raises(ValueError, match=r"but the grid is 0, 1, .*`scale: any score from 0 to 100` in it"):
+    with pytest.raises(ValueError, match=r"but the grid is 0, 1, .*`scale: any score from 0 to 100` to it"):
         read_item(RECORD, HUNDRED, OwnColumns.parse(COLUMNS, tmp_path / "r.yaml"))
 
 

@@ -60,7 +60,7 @@ def test_on_0_to_100_every_judge_scores_on_101_values_and_is_reported_on_1_to_5(
     # 0.5 on 1 to 5, and 25 squared times smaller where the error is so much larger.
     training = json.loads((tmp_path / "out" / "tract.json").read_text())["training"]
     assert training["raft_weight"] == pytest.approx(0.5 / 625)
-    assert "on the judge's own scale it is 25 times that" in capsys.readouterr().out
+    assert "On the judge's own scale, multiply it by 25." in capsys.readouterr().out
 
 
 def test_the_faster_dtype_is_one_that_was_timed():

@@ -250,7 +250,7 @@ def test_commands_count_alike(kind, command, tmp_path, model, capsys):
     # Rows with only a score are written for in a run, and left out of a single stage.
     count = len(TRAINED) if command == "train" else len(TABLE) - len(REFUSALS)
     if command == "check":
-        assert f"{count} of {count + len(REFUSALS)} rows would be trained on" in printed
+        assert f"{count} of {count + len(REFUSALS)} rows can be used for training" in printed
     else:
         assert f"{count} rows to train on" in printed
         assert main([command, "--data", file, named, model, *options, "--invalid_rows", "drop"]) == 0

@@ -99,7 +99,7 @@ def test_the_fraction_that_is_named_holds_out_enough(others):
 
 def test_a_dry_run_leaves_the_calibration_out_that_a_run_leaves_out(tmp_path, model, capsys):
     printed = dry(tmp_path, model, make_rows(15), capsys, "--objective", "auto")[1]
-    assert len(re.findall(r"\] Judging the items that were kept aside.*: left out$", printed, re.MULTILINE)) == 2
+    assert len(re.findall(r"\] Judging the items set aside.*: left out$", printed, re.MULTILINE)) == 2
 
 
 def test_a_command_names_a_setting_as_its_option(tmp_path, model, capsys):
@@ -175,7 +175,7 @@ def test_a_dry_run_of_several_aspects(tmp_path, model, capsys):
 @pytest.mark.parametrize("command", ["run", "train"])
 def test_a_dry_run_says_what_training_would_warn_of(command, tmp_path, model, capsys):
     printed = dry(tmp_path, model, make_rows(12), capsys, "--score_values", "0..100", command=command)[1]
-    assert "Training would warn: score_values span 100 rubric units" in printed
+    assert "Training would print this warning: score_values span 100 rubric units" in printed
     assert "raft_weight=0.0016 gives it the same weight" in printed
     options = ["--score_values", "0..100", "--raft_weight", "0.0016"]
     assert "would warn" not in dry(tmp_path, model, make_rows(12), capsys, *options, command=command)[1]

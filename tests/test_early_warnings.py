@@ -36,7 +36,7 @@ def test_a_learning_rate_over_a_hundred_times_the_recipes_is_said():
     ("settings", "cause"),
     [
         ({}, "learning rate is too low"),
-        ({"normalize_grid": True}, "normalize_grid=True leaves the mass untrained"),
+        ({"normalize_grid": True}, "normalize_grid=True does not train the mass"),
         ({"raft_weight": 0.0}, "nothing trains the score"),
     ],
 )

@@ -113,7 +113,7 @@ def test_a_judge_without_a_card_gets_one_that_claims_nothing_of_its_training(hub
     card = hub.files("me/judge")["README.md"].decode()
     assert 'CoTRAILJudge.from_pretrained("me/judge")' in card
     assert "- Score grid: 1, 2, 3" in card
-    assert "## Training\n\n<!-- settings -->\nNot known here." in card
+    assert "## Training\n\n<!-- settings -->\nUnknown." in card
     assert "learning_rate" not in card
 
 
@@ -257,10 +257,10 @@ SETTINGS = {"model": "/home/anna/stage1", "format": {"marker": "[RESULT]"}, "on_
 def test_the_rows_card_counts_what_became_of_the_rationales():
     text = rows_card(SUMMARY, SETTINGS, repo_id="me/rows")
     assert "| stage-two rows with a self-written rationale | 1,700 |" in text
-    assert "| rationales sampled more than once | 5 |" in text
-    assert "| rationales that failed and left no row | 1 |" in text
+    assert "| rationales sampled again | 5 |" in text
+    assert "| rows dropped because their rationale failed | 1 |" in text
     assert "| length | 3 | 9 |" in text
-    assert "every attempt failed: it was left out." in text
+    assert "If all attempts for a row failed: the row was left out." in text
     assert "- `temperature`: 0.7" in text
 
 

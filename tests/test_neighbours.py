@@ -31,8 +31,8 @@ def test_nothing_is_said_where_nothing_is_installed():
 def test_a_library_that_asks_for_another_trl_will_not_work_here(name, asked, tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, name, "numpy", asked)
     (line,) = neighbours()
-    assert line.startswith(f"{name} 2.5 is installed here and asks for trl")
-    assert line.endswith(f"{name} will not work in this environment. Give each an environment of its own")
+    assert line.startswith(f"{name} 2.5 is installed here and requires trl")
+    assert line.endswith(f"{name} will not work in this environment. Use a separate environment for each")
 
 
 def test_a_requirement_of_an_extra_is_not_asked_for(tmp_path, monkeypatch):
@@ -43,7 +43,7 @@ def test_a_requirement_of_an_extra_is_not_asked_for(tmp_path, monkeypatch):
 def test_unsloth_is_told_of_even_where_it_fits(tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, "unsloth", "trl>=0.18")
     assert neighbours() == [
-        "unsloth 2.5 is installed here: it changes TRL's classes when it is imported. Do not import it in a program "
+        "unsloth 2.5 is installed here. It changes TRL's classes when it is imported, so do not import it in a program "
         "that uses TRACTTrainer"
     ]
 

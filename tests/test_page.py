@@ -145,7 +145,7 @@ def test_the_tiles_of_a_judge_that_says_one_thing_hold_no_correlation():
 
 def test_the_head_names_base_model_rows_date_and_grid():
     text = Reader(page_of(RECORDS, about={"Base model": "someone/seed", "Judged": "2026-11-28"})).text
-    head = " ".join(text.split("To the figures")[1].split("Agreement\n")[0].split())
+    head = " ".join(text.split("Skip to the results")[1].split("Agreement\n")[0].split())
     assert "Base modelsomeone/seed Judged2026-11-28 Scores1, 2, 3, 4, 5" in head
 
 
@@ -410,7 +410,7 @@ def run(tmp_path):
 
 def test_a_report_in_a_run_finds_prompts_curves_and_settings(run, capsys):
     assert main(["report", str(run / "judged-tract"), "--n_bootstrap", "20", "--html", str(run / "a.html")]) == 0
-    assert f"The page is {run / 'a.html'}; its 7 pictures are in a-plots beside it" in capsys.readouterr().out
+    assert f"The HTML report is {run / 'a.html'}. Its 7 charts are in a-plots beside it" in capsys.readouterr().out
     page = (run / "a.html").read_text(encoding="utf-8")
     assert "Judge this: reply 4" in page
     assert "stage two from 2.000 to 1.000" in page

@@ -65,7 +65,7 @@ def test_pairs_without_a_rubric_say_what_is_missing():
 
 
 def test_pairs_are_no_training_rows_and_the_error_says_what_is():
-    with pytest.raises(ValueError, match=r"says which is better but not how good.*Score the responses one by one"):
+    with pytest.raises(ValueError, match=r"TRACT trains on scores, and a pair has none"):
         read_items(PAIR, SCALES)
 
 

@@ -309,5 +309,5 @@ def test_a_dry_run_says_what_would_be_derived(seed, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "lora_alpha 8" in printed
     assert "lora_r" not in printed
-    assert "72 rows to train on, 10 held-out items in 10 groups, 18 items kept aside" in printed
+    assert "72 rows to train on, 10 held-out items in 10 groups, 18 items set aside" in printed
     assert not (tmp_path / "out").exists()

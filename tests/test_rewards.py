@@ -125,8 +125,8 @@ def test_a_batch_that_is_not_for_the_judge_gives_none_and_logs_nothing():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"scale": "percent"}, "scale='percent' is unknown: give None for rubric units, or 'unit'"),
-        ({"failed": float("nan")}, "failed=nan would spoil the whole group's rewards"),
+        ({"scale": "percent"}, "scale='percent' is unknown. Use None for rubric units, or 'unit'"),
+        ({"failed": float("nan")}, "failed=nan would make the rewards of the whole group useless"),
     ],
 )
 def test_settings_that_make_no_reward_are_refused(settings, message):

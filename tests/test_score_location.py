@@ -227,7 +227,7 @@ def test_messages_take_the_last_assistant_turn_as_the_completion():
         ("fine. [RESULT] 3 a 4", "two scores", "'3 a 4' follows the marker"),
         ("fine. [RESULT] 3 lub 4.", "two scores", "'3 lub 4.' follows the marker"),
         ("fine. [RESULT] 3 до 4", "two scores", "'3 до 4' follows the marker"),
-        ("fine. [RESULT] 4, not 5", "two scores", "score '4' is followed by another one: '4, not 5'"),
+        ("fine. [RESULT] 4, not 5", "two scores", "score '4' is followed by another score: '4, not 5'"),
         ("fine. [RESULT] 4 [RESULT] 5", "two scores", "holds '[RESULT]' with a score twice: '4' and '5'"),
         ("fine. [RESULT] 4 [RESULT] 4", "two scores", "holds '[RESULT]' with a score twice: '4' and '4'"),
     ],
@@ -242,9 +242,9 @@ def test_a_completion_without_a_single_score_is_refused(completion, kind, messag
 @pytest.mark.parametrize(
     ("written", "hint"),
     [
-        ("4.0", "1, 2, 3, 4, 5. The grid writes '4': write it so, or give `score_texts` as the rows write them"),
+        ("4.0", "1, 2, 3, 4, 5. The grid writes '4'. Write it this way in the rows, or set `score_texts` to the texts"),
         ("04. Done", "The grid writes '4'"),
-        ("4.5", "Write the nearest of them, and 4.5 as the gold score in a column: that one may lie between"),
+        ("4.5", "Write the nearest of them in the completion, and give 4.5 as the gold score in a column"),
         ("6", None),
         ("0.5", None),
         ("4.5/10", None),
@@ -272,7 +272,7 @@ def test_a_row_that_writes_its_score_unlike_the_first_row_is_refused():
     # "Ġ4" in the first row, "4" here: the judge will stand at one of the two positions only.
     encoded = encoder_for(MERGING, row_of("ask", " fine. [RESULT] 4"))(row_of("ask", " fine. [RESULT]4"))
     assert encoded["refusal_kind"] == "other tokens"
-    assert "write marker and score alike in all rows" in encoded["refusal"]
+    assert "Write marker and score the same way in all rows" in encoded["refusal"]
 
 
 # The rows' way of writing

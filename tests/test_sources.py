@@ -51,7 +51,7 @@ def test_parquet_has_its_own_types(tmp_path):
         ("a.json", "", "is empty"),
         ("a.jsonl", "", "is empty"),
         ("a.parquet", "", "is empty"),
-        ("a.csv", "a,b\n", "names the columns a, b, and no rows"),
+        ("a.csv", "a,b\n", "a header line with the columns a, b, but no rows"),
         ("a.csv", "a,,b\n1,2,3\n", "It names: 'a', '', 'b'"),
         ("a.csv", "a,a\n1,2\n", "It names: 'a', 'a'"),
         ("a.csv", "a,b\n1,2\nx,y,z\n", "line 3: 3 cells, but the first line names 2 columns"),
@@ -61,7 +61,7 @@ def test_parquet_has_its_own_types(tmp_path):
         ("a.json", '{"a": {"0": 1}}', "orient='records'"),
         ("a.jsonl", "\x1f\x8b\x08", "holds gzip data"),
         ("a.csv", "PK\x03\x04\x14", "holds zip or Excel data"),
-        ("a.jsonl.gz", "x", "not packed"),
+        ("a.jsonl.gz", "x", "one uncompressed file"),
     ],
 )
 def test_a_file_that_is_not_what_it_says_is_named(tmp_path, name, text, wanted):
@@ -121,7 +121,7 @@ def test_a_hub_id_names_a_split_behind_a_colon(source, asked, monkeypatch):
 
 @pytest.mark.parametrize("name", ["vicuna-bench", "mt-bench", "flask"])
 def test_a_benchmark_that_is_no_hub_dataset_says_where_its_file_is(name):
-    with pytest.raises(FileNotFoundError, match=r"get eval/benchmark/data/\w+_eval.json there"):
+    with pytest.raises(FileNotFoundError, match=r"Download eval/benchmark/data/\w+_eval.json from there"):
         read_records(name)
 
 

@@ -573,8 +573,8 @@ def test_words_say_what_a_template_adds_and_where_the_rationale_stands() -> None
 WORDED = {
     ("qwen3_8", "off"): ["qwen3_8 (as in TRL", "enable_thinking=False", "thinking='rationale'"],
     ("qwen3_8", "rationale"): ["Reasoning effort", "</think>"],
-    ("gptoss", "rationale"): ["<|channel|>analysis<|message|>", "the date in it"],
-    ("glm4moe", "off"): ["the turn is not ended"],
+    ("gptoss", "rationale"): ["<|channel|>analysis<|message|>", "date in that text"],
+    ("glm4moe", "off"): ["the turn stays open"],
 }
 
 

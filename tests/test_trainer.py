@@ -471,7 +471,7 @@ def card(tmp_path_factory) -> tuple[Path, str]:
         "- Marker before the score: `[RESULT]`\n",
         "- `raft_weight`: 2.0\n",
         "https://aclanthology.org/2025.acl-long.147",
-        "Behind annotated rationales; the judge writes its own, and can do worse:\n\n- Held-out score/",
+        "After annotated rationales. With its own rationales, the judge can be worse:\n\n- Held-out score/",
         "- Held-out score/pearson: ",
     ],
 )

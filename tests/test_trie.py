@@ -241,7 +241,7 @@ def test_a_score_without_an_end_is_an_error():
 
 
 def test_paths_that_are_beginnings_of_others_are_no_trie():
-    with pytest.raises(ValueError, match="not each without a beginning"):
+    with pytest.raises(ValueError, match="not prefix-free"):
         TokenTrie.from_paths([(1,), (1, 2)])
 
 
@@ -299,7 +299,7 @@ def test_a_score_that_is_cut_in_two_is_cut_off(vocabularies):
 def test_a_score_that_begins_another_has_the_same_end_in_all_rows(vocabularies):
     found = encoded(vocabularies["splitting"], GRIDS["1 to 10"], row_with("1, and that is all."))
     assert found["refusal_kind"] == "other end"
-    assert "write the same behind every score" in found["refusal"]
+    assert "Write the same text after every score" in found["refusal"]
     assert not encoded(vocabularies["splitting"], GRIDS["1 to 10"], row_with("2, and that is all."))["refusal_kind"]
 
 
@@ -439,9 +439,9 @@ def test_yaml_and_the_command_line_give_ranges(tmp_path, in_yaml):
     ("values", "texts", "message"),
     [
         ([1, 2, 3], ["a", "b"], "score_texts has 2 entries, but score_values has 3"),
-        ([1, 2], ["a", "a"], "must differ"),
-        ([1, 2], ["a", " b"], "neither be empty nor begin or end in space"),
-        ({"a": 1, "b": 2}, ["a", "b"], "the texts are given twice"),
+        ([1, 2], ["a", "a"], "must be distinct"),
+        ([1, 2], ["a", " b"], "must be distinct and not empty"),
+        ({"a": 1, "b": 2}, ["a", "b"], "the score texts are given twice"),
         ({"a": 1, "b": 1}, None, "must increase"),
     ],
 )
@@ -486,7 +486,7 @@ def test_a_wide_range_is_warned_about_with_the_weight_that_is_right(tmp_path):
     # (100 / 4)^2 = 625, 1 / 625 = 0.0016.
     wide = TRACTConfig(str(tmp_path), score_values=list(range(101)))
     (message,) = EarlyWarnings(wide).at_start()
-    assert message.endswith("as on 1 to 5. raft_weight=0.0016 gives it the same weight")
+    assert message.endswith("relative to the rationale. raft_weight=0.0016 gives it the same weight")
     assert "weighs 625 times" in message
     right = TRACTConfig(str(tmp_path), score_values=list(range(101)), raft_weight=0.0016)
     assert EarlyWarnings(right).at_start() == []

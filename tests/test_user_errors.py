@@ -41,10 +41,10 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
         {},
         {},
         [
-            "none of the first 3 rows has a score",
+            "no score was found in any of the first 3 rows",
             "does not hold the marker '[RESULT]'",
             "Write every completion as '<rationale> [RESULT] <score>'",
-            "another marker or grid is set by score_marker and score_values",
+            "For another marker or grid, set score_marker or score_values",
         ],
     ),
     "two scores": (
@@ -124,7 +124,7 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
         [{"messages": [{"role": "user", "content": "fine. [RESULT] 4"}]}],
         {},
         {},
-        ["Row 0: the last message is not the assistant's"],
+        ["Row 0: the last message does not have the role assistant"],
     ),
     "a text prompt with a chat completion": (
         [{"prompt": "ask", "completion": [{"role": "assistant", "content": "fine. [RESULT] 4"}]}],
@@ -136,7 +136,7 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
         make_rows(3, fractions=False),
         {"score_texts": ["poor", "good"]},
         {},
-        ["score_texts has 2 entries, but score_values has 5", "give one for each"],
+        ["score_texts has 2 entries, but score_values has 5", "Give one text for each value"],
     ),
     "chat rows without a chat template": (
         make_rows(3, chat=True),
@@ -172,7 +172,7 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
         make_rows(3),
         {"annotator_weight": 1.0},
         {},
-        ["annotator_weight=1 weighs nothing", "set annotator_loss='distribution' as well"],
+        ["annotator_weight=1 has no effect", "Set annotator_loss='distribution' as well"],
     ),
     "tokenised training rows without score_labels": (
         [TOKENS],
@@ -184,13 +184,13 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
         [TOKENS | {"score_labels": [math.nan] * 3}],
         {"annotator_loss": "distribution"},
         {},
-        ["lacks annotators_1, annotators_2, annotators_3", "the share of annotators who gave that score"],
+        ["lacks annotators_1, annotators_2, annotators_3", "the fraction of annotators who gave that score"],
     ),
     "tokenised rows without any score": (
         [TOKENS | {"score_labels": [math.nan] * 3}],
         {},
         {},
-        ["none of the first 1 rows has a score that can be found", "score_labels holds no score"],
+        ["no score was found in any of the first 1 rows", "score_labels holds no score"],
     ),
     "a gold score at a token that is no score": (
         [TOKENS | {"score_labels": [math.nan, 4.0, math.nan]}],
@@ -220,13 +220,13 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
         make_rows(3),
         {},
         {"extra": {"formatting_func": lambda row: row["prompt"] + row["completion"]}},
-        ["formatting_func", "needs prompt and completion apart", "Leave it out", "dataset.map"],
+        ["formatting_func", "needs prompt and completion separately", "Leave it out", "dataset.map"],
     ),
     "prompt tuning": (
         make_rows(3),
         {},
         {"extra": {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}},
-        ["prompt tuning puts virtual tokens before a row", "Use LoRA"],
+        ["prompt tuning puts virtual tokens before each row", "Use LoRA"],
     ),
     "single tokens of tied embeddings": (
         make_rows(3),
@@ -235,7 +235,10 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
             "model": make_model("qwen2"),
             "extra": {"peft_config": LoraConfig(target_modules="all-linear", trainable_token_indices=[5])},
         },
-        ["trainable_token_indices on embeddings that are tied", "put the embeddings into target_modules"],
+        [
+            "trainable_token_indices does not work with embeddings that are tied",
+            "put the embeddings into target_modules",
+        ],
     ),
     "wrapped packing": (
         make_rows(3),
@@ -337,7 +340,7 @@ def test_resuming_without_a_complete_checkpoint_says_so(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")  # TRL's own
 def test_truncation_from_the_left_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"truncation_mode='keep_end' would cut the rubric off.*set max_length or"):
+    with pytest.raises(ValueError, match=r"truncation_mode='keep_end' would cut off the rubric.*set max_length or"):
         make_trainer(tmp_path, make_rows(3), truncation_mode="keep_end")
 
 
@@ -423,7 +426,7 @@ def test_a_stream_goes_on_without_its_bad_rows_and_counts_them(tmp_path, warned)
 
 def test_a_collator_that_drops_the_scores_is_found_at_the_first_batch(tmp_path):
     trainer = make_trainer(tmp_path, make_rows(4), extra={"data_collator": DataCollatorForLanguageModeling(3)})
-    with pytest.raises(ValueError, match=r"the batch has no score_labels.*leave data_collator out"):
+    with pytest.raises(ValueError, match=r"the batch has no score_labels.*Leave data_collator out"):
         trainer.train()
 
 

@@ -58,7 +58,7 @@ def test_a_judge_with_one_rationale():
 def test_a_judge_seen_on_too_few_groups(groups):
     found = kinds(GOLD + RNG.normal(0, 0.3, N), groups=[i % groups for i in range(N)])
     assert headline(found) == "too few"
-    assert found["too few"].startswith(f"Too little to tell: 60 items from {groups} groups.")
+    assert found["too few"].startswith(f"Too little data: 60 items from {groups} groups.")
     assert not {"better", "worse", "not told apart"} & found.keys()
     report = score_report(GOLD + 0.1, GOLD, groups=[i % groups for i in range(N)], n_bootstrap=50)
     assert all(math.isnan(getattr(report, name).low) for name in ("pearson", "rmse", "accuracy"))
@@ -67,14 +67,14 @@ def test_a_judge_seen_on_too_few_groups(groups):
 def test_a_reversed_judge():
     found = kinds(6 - GOLD)
     assert headline(found) == "reversed"
-    assert found["reversed"].startswith("It ranks items the wrong way round")
+    assert found["reversed"].startswith("It ranks items in reverse")
     assert "worse" in found
 
 
 def test_a_judge_at_the_raters_level():
     found = kinds(TRUTH + RNG.normal(0, 0.6, N), raters=RATERS.tolist())
     assert headline(found) == "better"
-    assert found["at raters"].startswith("As close to the raters as they are to each other")
+    assert found["at raters"].startswith("No clear difference between the judge and a rater")
 
 
 @pytest.mark.parametrize("gap", [None, math.nan])

@@ -44,7 +44,10 @@ def test_a_vllm_whose_chosen_log_probabilities_are_not_exact_is_refused(monkeypa
     ("argument", "message"),
     [
         ({"max_modle_len": 512}, r"no argument 'max_modle_len': did you mean max_model_len\?"),
-        ({"logprobs_mode": "processed_logprobs"}, "logprobs_mode='processed_logprobs' would report other numbers"),
+        (
+            {"logprobs_mode": "processed_logprobs"},
+            "logprobs_mode='processed_logprobs' would not report log-probabilities",
+        ),
         ({"speculative_config": {"model": "draft"}}, "gives no log-probabilities of chosen tokens"),
         ({"trust_remote_code": True}, "would run code from the checkpoint"),
         ({"quantization": "bitsandbytes"}, r"no longer reads bitsandbytes weights \(since 0.28\)"),
@@ -105,8 +108,8 @@ def test_room_is_made_for_the_largest_rank_of_an_adapter(settings, room):
         (LoraConfig(layer_replication=[(0, 2)]), "layer_replication="),
         (LoraConfig(rank_pattern={"q_proj": 4}), "rank_pattern or alpha_pattern"),
         (LoraConfig(alpha_pattern={"q_proj": 3}), "rank_pattern or alpha_pattern"),
-        (LoraConfig(r=1000), "rank 1000, and vLLM serves at most 512"),
-        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "serves only LoRA: use TransformersBackend"),
+        (LoraConfig(r=1000), "rank 1000, but vLLM serves ranks up to 512"),
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "serves only LoRA. Use TransformersBackend"),
     ],
 )
 def test_an_adapter_that_vllm_cannot_serve_is_refused(adapter, message):

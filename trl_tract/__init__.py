@@ -1,4 +1,4 @@
-"""TRACT for TRL: two-stage regression-aware fine-tuning of a judge that writes a rationale and then a score."""
+"""TRACT for TRL: two-stage regression-aware fine-tuning of an LLM judge that writes a rationale and then a score."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

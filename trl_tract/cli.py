@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(arguments[1:])
     except KeyboardInterrupt:
         print(
-            f"trl-tract {name}: stopped. Finished work is on disk. Run the same command again to continue.",
+            f"trl-tract {name}: stopped. Finished work is saved. Run the same command again to continue.",
             file=sys.stderr,
         )
         return 130
@@ -63,10 +63,7 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, ValueError | OSError | RuntimeError | ImportError) and message:
         return as_options(message)  # written for the user
     kind = type(error).__name__
-    return (
-        f"{kind}: {message}. This is a bug. --verbose shows where it happened. Please report it, with what "
-        "`trl-tract env` prints"
-    )
+    return f"{kind}: {message}. This is a bug. Please report it with the output of --verbose and of `trl-tract env`"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 #!/bin/bash
-# Rows judged by an array of SLURM jobs, each with one GPU and a share of the blocks. The job that ends last writes
-# judged/judgements.jsonl. A job that is preempted or runs out of time is queued again and goes on; so does the whole
-# array when it is submitted again.
+# Judge rows with an array of SLURM jobs, each with one GPU and a share of the blocks. The job that finishes last writes
+# judged/judgements.jsonl. A job that is preempted or runs out of time is queued again and continues. You can also submit
+# the whole array again to continue.
 #
 #     sbatch examples/cluster/slurm_array.sh
-#     SLURM_ARRAY_TASK_ID=0 SLURM_ARRAY_TASK_COUNT=1 bash examples/cluster/slurm_array.sh      # tries it without SLURM
+#     SLURM_ARRAY_TASK_ID=0 SLURM_ARRAY_TASK_COUNT=1 bash examples/cluster/slurm_array.sh      # to try it without SLURM
 #SBATCH --job-name=judge
 #SBATCH --array=0-63
 #SBATCH --gpus-per-task=1

@@ -1,10 +1,10 @@
 #!/bin/bash
-# Rows judged by a Ray cluster that SLURM gives the machines for: one Ray node on each machine, one worker for each GPU.
-# Submit it again to go on. MODEL has to be at the same path on all machines; rows and output directory are seen by the
-# first one alone.
+# Judge rows with a Ray cluster on machines allocated by SLURM: one Ray node per machine, one worker per GPU. Submit it
+# again to continue. MODEL must have the same path on all machines. Only the first machine needs the rows and the output
+# directory.
 #
 #     sbatch examples/cluster/slurm_ray.sh
-#     bash examples/cluster/slurm_ray.sh      # without SLURM: this machine alone
+#     bash examples/cluster/slurm_ray.sh      # without SLURM: only this machine
 #SBATCH --job-name=judge-ray
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
@@ -17,7 +17,7 @@ model=${MODEL:-judge} rows=${ROWS:-rows.parquet} out=${OUT:-judged}
 export RAY_USAGE_STATS_ENABLED=0
 
 if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
-    # Whoever reaches Ray's ports runs code as you: a token keeps others out. It is the same on all machines.
+    # Anyone who can reach Ray's ports can run code as you. A token, the same on all machines, prevents this.
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
     RAY_AUTH_TOKEN=$(openssl rand -hex 32)
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -36,14 +36,14 @@ def _choices(prompt: list[int], n: int, model: str, answer: Any) -> list[Any]:
     """The continuations of an answer that belongs to its request: the model, the prompt, their number."""
     read = answer["usage"]["prompt_tokens"]
     if read != len(prompt):
-        raise ValueError(f"it read {read} tokens of a prompt of {len(prompt)}")
+        raise ValueError(f"it read only {read} tokens of a prompt of {len(prompt)} tokens")
     if answer.get("model", model) != model:
         raise ValueError(f"it is an answer of the model {answer['model']!r}, not of {model!r}")
     choices = sorted(answer["choices"], key=lambda choice: choice["index"])
     if [choice["index"] for choice in choices] != list(range(n)):
-        raise ValueError(f"it holds {len(choices)} continuations of {n}")
+        raise ValueError(f"it holds {len(choices)} continuations instead of {n}")
     if any(choice["prompt_token_ids"] != prompt for choice in choices):
-        raise ValueError("it is an answer to another prompt: its prompt_token_ids are not those that were sent")
+        raise ValueError("it is an answer to another prompt: its prompt_token_ids are not the ones sent")
     return choices
 
 
@@ -56,7 +56,7 @@ def read_written(prompt: list[int], n: int, limit: int, size: int, model: str, a
             raise ValueError(f"a continuation ended with {json.dumps(one.finish_reason)}")
         one.text.encode()  # a ValueError for half a character
         if not 0 < len(one.token_ids) <= limit:
-            raise ValueError(f"a continuation has {len(one.token_ids)} tokens of at most {limit}")
+            raise ValueError(f"a continuation has {len(one.token_ids)} tokens, more than the limit of {limit}")
         wrong = [token for token in one.token_ids if type(token) is not int or not 0 <= token < size]
         if wrong:
             raise ValueError(f"a continuation holds the token {wrong[0]!r}, outside the vocabulary of {size}")

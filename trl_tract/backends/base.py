@@ -167,10 +167,10 @@ class Sampling:
         if n < 1:
             raise ValueError(f"n={n} must be 1 or more")
         if stop == "":
-            raise ValueError('stop="" would end every continuation before its first token: pass None for no stop text')
+            raise ValueError('stop="" would end every continuation before its first token. Pass None for no stop text')
         if self.temperature == 0 and n > 1:
             raise ValueError(
-                f"n={n} with temperature=0 gives the same text {n} times: raise the temperature, or set n=1"
+                f"n={n} with temperature=0 gives the same text {n} times. Raise the temperature, or set n=1"
             )
 
 
@@ -189,7 +189,7 @@ def prompt_seeds(seed: int | Sequence[int], count: int) -> list[int]:
     if isinstance(seed, int):
         return [int.from_bytes(sha256(f"{seed}/{number}".encode()).digest()[:4], "big") for number in range(count)]
     if len(seed) != count:
-        raise ValueError(f"{len(seed)} seeds for {count} prompts: give one for each, or one for all")
+        raise ValueError(f"{len(seed)} seeds for {count} prompts. Pass one for each prompt, or one for all")
     return list(seed)
 
 

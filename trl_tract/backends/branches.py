@@ -300,15 +300,15 @@ def why_not_one_forward(model: PreTrainedModel) -> str | None:
     others = set(getattr(config, "layer_types", None) or ()) - _LAYERS
     if others or getattr(model, "_is_stateful", False):
         kinds = ", ".join(sorted(others)) or config.model_type
-        return f"it has layers that are no plain attention ({kinds})"
+        return f"it has layers other than standard attention ({kinds})"
     if getattr(config, "use_bidirectional_attention", False):
-        return "its attention looks ahead"
+        return "its attention is not causal"
     weights = list(model.parameters())
     if any(weight.device.type == "meta" or hasattr(weight, "ds_id") for weight in weights):
         return None  # not here yet, or in pieces: nothing to try
     difference = _tried_out(model, config)
     if not difference <= _SAME:  # NaN is no agreement
-        return f"{type(model).__name__} does not follow a mask (its hidden states differ by {difference:.0%})"
+        return f"{type(model).__name__} ignores the mask (its hidden states differ by {difference:.0%})"
     return None
 
 
@@ -316,7 +316,7 @@ def several_tokens(trie: TokenTrie, refusal: str | None) -> str:
     """What a grid of several tokens costs in training: a message."""
     nodes = len(trie.nodes) - 1
     if refusal is None:
-        return f"a score is several tokens: each adds {nodes} token(s) to the forward pass, which stays the only one"
+        return f"a score is several tokens: each adds {nodes} token(s) to the single forward pass"
     ends = sum(not any(other[:-1] == node for other in trie.nodes) for node in trie.nodes[1:])
     return (
         f"a score is several tokens, and {refusal}: each costs {ends} more forward pass(es) over its row. The result "

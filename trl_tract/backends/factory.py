@@ -24,7 +24,9 @@ def make_author(model: str, name: str = "transformers", **options: Any) -> "Back
     from trl_tract.backends.chat import ChatBackend
 
     if not options.get("base_url"):
-        raise ValueError("the chat backend needs base_url: where the endpoint is, such as http://localhost:11434/v1")
+        raise ValueError(
+            "the chat backend needs base_url, the address of the endpoint, such as http://localhost:11434/v1"
+        )
     return ChatBackend(options.pop("base_url"), options.pop("served_model", None) or model, **options)
 
 
@@ -51,7 +53,9 @@ def make_backend(model: str, name: str = "transformers", **options: Any) -> Back
         from trl_tract.backends.server import ServerBackend
 
         if not options.get("base_url"):
-            raise ValueError("the server backend needs base_url: where the server is, such as http://localhost:8000/v1")
+            raise ValueError(
+                "the server backend needs base_url, the address of the server, such as http://localhost:8000/v1"
+            )
         served = options.pop("served_model", None) or model
         return ServerBackend(options.pop("base_url"), served, tokenizer=load_tokenizer(model), **options)
     raise ValueError(f"backend {name!r} is unknown: choose one of {', '.join(BACKENDS)}")

@@ -197,26 +197,26 @@ def why_not_shared(model: Any, pad: int) -> str | None:
     configuration does not tell is tried out on a few tokens.
     """
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return "its adapter puts vectors of its own before the tokens"
+        return "its adapter adds virtual tokens before the prompt"
     owner = innermost(model)
     config = owner.config.get_text_config()
     if not _cache_argument(owner) or "position_ids" not in inspect.signature(owner.forward).parameters:
-        return "it takes no cache of keys and values, or no positions"
+        return "it accepts no key-value cache or no position ids"
     odd = {type(layer) for layer in _host_layers(owner)} - {DynamicLayer, DynamicSlidingWindowLayer}
     others = set(getattr(config, "layer_types", None) or ()) - _LAYERS
     if odd or others or getattr(owner, "_is_stateful", False):
         kinds = ", ".join(sorted(others or {layer.__name__ for layer in odd})) or config.model_type
-        return f"it has layers that are no plain attention ({kinds})"
+        return f"it has layers other than standard attention ({kinds})"
     if getattr(config, "use_bidirectional_attention", False):
-        return "its attention looks ahead"
+        return "its attention is not causal"
     rope = str(getattr(config, "rope_parameters", None))
     if "'dynamic'" in rope or "'longrope'" in rope:
-        return "the positions of its keys depend on the length of the row"
+        return "the positions of its keys depend on the row length"
     if _sees_windows(config) and config._attn_implementation not in _MASKED:
         return f"it has windows, and attn_implementation={config._attn_implementation!r} takes no mask"
     difference = _tried_out(model, pad)
     if not difference <= _SAME:  # NaN is no agreement
-        return f"{type(owner).__name__} answers differently behind a cache (logits differ by {difference:.0%})"
+        return f"{type(owner).__name__} gives different results with a cache (logits differ by {difference:.0%})"
     return None
 
 

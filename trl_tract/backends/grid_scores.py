@@ -38,7 +38,7 @@ def _checked(
     """What a backend returned, one row for each prefix."""
     if np.shape(logprobs) != (len(prefixes), count):
         raise ValueError(
-            f"{method} of the backend {backend.name!r} returned an array of shape {np.shape(logprobs)} where "
-            f"({len(prefixes)}, {count}) was asked for: one log-probability for each prompt and token"
+            f"{method} of the backend {backend.name!r} returned an array of shape {np.shape(logprobs)} but must return "
+            f"({len(prefixes)}, {count}): one log-probability for each prompt and token"
         )
     return logprobs

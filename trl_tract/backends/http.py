@@ -80,7 +80,7 @@ class JSONServer:
         if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
             # Not quoted: it may hold a secret.
             raise ValueError(
-                f"base_url must look like http://HOST:PORT/v1, without a query: the key goes into {key_variable}"
+                f"base_url must look like http://HOST:PORT/v1, without a query. Put the key into {key_variable}"
             )
         path = parts.path.rstrip("/")
         host = f"[{host}]" if ":" in host else host
@@ -102,7 +102,7 @@ class JSONServer:
         if user is not None:
             if key:
                 raise ValueError(
-                    f"base_url holds credentials and {self.key_variable} a key: a server takes one of them"
+                    f"base_url contains credentials and {self.key_variable} contains a key. Use only one of the two"
                 )
             plain = f"{unquote(user)}:{unquote(password or '')}"
             basic = base64.b64encode(plain.encode()).decode()

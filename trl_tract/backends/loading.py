@@ -170,8 +170,8 @@ def check_seed(model_id: str) -> None:
     path = Path(model_id)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise ValueError(
-            f"{model_id} is an adapter, and training starts from a whole model. Give its base model, or merge it: "
-            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+            f"{model_id} is an adapter, but training starts from a full model. Give its base model, or merge the "
+            "adapter: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
         )
 
 
@@ -193,8 +193,8 @@ def _own_device() -> torch.device:
         return torch.device(current.type, torch.accelerator.current_device_index())
     if int(local_rank) >= count:
         raise RuntimeError(
-            f"process {local_rank} of this machine (LOCAL_RANK) has no accelerator of its own: there are {count}. "
-            f"Start at most {count} processes a machine, or pass device"
+            f"process {local_rank} of this machine (LOCAL_RANK) has no accelerator of its own, because there are only "
+            f"{count}. Start at most {count} processes per machine, or pass device"
         )
     return torch.device(current.type, int(local_rank))
 
@@ -232,8 +232,9 @@ def _base_of(adapter: Path, base: str) -> str:
         found, reason = None, f" ({' '.join(str(error).split())})"
     if found is None:
         raise FileNotFoundError(
-            f"{adapter} is an adapter of {base!r}, which is not a directory here and cannot be loaded from the "
-            f"hub{reason}. Put the base model there, or set base_model_name_or_path in adapter_config.json to its place"
+            f"{adapter} is an adapter of {base!r}, which is not a local directory and cannot be loaded from the "
+            f"hub{reason}. Put the base model there, or set base_model_name_or_path in adapter_config.json to its "
+            "location"
         )
     return base
 
@@ -270,7 +271,7 @@ def load_tokenizer(model_id: str, revision: str | None = None) -> PreTrainedToke
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
-            f"{model_id}: no tokenizer could be loaded from there. Give a model's directory or hub id ({reason})"
+            f"{model_id}: no tokenizer could be loaded from it ({reason}). Give a model's directory or hub id"
         ) from error
     return tokenizer
 

@@ -108,7 +108,7 @@ class RequestLoop:
         with self._lock:
             if self._closed:
                 coroutine.close()
-                raise RuntimeError("this backend is closed: make a new one")
+                raise RuntimeError("this backend is closed. Create a new one")
             call = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
             self._calls.add(call)
         call.add_done_callback(self._forget)

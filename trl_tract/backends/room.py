@@ -33,10 +33,10 @@ class Room:
         """
         if self.rows == 1:
             raise torch.OutOfMemoryError(
-                "out of memory with a single sequence: shorten its prompt, or use a larger device"
+                "out of memory with a single sequence. Shorten its prompt, or use a device with more memory"
             )
         if not self.is_less:
-            logger.warning("out of memory with %d sequences at a time: going on with smaller batches", rows)
+            logger.warning("out of memory with %d sequences at a time; continuing with smaller batches", rows)
         self.rows, self.tokens, self.is_less = max(rows // 2, 1), self.tokens // 2, True
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -34,9 +34,9 @@ _PROBED = 16  # tokens whose log-probabilities behind the probe tell one model f
 _PROBE_EVERY = 60.0  # seconds
 _RESTART = 1.0  # seconds that no server needs less of to come back with another model
 _UPGRADE = (
-    "it must give exact log-probabilities of chosen tokens (`logprob_token_ids`) and token ids (`return_token_ids`) on "
-    f"/v1/completions, as vLLM does from {OLDEST_SERVER} on: upgrade it with pip install -U vllm. If it is one, start "
-    "it without --speculative-config, with which it cannot. llama.cpp's server passes over `logprob_token_ids`"
+    "/v1/completions must return exact log-probabilities of chosen tokens (`logprob_token_ids`) and token ids "
+    f"(`return_token_ids`), as in vLLM {OLDEST_SERVER} or later. Upgrade with pip install -U vllm, and start it "
+    "without --speculative-config. llama.cpp's server ignores `logprob_token_ids` and cannot be used"
 )
 _START_SECONDS = 30.0
 _BYTES_A_TOKEN = 64  # of an answer, at most: its id, its text, and its part of the prompt that comes back
@@ -47,24 +47,24 @@ _TOO_LONG = re.compile(
 
 
 class ServerBackend(RequestBackend):
-    """A model behind a server that speaks vLLM's dialect of the OpenAI API.
+    """A model on a server with vLLM's OpenAI-compatible API.
 
-    Start one, in an environment of its own if need be, with
+    Start the server, in a separate environment if needed:
 
         vllm serve MODEL --port 8000
 
-    and for an adapter, under a name that is then the `model` here,
+    For an adapter, NAME is the `model` to pass here:
 
         vllm serve BASE --enable-lora --lora-modules NAME=DIRECTORY --max-lora-rank RANK
 
-    Requests are repeated while the server is away, overloaded or answers nonsense. A prompt is sent as token ids, and
-    an answer counts only if it names this model and these ids. A probe at the start, after an outage and every minute
-    notices another model under the same name. Give a judge a server of its own: other clients' requests and its own
-    can disturb each other.
+    Requests are retried while the server is unreachable, overloaded or returns invalid answers. Prompts are sent as
+    token ids, and an answer is accepted only if it names this model and these ids. A test request at the start, after
+    an outage and every minute detects another model under the same name. Use a separate server for each judge, because
+    requests of other clients can affect its results.
 
     Attributes:
-        model_id: What the server says that it loaded, or else `model`.
-        model: The name under which the server offers the model.
+        model_id: The model that the server reports as loaded, or else `model`.
+        model: Name of the model on the server.
     """
 
     name = "server"
@@ -119,7 +119,9 @@ class ServerBackend(RequestBackend):
             card = self._card(served)
             context_length = context_length or context_length_of(card, served)
             if context_length is None:
-                raise ValueError(f"{self._server.url} does not say how long {model}'s context is: pass context_length=")
+                raise ValueError(
+                    f"{self._server.url} does not report the context length of {model}. Pass context_length="
+                )
             tokenizer = tokenizer or _find_tokenizer(model, card, served)
             super().__init__(
                 self._server.public(str(card.get("root") or model)),
@@ -145,7 +147,7 @@ class ServerBackend(RequestBackend):
         return self._fingerprint | tokenizer_fingerprint(self.tokenizer)
 
     def close(self) -> None:
-        """Close the connections. Calls under way end with a RuntimeError; more than once does no harm."""
+        """Close the connections. Pending calls raise a RuntimeError. Can be called more than once."""
         self._closing()
 
     async def _sample(
@@ -258,8 +260,8 @@ class ServerBackend(RequestBackend):
             ]
             if changed:
                 raise RuntimeError(
-                    f"{self._server.url} serves another model under the name {self.model!r} than at the start "
-                    f"({'; '.join(changed)}). Serve the first one again, or start in another directory"
+                    f"{self._server.url} now serves another model under the name {self.model!r} "
+                    f"({'; '.join(changed)}). Serve the first model again, or use another output directory"
                 )
             self._probed_at = clock()
 
@@ -289,20 +291,20 @@ class ServerBackend(RequestBackend):
         except ConnectionError as error:
             if "HTTP 500" not in str(error) or self._fingerprint:
                 raise
-            raise ConnectionError(f"{error}. A request for scores has to be answered: {_UPGRADE}") from None
+            raise ConnectionError(f"{error}. The server must support score requests: {_UPGRADE}") from None
         except (LookupError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{url} answers a probe without what a judge needs ({public(repr(error))}): {_UPGRADE}"
+                f"{url} answers a test request without what a judge needs ({public(repr(error))}): {_UPGRADE}"
             ) from None
         if not is_likely:
             raise ValueError(
-                f"{url} reports {public(str(best))} for the likeliest token ({public(str(written))}): that is no "
-                "log-probability. Start it with --logprobs-mode raw_logprobs, vLLM's default"
+                f"{url} reports {public(str(best))} for the likeliest token ({public(str(written))}), which is not a "
+                "log-probability. Start the server with --logprobs-mode raw_logprobs, vLLM's default"
             )
         if seen != expected:
             raise ValueError(
-                f"{url} reads {_PROBE!r} as the tokens {public(str(seen))}, the tokenizer here as {expected}: pass "
-                f"tokenizer=, the one that {self.model} was trained with, and serve the model with it"
+                f"{url} reads {_PROBE!r} as the tokens {public(str(seen))}, but the local tokenizer as {expected}. "
+                f"Pass tokenizer=, the one that {self.model} was trained with, and serve the model with the same one"
             )
         return "~ " + " ".join(f"{max(score, NO_PROBABILITY):.3f}" for score in scores.values())
 
@@ -329,4 +331,6 @@ def _find_tokenizer(
             return load_tokenizer(place)
         except (OSError, ValueError):
             continue
-    raise ValueError(f"no tokenizer can be loaded from {', '.join(places)}: pass tokenizer=, the one of {model}")
+    raise ValueError(
+        f"no tokenizer can be loaded from {', '.join(places)}. Pass the tokenizer of {model} as tokenizer="
+    )

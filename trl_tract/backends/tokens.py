@@ -16,7 +16,7 @@ def checked_ids(rows: Sequence[Sequence[int]], what: str, vocabulary: int) -> li
     for index, row in enumerate(rows):
         ids = [int(token) for token in row]
         if not ids:
-            raise ValueError(f"{what}[{index}] is empty: there is nothing to continue")
+            raise ValueError(f"{what}[{index}] is empty, so there is nothing to continue")
         if min(ids) < 0 or max(ids) >= vocabulary:
             wrong = next(token for token in ids if not 0 <= token < vocabulary)
             raise ValueError(f"{what}[{index}] holds token id {wrong}, outside the vocabulary of {vocabulary}")

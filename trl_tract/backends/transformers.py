@@ -39,14 +39,14 @@ logger = logging.getLogger(__name__)
 class TransformersBackend(Backend):
     """A causal language model run by `transformers`.
 
-    A model that was handed in loaded is borrowed: its train or eval mode, its `generation_config` and the random
-    state of the process are as before after each call.
+    A model that you pass in loaded is not changed: its train or eval mode, its `generation_config` and the random state
+    of the process are restored after each call.
 
     Attributes:
-        model_id: What was loaded; for a model that came loaded, its `name_or_path` followed by ` (loaded)`, since its
-            weights may have moved away from that checkpoint.
-        batch_tokens: Tokens of all of them at most, padding and what stands before them included. Both are halved for
-            the rest of a call when the device runs out of memory.
+        model_id: Directory or hub id of the model. For a model passed in loaded, its `name_or_path` followed by `
+            (loaded)`, because its weights may differ from that checkpoint.
+        batch_tokens: Maximum number of tokens in a batch, including padding and prompts. Both limits are halved for the
+            rest of a call when the device runs out of memory.
     """
 
     name = "transformers"
@@ -99,17 +99,17 @@ class TransformersBackend(Backend):
         else:
             if dtype is not None or device is not None or merge_adapter or revision is not None:
                 raise ValueError(
-                    "dtype, device, merge_adapter and revision apply to a model that is loaded here; this one is "
-                    "loaded already: convert, move or merge it before handing it in"
+                    "dtype, device, merge_adapter and revision work only for models that the backend loads itself, but "
+                    "this model is already loaded. Convert, move or merge it before you pass it"
                 )
             origin = str(model.config.name_or_path)
             self.model = model
             self.model_id = f"{origin or type(model).__name__} (loaded)"
             if tokenizer is None and not origin:
-                raise ValueError("the loaded model does not say where it came from: pass its tokenizer as well")
+                raise ValueError("the loaded model has no name or path. Pass its tokenizer as well")
             self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(origin)
         if self.model.config.is_encoder_decoder:
-            raise ValueError(f"{self.model_id} is an encoder-decoder; only causal language models can be used")
+            raise ValueError(f"{self.model_id} is an encoder-decoder model. Only causal language models can be used")
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self._tree: KeyValueTree | None = None  # while something may be asked again
         self._shares: bool | None = None  # until it is asked
@@ -127,13 +127,12 @@ class TransformersBackend(Backend):
     ) -> list[list[Generation]]:
         """Sample `n` continuations of each prompt; see `Backend.generate`.
 
-        Only the settings given here shape the text: those that the checkpoint brings (top-k, penalties, suppressed
-        tokens) are set aside, but for its end-of-sequence tokens. The repetition penalty counts the prompt's tokens
-        too. A text depends on its prompt and seed, and on its neighbours no more than the rounding of their batch moves
-        a probability.
+        Only the settings given here apply. The checkpoint's own generation settings (top-k, penalties, suppressed
+        tokens) are ignored, except for its end-of-sequence tokens. The repetition penalty includes the prompt's tokens.
+        A text depends on its prompt and seed, but not on other prompts, up to rounding in the batch.
 
-        Prompts that begin alike share the computation of their beginning, longest prompts run first, and the place of a
-        text that ends is filled at once.
+        Prompts with a common prefix share its computation. Longest prompts run first, and a finished text is replaced
+        in the batch immediately.
         """
         settings = Sampling(**sampling)
         settings.check(n, stop)
@@ -194,8 +193,8 @@ class TransformersBackend(Backend):
     ) -> NDArray[np.float64]:
         """Log-probabilities of `token_ids` as the next token; see `Backend.next_token_logprobs`.
 
-        One forward pass of the model itself, so that logits which it caps or scales are capped or scaled; head and
-        softmax are computed in float32. Rows that begin alike share the computation of their beginning.
+        Runs the model's own forward pass, including any capping or scaling of logits. Head and softmax are computed in
+        float32. Rows with a common prefix share its computation.
         """
         rows = self._checked(token_id_lists, "token_id_lists")
         (wanted,) = self._checked([token_ids], "token_ids")
@@ -210,10 +209,10 @@ class TransformersBackend(Backend):
         return logprobs
 
     def trie_logprobs(self, token_id_lists: Sequence[Sequence[int]], trie: TokenTrie) -> NDArray[np.float64] | None:
-        """Log-probabilities of whole scores, in one forward pass a batch; see `Backend.trie_logprobs`.
+        """Log-probabilities of complete scores, in one forward pass per batch; see `Backend.trie_logprobs`.
 
-        The trie's inner nodes are appended as branches; see `branches.py`. A row that does not fit the context window
-        with its branches is NaN. None if this model cannot be given branches.
+        The trie's inner nodes are appended as branches; see `branches.py`. A row that does not fit into the context
+        window with its branches is NaN. Returns None if the model does not support branches.
         """
         rows = self._checked(token_id_lists, "token_id_lists")
         owner = innermost(self.model)
@@ -221,7 +220,7 @@ class TransformersBackend(Backend):
             refusal = why_not_one_forward(owner)
             self._takes_branches = refusal is None
             if refusal is not None:
-                logger.warning("scores of several tokens are asked for token by token: %s", refusal)
+                logger.warning("scores of several tokens are computed token by token: %s", refusal)
         if not self._takes_branches or "logits_to_keep" not in inspect.signature(owner.forward).parameters:
             return None
         logprobs = np.full((len(rows), len(trie.paths)), np.nan)
@@ -260,7 +259,7 @@ class TransformersBackend(Backend):
             refusal = why_not_shared(self.model, self._pad_id())
             self._shares = refusal is None
             if refusal is not None:
-                logger.warning("prompts that begin alike are computed one by one: %s", refusal)
+                logger.warning("shared prefixes of prompts are not reused: %s", refusal)
         return self._tree if self._shares else None
 
     def _forget(self) -> None:

@@ -34,11 +34,11 @@ _LORA_FIELDS = {
 class VLLMBackend(RequestBackend):
     """A causal language model run by vLLM's asynchronous engine.
 
-    The engine joins the requests of all threads into batches, shares the work on equal beginnings of prompts (prefix
-    caching), and keeps adapters apart from their 16-bit base.
+    The engine batches the requests of all threads, reuses common prefixes of prompts (prefix caching), and serves
+    adapters unmerged on their 16-bit base.
 
-    A script that makes one needs `if __name__ == "__main__":`, since vLLM starts a process for its engine. In that
-    process lies the GPU's memory: `close`, or the end of a `with` block, gives it back.
+    vLLM starts a process for its engine, so a script needs `if __name__ == "__main__":`. That process holds the GPU
+    memory; `close`, or leaving a `with` block, frees it.
     """
 
     name = "vllm"
@@ -91,7 +91,7 @@ class VLLMBackend(RequestBackend):
         except (ValueError, TypeError) as error:  # Its own checks; pydantic's errors are ValueErrors.
             raise ValueError(without_secrets(f"vLLM refuses to run {base_id}: {error}")) from error
         except Exception as error:
-            raise RuntimeError(f"vLLM's engine does not start on {base_id}: {error}; its log above says why") from error
+            raise RuntimeError(f"vLLM's engine does not start on {base_id}: {error}. See its log above") from error
         config = engine.vllm_config
         limit = 2 * config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size
         loop = RequestLoop(limit)
@@ -123,7 +123,7 @@ class VLLMBackend(RequestBackend):
                 raise
 
     def close(self) -> None:
-        """End the engine and its processes, with the memory they hold; more than once does no harm."""
+        """Stop the engine and its processes, and free their memory. Can be called more than once."""
         self._closing()
 
     async def _sample(
@@ -143,7 +143,7 @@ class VLLMBackend(RequestBackend):
         written = []
         for one in sorted(output.outputs, key=lambda one: one.index):
             if one.finish_reason not in ("stop", "length"):
-                raise RuntimeError(f"vLLM gave up on a continuation ({one.finish_reason}); its log above says why")
+                raise RuntimeError(f"vLLM gave up on a continuation ({one.finish_reason}). See its log above")
             written.append(Written(list(one.token_ids), one.text, one.finish_reason, one.stop_reason))
         return written
 
@@ -170,9 +170,9 @@ class VLLMBackend(RequestBackend):
             ):
                 output = partly
         except EngineDeadError as error:
-            raise RuntimeError(f"vLLM's engine has died on {self.model_id}; its log above says why") from error
+            raise RuntimeError(f"vLLM's engine has died on {self.model_id}. See its log above") from error
         if output is None or not output.finished:
-            raise RuntimeError(f"vLLM left a request of {len(prompt)} tokens unfinished; its log above says why")
+            raise RuntimeError(f"vLLM left a request of {len(prompt)} tokens unfinished. See its log above")
         return output
 
 
@@ -193,16 +193,22 @@ def _check_arguments(engine_args: Mapping[str, Any], known: list[str]) -> None:
             raise ValueError(f"vLLM's engine has no argument {name!r}{hint}")
     if engine_args.get("logprobs_mode", "raw_logprobs") != "raw_logprobs":
         raise ValueError(
-            f"logprobs_mode={engine_args['logprobs_mode']!r} would report other numbers than the log-probabilities "
-            "under the whole vocabulary: leave it out"
+            f"logprobs_mode={engine_args['logprobs_mode']!r} would not report log-probabilities under the full "
+            "vocabulary. Leave it out"
         )
     if engine_args.get("speculative_config"):
-        raise ValueError("speculative_config: an engine that speculates gives no log-probabilities of chosen tokens")
+        raise ValueError(
+            "speculative_config: with speculative decoding, vLLM gives no log-probabilities of chosen "
+            "tokens. Leave it out"
+        )
     if engine_args.get("trust_remote_code"):
-        raise ValueError("trust_remote_code=True would run code from the checkpoint: only models known to vLLM are run")
+        raise ValueError(
+            "trust_remote_code=True would run code from the checkpoint. Only models that vLLM supports "
+            "itself are allowed"
+        )
     if engine_args.get("quantization") == "bitsandbytes":
         raise ValueError(
-            "vLLM no longer reads bitsandbytes weights (since 0.28): leave quantization out. An adapter trained on a "
+            "vLLM no longer reads bitsandbytes weights (since 0.28). Leave quantization out. An adapter trained on a "
             "4-bit base is served on the 16-bit base"
         )
 
@@ -210,19 +216,21 @@ def _check_arguments(engine_args: Mapping[str, Any], known: list[str]) -> None:
 def _check_checkpoint(base_id: str) -> None:
     config = AutoConfig.from_pretrained(base_id, trust_remote_code=False)
     if config.is_encoder_decoder:
-        raise ValueError(f"{base_id} is an encoder-decoder; only causal language models can be used")
+        raise ValueError(f"{base_id} is an encoder-decoder model. Only causal language models can be used")
     quantised = getattr(config, "quantization_config", None)
     method = quantised.get("quant_method") if isinstance(quantised, Mapping) else getattr(quantised, "quant_method", "")
     if "bitsandbytes" in str(method).lower():
         raise ValueError(
-            f"{base_id} holds bitsandbytes weights, which vLLM no longer reads (since 0.28): name its 16-bit original "
-            "instead, in an adapter as base_model_name_or_path of adapter_config.json"
+            f"{base_id} holds bitsandbytes weights, which vLLM no longer reads (since 0.28). Use its 16-bit original "
+            "instead; for an adapter, set base_model_name_or_path in adapter_config.json"
         )
 
 
 def _lora_arguments(model_id: str, adapter: PeftConfig) -> dict[str, Any]:
     if str(getattr(adapter.peft_type, "value", adapter.peft_type)) != "LORA":
-        raise ValueError(f"{model_id} is a {adapter.peft_type} adapter; vLLM serves only LoRA: use TransformersBackend")
+        raise ValueError(
+            f"{model_id} is a {adapter.peft_type} adapter, but vLLM serves only LoRA. Use TransformersBackend"
+        )
     plain = LoraConfig()
     odd = {
         field.name: getattr(adapter, field.name)
@@ -239,17 +247,17 @@ def _lora_arguments(model_id: str, adapter: PeftConfig) -> dict[str, Any]:
         alphas.get(name, adapter.lora_alpha) / ranks.get(name, adapter.r) ** root for name in {*ranks, *alphas}
     } | {adapter.lora_alpha / adapter.r**root}
     if max(factors) > min(factors) * 1.001:
-        kinds.append("rank_pattern or alpha_pattern, with which its modules have several factors")
+        kinds.append("rank_pattern or alpha_pattern give its modules different scaling factors")
     if not kinds and (whole := sorted(whole_weights(model_id))):
-        kinds = [f"it holds {whole[0]} whole, as after a change of the vocabulary"]
+        kinds = [f"it holds {whole[0]} in full, as after a change of the vocabulary"]
     if kinds:
         raise ValueError(
-            f"vLLM cannot serve {model_id} unmerged ({', '.join(kinds)}): merge it, or use TransformersBackend"
+            f"vLLM cannot serve {model_id} unmerged ({', '.join(kinds)}). Merge it, or use TransformersBackend"
         )
     rank = max([adapter.r, *(adapter.rank_pattern or {}).values()])
     fitting = [room for room in _LORA_RANKS if room >= rank]
     if not fitting:
         raise ValueError(
-            f"{model_id} has rank {rank}, and vLLM serves at most {_LORA_RANKS[-1]}: merge it into its base"
+            f"{model_id} has rank {rank}, but vLLM serves ranks up to {_LORA_RANKS[-1]}. Merge it into its base"
         )
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": fitting[0]}

@@ -25,6 +25,6 @@ def require_vllm() -> None:
 
     if Version(__version__) < Version(OLDEST):
         raise ImportError(
-            f"vLLM {__version__} is installed here, and VLLMBackend needs {OLDEST} or later, for exact "
+            f"vLLM {__version__} is installed here, but VLLMBackend needs {OLDEST} or later for exact "
             f"log-probabilities of chosen tokens: {INSTALL} -U"
         )

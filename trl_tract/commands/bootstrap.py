@@ -17,65 +17,74 @@ from trl_tract.text.options import option, required
 
 @dataclass
 class BootstrapArguments:
-    """Who writes the rationales, and for which rows."""
+    """The model that writes rationales, and the rows."""
 
-    model: str = required("Who writes: a model directory or hub id, or with --backend chat the model's name there.")
-    data: str = required(f"{ROWS} Rows that have a rationale keep it.")
-    output_dir: str = required("Where rows.jsonl, the rows with rationales, is written.")
+    model: str = required(
+        "Model that writes the rationales: a directory or hub id, or with --backend chat, the "
+        "model's name at the endpoint."
+    )
+    data: str = required(f"{ROWS} Rows that already have a rationale keep it.")
+    output_dir: str = required("Output directory. The rows with rationales are written there, to rows.jsonl.")
     tolerance: float | None = option(
         None,
-        "How far the score that a rationale comes to may be from the gold score. By default half the "
-        "smallest step between scores, or an eighth of their range if that is more.",
+        "Maximum difference between the score given with a rationale and the gold score. Defaults to half the smallest "
+        "step between scores, or an eighth of the score range, whichever is larger.",
     )
     show_score: bool = option(
         True,
-        "Where no rationale comes to the gold score, show it and ask again. Such rationales are marked, "
-        "and not kept if they give the score away.",
+        "If no rationale matches the gold score, show the model the gold score and ask again. Such rationales are "
+        "marked in the output. They are rejected if they reveal the score.",
     )
-    keep: int = option(1, "Rationales to keep for a row, the closest first.")
-    rewrite: bool = option(False, "Write rationales for the rows that have one too.")
+    keep: int = option(1, "Maximum number of rationales kept per row, the closest first.")
+    rewrite: bool = option(False, "Also write rationales for rows that already have one.")
     on_failure: str = option(
         "drop",
-        "What to do with a row for which no rationale was kept: drop it, keep it without one, or stop.",
+        "What to do with a row if no rationale was accepted: drop the row, keep it without a rationale, or stop.",
         choices=["drop", "keep", "raise"],
     )
-    num_generations: int = option(4, "Rationales to sample for a row, each time it is asked.")
-    temperature: float = option(0.7, "Sampling temperature of the rationale.")
+    num_generations: int = option(4, "Number of rationales sampled per row, each time the model is asked.")
+    temperature: float = option(0.7, "Sampling temperature for rationales.")
     top_p: float = option(0.9, "Nucleus sampling threshold.")
-    repetition_penalty: float = option(1.03, "Penalty on tokens used before. 1 turns it off.")
-    max_new_tokens: int = option(256, "Longest rationale, in tokens. A longer one ends with its last whole sentence.")
-    generation_seed: int = option(42, "Random seed of the sampling.")
-    generation_batch_size: int = option(32, "Rationales generated at once at most (transformers backend only).")
+    repetition_penalty: float = option(1.03, "Penalty on repeated tokens. 1 turns it off.")
+    max_new_tokens: int = option(
+        256, "Maximum length of a rationale, in tokens. A longer one is cut after its last complete sentence."
+    )
+    generation_seed: int = option(42, "Random seed for sampling.")
+    generation_batch_size: int = option(
+        32, "Maximum number of rationales generated at once (transformers backend only)."
+    )
     backend: str = option(
         "transformers",
-        "What generates text: transformers, vLLM in this process, a vLLM server (see --base_url), or chat: "
-        "any OpenAI-compatible chat endpoint. The last one gives no probabilities, so the score that it writes "
-        "counts.",
+        "Engine that generates text: transformers, vLLM in this process, a vLLM server (see --base_url), or chat for "
+        "any OpenAI-compatible chat endpoint. A chat endpoint gives no probabilities, so the score that the model "
+        "writes is used.",
         choices=[*BACKENDS, "chat"],
     )
     engine_args: str | None = option(
-        None, "More arguments for the backend, as JSON: '{\"tensor_parallel_size\": 2}' for vLLM."
+        None, "Additional arguments for the backend, as JSON, such as '{\"tensor_parallel_size\": 2}' for vLLM."
     )
     prices: list[float] | None = option(
-        None, "Two prices per million tokens, read and written, to be told the most that it can cost."
+        None,
+        "Prices per million input tokens and per million output tokens. The maximum cost is then printed before "
+        "the run.",
     )
-    score_values: list[float] = option(
-        [1.0, 2.0, 3.0, 4.0, 5.0], "The possible scores, as in training: 0 1 2, or 0..100."
-    )
-    score_texts: list[str] | None = option(None, "How the scores are written, if in words.")
-    score_marker: str = option("[RESULT]", "Text before the score.")
+    score_values: list[float] = option([1.0, 2.0, 3.0, 4.0, 5.0], "Possible scores, as in training: 0 1 2, or 0..100.")
+    score_texts: list[str] | None = option(None, "Text of each score, if scores are written as words.")
+    score_marker: str = option("[RESULT]", "Text that stands before the score.")
     aspects: dict[str, Any] | str | None = option(
-        None, "For several scores in one completion, as in training. JSON, or a mapping in a YAML file."
+        None, "Aspects, for several scores in one completion, as in training. JSON or a YAML mapping."
     )
     chat_template_kwargs: dict[str, Any] | str | None = option(
-        None, "Variables of the chat template, as in training. JSON."
+        None, "Variables for the chat template, as in training. JSON."
     )
     thinking: str = option(
-        "auto", "Whether the rationale is the thinking, as in training.", choices=["auto", "off", "rationale"]
+        "auto",
+        "How to use the thinking block of the chat template, as in training.",
+        choices=["auto", "off", "rationale"],
     )
     invalid_rows: str = option(
         "raise",
-        "What to do with rows that cannot be read or have no gold score: stop at once, or go on without them.",
+        "What to do with rows that cannot be read or have no gold score: stop at once, or continue without them.",
         choices=["raise", "drop"],
     )
 
@@ -121,5 +130,5 @@ def write_rationales(
         options = rows.options(engine)
         written = BootstrapStep(rows.model, str(data), rows.output_dir, settings, options, shard=worker.shard).run()
     if written is not None and os.environ.get("RANK", "0") == "0":
-        print(f"The rows with rationales are in {written}")
+        print(f"The rows and their rationales are in {written}")
     return 0

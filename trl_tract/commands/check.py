@@ -50,8 +50,8 @@ class Agreement:
     def __str__(self) -> str:
         nearest, difference, correlation = self._measures()
         return (
-            f"{len(self.golds):,} completions say a score as well: the mean difference is {difference:.2f}, the "
-            f"correlation {correlation:.2f}; {nearest:,} are less than one apart"
+            f"{len(self.golds):,} completions also contain a score. Mean difference from the gold score: "
+            f"{difference:.2f}; correlation: {correlation:.2f}; less than one apart: {nearest:,}"
         )
 
     def contradiction(self, grid: ScoreGrid) -> str | None:
@@ -61,10 +61,11 @@ class Agreement:
         _, difference, correlation = self._measures()
         if correlation >= 0 and difference <= (grid.values[-1] - grid.values[0]) / 4:
             return None
-        kind = "run against each other" if correlation < 0 else f"are {difference:.2f} apart in the mean"
+        kind = "are negatively correlated" if correlation < 0 else f"differ by {difference:.2f} on average"
         return (
-            f"the gold scores and the scores in the completions {kind}. Is the column reversed, on another scale, or "
-            "of other rows? The rationale would be trained on one score, and the squared error on the other"
+            f"the gold scores and the scores in the completions {kind}. Check whether the score column is reversed, "
+            "uses another scale or belongs to other rows. As it is, the rationale would argue for one score, and the "
+            "squared error would train another"
         )
 
     def _measures(self) -> tuple[int, float, float]:
@@ -76,15 +77,16 @@ class Agreement:
 
 @dataclass
 class RowsReport:
-    """What was found in rows.
+    """Statistics of the rows in one source.
 
     Attributes:
         judged_only: Records with a gold score but without a completion: they can be judged, not trained on.
-        bare: Records that are examined with their gold score alone in place of a completion.
-        golds: Gold scores of the trained rows by aspect, rubric units; of rows with one score, by the empty name.
-        rated: Likewise, how many of these are the mean of several annotators.
-        agreement: By aspect likewise, where rows have a gold score in a column and another one in the completion.
-        longest: Tokens of the longest row, one that is cut included: the `max_length` that cuts none.
+        bare: Records without a completion, examined with their gold score in its place.
+        golds: Gold scores of the training rows by aspect, in rubric units. The aspect's name is empty for rows with one
+            score.
+        rated: By aspect, how many of these are the mean of several annotators.
+        agreement: By aspect, gold scores from a column compared with the scores in the completions.
+        longest: Tokens of the longest row, before any cut: the smallest `max_length` that cuts no row.
         sequences: Token ids and positions of the rows of the first 1,000 records, `(n, 2)` each.
     """
 
@@ -267,7 +269,7 @@ def check(
         for scale in scales:
             golds = report.golds[scale.name]
             fractions, rated = sum(gold not in scale.grid.values for gold in golds), report.rated[scale.name]
-            between = f", {fractions:,} of them between two scores of the grid" if fractions else ""
+            between = f", {fractions:,} of them between two grid scores" if fractions else ""
             means = f"; {rated:,} are the mean of several annotators" if rated else ""
             say(f"\n{len(golds):,} gold scores{f' of {scale.name}' if scale.name else ''}{between}{means}")
             say("\n".join(score_histogram(golds, scale.grid, mark=mark)))
@@ -278,23 +280,24 @@ def check(
         for number, row in report.examples:
             tokens = view_row(encoder, row)
             say(f"\nrow {number}, the prompt as the model reads it\n{shown_prompt(tokens)}")
-            say(f"\nrow {number}, token by token from shortly before the {'first ' if scales[0].name else ''}marker")
+            say(f"\nrow {number}, the tokens around the {'first ' if scales[0].name else ''}marker")
             say(around_score(tokens))
         for number in sorted(set(rows) - {number for number, _ in report.examples}):
-            say(f"\nrow {number} is not shown: there is no such row that would be trained on")
+            say(f"\nrow {number} is not shown: it does not exist or would not be used for training")
         say(f"\n{_max_length(report, max_length)}")
         say(_shared(report, source, scales, own, tokenizer, training))
     elif not report.refused:
-        say("\nNothing to train on: no row has a prompt and a score")
+        say("\nNothing to train on: no row has both a prompt and a score")
     if report.refused:
         say(f"\nRefused: {what_is_refused(report, training)}")
-        say("Training would stop there. With --invalid_rows drop it goes on without these rows")
+        say("Training would stop here. With --invalid_rows drop, it continues without these rows")
     elif report.trained:
         say("\nNo row would be refused")
     if bare == "lacking" and report.bare:
         say(
-            f"{report.bare:,} rows have no rationale: `trl-tract run` writes them (--rationales auto), or trains "
-            "without (--rationales none). Lengths are without what is still to be written"
+            f"{report.bare:,} rows have no rationale. `trl-tract run` writes rationales (--rationales auto) or trains "
+            "without them (--rationales none). The lengths above do not include rationales that are still to be "
+            "written"
         )
     for line in contradictions(report, scales):
         say(line)
@@ -313,18 +316,23 @@ def contradictions(report: RowsReport, scales: Sequence[Scale]) -> list[str]:
 
 def _counts(report: RowsReport) -> str:
     total = report.trained + len(report.refused)
-    usable = f"{report.trained:,} of {total:,} rows would be trained on" if total else "none can be trained on"
+    usable = (
+        (f"{report.trained:,} of {total:,} rows can be used for training") if total else "none can be used for training"
+    )
     lines = [f"{report.name}: {report.records:,} records, {usable}"]
     if report.groups:
-        lines.append(f"{report.groups:,} groups (a split for evaluation keeps each together)")
+        lines.append(f"{report.groups:,} groups (a group is never split between training and evaluation)")
     if report.judged_only:
-        lines.append(f"{report.judged_only:,} records have a score but no completion: to be judged, not trained on")
+        lines.append(
+            f"{report.judged_only:,} records have a score but no completion: they can be judged but not used "
+            "for training"
+        )
     return "\n".join(lines)
 
 
 def _max_length(report: RowsReport, max_length: int | None) -> str:
     if max_length is not None and report.longest > max_length:
-        return f"max_length: set it to {report.longest} or more; at {max_length} the longest row is cut"
+        return f"max_length: set it to {report.longest} or more; {max_length} would cut the longest row"
     return f"max_length: {report.longest} is enough for every row"
 
 
@@ -338,9 +346,11 @@ def _shared(
 ) -> str:
     """Which part of the tokens share_prompts would compute, as prompts are and in the rubric's other order."""
     if not report.sequences:
-        return f"share_prompts: none of the first {_LOOKED_AT:,} records would be trained on, and these are looked at"
+        return (
+            f"share_prompts: not estimated, because none of the first {_LOOKED_AT:,} records can be used for training"
+        )
     share = distinct_share(report.sequences, _BATCH)
-    told = f"share_prompts: in micro-batches of {_BATCH} rows that begin alike, {share:.0%} of the tokens are computed"
+    told = f"share_prompts: computes {share:.0%} of the tokens, in micro-batches of {_BATCH} rows with a common prefix"
     if own is None or own.rubric is None or own.rubric.template is not None:
         return told
     (order,) = ORDERS.keys() - {own.rubric.order}

@@ -22,7 +22,7 @@ def completion(
     """`trl-tract completion`: print the script of the shell that is named."""
     parser = argparse.ArgumentParser(
         prog="trl-tract completion",
-        description='A script that completes commands and options. In bash: eval "$(trl-tract completion bash)"',
+        description='Print a script that completes commands and options. In bash: eval "$(trl-tract completion bash)"',
     )
     parser.add_argument("shell", choices=SHELLS)
     shell = parser.parse_args(list(arguments)).shell

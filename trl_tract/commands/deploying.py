@@ -15,56 +15,61 @@ if TYPE_CHECKING:
 
 @dataclass
 class LaunchArguments:
-    """Processes of this machine."""
+    """Processes on this machine."""
 
     num_processes: int | None = option(
         None,
-        "Processes to train and to generate with. By default one for each accelerator that is seen, or "
-        "one. An update keeps its number of rows, and fewer processes train where they do not share it evenly.",
+        "Number of processes for training and generation. Defaults to one per visible accelerator, or one without "
+        "accelerators. The number of rows in an update stays the same. Fewer processes train if it cannot be divided "
+        "evenly among them.",
     )
     accelerate_config: str | None = option(
         None,
-        "Configuration of accelerate to train with, such as examples/accelerate/fsdp2.yaml. Its "
-        "number of processes counts where --num_processes is not given.",
+        "Accelerate configuration file for training, such as examples/accelerate/fsdp2.yaml. Its number of processes "
+        "is used unless --num_processes is given.",
     )
 
 
 @dataclass
 class ClusterArguments:
-    """Many machines."""
+    """Several machines."""
 
     engine: str = option(
         "local",
-        "local: this machine does the work. ray: workers on the machines of a Ray cluster do it, one for "
-        "each GPU or machine, or as many as --num_processes says. RAY_ADDRESS says where the cluster is. Without "
-        "it Ray is started on this machine.",
+        "local: run on this machine. ray: run workers on a Ray cluster, one per GPU or machine, or --num_processes of "
+        "them. Set RAY_ADDRESS to the address of the cluster. Without it, Ray is started on this machine.",
         choices=["local", "ray"],
     )
     export: str | None = option(
         None,
-        "Where the result is brought as well: a .jsonl or .parquet file, as a path or an address that "
-        "fsspec knows, such as s3://bucket/judgements.parquet.",
+        "Also write the result to this .jsonl or .parquet file: a path, or an address that fsspec supports, such as "
+        "s3://bucket/judgements.parquet.",
     )
 
 
 @dataclass
 class ServeArguments:
-    """The judge and its address."""
+    """The judge and the server."""
 
     model: str = required("Judge model or adapter, saved by TRACTTrainer.")
     rubric: str | None = option(
         None,
-        "YAML file with `criterion` and `scores`, for requests with fields. By default the rubric saved "
-        "with the model.",
+        "YAML file with `criterion` and `scores`, for requests that send fields instead of a prompt. Defaults to the "
+        "rubric saved with the model.",
     )
-    host: str = option("127.0.0.1", "Address to listen at. 0.0.0.0 lets other machines in: set TRL_TRACT_API_KEY then.")
-    port: int = option(8123, "Port to listen at. 0 takes one that is free.")
-    name: str | None = option(None, "What /v1/models calls the judge. By default the last part of --model.")
-    max_batch: int = option(32, "Items judged together at most.")
-    max_queue: int = option(256, "Items that may wait. More are refused with 429.")
-    max_items: int = option(64, "Items in one request.")
-    max_bytes: int = option(2**20, "Bytes in one request.")
-    answer_seconds: float = option(300.0, "How long a request may take. Then it is refused with 504.")
+    host: str = option(
+        "127.0.0.1",
+        "Address to listen on. 0.0.0.0 accepts requests from other machines; set TRL_TRACT_API_KEY in that case.",
+    )
+    port: int = option(8123, "Port to listen on. 0 picks a free one.")
+    name: str | None = option(None, "Name of the judge in /v1/models. Defaults to the last part of --model.")
+    max_batch: int = option(32, "Maximum number of items judged together.")
+    max_queue: int = option(256, "Maximum number of waiting items. Further requests are refused with HTTP status 429.")
+    max_items: int = option(64, "Maximum number of items in one request.")
+    max_bytes: int = option(2**20, "Maximum size of a request, in bytes.")
+    answer_seconds: float = option(
+        300.0, "Time limit for a request, in seconds. After it, the server answers with HTTP status 504."
+    )
 
     def limits(self) -> dict[str, Any]:
         """As arguments of the application."""
@@ -76,11 +81,11 @@ class ServeArguments:
 class MergeArguments:
     """The adapter to merge."""
 
-    model: str = required("Judge adapter, saved by TRACTTrainer, on a base that is not quantised.")
-    output_dir: str = required("Where the merged judge is written. Has to be empty or not there.")
+    model: str = required("Judge adapter, saved by TRACTTrainer. Its base model must not be quantised.")
+    output_dir: str = required("Output directory for the merged judge. It must be empty or must not exist.")
     dtype: str | None = option(
         None,
-        "What the sum is rounded to. By default the base's own 16 bits, or bfloat16.",
+        "Data type of the merged weights. Defaults to the base model's own 16-bit type, or bfloat16.",
         choices=["bfloat16", "float16"],
     )
 
@@ -124,4 +129,4 @@ def deliver(cluster: ClusterArguments, result: "Path") -> None:
 
     if cluster.export:
         export(result, cluster.export)
-        print(f"The same is in {without_secrets(cluster.export)}")
+        print(f"A copy is in {without_secrets(cluster.export)}")

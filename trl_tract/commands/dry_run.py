@@ -88,8 +88,8 @@ class Plan:
 
     def __str__(self) -> str:
         return (
-            f"{self.updates:,} updates of {self.rows_per_update} rows ({self.epochs:g} epochs); an update has "
-            f"{self.mean_tokens:,.0f} tokens in the mean, {self.most_tokens:,} at most with padding"
+            f"{self.updates:,} updates of {self.rows_per_update} rows ({self.epochs:g} epochs); "
+            f"{self.mean_tokens:,.0f} tokens per update on average, at most {self.most_tokens:,} with padding"
         )
 
 
@@ -152,19 +152,22 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
     report, encoder = examine(items.to_train_on(), data.title, tokenizer, spec.training)
     if spec.objective == "auto" and report.tokens:
         spec = _derived(spec, report, say)
-    say(f"Dry run: nothing is trained or written. trl-tract run would do this in {output_dir}:")
+    say(f"Dry run: nothing is trained or written. trl-tract run would take these steps in {output_dir}:")
     for number, (name, title) in enumerate(steps.items(), start=1):
         finished = f": finished before, in {done[name]:.0f} s" if name in done else None
         lines = [] if finished else _work(name, spec, report, items)
         left_out = ": left out" if name.startswith("calibrate-") and not items.kept_aside else ""
         say("\n    ".join([f"[{number}/{len(steps)}] {title}{finished or left_out}", *lines]))
-    apart = f", {items.kept_aside:,} items kept aside to calibrate with" if items.kept_aside else ""
+    apart = f", {items.kept_aside:,} items set aside for calibration" if items.kept_aside else ""
     held_out = f"{items.held_out:,} held-out items in {len(items.groups):,} groups"
     say(f"\n{report.trained:,} rows to train on, {held_out}{apart}")
     if why_not:
         say(f"The judges would not be calibrated: {why_not}")
     if spec.bootstraps:
-        say("Rows are counted without the rationales that are still to be written. The settings are derived after that")
+        say(
+            "The counts do not include rationales that are still to be written. The settings are derived after they "
+            "are written"
+        )
     if few := too_few_groups(len(items.groups), 0 if spec.eval_data else len(items.others)):
         say(few)
     _warn(spec.training, output_dir, say)
@@ -187,7 +190,7 @@ def _work(name: str, spec: RunSpec, report: RowsReport, items: _Items) -> list[s
     """How much there is to do in a step, where that is known."""
     if name == "bootstrap":
         rows = report.trained if spec.rationales == "bootstrap" else report.bare
-        return [f"{rows:,} rows; what it will cost is said at its start"]
+        return [f"{rows:,} rows; the cost is estimated when this step starts"]
     if not report.tokens:
         return []
     if name in ("stage1", "stage2"):
@@ -195,7 +198,10 @@ def _work(name: str, spec: RunSpec, report: RowsReport, items: _Items) -> list[s
         times = spec.num_generations if name == "stage2" and spec.writes_rationales else 1
         lines = [str(Plan.of(report.tokens * times, spec.training, _processes()))]
         if times > 1 and spec.stage_two_training["share_prompts"]:
-            lines.append(f"share_prompts: the {times} rationales of a prompt stand in one micro-batch, behind it")
+            lines.append(
+                f"share_prompts: the {times} rationales of a prompt share one micro-batch, so their prompt is "
+                "computed once"
+            )
         return lines
     calibrates = name.startswith("calibrate-")
     if name not in _GENERATED or not spec.writes_rationales or (calibrates and not items.kept_aside):
@@ -220,7 +226,7 @@ def _finished(directory: Path, settings: Mapping[str, Any]) -> dict[str, float]:
     if changed:
         raise FileExistsError(
             f"the run would be refused: {directory} holds another run ({'; '.join(changed[:5])}). Choose another "
-            "output directory, or the settings that it was started with"
+            "output directory, or use the settings of that run"
         )
     return finished_steps(directory)
 
@@ -263,11 +269,11 @@ def _processes() -> int:
 def _warn(training: Mapping[str, Any], output_dir: str | Path, say: Say) -> None:
     """What training would warn of at its start, while it costs nothing to change it."""
     for warning in EarlyWarnings(TRACTConfig(**{**training, "output_dir": str(output_dir)})).at_start():
-        say(f"\nTraining would warn: {warning}")
+        say(f"\nTraining would print this warning: {warning}")
     if (training.get("bf16") or training.get("fp16")) and not torch.accelerator.is_available():
         slow, fast = (seconds_of_a_product(dtype) for dtype in (torch.bfloat16, torch.float32))
         if slow > 1.5 * fast:
-            say(f"bfloat16 is slow on this processor, float32 {slow / fast:.0f} times as fast: add --bf16 false")
+            say(f"bfloat16 is slow on this processor; float32 is {slow / fast:.0f} times as fast: add --bf16 false")
 
 
 def _rest(report: RowsReport, encoder: RowEncoder | None, training: Mapping[str, Any], colour: bool, say: Say) -> bool:
@@ -280,16 +286,16 @@ def _rest(report: RowsReport, encoder: RowEncoder | None, training: Mapping[str,
         say(painted(tokens) if colour else labelled(tokens))
     say("")
     if report.tokens and training.get("annotator_loss") == "distribution" and training.get("annotator_weight"):
-        say("The score has one term more: the cross-entropy with the gold score's distribution (annotator_loss)")
+        say("The loss has one more term: the cross-entropy with the distribution of the gold scores (annotator_loss)")
     if report.judged_only:
-        say(f"{report.judged_only:,} rows have a score but no completion: they are not trained on")
+        say(f"{report.judged_only:,} rows have a score but no completion: they are not used for training")
     if report.refused:
         say(f"Refused: {what_is_refused(report, training)}")
     elif not report.trained:
-        say("Refused: none of the rows has a completion (rationale, marker and score), so there is none to train on")
+        say("Refused: no row has a completion (rationale, marker and score), so there is nothing to train on")
     for line in contradictions(report, read_scales(training)):
         say(line)
     dropped = training.get("invalid_rows") == "drop"
     if report.refused and not dropped:
-        say("It would stop there. With --invalid_rows drop it goes on without these rows")
+        say("Training would stop here. With --invalid_rows drop, it continues without these rows")
     return report.trained > 0 and (not report.refused or dropped)

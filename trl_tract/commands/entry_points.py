@@ -18,28 +18,28 @@ USAGE = """\
 usage: trl-tract COMMAND [options]      trl-tract COMMAND --help lists the options of a command
 
 start here:
-  demo         train a small judge on built-in rows and compare it with others
-  check        look at your rows before training: lengths, scores, which rows would be refused
-  run          train on your rows in both stages, then evaluate; run again to continue
+  demo         train a small judge on built-in rows and compare it with baselines
+  check        inspect your rows before training: lengths, scores, rows that would be refused
+  run          train a judge on your rows in two stages and evaluate it; run again to continue
 
 one step at a time:
   bootstrap    write rationales for rows that have only scores
   train        train one stage on rows with rationales and scores
-  distill      write new rationales for the training rows with the stage-one model
-  rl           train a judge further on its own errors: prompts and scores, no rationales
-  judge        score rows with a trained judge, or compare pairs of responses
-  serve        answer requests with a trained judge, over HTTP
-  merge        add a judge's adapter to its base: one 16-bit model
+  distill      let the stage-one model write new rationales for the training rows
+  rl           continue training a judge by reinforcement learning, on prompts and scores
+  judge        score rows or pairs of responses with a trained judge
+  serve        serve a trained judge over HTTP
+  merge        merge a judge's adapter into its base model, in 16 bits
   report       compare judgements with gold scores
-  recalibrate  adjust a judge's scores to gold scores of held-out items
+  recalibrate  fit a correction of a judge's scores on held-out items
 
-  env          print versions and devices, for a bug report
-  completion   print a shell script that completes commands: trl-tract completion bash | zsh | fish
+  env          print versions and devices for a bug report
+  completion   print a shell completion script: trl-tract completion bash | zsh | fish
 
-Options can also be given in a YAML file: --config FILE. run and train have --dry-run: it trains nothing and shows what
-would happen. --verbose (or TRL_TRACT_DEBUG=1) shows where an error came from.
+Options can also be given in a YAML file: --config FILE. run and train have --dry-run, which shows what would happen
+without training. --verbose (or TRL_TRACT_DEBUG=1) prints the traceback of an error.
 
-exit codes: 0 done; 1 failed, or rows would be refused; 2 wrong usage; 130 stopped by Ctrl-C
+exit codes: 0 success; 1 failure, or rows would be refused; 2 wrong usage; 130 stopped by Ctrl-C
 """
 
 SENTENCES = {
@@ -121,7 +121,7 @@ def _run(arguments: Sequence[str]) -> int:
         from trl_tract.commands.dry_run import dry_run
 
         if launch.starts:
-            print(f"Each step by {launch}")
+            print(f"Each step runs in {launch}")
         return int(not dry_run(spec, training.output_dir, colour=uses_colour(sys.stdout), say=_say))
     tell_of_neighbours()
     result = carry_out(spec, Path(training.output_dir), launch=launch, say=_say)
@@ -129,7 +129,7 @@ def _run(arguments: Sequence[str]) -> int:
         mass = result.grid_mass[name]
         print(f"\n{name} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})\n{report}")
         reporting.print_errors(result.errors[name])
-    print(f"\nThe judge is in {result.model}; all figures are in {training.output_dir}/report.json")
+    print(f"\nThe judge is in {result.model}. The full report is in {training.output_dir}/report.json")
     print(f"To judge other rows: trl-tract judge --model {result.model} --data FILE --output_dir DIRECTORY")
     return 0
 

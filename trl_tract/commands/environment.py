@@ -44,7 +44,7 @@ def _devices() -> str:
     try:
         import torch
     except Exception as error:  # a broken installation is what the report may be about
-        return f"unknown, torch cannot be imported: {type(error).__name__}: {error}"
+        return f"unknown, because torch cannot be imported: {type(error).__name__}: {error}"
     cpu = f"{os.cpu_count()} CPU cores ({torch.backends.cpu.get_cpu_capability()})"
     if torch.cuda.is_available():
         cards = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]

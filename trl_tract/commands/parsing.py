@@ -62,8 +62,8 @@ class _Parser(TrlParser):
         for action in self._actions:
             if action.type is str and (number := _number_in(kwargs.get(action.dest))) is not None:
                 raise ValueError(
-                    f"{action.dest} in the YAML file is text, and YAML made the number {number} of it (of 010 it makes "
-                    f'8): put it in quotes, as in {action.dest}: "{number}"'
+                    f"{action.dest} must be text, but YAML read it as the number {number} (YAML reads 010 as 8). Put "
+                    f'it in quotes in the YAML file: {action.dest}: "{number}"'
                 )
         return list(super().set_defaults_with_config(**kwargs))
 
@@ -101,7 +101,7 @@ def make_parser(command: str, dataclass_types: Sequence[type], description: str 
     )
     parser.add_argument("--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="YAML file with options.")
     parser.add_argument(
-        "--verbose", action="store_true", default=argparse.SUPPRESS, help="Show where an error came from."
+        "--verbose", action="store_true", default=argparse.SUPPRESS, help="Print the traceback of an error."
     )
     for action in parser._actions:
         if action.dest == "score_values":
@@ -195,7 +195,7 @@ def _parsed(parser: TrlParser, given: Sequence[str]) -> tuple[Any, ...]:
 def _unknown(parser: TrlParser, word: str, command: str, where: str) -> str:
     known = [option for action in parser._actions for option in action.option_strings]
     if not word.startswith("-"):
-        return f"{word!r} does not belong to an option{where}. Put quotes around values with spaces"
+        return f"{word!r} does not belong to any option{where}. Put quotes around values that contain spaces"
     near = difflib.get_close_matches(word.replace("-", "_").replace("__", "--", 1), known, n=1)
-    hint = f"Did you mean {near[0]}?" if near else f"trl-tract {command} --help lists them"
+    hint = f"Did you mean {near[0]}?" if near else f"trl-tract {command} --help lists the options"
     return f"trl-tract {command} has no option {word}{where}. {hint}"

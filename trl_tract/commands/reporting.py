@@ -20,7 +20,7 @@ def report(args: ReportArguments) -> int:
     # A YAML file may name a single directory without making it a list.
     given = [args.judgements] if isinstance(args.judgements, str) else args.judgements
     if len(given) > 2:
-        raise ValueError(f"{len(given)} directories were given. Give one to report on, or two to compare")
+        raise ValueError(f"{len(given)} directories were given. Give one for a report, or two for a comparison")
     of_runs = [judged_folders(folder) for folder in given]
     # Of one run both judges; of two, the judge that each ends with.
     folders = of_runs[0] if len(given) == 1 else [folders[0] for folders in of_runs]
@@ -29,13 +29,14 @@ def report(args: ReportArguments) -> int:
         for folder, each in judged:
             print(f"{folder}\n{pair_report(each.sides, n_bootstrap=args.n_bootstrap)}\n")
         if args.html:
-            raise ValueError("--html: the page needs gold scores, and pairs have none. Leave it out")
+            raise ValueError("--html: pairs have no gold scores, which the HTML report needs. Leave it out")
         return 0
     first, last = judged[0][1], judged[-1][1]
     if first.scales.keys() != last.scales.keys():
         names = [", ".join(name or "one score" for name in each.scales) for each in (first, last)]
         raise ValueError(
-            f"{folders[0]} has judgements of {names[0]}, {folders[-1]} of {names[1]}: they cannot be compared"
+            f"{folders[0]} holds judgements of {names[0]}, but {folders[-1]} of {names[1]}. Give two directories with "
+            "the same kind of judgements"
         )
     for name in first.scales:
         _report_scale(args, [(folder, each.scales[name]) for folder, each in judged])
@@ -64,7 +65,7 @@ def _report_scale(args: ReportArguments, judged: Sequence[tuple[str, "JudgedScal
         compared = {other: (scale, report) for (other, scale), report in zip(others, reports[1:], strict=True)}
         items = judged_items(main, reports[0], data=args.data, others=compared)
         page, *pictures = write_page(items, page_file(Path(args.html), main.name))
-        print(f"The page is {page}; its {len(pictures)} pictures are in {page.stem}-plots beside it")
+        print(f"The HTML report is {page}. Its {len(pictures)} charts are in {page.stem}-plots beside it")
 
 
 def print_report(name: str, scale: "JudgedScale", report: "ScoreReport") -> None:
@@ -72,7 +73,7 @@ def print_report(name: str, scale: "JudgedScale", report: "ScoreReport") -> None
     mass = scale.mean_grid_mass
     print(f"{scale.called(name)} (grid mass {'unknown' if mass is None else f'{mass:.3f}'})\n{report}")
     if without := len(scale.folder) - len(scale.items):
-        print(f"{without} items have no gold score and are left out")
+        print(f"{without} items have no gold score and are not part of the report")
     print_errors(scale.errors)
     print()
 
@@ -92,7 +93,7 @@ def print_judged(name: str, folder: str) -> None:
             else:
                 print_scores(name, scale)
     unit = "response" if judged.holds_pairs else "row"
-    print(f"The judgements are in {judged.rows.path}, a line for each {unit}, in order")
+    print(f"The judgements are in {judged.rows.path}, one line per {unit}, in the order of the input")
 
 
 def print_scores(name: str, scale: "JudgedScale") -> None:
@@ -125,6 +126,6 @@ def recalibrate(args: RecalibrateArguments) -> int:
             "(cross-validated)"
         )
         if fitted.rmse_cross_validated >= fitted.rmse:
-            print("It does not lower the error on items that it was not fitted on. Better not to use it")
-    print(f"Saved in {file}. It is applied only by trl-tract judge --recalibrate")
+            print("In cross-validation, it does not lower the error on new items. It is better not to use it")
+    print(f"Saved to {file}. It is applied only by trl-tract judge --recalibrate")
     return 0

@@ -22,7 +22,7 @@ def serve(args: ServeArguments, rules: RuleArguments, generation: GenerationArgu
         rubric.check(scales[0].grid)
     with open_socket(args.host, args.port) as listening:
         if not is_loopback(args.host) and key_of(KEY_VARIABLE) is None:
-            print(f"Anyone who can reach {args.host} can send requests: {KEY_VARIABLE} is not set", file=sys.stderr)
+            print(f"{KEY_VARIABLE} is not set: anyone who can reach {args.host} can send requests", file=sys.stderr)
         settings = {**generation.sampling(), "num_generations": generation.num_generations, **rules.rules()}
         backend = make_backend(args.model, **engine.options(generation))
         judge = CoTRAILJudge.from_pretrained(args.model, backend, **settings)

@@ -31,19 +31,21 @@ def template_words(template: Template, row: Mapping[str, Any]) -> list[str]:
     before = template.before(row)
     if before.strip():
         shown = before if len(before) <= _SHOWN else f"{before[: _SHOWN // 2]} […] {before[-_SHOWN // 2 :]}"
-        words.append(f"it writes by itself, before the first message: {_quoted(shown)}")
+        words.append(f"text that it adds before the first message: {_quoted(shown)}")
     if template.writes_date:
-        words.append(f"the date in it is kept for every later use: {template.settings.date or 'that of the training'}")
+        words.append(
+            f"date in that text, the same for all later use: {template.settings.date or 'the day of training'}"
+        )
     if frame.closing:
         words.append(
-            f"thinking: the rationale is the thinking; it stands behind {_quoted(frame.opening or asked.text[-20:])}, "
-            f"and {_quoted(frame.closing)} stands between it and the marker"
+            f"thinking: the rationale is the thinking; it follows {_quoted(frame.opening or asked.text[-20:])}, and "
+            f"{_quoted(frame.closing)} stands between it and the marker"
         )
     else:
         between = _quoted(frame.opening) if frame.opening else "nothing"
-        can = "; the template has a place for it (thinking='rationale')" if template.thinks else ""
-        words.append(f"thinking: off; between the header and the rationale the model is given {between}{can}")
-    words.append(f"behind the score: {_quoted(frame.ending) if frame.ending else 'nothing, the turn is not ended'}")
+        can = "; the template supports it (thinking='rationale')" if template.thinks else ""
+        words.append(f"thinking: off; text between the header and the rationale: {between}{can}")
+    words.append(f"after the score: {_quoted(frame.ending) if frame.ending else 'nothing, the turn stays open'}")
     return words
 
 

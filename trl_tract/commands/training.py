@@ -23,7 +23,7 @@ def train(arguments: Sequence[str], rows: Any, columns: Any, processes: Any, tra
     name, own, fields = required_model(model), own_columns(columns), field_values(training)
     launch = deploying.planned(processes)
     if launch.starts:
-        print(f"By {launch}: {launch.update(fields)}", flush=True)
+        print(f"Training in {launch}: {launch.update(fields)}", flush=True)
     if rows.dry_run:
         from trl_tract.commands.dry_run import dry_train
 
@@ -114,5 +114,5 @@ def is_first_process() -> bool:
 def required_model(model: Any) -> str:
     """The model that is trained."""
     if not model.model_name_or_path:
-        raise ValueError("--model is missing. Give the directory or hub id of the model to start from")
+        raise ValueError("--model is missing. Give the directory or hub id of the model to train")
     return str(model.model_name_or_path)

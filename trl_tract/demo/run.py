@@ -210,7 +210,7 @@ def _report(directory: Path, run: Run, scale: Scale) -> dict[str, ScoreReport]:
     (directory / "table.md").write_text(table + "\n", encoding="utf-8")
     print(f"\n{table}\n\nTRACT: {reports['TRACT'].verdict[0].text}\n")
     if scale != ONE_TO_FIVE:
-        print(f"RMSE on 1 to 5, so that it compares; on the judge's own scale it is {scale.step} times that.\n")
+        print(f"RMSE is on a scale of 1 to 5, for comparison. On the judge's own scale, multiply it by {scale.step}.\n")
     _worked_examples(directory, judged["TRACT"].records)
     print("Report page:")
     write_run_page(directory, judged, on_own_scale, print)

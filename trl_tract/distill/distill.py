@@ -33,38 +33,39 @@ PROVENANCE = {"rationale_source": Value("string"), "finish_reason": Value("strin
 
 
 class CoTSelfDistill(RationaleRun):
-    """Replace the rationales of training rows by the model's own, and keep the gold scores.
+    """Replace the rationales of training rows with the model's own, and keep the gold scores.
 
-    What is finished is on disk: killed at any instant and started again with the same arguments, a run goes on. Under
-    `torchrun` or `accelerate launch` the processes share the rows.
+    Finished blocks are saved to disk. If a run is interrupted, start it again with the same arguments to continue.
+    Under `torchrun` or `accelerate launch`, the processes share the rows.
 
     Args:
         backend: The stage-one model.
-        score_values: The score grid, in rubric units; or texts with their values.
-        score_marker: Text at which a rationale ends.
-        completion_format: How rationale, marker and score are joined; one space each by default.
-        aspects: Where a completion has several scores: see `TRACTConfig.aspects`, in place of the three above. Each
-            rationale is written behind the gold score of the aspect before it.
-        num_generations: Stage-two rows for each prompt.
-        temperature: Temperature at which a rationale is sampled; 0 decodes greedily.
-        top_p: Nucleus sampling threshold of the rationale.
-        repetition_penalty: Penalty on tokens that the prompt or the rationale has already; 1: none.
-        max_new_tokens: Tokens a rationale may have.
-        seed: Random seed of sampling; the same seed gives the same rationales with the transformers backend, however
-            often the run was stopped and however many processes shared it.
-        max_attempts: How often a rationale is sampled, each time with another seed, until nothing is wrong with it:
-            see `trl_tract.distill.failures`.
-        on_failure: Then: `keep_gold` keeps the annotated rationale, `drop` leaves the row out, `raise` stops. Each is
-            counted in `summary.json`.
-        allow_leaks: Accept rationales that state a score although the row's annotated one states none.
-        keep_annotated: Put every row's annotated rationale before its self-written ones: stage two on both.
-        block_size: Prompts that are generated together and then written to disk.
-        chat_template_kwargs: Variables that the chat template is rendered with; those of a row go before them.
+        score_values: Score grid in rubric units, or a mapping from texts to values.
+        score_marker: Text that ends a rationale and precedes the score.
+        completion_format: How rationale, marker and score are joined. None: with one space each.
+        aspects: Aspects for completions with several scores, see `TRACTConfig.aspects`; replaces the three above. Each
+            rationale follows the gold score of the previous aspect.
+        num_generations: Number of rationales, and so of stage-two rows, per prompt.
+        temperature: Sampling temperature for rationales; 0 decodes greedily.
+        top_p: Nucleus sampling threshold for rationales.
+        repetition_penalty: Penalty on tokens that already occur in the prompt or the rationale; 1 turns it off.
+        max_new_tokens: Maximum number of tokens in a rationale.
+        seed: Random seed for sampling. With the transformers backend, the same seed gives the same rationales,
+            regardless of interruptions and of the number of processes.
+        max_attempts: Maximum number of attempts to sample a usable rationale, each with another seed. See
+            `trl_tract.distill.failures`.
+        on_failure: What to do if all attempts fail: `keep_gold` keeps the annotated rationale, `drop` drops the row,
+            `raise` stops. `summary.json` counts each case.
+        allow_leaks: Accept rationales that state a score even if the row's annotated rationale does not.
+        keep_annotated: Also keep each row's annotated rationale, before the self-written ones, so that stage two trains
+            on both.
+        block_size: Number of prompts in a block. Finished blocks are written to disk.
+        chat_template_kwargs: Variables for the chat template. A row's own take precedence.
         thinking: `off`, `rationale` or `auto`: see `TRACTConfig.thinking`.
-        template_date: What a chat template that asks for the date is told, YYYY-MM-DD; None: today.
+        template_date: Date for chat templates that render one, YYYY-MM-DD. None: today.
 
     Attributes:
-        scales: The scales of a completion in their order; the name of a single one is empty.
+        scales: The scales of a completion, in order. The name of a single scale is empty.
 
     Source of the defaults: the authors' settings, https://aclanthology.org/2025.acl-long.147
     """
@@ -119,17 +120,20 @@ class CoTSelfDistill(RationaleRun):
     def from_pretrained(
         cls, path: str | Path, backend: Backend | None = None, *, revision: str | None = None, **settings: Any
     ) -> "CoTSelfDistill":
-        """The stage-one model at `path`, with the grid and the format that it was trained with.
+        """Load the stage-one model at `path`, with the grid and format from its training.
 
         Args:
             path: Model or adapter directory, or hub id, with a `tract_config.json`.
-            backend: What generates; `TransformersBackend(path)` by default.
-            revision: Branch, tag or commit of a hub id; a `backend` of your own is loaded at its own.
+            backend: Generation backend. None: `TransformersBackend(path)`.
+            revision: Branch, tag or commit of a hub id. A `backend` that you pass has its own revision.
             **settings: Other arguments of the class.
         """
         config = JudgeConfig.load(path, revision)
         if not config.writes_rationale:
-            raise ValueError(f"{path} was trained with drop_rationale=True, so it has no rationales to write")
+            raise ValueError(
+                f"{path} was trained with drop_rationale=True, so it writes no rationales. Use a model "
+                "trained with rationales"
+            )
         trained = {**config.arguments, **config.template.arguments}
         distiller = cls(backend or TransformersBackend(str(path), revision=revision), **{**trained, **settings})
         distiller.scales, distiller._tokens_found = config.scales, True
@@ -138,8 +142,8 @@ class CoTSelfDistill(RationaleRun):
     def distill(self, dataset: Dataset, output_dir: str | Path) -> Dataset:
         """Write a rationale for every row.
 
-        `output_dir` receives the rationales in `blocks/` as they are produced, and in the end `rows.jsonl` (the
-        stage-two rows) and `summary.json`.
+        Rationales are saved in `output_dir/blocks/` as they are generated. At the end, `rows.jsonl` (the stage-two
+        rows) and `summary.json` are written.
 
         Args:
             dataset: Training rows: `prompt`, `completion`, `score`, or `messages`.
@@ -147,28 +151,28 @@ class CoTSelfDistill(RationaleRun):
 
         Returns:
             The rows with new completions, the same columns, and `rationale_source` (`self` or `annotated`),
-            `finish_reason` (`stop`, or why the last attempt failed) and `attempts`.
+            `finish_reason` (`stop`, or the reason why the last attempt failed) and `attempts`.
 
         Raises:
             ValueError: A row has no gold score or no prompt; or, with `on_failure="raise"`, the chat template refuses
-                its prompt. It is named, before anything is generated.
+                its prompt. Raised before anything is generated.
             FileExistsError: `output_dir` holds another run.
-            OSError: The disk is full; what was written stays, and the run can be continued.
-            RuntimeError: Another process is at work in `output_dir`; or, with `on_failure="raise"`, a rationale failed
+            OSError: The disk is full. Finished blocks stay on disk, and the run can be continued.
+            RuntimeError: Another process is working in `output_dir`; or, with `on_failure="raise"`, a rationale failed
                 in all its attempts.
         """
         return self._of_dataset(dataset, output_dir)
 
     def distill_file(self, data: str | Path, output_dir: str | Path, *, shard: Shard | None = None) -> Path | None:
-        """Like `distill`, for a JSONL file of any size: its rows are read when their turn comes.
+        """Like `distill`, for a JSONL file of any size. Rows are read as they are needed.
 
         Args:
             data: JSONL of training rows.
             output_dir: Holds one run.
-            shard: This job's share of the rows, for an array of jobs; by default this process's share under a launcher.
+            shard: This job's share of the rows, for job arrays. None: this process's share under a launcher.
 
         Returns:
-            `rows.jsonl` in `output_dir`; None if other shards still have to be done.
+            `rows.jsonl` in `output_dir`; None if other shards are not finished.
 
         Raises:
             ValueError, FileExistsError, OSError, RuntimeError: As in `distill`.
@@ -177,21 +181,21 @@ class CoTSelfDistill(RationaleRun):
 
     @staticmethod
     def push_to_hub(output_dir: str | Path, repo_id: str, **options: Any) -> str:
-        """Upload the rows of a finished self-distillation as a dataset, with a card that says how they came about.
+        """Upload the rows of a finished self-distillation as a dataset, with a dataset card.
 
         Args:
-            output_dir: What `distill` was given. `rows.jsonl` and `summary.json` are uploaded.
-            repo_id: `user/name`; made if it does not exist.
-            **options: `source`, hub id or words for where the annotated rows come from; `model`, hub id of the model
-                that wrote the rationales; `license`, which is yours to choose, and none by default; `private`, True
-                unless you say otherwise; `token`, `revision` (a branch) and `commit_message`.
+            output_dir: The output directory of `distill`. `rows.jsonl` and `summary.json` are uploaded.
+            repo_id: `user/name`; created if it does not exist.
+            **options: `source`, hub id or description of the annotated rows; `model`, hub id of the model that wrote
+                the rationales; `license`, none by default; `private`, True by default; `token`, `revision` (a branch)
+                and `commit_message`.
 
         Returns:
-            The repository's address.
+            The repository's URL.
 
         Raises:
             FileNotFoundError: The self-distillation is not finished.
-            ValueError: The repository exists and is public, and `private=False` was not given.
+            ValueError: The repository exists and is public, but `private=False` was not given.
         """
         from trl_tract.saved.hub import push_rows
 

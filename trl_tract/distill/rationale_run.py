@@ -84,13 +84,13 @@ class RationaleRun(ABC):
 
     def _of_dataset(self, dataset: Dataset, output_dir: str | Path) -> Dataset:
         if not isinstance(dataset, Dataset):
-            raise TypeError(f"dataset is a {type(dataset).__name__}: make it a Dataset, as in Dataset.from_list(rows)")
+            raise TypeError(f"dataset is a {type(dataset).__name__}. Make it a Dataset, as in Dataset.from_list(rows)")
         if not len(dataset):
-            raise ValueError("the dataset holds no rows")
+            raise ValueError("the dataset is empty")
         check_labels(dataset)
         times = next((name for name, kind in dataset.features.items() if re.search(r"time(32|64)\[", str(kind))), None)
         if times is not None:  # Arrow makes dates of their text, but no times of day
-            raise ValueError(f"the column {times} holds times of day: leave it out, or make it text")
+            raise ValueError(f"the column {times} holds times of day. Leave the column out, or convert it to text")
         directory = Path(output_dir)
         self._run(dataset, directory, None)
         features = Features({**dataset.features, **self._added(dataset.features)})
@@ -201,10 +201,10 @@ class RationaleRun(ABC):
         except ScoreNotFoundError as error:
             raise ValueError(f"row {number}: {error}") from error
         if is_missing(pair.get("prompt")):
-            raise ValueError(f"row {number} has no prompt: its columns are {', '.join(sorted(row))}")
+            raise ValueError(f"row {number} has no prompt. Its columns are {', '.join(sorted(row))}")
         if self._needs_completion() and is_missing(pair.get("completion")):
             raise ValueError(
-                f"row {number} has no completion to keep if its rationale fails: set on_failure to 'drop' or 'raise'"
+                f"row {number} has no completion to keep if its rationale fails. Set on_failure to 'drop' or 'raise'"
             )
         if self.template is not None:
             try:
@@ -227,7 +227,7 @@ class RationaleRun(ABC):
         try:
             golds = mean_golds(row, self.scales)
             if golds is None:
-                raise ScoreNotFoundError("no score", "there is neither a score nor a completion")
+                raise ScoreNotFoundError("no score", "it has neither a score nor a completion")
         except ScoreNotFoundError as error:
             raise ValueError(f"row {number} has no gold score: {error}") from error
         return golds

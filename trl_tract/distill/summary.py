@@ -42,11 +42,11 @@ class DistillSummary:
     def __str__(self) -> str:
         counts = {
             "rows": self.rows,
-            "rationales asked for": self.rationales,
+            "rationales requested": self.rationales,
             "self-written": self.self_written,
             "annotated": self.annotated,
             "dropped": self.dropped,
-            "sampled more than once": self.resampled,
+            "sampled again": self.resampled,
         }
         lines = [f"{name:24}{count:>10,}" for name, count in counts.items()]
         lines.append(f"{'failed':24}{'at last':>10}{'attempts':>10}")

@@ -30,13 +30,13 @@ def as_distributions(probs: npt.ArrayLike, values: npt.ArrayLike) -> tuple[Float
     """
     table, grid = np.asarray(probs, dtype=np.float64), as_scores(values, "values")
     if table.ndim != 2 or table.shape[1] != len(grid):
-        raise ValueError(f"probs has shape {table.shape}; with {len(grid)} values it has to be (n, {len(grid)})")
+        raise ValueError(f"probs has shape {table.shape}; with {len(grid)} values it must be (n, {len(grid)})")
     if not (np.diff(grid) > 0).all():
         raise ValueError(f"values={grid.tolist()} must increase from each value to the next")
     bad = np.flatnonzero(~((table >= 0).all(axis=1) & (table.sum(axis=1) > 0) & np.isfinite(table).all(axis=1)))
     if bad.size:
         raise ValueError(
-            f"{bad.size} of {len(table)} rows of probs are no distribution (first: probs[{bad[0]}] is "
+            f"{bad.size} of {len(table)} rows of probs are not distributions (first: probs[{bad[0]}] is "
             f"{table[bad[0]].tolist()}). Leave out the judgements that failed"
         )
     return table / table.sum(axis=1, keepdims=True), grid
@@ -237,5 +237,5 @@ def held_out(groups: Sequence[Hashable], fraction: float, *, seed: int = 0) -> n
 def _gold(references: npt.ArrayLike, table: Floats) -> Floats:
     gold = as_scores(references, "references")
     if len(gold) != len(table) or not np.isfinite(gold).all():
-        raise ValueError(f"references has to hold {len(table)} finite gold scores, one for each row of probs")
+        raise ValueError(f"references must hold {len(table)} finite gold scores, one for each row of probs")
     return gold

@@ -36,7 +36,7 @@ def as_scores(values: npt.ArrayLike, name: str) -> Floats:
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} holds something that is not a number ({error}). Pass one float per item.") from error
+        raise ValueError(f"{name} holds a value that is not a number ({error}). Pass one float per item.") from error
     if array.ndim != 1:
         raise ValueError(f"{name} has shape {array.shape}, not (n,). Pass a flat sequence with one float per item.")
     return array
@@ -67,7 +67,7 @@ def as_pairs(predictions: npt.ArrayLike, references: npt.ArrayLike, name: str = 
     if bad.size:
         raise ValueError(
             f"{bad.size} of {len(gold)} references are not finite (first: references[{bad[0]}] is {gold[bad[0]]}). "
-            "Remove these items or give them a gold score; only predictions may be NaN."
+            "Remove these items or give them gold scores. Only predictions may be NaN."
         )
     return predicted, gold
 

@@ -94,7 +94,7 @@ class Recalibration:
         if len(given) < MIN_FIT or codes.max() < 4:
             raise ValueError(
                 f"{len(given)} judgements with a score, in {codes.max(initial=-1) + 1} groups, are too few to fit a "
-                f"recalibration: {MIN_FIT} in 5 groups are needed, and 100 are better"
+                f"recalibration. At least {MIN_FIT} in 5 groups are needed; 100 are better"
             )
         predicted, gold = predicted[given], gold[given]
         grid = as_scores(values, "values")

@@ -56,7 +56,7 @@ class _Agreement:
             return "no intervals: n_bootstrap is 0"
         count, units = (self.n, "items") if self.n_groups is None else (self.n_groups, "groups")
         if count < MIN_UNITS:
-            return f"no intervals: {count} {units}, and they need {MIN_UNITS}"
+            return f"no intervals: {count} {units}, but {MIN_UNITS} are needed"
         return f"95 % intervals: {self.n_bootstrap} bootstrap resamples of {count} {units}, seed {self.seed}"
 
     def _lines(self, heading: str) -> str:
@@ -158,28 +158,28 @@ def score_report(
     rationales: Iterable[Hashable] | None = None,
     raters: Sequence[Sequence[float] | None] | None = None,
 ) -> ScoreReport:
-    """How well a judge agrees with gold scores: seven metrics, each with a 95 % bootstrap interval.
+    """Compute a judge's agreement with gold scores: seven metrics, each with a 95 % bootstrap interval.
 
-    Every metric, Kendall's tau-b included, is exact in every resample: nothing is subsampled. 100,000 items take some
-    ten seconds with gold scores on a few levels, half a minute where both sides are continuous. How the intervals are
-    made is said at `intervals.interval`, and how often they hold the truth in `docs/evaluation.md`.
+    Every metric, including Kendall's tau-b, is computed exactly in every resample, without subsampling. 100,000 items
+    take about ten seconds with gold scores on a few levels, or half a minute if both scores are continuous. See
+    `intervals.interval` for the method and `docs/evaluation.md` for the coverage of the intervals.
 
     Args:
-        predictions: The judge's scores, rubric units, `(n,)`; NaN where it failed.
+        predictions: The judge's scores in rubric units, `(n,)`; NaN for items without a score.
         references: Gold scores, rubric units, `(n,)`.
-        groups: What each item belongs to (the question, the author), `(n,)`. Items of a group are not independent:
-            whole groups are then resampled, which is what makes the intervals wide enough.
-        n_bootstrap: Resamples; 0 gives values without intervals.
+        groups: Group of each item, such as its question or author, `(n,)`. Items of a group are not independent, so
+            whole groups are resampled; otherwise the intervals would be too narrow.
+        n_bootstrap: Number of resamples; 0 gives values without intervals.
         seed: The same seed gives the same intervals.
-        grid: Admissible scores, for `qwk` and `accuracy`; None: the integers.
-        rationales: What the judge wrote, in any order: the verdict counts how many differ.
-        raters: Each item's scores by people, rubric units, `(n,)` lists; None for an item without, and None or NaN for
-            a rater who gave none. The verdict compares the judge with them, where several rated an item.
+        grid: Possible scores, for `qwk` and `accuracy`. None: the integers.
+        rationales: The judge's rationales, in any order. The verdict counts how many are distinct.
+        raters: Human scores of each item in rubric units, `(n,)` lists; None for an item without any, and None or NaN
+            for a missing rater. The verdict compares the judge with the raters on items with several of them.
 
     Returns:
-        The report; a metric that is undefined is NaN in it, and its interval with it. The interval alone is NaN where
-        it cannot be placed: one item or group, a metric that more than 5 % of the resamples leave undefined, or that
-        does not vary in them, as with a judge that never errs.
+        The report. An undefined metric is NaN, with its interval. Only the interval is NaN if it cannot be computed:
+        one item or group, a metric that is undefined in more than 5 % of the resamples, or one that does not vary in
+        them, as with a judge that never errs.
 
     Raises:
         ValueError: Unequal lengths, a gold score that is not finite, an infinite prediction, a missing group, or a
@@ -311,14 +311,14 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
         | seed model | 0.878 [no interval] |    0.949 | 0.707 |         - |      0 |    12.0 |
     """
     if not rows:
-        raise ValueError("There are no judges to compare: rows is empty. Pass at least one.")
+        raise ValueError("There are no judges to compare, because rows is empty. Pass at least one.")
     table = [["judge", "Pearson [95 %]", "Spearman", "RMSE", "grid mass", "failed", "seconds"]]
     for index, row in enumerate(rows):
         required, known = {"judge", "report"}, {"judge", "report", "grid_mass", "seconds"}
         if not required <= row.keys() <= known:
             raise ValueError(
-                f"rows[{index}] has the keys {sorted(row)}. It needs 'judge' and 'report'; 'grid_mass' and 'seconds' "
-                "may be there, and nothing else."
+                f"rows[{index}] has the keys {sorted(row)}. Required: 'judge' and 'report'. Optional: 'grid_mass' and "
+                "'seconds'."
             )
         report = row["report"]
         numbers = report.to_dict() if isinstance(report, ScoreReport) else report
@@ -363,7 +363,7 @@ def _group_codes(groups: Iterable[Hashable] | None, given: npt.NDArray[np.bool_]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(listed)} groups are missing (first: groups[{missing[0]}] is "
-            f"{listed[missing[0]]}). Name every item's group; an item on its own is a group of one."
+            f"{listed[missing[0]]}). Give every item a group. An item without others is its own group."
         )
     codes = numbered(group for group, kept in zip(listed, given, strict=True) if kept)
     return codes, int(codes.max(initial=-1)) + 1

@@ -60,7 +60,9 @@ def verdict(
         standing: The judge beside the mean and the raters; None where no item has a score.
     """
     if standing is None:
-        return (Finding("nothing scored", f"None of the {failed:,} items has a score: there is nothing to judge by."),)
+        return (
+            Finding("nothing scored", f"None of the {failed:,} items has a score, so there is nothing to evaluate."),
+        )
     few = (n if n_groups is None else n_groups) < MIN_UNITS
     found: list[Finding | None] = [
         _failures(n, failed),
@@ -87,8 +89,8 @@ def _failures(n: int, failed: int) -> Finding | None:
         return None
     return Finding(
         "many failed",
-        f"{failed:,} of {n + failed:,} items have no score. Everything else is about the others, which may be the "
-        "easier ones.",
+        f"{failed:,} of {n + failed:,} items have no score. All other figures are about the remaining items, which may "
+        "be easier.",
     )
 
 
@@ -98,16 +100,14 @@ def _one_score(standing: Standing) -> Finding | None:
     return Finding(
         "one score",
         f"It gives every item nearly the same score: its scores spread {standing.spread:.2f} times as far as the gold "
-        "scores. Correlations of scores that close together mean little.",
+        "scores. Correlations of such similar scores mean little.",
     )
 
 
 def _few(n: int, n_groups: int | None) -> Finding:
     units = f"{n:,} items" if n_groups is None else f"{n:,} items from {n_groups:,} {_plural(n_groups, 'group')}"
     what = "items" if n_groups is None else "groups"
-    return Finding(
-        "too few", f"Too little to tell: {units}. Intervals need at least {MIN_UNITS} {what}, so there are none."
-    )
+    return Finding("too few", f"Too little data: {units}. Confidence intervals need at least {MIN_UNITS} {what}.")
 
 
 def _reversed(pearson: Interval) -> Finding | None:
@@ -115,8 +115,8 @@ def _reversed(pearson: Interval) -> Finding | None:
         return None
     return Finding(
         "reversed",
-        f"It ranks items the wrong way round: high where people score low (Pearson {pearson}). Check that judge and "
-        "gold scores count in the same direction.",
+        f"It ranks items in reverse: it scores high where people score low (Pearson {pearson}). Check that the judge "
+        "and the gold scores use the same direction.",
     )
 
 
@@ -125,17 +125,20 @@ def _beside_the_mean(standing: Standing, rmse: Interval) -> Finding:
     if standing.mean["rmse"] == 0:
         return Finding(
             "one gold score",
-            f"All gold scores are the same: whether it tells items apart cannot be seen. Its RMSE is {rmse.value:.3f}.",
+            f"All gold scores are the same, so its ranking cannot be evaluated. Its RMSE is {rmse.value:.3f}.",
         )
     numbers = f"RMSE {rmse.value:.3f} against {standing.mean['rmse']:.3f}"
     if np.isnan(difference.low):
-        return Finding("no interval", f"Beside always predicting the mean: {numbers}, and no interval to tell by.")
+        return Finding(
+            "no interval",
+            f"Compared with always predicting the mean: {numbers}. There is no interval for the difference.",
+        )
     numbers = f"{numbers}, difference {difference}."
     if difference.high < 0:
         return Finding("better", f"Better than always predicting the mean: {numbers}")
     if difference.low > 0:
         return Finding("worse", f"Worse than always predicting the mean: {numbers}")
-    return Finding("not told apart", f"Not told apart from always predicting the mean: {numbers}")
+    return Finding("not told apart", f"No clear difference from always predicting the mean: {numbers}")
 
 
 def _spread(spread: float) -> Finding | None:
@@ -143,9 +146,9 @@ def _spread(spread: float) -> Finding | None:
         return None
     text = f"Its scores spread {spread:.2f} times as far as the gold scores"
     if spread < _TIMID:
-        return Finding("timid", f"{text}: it keeps to the middle.")
+        return Finding("timid", f"{text}: it stays too close to the middle.")
     if spread > _SURE:
-        return Finding("overconfident", f"{text}: it is too sure of itself.")
+        return Finding("overconfident", f"{text}: it is overconfident.")
     return Finding("spread", f"{text}.")
 
 
@@ -177,21 +180,21 @@ def _raters(standing: Standing) -> Finding | None:
         return None
     raters, difference = standing.raters, standing.raters.minus_rater
     numbers = (
-        f"a rater differs from the mean of the others by RMSE {raters.rater['rmse']:.3f}, the judge by "
+        f"a rater differs from the mean of the other raters by RMSE {raters.rater['rmse']:.3f}, the judge by "
         f"{raters.judge['rmse']:.3f} ({raters.n:,} items with several raters"
     )
     if np.isnan(difference.low):
-        return Finding("raters", f"Beside the raters: {numbers}).")
+        return Finding("raters", f"Compared with the raters: {numbers}).")
     numbers = f"{numbers}, difference {difference})."
     if difference.low > 0:
         return Finding("below raters", f"Not yet as close to the raters as they are to each other: {numbers}")
     if difference.high < 0:
         return Finding("above raters", f"Closer to the raters than they are to each other: {numbers}")
-    return Finding("at raters", f"As close to the raters as they are to each other, as far as can be told: {numbers}")
+    return Finding("at raters", f"No clear difference between the judge and a rater: {numbers}")
 
 
 def _groups(n_groups: int) -> Finding:
-    rough = " That is few, so the intervals are rough." if n_groups < _ROUGH else ""
+    rough = " With so few groups, the intervals are rough." if n_groups < _ROUGH else ""
     return Finding("groups", f"The intervals come from {n_groups:,} groups.{rough}")
 
 

@@ -24,7 +24,7 @@ class Address:
             raise ImportError(f'{self._shown}: {error}: pip install "fsspec[{protocol}]"') from error
         except ValueError as error:
             raise ValueError(
-                f"{self._shown}: {error}. fsspec has to know the kind of address, such as s3://"
+                f"{self._shown}: {error}. Use an address type that fsspec supports, such as s3://"
             ) from error
 
     def __str__(self) -> str:

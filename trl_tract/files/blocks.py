@@ -94,7 +94,7 @@ class BlockLog:
         if not self.finished:
             self._look_at_all(wrong == OTHER_ROWS)
         if wrong:
-            logger.warning("%s: %s; the result is made again from the blocks", directory, wrong)
+            logger.warning("%s: %s; rebuilding the result from the blocks", directory, wrong)
 
     def __len__(self) -> int:
         return len(self._done)
@@ -170,12 +170,12 @@ class BlockLog:
                     self._write(write, result)
                     break
                 except _NotWhole as error:
-                    logger.warning("%s: made again", error)
+                    logger.warning("%s: rebuilt", error)
         except KeyboardInterrupt:
             if cancel is not None:
                 cancel()
             logger.warning(
-                "%s stopped with %d of %d rows on disk in %s. Start the same again to continue",
+                "%s stopped with %d of %d rows on disk in %s. Run the same command again to continue",
                 self.what,
                 self.finished_rows,
                 len(self.rows),
@@ -242,7 +242,7 @@ class BlockLog:
         self.finished = self._wrong() is None
         if not self.finished:
             logger.warning(
-                "shard %s is done; %d of %d rows are on disk in %s. The shard that ends last writes %s",
+                "shard %s is done; %d of %d rows are on disk in %s. The shard that finishes last writes %s",
                 self.shard,
                 self.finished_rows,
                 len(self.rows),
@@ -254,9 +254,12 @@ class BlockLog:
         return wrong_with_result(self.directory, self.rows.digest)
 
     def _kept(self, error: OSError, path: Path) -> OSError:
-        kept = "They are kept: remove the cause and start the same again, it goes on from there"
+        kept = "They are kept. Fix the cause and run the same command again; it continues from there"
         if not self._folder.is_dir():
-            kept = "But their directory was deleted meanwhile: start the same again, it begins anew"
+            kept = (
+                "But their directory was deleted in the meantime. Run the same command again; it starts from the "
+                "beginning"
+            )
         rows = f"{self.finished_rows} of {len(self.rows)} rows done"
         return OSError(error.errno, f"{error.strerror} with {rows}. {kept}", str(path))
 
@@ -289,8 +292,8 @@ class BlockLog:
                         pass
         except Timeout as error:
             raise RuntimeError(
-                f"another process is at work in {self.directory}. Wait until it ends, or stop it: two runs would do "
-                "the same rows twice"
+                f"another process is working in {self.directory}. Wait until it ends, or stop it; two runs would "
+                "process the same rows twice"
             ) from error
         return lock
 
@@ -353,13 +356,13 @@ class BlockLog:
         changed = [block for block, same in seen.items() if same is not None and not self._done[block]]
         if not any(seen.values()) and (other_rows or sum(len(self.rows_of(block)) for block in changed) > 1):
             raise FileExistsError(
-                f"{self.directory} holds the {self.what} of other rows: none of those that are done is at its place in "
-                "the rows given now. Choose another output directory, or give the rows that it was started with"
+                f"{self.directory} holds the {self.what} of other rows: no finished row matches the row at the same "
+                "position in the current data. Choose another output directory, or use the original rows"
             )
         for blocks, why in ((damaged, "damaged"), (changed, "of rows that have changed since")):
             if blocks:
                 logger.warning(
-                    "%s: %d blocks are %s and are made again, the first for rows %d to %d",
+                    "%s: %d blocks are %s and are generated again, the first for rows %d to %d",
                     self.directory,
                     len(blocks),
                     why,

@@ -29,7 +29,7 @@ def check_target(target: str) -> None:
         ImportError: fsspec needs a package for it.
     """
     if Path(target).suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"--export {target}: give a name that ends with .jsonl or .parquet")
+        raise ValueError(f"--export {target}: the name must end with .jsonl or .parquet")
     if is_address(target):
         Address(target)
 

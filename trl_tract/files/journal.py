@@ -202,8 +202,8 @@ class KnownRows(Sequence[Any]):
     def _edited(self, number: int | None) -> RuntimeError:
         row = "" if number is None else f", row {number}"
         return RuntimeError(
-            f"{self._file or 'the rows'}{row}: changed while the rows were being worked on. Start the same again: what "
-            "was done of rows that are as they were stays, the others are done anew"
+            f"{self._file or 'the rows'}{row}: changed while the rows were being worked on. Run the same command "
+            "again: results of unchanged rows are kept, and changed rows are processed again"
         )
 
 
@@ -211,7 +211,7 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{where}: not JSON ({error}). Each line must be one object") from error
+        raise ValueError(f"{where}: not JSON ({error}). Each line must be one JSON object") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where}: {type(row).__name__} instead of an object")
     return row
@@ -256,11 +256,11 @@ def guard(directory: Path, settings: Mapping[str, Any], what: str) -> None:
     """
     if is_address(str(directory).replace(":/", "://", 1)):  # a path has no double slash
         raise ValueError(
-            f"{directory} is an address, and blocks need locks and names that change at once: give a directory of this "
-            "machine or of a shared file system. --export brings the result to an address"
+            f"{directory} is a remote address, but blocks need file locks and atomic renames. Use a directory on this "
+            "machine or on a shared file system, and copy the result to the address with --export"
         )
     if directory.exists() and not directory.is_dir():
-        raise FileExistsError(f"{directory} is a file: give a directory for the {what}")
+        raise FileExistsError(f"{directory} is a file. Give a directory for the {what}")
     directory.mkdir(parents=True, exist_ok=True)
     refuse_links(directory)
     file = directory / "settings.json"
@@ -269,20 +269,20 @@ def guard(directory: Path, settings: Mapping[str, Any], what: str) -> None:
             strangers = sorted({entry.name for entry in directory.iterdir()} - {_LOCK, f"{file.name}.partial"})
             if strangers:
                 raise FileExistsError(
-                    f"{directory} already holds {', '.join(strangers[:5])}, which is not of a {what} that can be "
-                    "continued. Choose an empty output directory"
+                    f"{directory} already holds {', '.join(strangers[:5])}, which does not belong to a {what} that can "
+                    "be continued. Choose an empty output directory"
                 )
             write_json(file, settings, checked=True)
     changed = changed_settings(directory, settings)
     if "trl_tract" in settings and "trl_tract" not in read_json(file):
         raise FileExistsError(
-            f"{directory} holds a {what} of an earlier version of trl_tract, which did not write down what its results "
-            "were made of: it cannot be continued. Choose another output directory, or delete it to start over"
+            f"{directory} holds a {what} of an earlier version of trl_tract that did not record its inputs, so it "
+            "cannot be continued. Choose another output directory, or delete this one to start over"
         )
     if changed:
         raise FileExistsError(
-            f"{directory} holds another {what} ({'; '.join(changed[:5])}). Choose another output directory, go back to "
-            "what it was started with, or delete it to start over"
+            f"{directory} holds another {what} ({'; '.join(changed[:5])}). Choose another output directory, restore "
+            "the original settings, or delete this directory to start over"
         )
 
 
@@ -292,8 +292,8 @@ def refuse_links(directory: Path) -> None:
         for name in (*folders, *files):
             if (link := Path(folder, name)).is_symlink():
                 raise FileExistsError(
-                    f"{link} is a symbolic link to {os.readlink(link)}, and nothing is written through links inside an "
-                    "output directory. Delete the link, or choose another output directory"
+                    f"{link} is a symbolic link to {os.readlink(link)}, and trl_tract does not write through links "
+                    "inside an output directory. Delete the link, or choose another output directory"
                 )
 
 

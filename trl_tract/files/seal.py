@@ -8,7 +8,7 @@ from typing import Any
 from trl_tract.files.journal import KnownRows, read_json, write_json
 
 SEAL = "finished.json"
-OTHER_ROWS = "the result is of other rows"
+OTHER_ROWS = "the result belongs to other rows"
 
 
 def seal_result(directory: Path, rows: KnownRows, names: Sequence[str]) -> None:
@@ -28,7 +28,7 @@ def wrong_with_result(directory: Path, rows_digest: str) -> str | None:
             return OTHER_ROWS
     except (ValueError, KeyError, AttributeError):
         return f"{SEAL} is damaged"
-    return f"{', '.join(changed)} missing, cut or changed" if changed else None
+    return f"{', '.join(changed)} missing or changed" if changed else None
 
 
 def check_result(file: Path) -> None:
@@ -36,8 +36,8 @@ def check_result(file: Path) -> None:
     seal = file.with_name(SEAL)
     if seal.exists() and counted(file) != read_json(seal).get("files", {}).get(file.name):
         raise ValueError(
-            f"{file} is not as it was written: {SEAL} beside it has another digest. Start what made it again, with the "
-            "same settings: it is then made again from the blocks"
+            f"{file} was changed after it was written: its digest in {SEAL} does not match. Run the command that wrote "
+            "it again, with the same settings; the file is then rebuilt from the blocks"
         )
 
 

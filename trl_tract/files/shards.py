@@ -30,7 +30,7 @@ class Shard:
         """
         found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
         if not found or not 1 <= int(found[1]) <= int(found[2]):
-            raise ValueError(f"shard {text!r} is not i/n with i from 1 to n, such as 1/8 for the first of eight jobs")
+            raise ValueError(f"shard {text!r} must be i/n with i from 1 to n, such as 1/8 for the first of eight jobs")
         return cls(int(found[1]) - 1, int(found[2]))
 
     @classmethod

@@ -43,13 +43,13 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         own: dict[str, Any] = {"registry": self.registry}
-        self.answers = Counter("trl_tract_answers", "Answers by path and status", ["path", "status"], **own)
+        self.answers = Counter("trl_tract_answers", "Responses by path and status", ["path", "status"], **own)
         self.seconds = Histogram(
-            "trl_tract_answer_seconds", "From a request's arrival to its answer", ["path"], buckets=_SECONDS, **own
+            "trl_tract_answer_seconds", "Time from a request's arrival to its answer", ["path"], buckets=_SECONDS, **own
         )
         self.items = Counter("trl_tract_items", "Items judged: with a score, or with an error", ["outcome"], **own)
         self.batches = Histogram("trl_tract_batch_items", "Items judged together", buckets=_SIZES, **own)
-        self.mass = Histogram("trl_tract_grid_mass", "Probability on the score grid", buckets=_MASSES, **own)
+        self.mass = Histogram("trl_tract_grid_mass", "Probability mass on the score grid", buckets=_MASSES, **own)
         self.waiting = Gauge("trl_tract_waiting_items", "Items in the queue", **own)
 
     def judged(self, judgement: Judgement) -> None:
@@ -84,21 +84,24 @@ class Desk:
         """
         rows = [_row(item, self.judge) for item in items]
         if len(rows) > self.max_items:
-            told = f"{len(rows)} items in one request, and {self.max_items} are taken. Send several requests"
+            told = f"{len(rows)} items in one request, but at most {self.max_items} are allowed. Send several requests"
             raise Refusal(413, told)
         try:
             futures = self.batcher.submit(rows, [item.seed for item in items])
         except QueueFull:
-            told = f"{self.batcher.waiting} items are waiting, and {self.max_queue} may. Send the request again later"
+            told = (
+                f"the queue is full: {self.batcher.waiting} of at most {self.max_queue} items are waiting. Send the "
+                "request again later"
+            )
             raise Refusal(429, told, {"Retry-After": "1"}) from None
         except Closed:
-            raise Refusal(503, "the server is being stopped. Send the request to another one") from None
+            raise Refusal(503, "the server is shutting down. Send the request to another server") from None
         outcomes = await _outcomes(futures, request, self.answer_seconds)
         judgements = []
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 logger.error("an item could not be judged", exc_info=outcome)
-                outcome = Judgement(error=f"the judge failed ({type(outcome).__name__}); the server's log says more")
+                outcome = Judgement(error=f"the judge failed ({type(outcome).__name__}); see the server's log")
             self.metrics.judged(outcome)
             judgements.append(outcome)
         if outcomes and all(isinstance(outcome, BaseException) for outcome in outcomes):
@@ -131,7 +134,7 @@ def make_app(
     app = FastAPI(
         title="trl-tract judge",
         version=__version__,
-        description=f"{name}: scores responses, with a rationale and exact probabilities of the scores.",
+        description=f"{name}: scores responses, with a rationale and exact score probabilities.",
         lifespan=desk.lifespan,
         default_response_class=_Ascii,
         exception_handlers=_ERRORS,
@@ -154,7 +157,7 @@ def make_app(
             raise Refusal(404, f"there is no model {short(body.model, 100)!r} here; this judge is called {name!r}")
         (judgement,) = await desk.judged(request, [body])
         if judgement.error:
-            raise Refusal(422, f"there is no score: {judgement.error}")
+            raise Refusal(422, f"no score: {judgement.error}")
         return _Ascii(body.completion(judgement, judge.scales))
 
     @app.get("/v1/models")
@@ -200,8 +203,8 @@ async def _not_understood(request: Request, error: Any) -> Response:
 
 async def _not_there(request: Request, error: Any) -> Response:
     told = {
-        404: f"there is nothing at this address. There are {_ROUTES}",
-        405: f"this address does not take {request.method}. There are {_ROUTES}",
+        404: f"there is nothing at this address. Available: {_ROUTES}",
+        405: f"this address does not accept {request.method}. Available: {_ROUTES}",
         400: "the body cannot be read as JSON",
     }
     return _Ascii(error_body(told.get(error.status_code, str(error.detail))), error.status_code, error.headers)
@@ -241,7 +244,7 @@ async def _outcomes(
                 if waiting and await request.is_disconnected():
                     raise Refusal(499, "the client went away")
     except TimeoutError:
-        told = f"there was no judgement within {seconds:g} seconds. Send the request again later, or fewer items"
+        told = f"no judgement within {seconds:g} seconds. Send the request again later, or with fewer items"
         raise Refusal(504, told) from None
     finally:
         for item in futures:
@@ -262,7 +265,7 @@ def _in_words(error: RequestValidationError) -> str:
         place = [str(part) for part in one["loc"][1:] if part not in TAGS]
         what = str(one["msg"]).removeprefix("Value error, ")
         if one["type"] == "extra_forbidden":
-            what = f"there is no such field. An item has {', '.join(Item.model_fields)}"
+            what = f"unknown field. An item has {', '.join(Item.model_fields)}"
         lines.append(f"{short('.'.join(place), 100)}: {what}" if place else what)
     more = len(error.errors()) - len(lines)
     return "; ".join(lines) + (f"; and {more} more" if more > 0 else "")

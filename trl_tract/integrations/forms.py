@@ -29,14 +29,14 @@ class Item(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: Prompt | None = Field(
-        default=None, description="The judge's prompt, text or chat messages, written as in its training rows."
+        default=None, description="The judge's prompt as text or chat messages, written like its training prompts."
     )
     response: str | None = Field(
-        default=None, description="The response to be judged, by the rubric saved with the judge."
+        default=None, description="The response to judge with the rubric saved with the judge."
     )
-    instruction: str = Field(default="", description="What the response answers. With `response` alone.")
+    instruction: str = Field(default="", description="The instruction that the response answers. Only with `response`.")
     reference: str | None = Field(
-        default=None, description="An answer that would earn the highest score. With `response` alone."
+        default=None, description="An answer that would get the highest score. Only with `response`."
     )
     seed: int | None = Field(
         default=None, ge=0, lt=SEEDS, description="Random seed of the rationale; the judge's by default."
@@ -45,9 +45,9 @@ class Item(BaseModel):
     @model_validator(mode="after")
     def _one_of_both(self) -> "Item":
         if (self.prompt is None) == (self.response is None):
-            raise ValueError("give `prompt`, or `response` with `instruction` and `reference` where there are such")
+            raise ValueError("give `prompt`, or give `response`, optionally with `instruction` and `reference`")
         if self.prompt is not None and (self.instruction or self.reference is not None):
-            raise ValueError("`instruction` and `reference` go with `response`, not with a whole `prompt`")
+            raise ValueError("`instruction` and `reference` belong to `response`. Do not give them with `prompt`")
         return self
 
     def row(self, judge: CoTRAILJudge) -> Row:
@@ -71,18 +71,21 @@ OneOrMany = Annotated[
 class Answer(BaseModel):
     """What the judge says of one item. Numbers that do not exist are null."""
 
-    score: float | None = Field(description="Expected score, rubric units; null where there is an error.")
+    score: float | None = Field(description="Expected score in rubric units; null if there is an error.")
     scores: list[float] = Field(description="One for each rationale.")
     rationale: str | None = Field(description="The first rationale.")
-    rationales: list[str] = Field(description="All rationales; of a judge of several aspects its completions.")
+    rationales: list[str] = Field(description="All rationales. For a judge of several aspects: its completions.")
     distribution: dict[str, float] = Field(
-        description="Score -> its probability under the whole vocabulary, the mean over the rationales."
+        description="Score -> its probability under the full vocabulary, averaged over the rationales."
     )
     spread: float | None = Field(description="Standard deviation of the score under the model, rubric units.")
-    grid_mass: float | None = Field(description="Probability on the score grid; far below 1: no score was expected.")
-    error: str | None = Field(description="Why there is no score.")
+    grid_mass: float | None = Field(
+        description="Probability mass on the score grid. A value far below 1 means that "
+        "the model did not expect a score."
+    )
+    error: str | None = Field(description="Reason for a missing score.")
     aspects: dict[str, "Answer"] | None = Field(
-        default=None, description="Of a judge of several aspects: each one's answer."
+        default=None, description="For a judge of several aspects: the result for each aspect."
     )
 
 
@@ -118,22 +121,24 @@ class ChatRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    model: str = Field(description="Name of the judge, as /v1/models has it.")
+    model: str = Field(description="Name of the judge, as in /v1/models.")
     messages: list[dict[str, Any]] = Field(min_length=1, description="The judge's prompt.")
     seed: int | None = Field(
         default=None, ge=0, lt=SEEDS, description="Random seed of the rationale; the judge's by default."
     )
-    n: int | None = Field(default=None, ge=1, le=1, description="1: several rationales are an option of the server.")
-    stream: bool | None = Field(default=None, description="False: a judgement is answered as a whole.")
+    n: int | None = Field(
+        default=None, ge=1, le=1, description="Must be 1. Several rationales are an option of the server."
+    )
+    stream: bool | None = Field(default=None, description="Must be false. Judgements are not streamed.")
     response_format: dict[str, Any] | None = Field(
         default=None, description='`{"type": "json_object"}`: the message is the answer of /judge as JSON.'
     )
-    tools: list[Any] | None = Field(default=None, description="None: a judge calls no tools.")
+    tools: list[Any] | None = Field(default=None, description="Must be null. A judge calls no tools.")
 
     @model_validator(mode="after")
     def _can_be_done(self) -> "ChatRequest":
         if self.stream:
-            raise ValueError("stream: a judgement is answered as a whole. Leave it out, or set it to false")
+            raise ValueError("stream: judgements cannot be streamed. Leave it out, or set it to false")
         if self.tools:
             raise ValueError("tools: a judge calls none. Leave them out")
         if (self.response_format or {}).get("type", "text") not in ("text", "json_object"):
@@ -155,7 +160,7 @@ class ChatRequest(BaseModel):
             return {"prompt": self.messages}
         content = self.messages[0].get("content")
         if len(self.messages) > 1 or self.messages[0].get("role") != "user" or not isinstance(content, str):
-            raise ValueError("this judge was trained on plain text: send one message of the user with its whole prompt")
+            raise ValueError("this judge was trained on plain text. Send its whole prompt as one user message")
         return {"prompt": content}
 
     def completion(self, judgement: Judgement, scales: Sequence[Scale]) -> dict[str, Any]:

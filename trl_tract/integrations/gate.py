@@ -109,21 +109,25 @@ class Gate:
 
     def _check(self, scope: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> None:
         if self.draining and scope["path"] != "/health":
-            raise Refusal(503, "the server is being stopped. Send the request to another one", {"Retry-After": "5"})
+            raise Refusal(503, "the server is shutting down. Send the request to another server", {"Retry-After": "5"})
         if self.hosts is not None and _name_of(headers.get(b"host", b"").decode("latin-1")) not in self.hosts:
-            raise Refusal(421, f"this server is called {' or '.join(self.hosts)}. Start it with --host for other names")
+            raise Refusal(
+                421,
+                f"the Host header does not match {' or '.join(self.hosts)}. To accept other names, "
+                "start the server with --host",
+            )
         if self.key is not None and scope["path"] not in OPEN:
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, b"Bearer " + self.key.encode()):
                 told = {"WWW-Authenticate": "Bearer"}
-                raise Refusal(401, "the key is missing or wrong. Send it as `Authorization: Bearer KEY`", told)
+                raise Refusal(401, "the API key is missing or wrong. Send it as `Authorization: Bearer KEY`", told)
         if scope["method"] == "POST":
             # A form of somebody else's page can send other types without asking the browser's permission.
             kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
             if kind != b"application/json":
-                raise Refusal(415, "the body has to be JSON, sent with `Content-Type: application/json`")
+                raise Refusal(415, "the body must be JSON, sent with `Content-Type: application/json`")
             if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
-                raise Refusal(415, "the body has to be sent as it is, without Content-Encoding")
+                raise Refusal(415, "the body must be sent without Content-Encoding")
 
     async def _body(self, headers: Mapping[bytes, bytes], receive: Any) -> bytes:
         told = headers.get(b"content-length", b"0")

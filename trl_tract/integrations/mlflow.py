@@ -95,9 +95,9 @@ def _text(given: Any, key: str | None, what: str) -> str:
         given = given[key] if key is not None else next(iter(given.values()))
     if isinstance(given, Mapping):
         raise ValueError(
-            f"the {what} have {', '.join(map(str, given)) or 'nothing'}: say which one is meant, or write the prompt "
+            f"the {what} have {', '.join(map(str, given)) or 'nothing'}: say which one to use, or build the prompt "
             "with tract_scorer(judge, prompt=...)"
         )
     if not isinstance(given, str):
-        raise ValueError(f"the {what} are {type(given).__name__}, not text: write the prompt with prompt=...")
+        raise ValueError(f"the {what} are {type(given).__name__}, not text. Build the prompt with prompt=...")
     return given

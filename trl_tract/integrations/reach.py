@@ -33,11 +33,11 @@ def reach(judge: CoTRAILJudge | str, *, patience: float = 600.0, **settings: Any
     """
     if not isinstance(judge, str):
         if settings:
-            raise ValueError(f"{', '.join(settings)}: this judge is loaded already. Make it with these settings")
+            raise ValueError(f"{', '.join(settings)}: this judge is already loaded. Create it with these settings")
         return _local(judge)
     if judge.startswith(("http://", "https://")):
         if settings:
-            raise ValueError(f"{', '.join(settings)}: options of trl-tract serve, where {judge} is started")
+            raise ValueError(f"{', '.join(settings)}: give these options to trl-tract serve, which starts {judge}")
         return _remote(judge, patience)
     key = (judge, json.dumps(settings, sort_keys=True, default=str))
     if key not in _loaded:

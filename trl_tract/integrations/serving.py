@@ -41,9 +41,7 @@ def open_socket(host: str, port: int) -> socket.socket:
         )
         return socket.create_server(address[:2], family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        raise OSError(
-            f"--host {host} --port {port}: {error}. Choose another port, or 0 for any that is free"
-        ) from error
+        raise OSError(f"--host {host} --port {port}: {error}. Choose another port, or 0 for any free port") from error
 
 
 def make_server(judge: CoTRAILJudge, name: str, *, host: str, **limits: Any) -> Any:

@@ -13,11 +13,11 @@ def check_rows(rows: Any) -> None:
         TypeError: They are one item, a table or an iterator; what to give instead is said.
     """
     if isinstance(rows, str | Mapping):
-        raise TypeError(f"rows is one {type(rows).__name__}: put it into a list, as in judge.judge([row])[0]")
+        raise TypeError(f"rows is a single {type(rows).__name__}. Put it into a list, as in judge.judge([row])[0]")
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
-        raise TypeError("rows is a table: give its rows, as in judge.judge(table.to_dict('records'))")
+        raise TypeError("rows is a table. Pass its rows as dicts, as in judge.judge(table.to_dict('records'))")
     if not hasattr(rows, "__len__"):
-        raise TypeError(f"rows is a {type(rows).__name__}: make it a list, as in judge.judge(list(rows))")
+        raise TypeError(f"rows is a {type(rows).__name__}. Make it a list, as in judge.judge(list(rows))")
 
 
 def read_item(row: Any, chat: bool | None) -> Row:
@@ -32,7 +32,7 @@ def read_item(row: Any, chat: bool | None) -> Row:
     prompt = item["prompt"]
     if isinstance(prompt, str) and chat:
         raise TypeError(
-            "it is plain text, and the judge was trained on chat messages: give "
+            "it is plain text, but the judge was trained on chat messages. Pass "
             '[{"role": "user", "content": prompt}], or use judge_response'
         )
     if isinstance(prompt, str):
@@ -44,8 +44,8 @@ def read_item(row: Any, chat: bool | None) -> Row:
     if not isinstance(prompt, Sequence):
         raise TypeError(f"it is {type(prompt).__name__}, not text or a list of chat messages")
     if not prompt:
-        raise ValueError("there is no message in it")
+        raise ValueError("it has no messages")
     for message in prompt:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"a chat message needs `role` and `content`, and one is {message!r}")
+            raise ValueError(f"a chat message needs `role` and `content`, but one is {message!r}")
     return item

@@ -34,43 +34,44 @@ __all__ = ["CoTRAILJudge", "Judgement"]
 
 
 class CoTRAILJudge:
-    """Score responses: sample rationales up to the marker, then take the expected score behind each.
+    """Score responses: sample rationales up to the marker, then compute the expected score after each.
 
     Args:
         backend: The judge model.
-        score_values: The score grid, in rubric units; or texts with their values, such as `{"poor": 1, "good": 2}`.
-        score_marker: Text at which a rationale ends.
-        completion_format: How rationale, marker and score are joined; one space each by default.
-        aspects: Where a completion has several scores: see `TRACTConfig.aspects`, in place of the three above. Each
-            rationale is written behind the score that was decided before it.
-        num_generations: Rationales for each item; their scores are averaged.
-        decision: How probabilities become a score: `mean`, `median`, `mode`, `sampled` or `quantile`.
-        quantile: Of `decision="quantile"`: see `scores.decide`.
-        normalize_grid: Divide the expected score by the mass on the grid.
-        score_temperature: Sharpens (below 1) or flattens score probabilities before `decision`: see `scores.temper`.
-        pool: How several rationales become one score: the mean of their `scores`, or `decision` applied to the mean of
-            their `distributions`. For the expected score without `normalize_grid` the two are one.
-        recalibration: A map that was fitted on held-out judgements, applied to the final score; with aspects, such maps
-            by name. None: none.
-        temperature: Temperature at which a rationale is sampled; 0 decodes greedily.
-        top_p: Nucleus sampling threshold of the rationale.
-        repetition_penalty: Penalty on tokens that the prompt or the rationale has already; 1: none.
-        max_new_tokens: Tokens a rationale may have.
-        seed: Random seed of rationales and of sampled scores. Each item draws random numbers of its own, from its
-            prompt and this seed: its judgement does not depend on its place or on what else is judged.
-        max_attempts: How often a rationale is sampled until it reaches the marker with a score behind it.
-        append_marker: Score a rationale that never reached the marker as if it had. For models that were not trained
-            to write it, such as a seed model; otherwise such an item is an error.
-        writes_rationale: False for a judge that gives its scores straight after the prompt; nothing is generated then.
-        chat_template_kwargs: Variables that the chat template is rendered with; those of a row go before them.
+        score_values: Score grid in rubric units, or a mapping from texts to values, such as `{"poor": 1, "good": 2}`.
+        score_marker: Text that ends a rationale and precedes the score.
+        completion_format: How rationale, marker and score are joined. None: with one space each.
+        aspects: Aspects for completions with several scores, see `TRACTConfig.aspects`; replaces the three above. Each
+            rationale follows the score of the previous aspect.
+        num_generations: Number of rationales per item. Their scores are averaged.
+        decision: How to turn the score probabilities into a score: `mean`, `median`, `mode`, `sampled` or `quantile`.
+        quantile: Quantile for `decision="quantile"`; see `scores.decide`.
+        normalize_grid: Divide the expected score by the probability mass on the grid.
+        score_temperature: Sharpen (below 1) or flatten (above 1) the score probabilities before `decision`; see
+            `scores.temper`.
+        pool: How to combine several rationales: the mean of their `scores`, or `decision` applied to the mean of their
+            `distributions`. Both are the same for the expected score without `normalize_grid`.
+        recalibration: A correction fitted on held-out judgements and applied to the final score; with aspects, a
+            mapping from names to corrections. None: no correction.
+        temperature: Sampling temperature for rationales; 0 decodes greedily.
+        top_p: Nucleus sampling threshold for rationales.
+        repetition_penalty: Penalty on tokens that already occur in the prompt or the rationale; 1 turns it off.
+        max_new_tokens: Maximum number of tokens in a rationale.
+        seed: Random seed for rationales and sampled scores. Each item has its own random numbers, derived from its
+            prompt and this seed, so a judgement does not depend on the item's position or on other items.
+        max_attempts: Maximum number of attempts to sample a rationale that reaches the marker and a score.
+        append_marker: Append the marker to a rationale that never reached it, and score it. For models that were not
+            trained to write the marker, such as a seed model. Otherwise such an item is an error.
+        writes_rationale: False for a judge that scores directly after the prompt, without generating text.
+        chat_template_kwargs: Variables for the chat template. A row's own take precedence.
         thinking: `off`, or `rationale` for a judge whose rationale is its thinking: see `TRACTConfig.thinking`.
-        template_date: What a chat template that asks for the date is told, YYYY-MM-DD; None: today.
+        template_date: Date for chat templates that render one, YYYY-MM-DD. None: today.
 
     Attributes:
-        scales: The scales of a completion in their order; the name of a single one is empty.
-        template_settings: What the chat template is rendered with.
-        chat: Whether it was trained on chat messages; None where that is not known.
-        rubric: Makes the prompts of `judge_response`; that of the training rows where one was saved with the judge.
+        scales: The scales of a completion, in order. The name of a single scale is empty.
+        template_settings: Settings of the chat template.
+        chat: Whether the judge was trained on chat messages; None if unknown.
+        rubric: Builds the prompts for `judge_response`: the training rubric, if one was saved with the judge.
 
     Raises:
         ValueError: An unknown decision or pool, a setting out of range, a grid that the tokenizer cannot tell apart, a
@@ -134,7 +135,7 @@ class CoTRAILJudge:
 
     @property
     def grid(self) -> ScoreGrid:
-        """The score grid; of several scales the first one's."""
+        """The score grid; with several scales, the first one's."""
         return self.scales[0].grid
 
     @classmethod
@@ -147,13 +148,13 @@ class CoTRAILJudge:
         recalibrate: bool | None = None,
         **settings: Any,
     ) -> "CoTRAILJudge":
-        """Load a judge that TRACTTrainer saved, with the grid and the format that it was trained with.
+        """Load a judge that TRACTTrainer saved, with the grid and format from its training.
 
         Args:
             path: Model or adapter directory, or hub id, with a `tract_config.json`.
             backend: A backend, or `transformers`.
-            revision: Branch, tag or commit of a hub id; a `backend` of your own is loaded at its own.
-            recalibrate: Apply the `recalibration.Recalibration` that was saved there. None: if a run fitted it.
+            revision: Branch, tag or commit of a hub id. A `backend` that you pass has its own revision.
+            recalibrate: Apply the `recalibration.Recalibration` saved at `path`. None: only if a run fitted it.
             **settings: Other arguments of the class.
 
         Raises:
@@ -168,7 +169,10 @@ class CoTRAILJudge:
             }
         if isinstance(backend, str):
             if backend != "transformers":
-                raise ValueError(f"backend={backend!r}: give 'transformers', or a backend, such as VLLMBackend(path)")
+                raise ValueError(
+                    f"backend={backend!r}is not supported. Pass 'transformers', or a backend object such "
+                    "as VLLMBackend(path)"
+                )
             backend = TransformersBackend(str(path), revision=revision)
         judge = cls.from_config(config, backend, **settings)
         saved = OwnColumns.load(path, revision)
@@ -177,10 +181,10 @@ class CoTRAILJudge:
 
     @classmethod
     def from_config(cls, config: JudgeConfig, backend: Backend, **settings: Any) -> "CoTRAILJudge":
-        """A judge that asks and reads as it was trained to.
+        """Create a judge from the configuration saved in training.
 
         Args:
-            config: What it was trained to write, as in `tract_config.json`.
+            config: The training format, as in `tract_config.json`.
             backend: The judge model.
             **settings: Other arguments of the class.
         """
@@ -200,18 +204,18 @@ class CoTRAILJudge:
         instruction: str | Sequence[str] = "",
         reference: str | Sequence[str | None] | None = None,
     ) -> Judgement | list[Judgement]:
-        """Score one response, or several, by the rubric that the judge was trained with.
+        """Score one or several responses with the rubric saved with the judge.
 
         Args:
-            response: What is judged: one text, or a list.
-            instruction: What it answers; one for all, or a list with one for each response.
-            reference: An answer that would earn the highest score, likewise; None: none.
+            response: The response to judge: one text, or a list.
+            instruction: The instruction that it answers: one for all, or a list with one for each response.
+            reference: An answer that would get the highest score: one for all, or a list. None: no reference.
 
         Returns:
             One judgement for one text, a list for a list.
 
         Raises:
-            ValueError: There is no rubric, or a list is of another length than `response`.
+            ValueError: There is no rubric, or a list differs in length from `response`.
 
         Example:
             `judge.judge_response(instruction="Where is my order?", response="On its way.").score`
@@ -221,28 +225,28 @@ class CoTRAILJudge:
         for name, given in (("instruction", instruction), ("reference", reference)):
             fields[name] = [given] * len(responses) if given is None or isinstance(given, str) else list(given)
             if len(fields[name]) != len(responses):
-                raise ValueError(f"{len(fields[name])} {name}s for {len(responses)} responses: give one for each")
+                raise ValueError(f"{len(fields[name])} {name}s for {len(responses)} responses. Pass one for each")
         each = zip(responses, fields["instruction"], fields["reference"], strict=True)
         judgements = self.judge([self.response_row(*texts) for texts in each])
         return judgements[0] if isinstance(response, str) else judgements
 
     def response_row(self, response: str, instruction: str = "", reference: str | None = None) -> Row:
-        """The row that `judge` takes for a response, its prompt written by the rubric.
+        """Build the row for `judge` from a response and the rubric.
 
         Raises:
             ValueError: There is no rubric.
         """
         if self.rubric is None:
             raise ValueError(
-                "no rubric was saved with this judge. Write the prompts as in training, with rubric_prompt or your own "
-                'code, and use judge(); or set judge.rubric = Rubric.load("rubric.yaml") (trl_tract.sources.rubric)'
+                "no rubric was saved with this judge. Build the prompts as in training and use judge(), or set "
+                'judge.rubric = Rubric.load("rubric.yaml") (trl_tract.sources.rubric)'
             )
         row: Row = {"prompt": self.rubric.prompt(instruction, response, reference, self.scales[0].marker)}
         return as_text(row, self.asks_chat)
 
     @property
     def asks_chat(self) -> bool:
-        """Whether prompts are chat messages: as in training or, where that is not known, as the tokenizer has it."""
+        """Whether prompts are chat messages; if unknown from training, whether the tokenizer has a chat template."""
         return bool(self.backend.tokenizer.chat_template) if self.chat is None else self.chat
 
     def judge(
@@ -252,14 +256,14 @@ class CoTRAILJudge:
         seed: int | Sequence[int] | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[Judgement]:
-        """Score items, in order. What goes wrong with one item is that item's `error`.
+        """Score items, in order. If an item cannot be scored, its judgement has an `error`.
 
         Args:
-            rows: A prompt each, or rows with a `prompt`, written like the training rows.
-            seed: Random seed in place of the judge's, or one for each item.
-            on_progress: Called with the number of items that are done since it was called before. Rationales are
-                written for all items and then scored: an item whose rationale is written counts a half. None: a bar on
-                a terminal and in a notebook, and elsewhere a line every 30 seconds.
+            rows: Prompts, or rows with a `prompt`, written like the training rows.
+            seed: Random seed instead of the judge's, or one for each item.
+            on_progress: Called with the number of items finished since the last call. Rationales are written for all
+                items before they are scored, so an item with a rationale counts as half. None: a progress bar in a
+                terminal or notebook, otherwise a line every 30 seconds.
         """
         check_rows(rows)
         if on_progress is None:
@@ -269,7 +273,7 @@ class CoTRAILJudge:
         seed = self.seed if seed is None else seed
         seeds = [seed] * len(rows) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(rows):
-            raise ValueError(f"{len(seeds)} seeds for {len(rows)} rows: give one for each, or one for all")
+            raise ValueError(f"{len(seeds)} seeds for {len(rows)} rows. Pass one for each row, or one for all")
         judged: dict[int, Judgement] = {}
         asked: dict[int, Asked] = {}
         for i, row in enumerate(rows):
@@ -285,7 +289,7 @@ class CoTRAILJudge:
             try:
                 self._find_tokens(item)
             except ScoreNotFoundError as error:
-                judged[i] = Judgement(error=f"no score can be written behind the prompt: {error}")
+                judged[i] = Judgement(error=f"no score can follow the prompt: {error}")
                 continue
             asked[i] = prompt
         if judged:
@@ -299,20 +303,20 @@ class CoTRAILJudge:
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the judge: its weights or adapter, tokenizer, `tract_config.json`, recalibration and a card.
 
-        Nothing else of its directory goes with them: no checkpoints, logs or training arguments. A judge whose model
-        came loaded is saved first.
+        Nothing else in its directory is uploaded: no checkpoints, logs or training arguments. A judge whose model was
+        passed in loaded is saved first.
 
         Args:
-            repo_id: `user/name`; made if it does not exist.
-            **options: `base_model`, hub id of an adapter's base where it was trained on a directory; `private`, True
-                unless you say otherwise; `token`, `revision` (a branch) and `commit_message`.
+            repo_id: `user/name`; created if it does not exist.
+            **options: `base_model`, hub id of an adapter's base model if it was trained on a local directory;
+                `private`, True by default; `token`, `revision` (a branch) and `commit_message`.
 
         Returns:
-            The repository's address. `CoTRAILJudge.from_pretrained(repo_id)` loads it.
+            The repository's URL. `CoTRAILJudge.from_pretrained(repo_id)` loads it.
 
         Raises:
-            ValueError: The repository exists and is public, and `private=False` was not given; the adapter's base is a
-                directory; or the weights are not in this process.
+            ValueError: The repository exists and is public, but `private=False` was not given; the adapter's base is a
+                local directory; or the weights are not in this process.
         """
         from trl_tract.saved.hub import push_judge
 
@@ -323,19 +327,21 @@ class CoTRAILJudge:
         return push_judge(self.backend, config, repo_id, recalibrations=self._recalibrations(), **options)
 
     def score_rationales(self, prompts: Sequence[Prompt], rationales: Sequence[str]) -> NDArray[np.float64]:
-        """Probabilities of the grid's scores behind given rationales, `(len(prompts), K)`."""
+        """Probabilities of the grid's scores after given rationales, `(len(prompts), K)`."""
         return self.grid_probabilities(prompts, rationales).probs
 
     def grid_probabilities(self, prompts: Sequence[Prompt], rationales: Sequence[str]) -> GridProbabilities:
-        """Like `score_rationales`, with what was left out of them: one batched pass, or, where a backend
-        asks for scores of several tokens token by token, one a level of their trie.
+        """Like `score_rationales`, with the probability mass that was left out. Needs one batched pass, or one per trie
+        level if a backend computes scores of several tokens token by token.
 
         Args:
             prompts: Written like the training rows' prompts.
             rationales: One for each prompt, without the marker.
         """
         if len(self.scales) > 1:
-            raise ValueError("this judge scores several aspects, and which rationale is whose is not said: use judge()")
+            raise ValueError(
+                "this judge scores several aspects, so it is not clear which rationale belongs to which. Use judge()"
+            )
         if not prompts:
             return GridProbabilities.exact(np.zeros((0, len(self.grid))))
         self._find_tokens({"prompt": prompts[0]})
@@ -384,7 +390,7 @@ def _checked(known: ScoreGrid, here: ScoreGrid) -> ScoreGrid:
     if not here.same_tokens(known):
         found = here.token_ids or [path.written for path in here.paths]
         raise ValueError(
-            f"the scores are the tokens {found} here, but were {trained} in training: "
-            "this is not the tokenizer that the judge was trained with"
+            f"the scores are the tokens {found} here, but were {trained} in training. Load the tokenizer that the "
+            "judge was trained with"
         )
     return known

@@ -10,21 +10,22 @@ from numpy.typing import NDArray
 
 @dataclass
 class Judgement:
-    """What a judge says of one item.
+    """A judge's result for one item.
 
     Attributes:
-        score: Mean of `scores`, or what the judge's `pool` and `recalibration` make of them, rubric units; NaN if there
-            is none, never a guess. With several aspects there is none: see `aspects`.
-        scores: One for each rationale that reached its score.
-        rationales: The rationales behind `scores`; with several aspects the completions, scores included.
-        probs: Probabilities of the grid's scores under the whole vocabulary, `(S, K)`, as the model gave them.
-        grid_mass: Mean probability on the grid; far below 1 means that the model did not expect a score there.
-        std: Mean standard deviation of the score under the model, renormalised on the grid, rubric units.
-        error: Why there is no score, or None; with several aspects, which of them have none, and why.
-        pruned_mass: Where scores are several tokens: mean probability of beginnings that were too improbable to be
-            followed. 0 for a grid of single tokens.
-        error_bound: How far that may have moved a `mean` score, rubric units; for other decisions see `pruned_mass`.
-        aspects: Where a completion has several scores: name -> the judgement of that aspect. Empty otherwise.
+        score: Mean of `scores`, or their combination by the judge's `pool` and `recalibration`, in rubric units. NaN if
+            there is no score; it is never guessed. NaN with several aspects: see `aspects`.
+        scores: One score for each rationale that reached a score.
+        rationales: The rationales of `scores`; with several aspects, the completions including scores.
+        probs: Probabilities of the grid's scores under the full vocabulary, `(S, K)`, as the model gave them.
+        grid_mass: Mean probability mass on the grid. A value far below 1 means that the model did not expect a score.
+        std: Mean standard deviation of the score under the model, renormalised on the grid, in rubric units.
+        error: Reason for a missing score, or None; with several aspects, the missing ones and the reasons.
+        pruned_mass: For scores of several tokens: mean probability of token prefixes that were too improbable to
+            continue. 0 for a grid of single tokens.
+        error_bound: Maximum effect of pruning on a `mean` score, in rubric units; for other decisions see
+            `pruned_mass`.
+        aspects: Aspect name -> judgement, for completions with several scores. Empty otherwise.
     """
 
     score: float = math.nan

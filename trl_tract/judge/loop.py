@@ -125,7 +125,7 @@ class Loop:
         if not self.sampler.usable(generation):
             chain.error = self.sampler.reason(generation, scale)
         elif self.sampler.writes and not may_end(frame, written) and not self.sampler.append_marker:
-            chain.error = "the model was still thinking when it named the marker"
+            chain.error = "the model wrote the marker inside its thinking"
         elif early is not None:
             which = f"a score of aspect {early.name!r}" if early.name else "a score already"
             chain.error = f"the rationale before {scale.marker!r} holds {which}"

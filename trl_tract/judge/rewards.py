@@ -27,20 +27,20 @@ def make_reward_func(
     failed: float | None = None,
     aspect: str | None = None,
 ) -> RewardFunc:
-    """Let a judge score the completions of a policy: `GRPOTrainer(policy, reward_funcs=make_reward_func(judge), ...)`.
+    """Make a reward function from a judge: `GRPOTrainer(policy, reward_funcs=make_reward_func(judge), ...)`.
 
     A completion that the judge cannot score gets None, which TRL reads as "this reward does not apply": it is left out
-    of the group's mean and moves nothing. TRL's log then shows `rewards/tract_judge/mean` and `std`, and
+    of the group's mean and has no effect. TRL's log shows `rewards/tract_judge/mean` and `std`, and
 
-    - `rewards/tract_judge/failed`: share of the completions judged that got no score, 0 to 1;
-    - `rewards/tract_judge/grid_mass`: mean probability on the score grid. A policy can learn to raise or lower it; set
-      the judge's `normalize_grid` to take it out of the score.
+    - `rewards/tract_judge/failed`: fraction of judged completions without a score, 0 to 1;
+    - `rewards/tract_judge/grid_mass`: mean probability mass on the score grid. A policy can learn to raise or lower it;
+    set the judge's `normalize_grid` to remove its effect on the score.
 
-    With `log_completions=True` the completions' table has the judge's rationale, or why there is no score. The names
-    follow the function's `__name__`; set that to tell two judges in one trainer apart.
+    With `log_completions=True`, the table of completions shows the judge's rationale, or the reason for a missing
+    score. The names use the function's `__name__`; set it if one trainer has two judges.
 
     Args:
-        judge: The judge. Its random seed is varied with the trainer's step, so that a resumed run goes on alike.
+        judge: The judge. Its random seed depends on the trainer's step, so a resumed run gives the same rewards.
         prompt: Writes the judge's prompt, text or messages, of a row: `prompt` and `completion` as TRL gives them
             (text, or messages if the dataset is conversational; the completion is untrusted) and the dataset's other
             columns. None from it means that this reward does not apply to the row. By default `rubric_prompt` is
@@ -49,12 +49,12 @@ def make_reward_func(
             judge was trained on such. Write the prompt as in the judge's training rows: a judge trained on messages
             needs messages. The columns `tools`, `chat_template_kwargs` and `prompt_is_text` are the judge's: its
             prompt is rendered with them, as that of a training row is.
-        scale: None for rubric units. `"unit"` maps the ends of the score range to 0 and 1 without clipping: an
-            expected score that lost mass off the grid can lie below 0.
-        failed: Reward of a completion that the judge cannot score, in the units of what is returned. None leaves it
-            without one.
-        aspect: Of a judge of several aspects, the one whose score is the reward. None: the mean of all of them, each
-            from 0 to 1 whatever `scale` is; a completion that lacks one of them gets no score.
+        scale: None for rubric units. `"unit"` maps the ends of the score range to 0 and 1 without clipping: an expected
+            score with mass off the grid can be below 0.
+        failed: Reward of a completion that the judge cannot score, in the units of the returned rewards. None: no
+            reward.
+        aspect: For a judge of several aspects: the aspect whose score is the reward. None: the mean of all aspects,
+            each mapped to 0 to 1 regardless of `scale`; a completion without one of the scores gets no reward.
 
     Returns:
         A reward function: lists of prompts, completions and columns in, a float or None for each completion out.
@@ -65,19 +65,21 @@ def make_reward_func(
             needs are missing, or descriptions that are not of the judge's scores.
     """
     if not callable(getattr(judge, "judge", None)):
-        raise TypeError(f"judge is {judge!r}, not a judge: load one first, CoTRAILJudge.from_pretrained(path)")
+        raise TypeError(f"judge is {judge!r}, not a judge. Load one with CoTRAILJudge.from_pretrained(path)")
     if scale not in (None, "unit"):
-        raise ValueError(f"scale={scale!r} is unknown: give None for rubric units, or 'unit' for 0 to 1")
+        raise ValueError(f"scale={scale!r} is unknown. Use None for rubric units, or 'unit' for 0 to 1")
     names = [each.name for each in judge.scales]
     if aspect is not None and aspect not in filter(None, names):
         raise ValueError(f"aspect={aspect!r} is unknown: this judge scores {', '.join(filter(None, names)) or 'one'}")
     if len(names) > 1 and prompt is None:
         raise ValueError(
-            f"this judge scores {', '.join(names)}, and the default prompt describes one score: write its prompt with "
+            f"this judge scores {', '.join(names)}, but the default prompt describes only one. Write the prompt with "
             "make_reward_func(judge, prompt=...)"
         )
     if failed is not None and not math.isfinite(failed):
-        raise ValueError(f"failed={failed} would spoil the whole group's rewards: give a finite number, or None")
+        raise ValueError(
+            f"failed={failed} would make the rewards of the whole group useless. Use a finite number, or None"
+        )
     return _JudgeReward(judge, prompt, scale, failed, aspect)
 
 
@@ -153,7 +155,7 @@ class _JudgeReward:
         if lost:
             i, reason = next(iter(lost.items()))
             logger.warning(
-                "%s: no score for %d of %d completions, whose reward is %s (first: completion %d of the batch, %s)",
+                "%s: no score for %d of %d completions; their reward is %s (first: completion %d of the batch, %s)",
                 name,
                 len(lost),
                 len(judgements),
@@ -176,9 +178,9 @@ class _JudgeReward:
         if absent:
             raise ValueError(
                 f"the judge's prompt needs the dataset column(s) {' and '.join(absent)}; found: "
-                f"{', '.join(sorted(row))}. Add `criterion` (what the rubric asks), `descriptions` (score text -> what "
-                "earns it) and, optionally, `reference`, and leave remove_unused_columns at False; or write the "
-                "prompt yourself with make_reward_func(judge, prompt=...)"
+                f"{', '.join(sorted(row))}. Add `criterion` (the rubric's question), `descriptions` (a mapping from "
+                "each score to its description) and optionally `reference`, and leave remove_unused_columns at False. "
+                "Or write the prompt yourself with make_reward_func(judge, prompt=...)"
             )
         if row["criterion"] is None and row["descriptions"] is None:
             return None
@@ -188,7 +190,7 @@ class _JudgeReward:
         if row["criterion"] is None or set(texts) != set(grid):
             raise ValueError(
                 f"criterion={row['criterion']!r} with descriptions of the scores {', '.join(texts) or 'none'}: the "
-                f"judge needs a criterion, and one description for each of its scores {', '.join(grid)}"
+                f"judge needs a criterion and one description for each of its scores {', '.join(grid)}"
             )
         written = rubric_prompt(
             _prompt_text(row["prompt"]),

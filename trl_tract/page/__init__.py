@@ -35,12 +35,12 @@ _TONES = {
 }
 _METRIC_TITLES = {
     "pearson": ("Pearson", "linear correlation"),
-    "spearman": ("Spearman", "correlation of the ranks"),
-    "kendall": ("Kendall tau-b", "pairs put in the same order, less those in the opposite one"),
-    "rmse": ("RMSE", "root of the mean squared error, rubric units"),
+    "spearman": ("Spearman", "rank correlation"),
+    "kendall": ("Kendall tau-b", "concordant minus discordant pairs"),
+    "rmse": ("RMSE", "root mean squared error, rubric units"),
     "mae": ("MAE", "mean absolute error, rubric units"),
     "qwk": ("Quadratic-weighted kappa", "agreement beyond chance after rounding"),
-    "accuracy": ("Accuracy", "equal after rounding"),
+    "accuracy": ("Accuracy", "fraction equal after rounding"),
 }
 
 
@@ -117,17 +117,17 @@ def page_html(judged: JudgedItems, *, worst: int = 12) -> str:
 def _html(judged: JudgedItems, items: ReadItems, charts: Sequence[Chart], learning: Sequence[Chart], worst: int) -> str:
     if judged.prompts is not None and len(judged.prompts) != len(judged.records):
         raise ValueError(
-            f"{len(judged.prompts)} prompts and {len(judged.records)} judgements: give the rows that were judged"
+            f"{len(judged.prompts)} prompts and {len(judged.records)} judgements. Give the rows that were judged"
         )
     report, failures = judged.report, items.failures.most_common()
     sections = {
         "agreement": "Agreement",
-        "pictures": "Pictures" if charts else "",
+        "pictures": "Charts" if charts else "",
         "learning": "Learning curves" if learning else "",
         "failures": "Items without a score",
         "errors": "Largest errors",
         "items": "All items",
-        "settings": "How it was judged" if judged.settings else "",
+        "settings": "Judging settings" if judged.settings else "",
     }
     return (
         _environment()
@@ -182,13 +182,13 @@ def _tiles(judged: JudgedItems, items: ReadItems) -> list[dict[str, str]]:
     tiles = [_tile("RMSE", report.rmse)]
     if report.standing is not None:
         always = Interval(report.standing.mean["rmse"], np.nan, np.nan)
-        tiles.append({**_tile("RMSE of the mean", always), "range": "always predicting it"})
+        tiles.append({**_tile("RMSE of the mean", always), "range": "if always predicted"})
     if not says_one_thing(report.spread):
         # Correlations of scores that are nearly the same are no headline.
         tiles += [_tile("Pearson", report.pearson), _tile("Spearman", report.spearman), _tile("Kappa", report.qwk)]
     if not np.isnan(report.spread):
         spread = Interval(report.spread, np.nan, np.nan)
-        tiles.append({**_tile("Spread", spread), "range": "times that of the gold"})
+        tiles.append({**_tile("Spread", spread), "range": "relative to gold"})
     mass = items.scores.grid_mass
     if np.isfinite(mass).any():
         tiles.append({"label": "Mean grid mass", "number": f"{np.nanmean(mass):.3f}", "range": "probability"})

@@ -99,9 +99,9 @@ def _predicted_against_gold(scores: JudgedScores) -> Chart:
     return Chart(
         "predicted-against-gold",
         "Predicted against gold",
-        f"{drawing} shown as points, moved a little sideways where they would cover one another. The shade is the "
-        f"density of all {n:,} items at each gold score, the short bar their mean prediction; on the dashed line "
-        "prediction and gold score are equal.",
+        f"{drawing} shown as points, with some horizontal jitter. The shading is the density of all {n:,} items at "
+        "each gold score, and the short bar is their mean prediction. On the dashed line, prediction and gold score "
+        "are equal.",
         f"Scatter plot of {n:,} predicted scores against gold scores. Mean prediction by gold score: "
         + _listed(bins, [predicted[bins.codes == code].mean() for code in range(len(bins.centres))]),
         draw,
@@ -131,8 +131,9 @@ def _histograms(scores: JudgedScores) -> Chart:
     return Chart(
         "score-histograms",
         "Predicted and gold scores",
-        "How many items have about this score. A judge whose line is one tower, where the shade is wide, says the same "
-        f"of all items. Gold: {spreads['gold']}; predicted: {spreads['predicted']}.",
+        "Number of items with each score, for predictions (line) and gold scores (shading). A single tall peak means "
+        f"that the judge gives nearly the same score to all items. Gold: {spreads['gold']}; predicted: "
+        f"{spreads['predicted']}.",
         "Two histograms. "
         + " ".join(
             f"{name.capitalize()} scores: {spreads[name]}; the fullest bar, around "
@@ -172,8 +173,8 @@ def _error_by_gold(scores: JudgedScores) -> Chart:
     return Chart(
         "error-by-gold",
         "Error by gold score",
-        "The box holds the middle half of the errors, the bar in it is their median, and the whiskers reach from the "
-        "5th to the 95th percentile. A slope downwards is a judge that keeps to the middle of its scale.",
+        "The box holds the middle half of the errors, its bar is the median, and the whiskers reach from the 5th to "
+        "the 95th percentile. A downward slope means that the judge stays too close to the middle of its scale.",
         "Box plot of errors. Mean error by gold score: "
         + _listed(bins, [group.mean() for group in groups], signed=True),
         draw,
@@ -197,9 +198,8 @@ def _reliability(scores: JudgedScores) -> Chart:
     return Chart(
         "reliability",
         "Reliability of the scores",
-        "Items sorted by their prediction, in groups of about the same size: does what is judged about 3 also have a "
-        "gold score of about 3? The whiskers are 95 % intervals of the mean. Calibration error: "
-        f"{error:.3f} rubric units.",
+        "Items sorted by prediction, in groups of about equal size. Items predicted near 3 should have a mean gold "
+        f"score near 3. The whiskers are 95 % intervals of the mean. Calibration error: {error:.3f} rubric units.",
         "Mean gold score by mean predicted score: " + "; ".join(f"{a:.2f}: {b:.2f}" for a, b in zip(x, y, strict=True)),
         draw,
     )
@@ -219,15 +219,15 @@ def _probability_reliability(probs: Floats, gold: Floats, grid: tuple[float, ...
         area = 18 + 180 * (counts[used] / counts.max()) ** 0.5
         axes.plot(x, y, color=theme.series[0], linewidth=1.6)
         axes.scatter(x, y, s=area, color=theme.series[0], linewidths=0, zorder=3)
-        axes.set(xlabel="stated probability of a score", ylabel="share that has it as gold", xlim=(-0.04, 1.04))
+        axes.set(xlabel="predicted probability of a score", ylabel="fraction with this gold score", xlim=(-0.04, 1.04))
         axes.set_ylim(-0.04, 1.04)
 
     return Chart(
         "reliability-of-probabilities",
         "Reliability of the probabilities",
-        "Of all scores that were given about this probability, how many were the gold score (rounded to the grid)? "
-        "Below the dashed line the judge is surer than it should be. Larger dots stand for more probabilities.",
-        "Share of gold scores by stated probability: "
+        "Of all scores predicted with about this probability, the fraction that was the gold score (rounded to the "
+        "grid). Below the dashed line, the judge is overconfident. Larger dots stand for more predictions.",
+        "Fraction of gold scores by predicted probability: "
         + "; ".join(f"{a:.2f}: {b:.2f}" for a, b in zip(x, y, strict=True)),
         draw,
     )
@@ -274,8 +274,8 @@ def _confusion(scores: JudgedScores) -> list[Chart]:
         Chart(
             "confusion",
             "Confusion on the rounded grid",
-            "Gold score and prediction, both rounded to the grid; the number is how many items. Each row is shaded by "
-            "its share of the items with that gold score.",
+            "Number of items for each gold score and prediction, both rounded to the grid. The shading shows the "
+            "fraction of the items with that gold score.",
             f"Confusion matrix: {agreed:,} of {len(gold):,} items on the diagonal. By gold score: "
             + "; ".join(
                 f"{label}: {', '.join(f'{count:,}' for count in row)}"
@@ -302,8 +302,8 @@ def _grid_mass(scores: JudgedScores) -> Chart:
     return Chart(
         "grid-mass",
         "Grid mass",
-        "Probability on the admissible scores at the place of the score. Mass off the grid pulls the expected score "
-        f"towards 0. The dashed line is the mean, {mass.mean():.3f}; {below:.1%} of the items are below 0.9.",
+        "Probability of the possible scores at the score position. Mass off the grid pulls the expected score towards "
+        f"0. The dashed line is the mean, {mass.mean():.3f}; {below:.1%} of the items are below 0.9.",
         f"Histogram of grid mass: mean {mass.mean():.3f}, smallest {mass.min():.3f}, {below:.1%} of items below 0.9.",
         draw,
     )

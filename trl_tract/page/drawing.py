@@ -96,7 +96,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise ImportError('The report page needs matplotlib: pip install "trl-tract[report]"') from error
+        raise ImportError('The HTML report needs matplotlib: pip install "trl-tract[report]"') from error
 
 
 def legible(ground: tuple[float, float, float, float], *inks: str) -> str:

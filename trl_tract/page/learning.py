@@ -17,7 +17,7 @@ _LOGGED = (
     ("loss/score", "Squared error of the expected score", "squared rubric units"),
     ("score/mae", "Mean absolute error in training", "rubric units"),
     ("score/grid_mass", "Grid mass in training", "probability"),
-    ("judge/rmse", "RMSE with rationales of its own, in training", "rubric units"),
+    ("judge/rmse", "RMSE with the model's own rationales, in training", "rubric units"),
 )
 
 

@@ -48,8 +48,8 @@ def find_scales(
     for scale in scales:
         if eos and eos in scale.marker:
             raise ValueError(
-                f"the marker {scale.marker!r} holds {eos!r}, which ends the model's turn: it would never come to the "
-                "score. Choose another marker"
+                f"the marker {scale.marker!r} contains {eos!r}, which ends the model's turn, so the model would never "
+                "write a score. Choose another marker"
             )
     problems: list[tuple[int, ScoreNotFoundError]] = []
     ways: dict[tuple[CompletionFormat, ...], list[tuple[int, Mapping[str, Any]]]] = {}
@@ -71,13 +71,13 @@ def find_scales(
         _count_ways({way: len(ways[way]) for way in commonest}, found, warn)
         return found
     pattern = " ".join(f"<rationale> {scale.marker} <score>" for scale in scales)
-    options = "markers and grids are set by aspects"
+    options = "to change a marker or a grid, set aspects"
     if len(scales) == 1:
         scores = some_scores(scales[0].grid.texts)
-        options = f"the score is one of {scores}; another marker or grid is set by score_marker and score_values"
+        options = f"the score is one of {scores}. For another marker or grid, set score_marker or score_values"
     raise ValueError(
-        f"none of the first {count} rows has a score that can be found. Row {problems[0][0]}: {problems[0][1]}. Write "
-        f"every completion as '{pattern}'; {options}"
+        f"no score was found in any of the first {count} rows. Row {problems[0][0]}: {problems[0][1]}. Write every "
+        f"completion as '{pattern}'; {options}"
     )
 
 
@@ -117,9 +117,9 @@ def _count_ways(
     others = {way: count for way, count in ways.items() if way != chosen}
     if others:
         warn(
-            f"{sum(others.values())} of the first {sum(ways.values())} rows with a score write marker and score in "
-            f"another way, such as {shown(next(iter(others)))}. The judge will be asked in the commonest way, "
-            f"{shown(chosen)}: write all rows so"
+            f"{sum(others.values())} of the first {sum(ways.values())} rows with a score write marker and score in a "
+            f"different way, such as {shown(next(iter(others)))}. The judge will be asked in the most common way, "
+            f"{shown(chosen)}. Write all rows this way"
         )
 
 
@@ -132,10 +132,12 @@ def check_dataset(dataset: Any, dataset_name: str) -> None:
     """
     if isinstance(dataset, Mapping):
         splits = ", ".join(map(repr, dataset))
-        raise TypeError(f"the {dataset_name} dataset has several splits: take one of {splits}, as in dataset['train']")
+        raise TypeError(
+            f"the {dataset_name} dataset has several splits. Choose one of {splits}, as in dataset['train']"
+        )
     if not isinstance(dataset, Dataset | IterableDataset):
         kind = type(dataset).__name__
-        raise TypeError(f"the {dataset_name} dataset is a {kind}: make it a Dataset, as in Dataset.from_list(rows)")
+        raise TypeError(f"the {dataset_name} dataset is a {kind}. Make it a Dataset, as in Dataset.from_list(rows)")
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"the {dataset_name} dataset is empty")
     check_labels(dataset)
@@ -152,13 +154,14 @@ def check_columns(columns: Sequence[str], needed: Sequence[str], dataset_name: s
         if missing:
             raise ValueError(
                 f"the {dataset_name} dataset is tokenised (columns: {found}) but lacks {', '.join(missing)}. "
-                "score_labels is a float per token: the gold score at the score's token, NaN elsewhere; an annotators_ "
-                f"column likewise holds the share of annotators who gave that score. Or pass {understood}"
+                "score_labels is a float per token: the gold score at the score's token, NaN elsewhere; an "
+                "annotators_ column holds, at the same token, the fraction of annotators who gave that score. Or pass "
+                f"{understood}"
             )
     elif "messages" not in columns and "conversations" not in columns and not {"prompt", "completion"} <= set(columns):
         raise ValueError(
             f"the {dataset_name} dataset has the columns {found}; TRACT needs to know where the prompt ends and the "
-            f"completion begins: pass {understood}"
+            f"completion begins. Pass {understood}"
         )
 
 
@@ -249,7 +252,7 @@ def refusal_summary(
         refused: `(row number, kind, message, number of tokens)` of each refused row.
         fix: Ask to fix the rows; False where the user chose to go on without them.
     """
-    advice = " Fix what is wrong there." if fix else ""
+    advice = " Fix these rows." if fix else ""
     sentences = []
     for kind in dict.fromkeys(kind for _, kind, _, _ in refused):
         rows = [row for row in refused if row[1] == kind]
@@ -304,7 +307,7 @@ def score_mask(batch: dict[str, Any]) -> torch.Tensor:
     """Where the batch's scores stand, bool `(B, L - 1)`, aligned with labels that are shifted by one."""
     if "score_labels" not in batch:
         raise ValueError(
-            "the batch has no score_labels, so there is nothing to regress on. A custom data collator has to pad that "
-            "column with NaN to the shape of input_ids; leave data_collator out for one that does"
+            "the batch has no score_labels, so the score loss cannot be computed. Leave data_collator out, or make it "
+            "pad that column with NaN to the shape of input_ids"
         )
     return ~batch["score_labels"][:, 1:].isnan()  # type: ignore[no-any-return]

@@ -194,13 +194,13 @@ def score_indices(row: Mapping[str, Any], scales: Sequence[Scale]) -> list[int]:
     if len(scales) == 1 and len(indices) > 1:
         raise ScoreNotFoundError(
             "two scores",
-            f"score_labels holds {len(indices)} scores. Where a completion has several, name them in `aspects`",
+            f"score_labels holds {len(indices)} scores. If a completion has several scores, name them in `aspects`",
         )
     marked = [row[ASPECT_COLUMN][index] for index in indices] if len(scales) > 1 else [0] * len(indices)
     if indices and marked != list(range(len(scales))):
         raise ScoreNotFoundError(
             "order of aspects",
-            f"score_aspects names the aspects {marked} at its scores; each of the {len(scales)} has to be there once, "
-            f"as {', '.join(f'{number} ({scale.name})' for number, scale in enumerate(scales))}",
+            f"score_aspects marks the scores with the aspects {marked}. Each of the {len(scales)} aspects must appear "
+            f"exactly once: {', '.join(f'{number} ({scale.name})' for number, scale in enumerate(scales))}",
         )
     return indices

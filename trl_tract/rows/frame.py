@@ -108,14 +108,14 @@ class Probe:
         if probe.parts and not probe._shows(given):
             raise ScoreNotFoundError(
                 "template",
-                "the chat template writes no text of a message, neither as text nor as a part of type text: use "
-                "another one (chat_template_path)",
+                "the chat template drops the text of messages, both as plain text and as a part of type text. Use "
+                "another template (chat_template_path)",
             )
         if probe.question(given) != probe.question(given):
             raise ScoreNotFoundError(
                 "template",
-                "the chat template writes something else each time, so that no judge could be asked as it was trained: "
-                "use another one (chat_template_path)",
+                "the chat template renders the same messages differently each time, so a judge could not be asked as "
+                "it was trained. Use another template (chat_template_path)",
             )
         frame = probe._inside(given) if rationale else probe._off(given)
         return replace(frame, header=probe.header(frame.variables), parts=probe.parts)
@@ -139,8 +139,8 @@ class Probe:
                 return replace(frame, opens=opened(self.question(given)) is not None)
         raise ScoreNotFoundError(
             "template",
-            "thinking='rationale', but this chat template has no thinking block, or these chat_template_kwargs or this "
-            "system message close it: set thinking='off', or use the template of a thinking model",
+            "thinking='rationale', but this chat template has no thinking block, or chat_template_kwargs or the system "
+            "message turns it off. Set thinking='off', or use the template of a thinking model",
         )
 
     def _off(self, given: Variables) -> Frame:

@@ -115,13 +115,14 @@ def _given(row: Mapping[str, Any], scales: Sequence[Scale]) -> list[Any] | None:
         if not is_missing(scores):
             raise ScoreNotFoundError(
                 "several scores",
-                f"the row has `scores` ({scores!r}), but one score is asked for: give the scores of several annotators "
-                "as a list in `score`, or name several scores in `aspects`, each with its own marker",
+                f"the row has `scores` ({scores!r}), but this judge gives one score. Put the scores of several "
+                "annotators as a list in `score`, or name several scores in `aspects`, each with its own marker",
             )
         return None if is_missing(score) else [score]
     if not is_missing(score):
         raise ScoreNotFoundError(
-            "score and aspects", "the row has a `score`; with aspects it needs `scores`, a mapping with one for each"
+            "score and aspects",
+            "the row has `score`, but with aspects it needs `scores`, a mapping with one gold score for each aspect",
         )
     if is_missing(scores):
         return None
@@ -135,7 +136,7 @@ def _given(row: Mapping[str, Any], scales: Sequence[Scale]) -> list[Any] | None:
     unknown = sorted(str(name) for name, value in scores.items() if not is_missing(value) and name not in names)
     if unknown:
         raise ScoreNotFoundError(
-            "unknown aspect", f"`scores` names {unknown[0]!r}, which is none of the aspects {', '.join(names)}"
+            "unknown aspect", f"`scores` names {unknown[0]!r}, which is not one of the aspects {', '.join(names)}"
         )
     return [scores[name] for name in names]
 
@@ -171,7 +172,7 @@ def _score(value: Any, grid: ScoreGrid) -> float:
             if re.fullmatch(r"[-+]?\d+,\d+", text):
                 write = f"Write {text.replace(',', '.')}"
                 if re.fullmatch(r"[-+]?\d{1,3},\d{3}", text):
-                    write += f", or {text.replace(',', '')} if the comma parts thousands"
+                    write += f", or {text.replace(',', '')} if the comma separates thousands"
             raise ScoreNotFoundError("not a number", f"the score is {_shown(value)}, not a number. {write}")
         value = text
     elif isinstance(value, bool) or not isinstance(value, numbers.Real | Decimal):

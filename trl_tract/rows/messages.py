@@ -26,7 +26,7 @@ def text_of(content: Any) -> str:
     for part in content:
         if not isinstance(part, str) and not (isinstance(part, Mapping) and isinstance(part.get("text"), str)):
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise ScoreNotFoundError("not text", f"a message holds a part of type {kind!r}; a judge reads text alone")
+            raise ScoreNotFoundError("not text", f"a message holds a part of type {kind!r}. A judge reads text only")
     return "".join(part if isinstance(part, str) else part["text"] for part in content)
 
 
@@ -86,7 +86,7 @@ def marked(message: Any, control: re.Pattern[str], parts: bool) -> dict[str, Any
     rest = {key: mark(value) for key, value in message.items() if key not in ("role", "content") and value is not None}
     if message.get("content") in (None, [], ()) or message["content"] != message["content"]:
         if message["role"] != "assistant":  # whose turn may be a call of a tool alone
-            raise ScoreNotFoundError("empty", f"a message of the {message['role']} holds nothing")
+            raise ScoreNotFoundError("empty", f"a message with the role {message['role']} is empty")
         return {"role": message["role"], **rest}
     return turn(message["role"], mark(text_of(message["content"])), parts) | rest
 

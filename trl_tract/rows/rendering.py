@@ -117,7 +117,7 @@ def as_prompt_completion(row: Mapping[str, Any]) -> Row:
     if not messages or messages[-1]["role"] != "assistant":
         if messages and any(rest.get(name) is not None for name in ("score", "scores")):
             return {**rest, "prompt": messages}
-        raise ScoreNotFoundError("no completion", "the last message is not the assistant's")
+        raise ScoreNotFoundError("no completion", "the last message does not have the role assistant")
     return {**rest, "prompt": messages[:-1], "completion": messages[-1:]}
 
 
@@ -253,15 +253,17 @@ def _written(completion: Any, frame: Frame, scales: Sequence[Scale], thinks: boo
     if thought and not frame.closing:
         raise ScoreNotFoundError(
             "thinking",
-            "the row brings thinking, and thinking is off. Set thinking='rationale', or take it out of the row"
+            "the row contains thinking, but thinking is off. Set thinking='rationale', or remove the thinking from the "
+            "row"
             if thinks
-            else "the row brings thinking, and the chat template has no place for it. Put it into the content",
+            else "the row contains thinking, but the chat template has no thinking block. Move the thinking into the "
+            "content",
         )
     if thought is None or not frame.closing:  # an empty block is none
         thought, (tags, end) = None, own_thinking(answer, frame)
         if tags is not None and end is None:
             raise ScoreNotFoundError(
-                "thinking", f"the completion begins a thinking block, {tags[0]}, and never ends it"
+                "thinking", f"the completion opens a thinking block with {tags[0]} and never closes it"
             )
         spans = _moved(locate_scores(answer[end or 0 :], scales), end or 0)
         if frame.closing:  # the rationale is the thinking
@@ -271,7 +273,7 @@ def _written(completion: Any, frame: Frame, scales: Sequence[Scale], thinks: boo
         spans = locate_scores(answer, scales)
     if thought is not None and frame.closer in thought:
         raise ScoreNotFoundError(
-            "thinking", f"the thinking holds {frame.closer!r}, which would end it there. Write it in another way"
+            "thinking", f"the thinking contains {frame.closer!r}, which would end it early. Replace that text"
         )
     formats = []
     begin = 0

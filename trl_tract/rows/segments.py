@@ -54,7 +54,7 @@ def continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> Segments:
         if all(first >= len(anchor) for _, first, _ in own):
             break
     else:
-        raise ValueError(f"this tokenizer joins {text[:20]!r} with whatever stands before it")
+        raise ValueError(f"this tokenizer merges {text[:20]!r} with the text before it")
     return Segments(
         [token for token, _, _ in own], [(first - len(anchor), last - len(anchor)) for _, first, last in own]
     )

@@ -55,12 +55,14 @@ class TemplateSettings:
         if self.thinking not in THINKING:
             raise ValueError(f"thinking={self.thinking!r} is unknown: choose one of {', '.join(THINKING)}")
         if not isinstance(self.chat_template_kwargs, Mapping):
-            raise ValueError(f"chat_template_kwargs={self.chat_template_kwargs!r} is no mapping of names to values")
+            raise ValueError(f"chat_template_kwargs={self.chat_template_kwargs!r} is not a mapping of names to values")
         if self.date is not None:
             try:
                 datetime.date.fromisoformat(self.date)
             except (ValueError, TypeError) as error:
-                raise ValueError(f"template_date={self.date!r} is no date: write it like 2026-01-31") from error
+                raise ValueError(
+                    f"template_date={self.date!r} is not a date. Write it as YYYY-MM-DD, such as 2026-01-31"
+                ) from error
 
     @classmethod
     def of_training(cls, training: Mapping[str, Any]) -> "TemplateSettings":
@@ -77,8 +79,8 @@ class TemplateSettings:
         if training.get("drop_rationale"):
             if thinking == "rationale":
                 raise ValueError(
-                    "thinking='rationale' puts the rationale into the thinking, and drop_rationale=True leaves it out. "
-                    "Leave one of them out"
+                    "thinking='rationale' puts the rationale into the thinking block, but drop_rationale=True removes "
+                    "the rationale. Use only one of the two"
                 )
             thinking = "off" if thinking == "auto" else thinking
         return cls(kwargs, thinking, training.get("template_date"))
@@ -156,8 +158,8 @@ class Template:
         if frame.begins(asked) != frame.begins(frame.header):
             raise ScoreNotFoundError(
                 "template",
-                "the chat template opens or closes thinking behind these messages and not behind others: leave out of "
-                "them what switches it, and set thinking or chat_template_kwargs",
+                "the chat template opens or closes the thinking block after these messages but not after others. "
+                "Remove what switches thinking from the messages, and set thinking or chat_template_kwargs instead",
             )
         text, cuts = cut(asked + frame.opening, self._control)
         whole_characters(text)
@@ -236,8 +238,8 @@ class Template:
         """
         if not self.tokenizer.chat_template:
             raise ValueError(
-                "the rows are chat messages, but this tokenizer has no chat template. Give the prompts as plain text, "
-                "or set chat_template_path"
+                "the rows are chat messages, but this tokenizer has no chat template. Give prompts and completions as "
+                "plain text, or set chat_template_path"
             )
         variables = self._variables(row)
         frame = self._found(variables)

@@ -59,8 +59,8 @@ def completion_text(completion: str | Sequence[Mapping[str, Any]] | None) -> str
     if len(completion) > 1 or completion[0].get("tool_calls"):
         raise ScoreNotFoundError(
             "several turns",
-            "the completion has to be one message of text, and it holds several or calls a tool. Put what comes before "
-            "the judge's answer into the prompt",
+            "the completion must be one text message, but it has several messages or a tool call. Move what comes "
+            "before the judge's answer into the prompt",
         )
     return text_of(completion[0].get("content"))
 
@@ -80,7 +80,7 @@ def thought_and_answer(completion: Any, frame: Frame) -> tuple[str | None, str]:
     tags, end = own_thinking(content, frame)
     if len(set(beside.values())) + (tags is not None) > 1 and beside:
         places = " and ".join([*beside, *(["content"] if tags is not None else [])])
-        raise ScoreNotFoundError("thinking", f"there is thinking in {places}. Give it once")
+        raise ScoreNotFoundError("thinking", f"there is thinking in {places}. Give it only once")
     if beside:
         return _without_frame(next(iter(beside.values()))), content.lstrip()
     if tags is not None and end is not None and frame.block is not None:

@@ -106,17 +106,18 @@ def _score_start(
         first = tokenizer.convert_ids_to_tokens(expected[0] if len(expected) == 1 else expected)
         raise ScoreNotFoundError(
             "other tokens",
-            f"score {text!r} is the token(s) {tokenizer.convert_ids_to_tokens(found)} here and {first!r} "
-            "in the first row: write marker and score alike in all rows",
+            f"score {text!r} is the token(s) {tokenizer.convert_ids_to_tokens(found)} here and {first!r} in the first "
+            "row. Write marker and score the same way in all rows",
         )
     behind = ids[start + len(expected) : start + len(path.token_ids)]
     if check_ends and behind != list(path.token_ids[len(expected) :]):
         wanted = tokenizer.decode(path.token_ids[len(expected) :])
         raise ScoreNotFoundError(
             "other end",
-            f"score {text!r} is followed by {tokenizer.decode(behind)!r} here and by {wanted!r} in the first row. It "
-            "is also the beginning of another score, and only what follows tells the two apart: write the same behind "
-            "every score, such as a newline, or all scores with as many characters (01, 10)",
+            f"score {text!r} is followed by {tokenizer.decode(behind)!r} here and by {wanted!r} in the first row. "
+            "Another score starts with the same text, so only the text after the score tells them apart. Write the "
+            "same text after every score, such as a newline, or give all scores the same number of characters (01, "
+            "10)",
         )
     return start
 
@@ -141,8 +142,8 @@ def resolved_at(template: Template, rendered: RenderedRow, scales: Sequence[Scal
     """Find each scale's tokens where a row has its score."""
     if not template.tokenizer.is_fast:
         raise ValueError(
-            f"{type(template.tokenizer).__name__} gives no character offsets, which finding the score needs. Load the "
-            "fast tokenizer of this model"
+            f"{type(template.tokenizer).__name__} gives no character offsets, which are needed to find the score. Load "
+            "the fast tokenizer of this model"
         )
 
     def encoded(texts: Sequence[str], at: int) -> dict[str, list[Any]]:

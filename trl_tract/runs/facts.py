@@ -74,7 +74,7 @@ def measured(
         ValueError: No row was looked at.
     """
     if not lengths:
-        raise ValueError("none of the rows can be trained on: trl-tract check says why")
+        raise ValueError("no row can be used for training. trl-tract check shows why")
     names = [scale.name for scale in scales]
     return Facts(
         parameters=count_parameters(model),

@@ -42,7 +42,7 @@ class Judged:
         if not (self.directory / "judgements.jsonl").is_file():
             raise FileNotFoundError(
                 f"{self.directory} holds no judgements.jsonl. Give the output directory of `trl-tract judge`; if "
-                "judging was interrupted, start that command again first"
+                "judging was interrupted, run that command again first"
             )
         settings = self.directory / "settings.json"
         self.settings: dict[str, Any] = read_json(settings) if settings.is_file() else {}
@@ -58,7 +58,8 @@ class Judged:
             if number and records.keys() != columns.keys():
                 names = [", ".join(each) or "one score" for each in (records, columns)]
                 raise ValueError(
-                    f"{self.rows.path}, row {number}: judged on {names[0]}, the rows before it on {names[1]}"
+                    f"{self.rows.path}, row {number}: this row was judged on {names[0]}, the rows before it on "
+                    f"{names[1]}"
                 )
             for name, record in records.items():
                 held = columns.setdefault(name, {column: [] for column in _COLUMNS})
@@ -131,7 +132,7 @@ class Judged:
         if data is None:
             return None
         raise ValueError(
-            f"{found} does not hold the rows that were judged in {self.directory}: give the file that `judge` read"
+            f"{found} does not hold the rows that were judged in {self.directory}. Give the file that `judge` read"
         )
 
 
@@ -240,7 +241,9 @@ class JudgedScale:
             ValueError: No item has a gold score.
         """
         if len(self.folder) and not len(self.items):
-            raise ValueError(f"{self.folder.directory}: no judgement has a gold score. Judge rows that have one")
+            raise ValueError(
+                f"{self.folder.directory}: no judgement has a gold score. Judge rows that have gold scores"
+            )
         return score_report(
             self.score[self.items],
             self.reference[self.items],
@@ -273,8 +276,8 @@ def check_same_items(a: JudgedScale, b: JudgedScale, names: Sequence[str]) -> No
     """
     if len(a.folder) != len(b.folder):
         raise ValueError(
-            f"{names[0]} has {len(a.folder)} judgements and {names[1]} has {len(b.folder)}. Two judges can be "
-            "compared on the same items only: judge the same --data with both, each to its end"
+            f"{names[0]} has {len(a.folder)} judgements and {names[1]} has {len(b.folder)}. Two judges can be compared "
+            "only on the same items. Judge the same --data with both, and let both runs finish"
         )
     golds = zip(a.reference.tolist(), b.reference.tolist(), strict=True)
     for i, (one, other, gold) in enumerate(zip(a.folder.keys, b.folder.keys, golds, strict=True)):
@@ -284,5 +287,5 @@ def check_same_items(a: JudgedScale, b: JudgedScale, names: Sequence[str]) -> No
         for column in differ:
             raise ValueError(
                 f"judgement {i} has {column} {one.get(column)!r} in {names[0]} and {other.get(column)!r} in "
-                f"{names[1]}. Two judges can be compared on the same items only: judge the same --data with both"
+                f"{names[1]}. Two judges can be compared only on the same items. Judge the same --data with both"
             )

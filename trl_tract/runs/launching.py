@@ -59,7 +59,9 @@ class Launch:
             raise ValueError(f"{said} must be 1 or more")
         seen = accelerators()
         if asked is not None and seen and asked > seen:
-            raise ValueError(f"{said}, but {seen} accelerators are seen here: give --num_processes {seen} or fewer")
+            raise ValueError(
+                f"{said}, but only {seen} accelerators are visible. Set --num_processes to {seen} or fewer"
+            )
         return cls(asked or seen or 1, config)
 
     @property
@@ -71,7 +73,7 @@ class Launch:
     def __str__(self) -> str:
         seen = accelerators()
         where = f"on {self.processes} of {seen} accelerators" if seen else "on the CPU"
-        config = f", as {self.config} has it" if self.config else ""
+        config = f", as set in {self.config}" if self.config else ""
         return f"{self.processes} process{'es' if self.processes > 1 else ''} {where}{config}"
 
     def shared(self, training: Mapping[str, Any]) -> tuple["Launch", dict[str, int]]:
@@ -89,12 +91,16 @@ class Launch:
     def update(self, training: Mapping[str, Any]) -> str:
         """What an update is made of, in words."""
         trains, each = self.shared(training)
-        told = f"an update of {trains.processes} x {each[_BATCH]} x {each[_STEPS]} rows, as with one process"
+        told = (
+            f"each update has {trains.processes} x {each[_BATCH]} x {each[_STEPS]} rows, the same number as with "
+            "one process"
+        )
         if trains.processes == self.processes:
             return told
         return (
-            f"{told}; {trains.processes} of {self.processes} processes train, since {self.processes} do not share "
-            f"{rows_of_an_update(training)} rows evenly (set {_BATCH} to a multiple of {self.processes} to use all)"
+            f"{told}. Only {trains.processes} of {self.processes} processes train, because "
+            f"{rows_of_an_update(training)} rows cannot be divided evenly among {self.processes} (set {_BATCH} to a "
+            f"multiple of {self.processes} to use all of them)"
         )
 
     def command(self, module: str, arguments: Sequence[str]) -> list[str]:
@@ -134,11 +140,13 @@ def rows_of_an_update(training: Mapping[str, Any]) -> int:
 
 def _processes_of(config: str) -> int | None:
     if not os.path.isfile(config):
-        raise FileNotFoundError(f"{config} is no file: --accelerate_config takes one that accelerate config writes")
+        raise FileNotFoundError(
+            f"--accelerate_config {config}: no such file. Give a file written by `accelerate config`"
+        )
     settings = load_config_from_file(config)
     if settings.num_machines > 1:
         raise ValueError(
-            f"{config} is for {settings.num_machines} machines, and this command starts the processes of one: start "
-            "`accelerate launch --config_file ... -m trl_tract.cli train ...` on each of them"
+            f"{config} is for {settings.num_machines} machines, but this command starts processes on one machine only. "
+            "Run `accelerate launch --config_file ... -m trl_tract.cli train ...` on each of them"
         )
     return None if settings.num_processes == -1 else int(settings.num_processes)

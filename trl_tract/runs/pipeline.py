@@ -35,15 +35,15 @@ MODELS = {"TRACT": "tract", "REAL": "real"}
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run ends with.
+    """Result of a run.
 
     Attributes:
-        model: Directory of the model that the run ends with.
-        reports: Judge name -> agreement with the gold scores of the held-out items. With several aspects one for each:
-            `TRACT, tone`; the next two likewise.
-        grid_mass: Judge name -> mean probability on the grid; None where no item has a score.
-        errors: Judge name -> why items have no score, and how many of them for that reason, commonest first.
-        seconds: Step name -> seconds it took.
+        model: Directory of the final model.
+        reports: Judge name -> agreement with the gold scores of the held-out items. With several aspects, one entry for
+            each, such as `TRACT, tone`; likewise in the next two.
+        grid_mass: Judge name -> mean probability mass on the grid; None if no item has a score.
+        errors: Judge name -> reason for a missing score -> number of items, most common first.
+        seconds: Step name -> duration in seconds.
     """
 
     model: Path
@@ -80,47 +80,48 @@ def run_tract(
     accelerate_config: str | None = None,
     say: Callable[[str], None] = say_now,
 ) -> RunResult:
-    """Train a judge with TRACT: stage one, self-generation, stage two from the seed model, evaluation.
+    """Train and evaluate a judge with TRACT: stage one, self-generation, stage two from the seed model, evaluation.
 
-    Run again with the same arguments, it goes on at the first step that is not finished.
+    If interrupted, call it again with the same arguments: it continues at the first unfinished step.
 
     Args:
         model: Seed model: directory or hub id. Both stages start from it.
         data: A .jsonl, .json, .csv or .parquet file, or a hub id; see `docs/data.md`.
-        output_dir: Holds one run.
-        eval_data: Held-out items; without them `eval_fraction` of the groups of `data` is held out.
-        eval_fraction: Part of the groups that is held out. None: a tenth, but at least five groups where these are at
-            most a third of all: with fewer, the report cannot say how good the judge is.
-        rubric: YAML file with `criterion` and `scores`, for rows of instructions and responses: see `columns.Rubric`.
-        columns: The rows' columns as `role=column`, or role -> column: see `columns.ROLES`.
-        training: Fields of TRACTConfig, for both stages.
+        output_dir: Directory of this run. Use one directory per run.
+        eval_data: Held-out items, a file or hub id. None: `eval_fraction` of the groups of `data` is held out.
+        eval_fraction: Fraction of the groups to hold out. None: a tenth, but at least five groups if these are no more
+            than a third of all groups. With fewer groups, the report cannot say how good the judge is.
+        rubric: YAML file with `criterion` and `scores`, for rows with instructions and responses. See `columns.Rubric`.
+        columns: Names of your columns, as `role=column` strings or a mapping role -> column. See `columns.ROLES`.
+        training: Fields of TRACTConfig, used in both stages.
         model_args: Fields of TRL's ModelConfig: dtype, LoRA, quantisation.
-        generation: Sampling of rationales, in self-generation and judging: `temperature`, `top_p`,
-            `repetition_penalty`, `max_new_tokens`, `seed`, `max_attempts`.
-        num_generations: Stage-two rows for each prompt.
-        on_failure: What happens to rationales that never reach the marker: see CoTSelfDistill.
-        keep_annotated: Stage two on annotated and self-written rationales, not on the latter alone.
-        rationales: `auto`: the seed model writes them for rows that have only scores, and the others keep theirs.
-            `given`: train on the rows that have one. `bootstrap`: write them anew for all rows. `none`: train on
-            prompts and scores alone, in one stage.
-        bootstrap: How they are written: arguments of CoTBootstrap; and `model` and `backend` (`name` and arguments of
-            that backend, such as `{"name": "chat", "base_url": ...}`) if it is not the seed model that writes.
-        seed_baseline: Judge the held-out items with the untrained seed model too, and compare with it in the report. It
-            does not know the marker, so the marker is written behind whatever it wrote; and it puts little probability
-            on the grid, so its scores are the mean on the grid.
-        rl: Fields of REALConfig, to train the judge further on its own errors; with `rationales="none"` it is the only
-            training. None: it is not.
-        backend: What generates: `name` (`transformers` or `vllm`) and arguments of that backend, such as `batch_size`.
-        objective: `auto`: what `training`, `model_args` and `generation` leave out is derived from rows, model and
-            device, printed, and written to `recipe.json`; see `docs/defaults.md`. `paper`: the defaults of
-            TRACTConfig.
-        calibrate: Part of the rows that is kept aside and judged to calibrate the judges' scores, 0 for none. None:
-            with `auto` a tenth, or 30 of few rows; with `paper` none.
-        isolate: Run each step in a process of its own; by default on a GPU.
-        num_processes: Processes of each step; by default one for each accelerator that is seen, or one. An update keeps
-            its number of rows.
-        accelerate_config: A configuration of accelerate's to train with.
-        say: Prints the headings.
+        generation: Sampling settings for self-generation and judging: `temperature`, `top_p`, `repetition_penalty`,
+            `max_new_tokens`, `seed`, `max_attempts`.
+        num_generations: Number of rationales, and so of stage-two rows, per prompt.
+        on_failure: What to do if no rationale of a row reaches the marker. See CoTSelfDistill.
+        keep_annotated: Train stage two on annotated rationales as well as on self-written ones.
+        rationales: `auto`: the seed model writes rationales for rows that have only scores; other rows keep theirs.
+            `given`: train only on rows that have a rationale. `bootstrap`: write new rationales for all rows. `none`:
+            train in one stage on prompts and scores only.
+        bootstrap: Settings for writing rationales: arguments of CoTBootstrap. The seed model writes them unless `model`
+            and `backend` (`name` and arguments of that backend, such as `{"name": "chat", "base_url": ...}`) are given.
+        seed_baseline: Also judge the held-out items with the untrained seed model, and compare with it in the report.
+            The seed model does not know the marker, so the marker is appended to its text. It puts little probability
+            on the grid, so its scores are normalised by the grid mass.
+        rl: Fields of REALConfig for a reinforcement learning stage on the judge's own errors. With `rationales="none"`,
+            it is the only stage. None: no such stage.
+        backend: Generation backend: `name` (`transformers` or `vllm`) and arguments of that backend, such as
+            `batch_size`.
+        objective: `auto`: derive the settings that `training`, `model_args` and `generation` do not give from rows,
+            model and device, print them, and write them to `recipe.json`. See `docs/defaults.md`. `paper`: use the
+            defaults of TRACTConfig.
+        calibrate: Fraction of the rows to set aside for calibrating the judges' scores; 0 for none. None: with `auto` a
+            tenth, or 30 rows if there are few; with `paper` none.
+        isolate: Run each step in its own process. None: only on a GPU.
+        num_processes: Number of processes for each step. None: one per visible accelerator, or one. The number of rows
+            in an update stays the same.
+        accelerate_config: Accelerate configuration file for training.
+        say: Function that prints progress messages.
     """
     spec = RunSpec(
         model,
@@ -152,14 +153,15 @@ def carry_out(
     """What `run_tract` does, with its arguments checked and in one place."""
     if spec.backend.get("name") == "server":
         raise ValueError(
-            "a server cannot serve models that a run has yet to train: use the backend vllm or transformers"
+            "the server backend cannot be used in a run, whose models are trained only during the run. Use the backend "
+            "vllm or transformers"
         )
     check_seed(spec.model)
     spec = spec.settled(say)
     titles = steps_of(spec)
     run = Run(directory, spec.settings(), isolate=isolate, launch=launch, total=len(titles), say=say)
     if launch.starts:
-        say(f"Each step by {launch}" + ("" if "settings" in titles else f"; {launch.update(spec.training)}"))
+        say(f"Each step runs in {launch}" + ("" if "settings" in titles else f"; {launch.update(spec.training)}"))
     pipeline = _Pipeline(spec, directory, run, titles)
     pipeline.prepare()
     if spec.bootstraps:
@@ -167,11 +169,14 @@ def carry_out(
     if "settings" in titles:
         pipeline.derive()
         if launch.starts:
-            say(f"    By {launch}: {launch.update(pipeline.chosen.training)}")
+            say(f"    Training in {launch}: {launch.update(pipeline.chosen.training)}")
     pipeline.train_and_judge()
     result = pipeline.report()
     if changed := changed_settings(directory, spec.settings()):
-        say(f"    changed while the run was at work, which began with what was there before: {'; '.join(changed[:5])}")
+        say(
+            "    Warning: these inputs changed during the run, which started with the old ones: "
+            f"{'; '.join(changed[:5])}"
+        )
     return result
 
 
@@ -195,7 +200,7 @@ class _Pipeline:
     def prepare(self) -> None:
         self.step("prepare", self._read_rows, ["train.jsonl", "eval.jsonl", "calibration.jsonl", "*.numbers.json"])
         self.kept_aside = _count(self.aside) if self.aside.is_file() else 0
-        aside = f", {self.kept_aside} items kept aside to calibrate with" if self.kept_aside else ""
+        aside = f", {self.kept_aside} items set aside for calibration" if self.kept_aside else ""
         self.say(f"    {_count(self.given)} training rows, {_count(self.held_out)} held-out items{aside}")
 
     def _read_rows(self) -> None:
@@ -245,9 +250,9 @@ class _Pipeline:
         self.step("bootstrap", step, [folder.name], ["prepare"])
         if not _count(self.rows):
             raise ValueError(
-                f"no row is left to train on: the bootstrap kept no rationale ({folder}/summary.json says why). Let "
-                "another model write them (bootstrap: model, backend), raise num_generations or tolerance there, or "
-                "set rationales='none'"
+                f"no row is left to train on, because the bootstrap accepted no rationale ({folder}/summary.json lists "
+                "the reasons). In the bootstrap settings, choose another model or backend, or raise num_generations "
+                "or tolerance. Or set rationales='none' to train without rationales"
             )
 
     def derive(self) -> None:

@@ -67,7 +67,7 @@ class _Worker:
                 try:
                     self._crew = cloudpickle.loads(self._load)()
                 except Exception as error:
-                    raise RuntimeError(f"a worker on {platform.node()} cannot begin: {error}") from error
+                    raise RuntimeError(f"a worker on {platform.node()} cannot start: {error}") from error
                 self._room = threading.Semaphore(self._crew.max_calls)
             return self._crew
 
@@ -103,8 +103,9 @@ class _Team:
                 there = {name: made_with.get(name) for name in self._known}
                 if changed := differences(self._known, there):
                     raise RuntimeError(
-                        f"a worker on {machine} would make other results ({'; '.join(changed[:5])}; 'there' is where "
-                        "the command was started). Give all machines the same files and the same version of trl-tract"
+                        f"a worker on {machine} would give different results ({'; '.join(changed[:5])}; 'there' is the "
+                        "machine where the command was started). Use the same files and the same version of trl-tract "
+                        "on all machines"
                     )
                 self._known |= made_with
                 self._calls = calls + 1
@@ -146,8 +147,8 @@ class _Team:
         except errors.RayError as error:
             reason = " ".join(str(error).split())
             raise RuntimeError(
-                f"{failed}, since a worker of Ray died more than {_TRIES} times, or its machine did: {reason}. "
-                "Finished blocks are on disk: remove the cause and start the same again"
+                f"{failed}, because a Ray worker or its machine died more than {_TRIES} times: {reason}. Finished "
+                "blocks are on disk. Fix the cause and run the same command again"
             ) from error
 
 
@@ -175,9 +176,11 @@ def ray_crew(
         RuntimeError: A worker cannot begin, or has another model; or this is one of several processes of a launcher.
     """
     if backend.get("name") == "server":
-        raise ValueError("--engine ray: with --backend server the server does the work. Leave --engine out")
+        raise ValueError(
+            "--engine ray has no effect with --backend server, where the server generates. Leave --engine out"
+        )
     if Shard.from_launcher().count > 1:
-        raise RuntimeError("--engine ray starts its workers by itself: start it once, without a launcher")
+        raise RuntimeError("--engine ray starts its own workers. Start the command once, without a launcher")
     ray = _import_ray()
     with _connected(ray) as here:
         resources, count = _shares([node for node in ray.nodes() if node["Alive"]], workers, _cards(backend), here)
@@ -185,7 +188,7 @@ def ray_crew(
             **resources, max_restarts=_RESTARTS, max_task_retries=_TRIES, max_concurrency=_CALLS
         )
         each = " and ".join(f"{amount} {name[4:-1].upper()}{'s' * (amount > 1)}" for name, amount in resources.items())
-        say(f"By {count} workers of Ray {'on this machine' if here else 'in the cluster'}, each with {each}")
+        say(f"Running on {count} Ray workers {'on this machine' if here else 'in the cluster'}, each with {each}")
         packed = ray.cloudpickle.dumps(load)
         team = _Team(ray, [actor.remote(packed) for _ in range(count)], known)
         try:
@@ -226,7 +229,7 @@ def _shares(
     if workers is not None and workers < 1:
         raise ValueError(f"--num_processes {workers} must be 1 or more")
     if here and count > most:  # a cluster may still grow
-        raise ValueError(f"--num_processes {count}: this machine has room for {most} workers")
+        raise ValueError(f"--num_processes {count}: this machine has resources for {most} workers")
     return resources, count
 
 
@@ -240,8 +243,8 @@ def _connected(ray: Any) -> Iterator[bool]:
     address = os.environ.get("RAY_ADDRESS")
     if address and address.startswith("ray://"):
         raise ValueError(
-            f"RAY_ADDRESS={address} is for Ray's client. Start the command on a machine of the cluster, for example "
-            "with `ray job submit`, and with RAY_ADDRESS=auto"
+            f"RAY_ADDRESS={address} is an address for Ray Client, which is not supported. Run the command on a machine "
+            "of the cluster, for example with `ray job submit`, and with RAY_ADDRESS=auto"
         )
     with ExitStack() as stack:
         if not address:

@@ -87,9 +87,9 @@ def write_run_page(
     try:
         page, *pictures = write_page(items, page_file(directory / "report.html", judged.name))
     except ImportError as error:
-        say(f"    no report page: {error}")
+        say(f"    no HTML report: {error}")
     else:
-        say(f"    {page} and {len(pictures)} pictures in {page.stem}-plots")
+        say(f"    {page} and {len(pictures)} charts in {page.stem}-plots")
 
 
 def finish_card(
@@ -142,18 +142,18 @@ def recalibrate(
     """
     folder = Judged(directory)
     if folder.settings.get("recalibrate"):
-        raise ValueError(f"the judgements in {directory} are recalibrated already: judge again without --recalibrate")
+        raise ValueError(f"the judgements in {directory} are already recalibrated. Judge again without --recalibrate")
     for judged in folder.scales.values():
         if without := len(folder) - len(judged.items):
             which = f" for aspect {judged.name!r}" if judged.name else ""
             raise ValueError(
-                f"{without} of {len(folder)} judgements in {directory} have no gold score{which}: judge rows that have "
-                "one"
+                f"{without} of {len(folder)} judgements in {directory} have no gold score{which}. Judge rows that have "
+                "gold scores"
             )
     judge = Path(model or folder.settings.get("model", ""))
     if not (model or folder.settings.get("model")) or not judge.is_dir():
         raise FileNotFoundError(
-            f"the judge {judge} is no directory on this disk, so nothing can be saved with it: name one with --model"
+            f"the judge {judge} is not a local directory, so nothing can be saved there. Give a local copy with --model"
         )
     grids = {scale.name: scale.grid.values for scale in JudgeConfig.load(judge).scales}
     fitted = {
@@ -185,7 +185,7 @@ def calibrate_judge(directory: Path, model: Path) -> str:
     ]
     if all(fit.rmse_cross_validated >= fit.rmse for fit in fits.values()):
         file.unlink()
-        return f"Left as it is, which is no worse: {'; '.join(told)}"
+        return f"Not applied, because it does not lower the cross-validated error: {'; '.join(told)}"
     return f"Calibrated: {'; '.join(told)}"
 
 

@@ -93,9 +93,9 @@ class Run:
                 return
             self.say(heading)
             if changed:
-                self.say(f"    {', '.join(changed[:3])}: missing, cut or changed since; made again")
+                self.say(f"    {', '.join(changed[:3])}: missing or changed since; running this step again")
             if known["of"] != origin:
-                self.say(f"    what {' and '.join(of)} made is another now; what was made of it here is deleted")
+                self.say(f"    the output of {' and '.join(of)} has changed; this step's old output is deleted")
             if known["of"] != origin or any(file.endswith("settings.json") for file in changed):
                 for path in self._made(makes):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -150,7 +150,7 @@ def _alone(directory: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise RuntimeError(
-            f"another process is at work in {directory}. Wait until it ends, or stop it: two runs would write the same "
+            f"another process is working in {directory}. Wait until it ends, or stop it; two runs would write the same "
             "files"
         ) from error
     try:
@@ -176,7 +176,7 @@ def _steps(directory: Path) -> dict[str, Any]:
     try:
         steps = read_json(file) if file.exists() else {}
     except ValueError as error:
-        raise ValueError(f"{error}, or delete it: every step is then looked at again") from error
+        raise ValueError(f"{error}. Or delete it; every step is then checked again") from error
     # Before version 0.2 the seconds stood there alone.
     return {name: known if isinstance(known, dict) else {"seconds": known} for name, known in steps.items()}
 

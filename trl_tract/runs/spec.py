@@ -98,20 +98,22 @@ class RunSpec:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} is unknown: choose one of {', '.join(OBJECTIVES)}")
         if self.calibrate is not None and not 0 <= self.calibrate <= 0.5:
-            raise ValueError(f"calibrate={self.calibrate:g} is a part of the rows: give a number from 0 to 0.5")
+            raise ValueError(f"calibrate={self.calibrate:g} must be a fraction of the rows, from 0 to 0.5")
         if self.rationales not in RATIONALES:
             raise ValueError(f"rationales={self.rationales!r} is unknown: choose one of {', '.join(RATIONALES)}")
         if self.rationales == "bootstrap" and self.training.get("drop_rationale"):
-            raise ValueError("rationales='bootstrap' writes rationales, and drop_rationale leaves them out: choose one")
+            raise ValueError(
+                "rationales='bootstrap' writes rationales, but drop_rationale removes them. Use only one of the two"
+            )
         if self.rl is not None and len(self.scales) > 1:
             raise ValueError(
-                "rl trains judges of one score, and aspects names several: leave rl out, or train a judge for the "
-                "aspect that matters"
+                "rl supports judges with one score only, but aspects names several. Leave rl out, or train a judge for "
+                "one aspect"
             )
         if self.rl is not None and self.training.get("drop_rationale"):
             raise ValueError(
-                "rl trains rationales, and drop_rationale leaves them out. To train the seed model on prompts and "
-                "scores with reinforcement alone, set rationales='none' and leave drop_rationale out"
+                "rl trains rationales, but drop_rationale removes them. To train the seed model with reinforcement "
+                "learning only, set rationales='none' and leave drop_rationale out"
             )
         if self.rationales == "none" and self.rl is None:
             object.__setattr__(self, "training", {**self.training, "drop_rationale": True})
@@ -125,11 +127,11 @@ class RunSpec:
         items = [not item.training for _, item in self.source(self.data).found() if isinstance(item, Item)]
         lacking = sum(items)
         if self.rationales == "bootstrap":
-            say(f"Rationales: written anew for all {len(items):,} rows (rationales='bootstrap')")
+            say(f"Rationales: new ones are written for all {len(items):,} rows (rationales='bootstrap')")
             return self
         if not lacking:
             return replace(self, rationales="given")
-        kept = "" if lacking == len(items) else "; the others keep theirs"
+        kept = "" if lacking == len(items) else "; the other rows keep theirs"
         say(
             f"Rationales: {lacking:,} of {len(items):,} rows have none. {self.author} writes them{kept}. To train "
             "without rationales, set rationales='none'"
@@ -201,9 +203,9 @@ class RunSpec:
         if share is None:
             share = calibration_share(rows) if self.objective == "auto" else 0.0
             if not share:
-                return f"{rows:,} rows are too few to keep some of them aside"
+                return f"{rows:,} rows are too few to set some aside"
         if not share:
-            return "not asked for"
+            return "calibrate is 0"
         if evaluated is not None:
             known = [hash(item.group) in groups for _, item in evaluated.items()]
             if sum(known) > len(known) / 2:
@@ -211,7 +213,7 @@ class RunSpec:
         # Fewer groups than that do not show how a fit does on others.
         share = max(share, FEWEST_GROUPS / len(groups))
         if share > MOST_ASIDE:
-            return f"{len(groups):,} groups are too few to keep some of them aside"
+            return f"{len(groups):,} groups are too few to set some aside"
         return held_out(to_train_on(), share, self.seed + 1)
 
     @property
@@ -306,7 +308,7 @@ def too_few_groups(held_out: int, others: int) -> str | None:
     if held_out + others > MIN_UNITS:
         ways.insert(0, f"set eval_fraction to {math.ceil(100 * MIN_UNITS / (held_out + others)) / 100:g} or more")
     return (
-        f"Too few held-out groups to tell how good the judge is: {held_out}, and intervals need {MIN_UNITS}. "
+        f"Too few held-out groups to tell how good the judge is: {held_out}. Confidence intervals need {MIN_UNITS}. "
         f"{', or '.join(ways).capitalize()}"
     )
 

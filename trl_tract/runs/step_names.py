@@ -10,29 +10,29 @@ STEPS: Mapping[str, str] = {
     "stage1": "Stage one: the seed model on the annotated rationales",
     "distill": "Self-generation: the stage-one model writes its own rationales",
     "stage2": "Stage two: the seed model again, on those rationales",
-    "judge-seed": "Judging the held-out items with the seed model, untrained",
-    "calibrate-stage1": "Judging the items that were kept aside, to calibrate the stage-one model",
+    "judge-seed": "Judging the held-out items with the untrained seed model",
+    "calibrate-stage1": "Judging the items set aside, to calibrate the stage-one model",
     "judge-stage1": "Judging the held-out items with the stage-one model",
-    "calibrate-tract": "Judging the items that were kept aside, to calibrate the TRACT model",
+    "calibrate-tract": "Judging the items set aside, to calibrate the TRACT model",
     "judge-tract": "Judging the held-out items with the TRACT model",
     "report": "Writing the report",
 }
 """The steps of a run in their order, and what they are called."""
-BOOTSTRAP = {"bootstrap": "Bootstrap: rationales for the rows that have only scores"}
+BOOTSTRAP = {"bootstrap": "Bootstrap: writing rationales for rows that have only scores"}
 """The step behind `prepare` where rows lack rationales."""
 ONE_STAGE: Mapping[str, str] = {
     "prepare": STEPS["prepare"],
     "settings": STEPS["settings"],
     "stage2": "Training: the seed model on prompts and scores (no rationales, so no second stage)",
     "judge-seed": STEPS["judge-seed"],
-    "calibrate-tract": "Judging the items that were kept aside, to calibrate the judge",
+    "calibrate-tract": "Judging the items set aside, to calibrate the judge",
     "judge-tract": "Judging the held-out items",
     "report": STEPS["report"],
 }
 """The same without rationales."""
 RL_STEPS: Mapping[str, str] = {
-    "rl": "Reinforcement: the judge on its own errors",
-    "judge-real": "Judging the held-out items with the reinforced judge",
+    "rl": "Reinforcement learning: training the judge on its own errors",
+    "judge-real": "Judging the held-out items with the judge after reinforcement learning",
 }
 """What is added before the report where the judge is trained further on its own errors."""
 

@@ -274,8 +274,8 @@ def run_step(step: Step, spec_file: Path, *, isolate: bool, launch: Launch | Non
     code = launch.run("trl_tract.runs.steps", [], **{_SPEC: json.dumps(spec)})
     if code:
         raise RuntimeError(
-            f"the step {spec_file.stem} ended with exit code {code}; its error is above. Run the "
-            "same command again to continue"
+            f"the step {spec_file.stem} failed with exit code {code}. Its error message is above. Run the same command "
+            "again to continue"
         )
 
 

@@ -128,8 +128,8 @@ class TrainStep:
         held = {} if checkpoint is None else checkpoint_made_of(checkpoint)
         if held and (changed := differences(held, made_of)):
             raise FileExistsError(
-                f"{checkpoint} is of another training ({'; '.join(changed)}). Choose another output directory, or "
-                "delete the checkpoints to start over"
+                f"{checkpoint} belongs to another training run ({'; '.join(changed)}). Choose another output "
+                "directory, or delete the checkpoints to start over"
             )
         return checkpoint
 

@@ -25,8 +25,8 @@ def section(text: str, name: str, card: Path) -> str:
     found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", text, re.DOTALL)
     if found is None:
         raise ValueError(
-            f"{card} has no part between <!-- {name} --> and <!-- /{name} -->. Put these lines back where it should "
-            "stand"
+            f"{card} has no section between <!-- {name} --> and <!-- /{name} -->. Put these two lines back where the "
+            "section belongs"
         )
     return found.group(1)
 

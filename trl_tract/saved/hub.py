@@ -97,8 +97,8 @@ def push_rows(
     files = {name: directory / name for name in ("rows.jsonl", "summary.json")}
     if missing := [str(path) for path in files.values() if not path.is_file()]:
         raise FileNotFoundError(
-            f"{missing[0]} is missing: {directory} holds no finished self-distillation. Finish it first, by starting "
-            "it again with the same settings"
+            f"{missing[0]} is missing: {directory} holds no finished self-distillation. Run it again with the same "
+            "settings to finish it"
         )
     for path in files.values():
         check_result(path)
@@ -120,8 +120,8 @@ def _saved(backend: Any, directory: Path) -> Path:
     """The backend's model and tokenizer as files."""
     if not hasattr(backend, "model") or not hasattr(backend.model, "save_pretrained"):
         raise ValueError(
-            f"the weights of {backend.model_id} are not here, but with the {backend.name} backend's engine. Load the "
-            "judge from its directory: CoTRAILJudge.from_pretrained(directory).push_to_hub(...)"
+            f"the weights of {backend.model_id} are held by the {backend.name} backend's engine and cannot be uploaded "
+            "from here. Load the judge from its directory: CoTRAILJudge.from_pretrained(directory).push_to_hub(...)"
         )
     backend.model.save_pretrained(directory)
     backend.tokenizer.save_pretrained(directory)
@@ -134,8 +134,8 @@ def _base_on_hub(files: dict[str, Path], made: Path, base_model: str | None) -> 
     base = base_model or str(settings["base_model_name_or_path"])
     if Path(base).exists() or base.startswith((".", "/", "~")):
         raise ValueError(
-            f"the adapter's base model is {base}, a directory of this machine, where nobody else could load it from. "
-            'Give its hub id: push_to_hub(..., base_model="user/model")'
+            f"the adapter's base model is {base}, a local directory that others cannot load. Give its hub id: "
+            'push_to_hub(..., base_model="user/model")'
         )
     if base != settings["base_model_name_or_path"]:
         files["adapter_config.json"] = made / "adapter_config.json"
@@ -176,8 +176,8 @@ def _push(
     address = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
     if private and not api.repo_info(address.repo_id, repo_type=repo_type).private:
         raise ValueError(
-            f"{repo_id} exists already and is public, so nothing was uploaded. Pass private=False to publish there, or "
-            "choose another repository"
+            f"{repo_id} exists already and is public, so nothing was uploaded. Pass private=False to upload to the "
+            "public repository, or choose another one"
         )
     if revision is not None and revision != "main":
         api.create_branch(address.repo_id, branch=revision, repo_type=repo_type, exist_ok=True)

@@ -98,8 +98,8 @@ class JudgeConfig:
             raise ValueError(f"{file} cannot be read as {FILE_NAME}: {error!r}. Save the model again") from error
         if count != len(scales):
             raise ValueError(
-                f"{file}: the model writes {count} scores behind one marker, and nothing tells them apart. Train it "
-                "again on completions with a marker for each score, named in `aspects`"
+                f"{file}: the model writes {count} scores after the same marker, so they cannot be told apart. Train "
+                "it again on completions with one marker per score, named in `aspects`"
             )
         return config
 
@@ -152,5 +152,6 @@ def find_config(path: str | Path, revision: str | None = None) -> Path:
 def _no_config(what: str) -> str:
     return (
         f"{what}. It is saved by TRACTTrainer.save_model() beside the weights or the adapter. For a model that was "
-        "trained otherwise, give the grid and the marker: CoTRAILJudge(backend, score_values=[...], score_marker=...)"
+        "trained with other code, give the grid and the marker: CoTRAILJudge(backend, score_values=[...], "
+        "score_marker=...)"
     )

@@ -39,22 +39,22 @@ def merge_judge(model: str, output_dir: str | Path, dtype: str | None = None) ->
     judge = JudgeConfig.load(model)
     adapter = adapter_config(model)
     if adapter is None:
-        raise ValueError(f"{model} is a whole model already: there is no adapter to merge")
+        raise ValueError(f"{model} is already a full model, so there is no adapter to merge")
     directory = Path(output_dir)
     if directory.exists() and any(directory.iterdir()):
-        raise FileExistsError(f"{directory} is not empty: choose another --output_dir")
+        raise FileExistsError(f"{directory} is not empty. Choose another --output_dir")
     base_id = str(adapter.base_model_name_or_path)
     base = AutoConfig.from_pretrained(base_id, revision=adapter.revision, trust_remote_code=False)
     if getattr(base, "quantization_config", None):
         raise ValueError(
-            f"{base_id} holds quantised weights, and a sum with them would be rounded again: name its 16-bit original "
-            "as base_model_name_or_path in adapter_config.json"
+            f"{base_id} has quantised weights, so the merged weights would be rounded a second time. Set "
+            "base_model_name_or_path in adapter_config.json to its 16-bit original"
         )
     own = getattr(torch, dtype) if dtype else base.dtype if base.dtype in _LARGEST else torch.bfloat16
     merged, tokenizer = load(model, None, torch.float32, None, merge_adapter=True)
     for name, weight in merged.named_parameters():
         if not float(weight.detach().abs().max()) <= _LARGEST[own]:
-            raise ValueError(f"{name} has numbers that {own} cannot hold: give --dtype bfloat16")
+            raise ValueError(f"{name} has values that {own} cannot represent. Use --dtype bfloat16")
     merged.to(own)
     _save(merged, directory)
     tokenizer.save_pretrained(directory)

@@ -40,7 +40,9 @@ def expected_score(probs: torch.Tensor, values: torch.Tensor, *, normalize: bool
     Source: Lukasik et al. 2024, https://aclanthology.org/2024.findings-emnlp.799
     """
     if probs.shape[-1] != values.shape[-1]:
-        raise ValueError(f"probs has {probs.shape[-1]} entries a score, but the grid has {values.shape[-1]} values")
+        raise ValueError(
+            f"probs has {probs.shape[-1]} entries in its last dimension, but the grid has {values.shape[-1]} values"
+        )
     # float64 stays, so that an oracle can be compared with; half precision is lifted.
     probs = probs if probs.dtype == torch.float64 else probs.float()
     mean = (probs * values.to(probs)).sum(dim=-1)
@@ -66,7 +68,7 @@ def temper(probs: torch.Tensor, score_temperature: float) -> torch.Tensor:
     """
     if not score_temperature > 0:
         raise ValueError(
-            f"score_temperature={score_temperature} must be above 0; for its limit at 0 use the rule 'mode'"
+            f"score_temperature={score_temperature} must be above 0. For its limit at 0, use the rule 'mode'"
         )
     if score_temperature == 1:
         return probs

@@ -23,14 +23,13 @@ _MOST_SCORES = 10_001  # of a range; more are a slip of the hand
 
 @dataclass(frozen=True)
 class ScoreGrid:
-    """The admissible scores: their values, how they are written, and their tokens.
+    """The possible scores: their values, texts and tokens.
 
     Attributes:
         values: Scores in rubric units, strictly increasing, `K` of them.
-        texts: How each is written in a completion.
-        token_ids: The token of each at the place where scores stand; empty until `resolve`, and where a score is
-            several tokens.
-        paths: The tokens of each where a score is several of them; empty for a grid of single tokens.
+        texts: Text of each score in a completion.
+        token_ids: Token of each score at the score position. Empty before `resolve`, and if a score has several tokens.
+        paths: Tokens of each score if scores have several tokens; empty for a grid of single tokens.
     """
 
     values: tuple[float, ...]
@@ -42,12 +41,12 @@ class ScoreGrid:
     def from_values(
         cls, values: Sequence[float] | Mapping[str, float] | str, texts: Sequence[str] | None = None
     ) -> "ScoreGrid":
-        """Check the values of a grid and how they are written.
+        """Create a grid from values and texts, and check them.
 
         Args:
-            values: Scores in rubric units, increasing; or texts with their values, in any order; or a range with both
-                its ends, `"0..100"`, in steps of 1 or another one, `"0..10..0.5"`.
-            texts: How the values are written, in their order; as numbers by default.
+            values: Scores in rubric units, increasing; or a mapping from texts to values, in any order; or a range
+                including both ends, `"0..100"`, optionally with a step, `"0..10..0.5"`.
+            texts: Text of each value, in order. None: numbers.
 
         Raises:
             ValueError: Fewer than two values, one that is not finite, values that do not increase, or texts that do not
@@ -63,7 +62,10 @@ class ScoreGrid:
         """
         if isinstance(values, Mapping):
             if texts is not None:
-                raise ValueError("the texts are given twice: as the keys of score_values and as score_texts")
+                raise ValueError(
+                    "the score texts are given twice: as the keys of score_values and as score_texts. Use "
+                    "only one of the two"
+                )
             pairs = sorted(values.items(), key=lambda pair: pair[1])
             texts, values = [text for text, _ in pairs], [value for _, value in pairs]
         try:
@@ -72,8 +74,9 @@ class ScoreGrid:
             raise
         except (TypeError, ValueError):
             raise ValueError(
-                f"score_values={values!r} is not a list of numbers: give them in rubric units, as in [1, 2, 3], or as "
-                "a range, as in 0..100 or 0..10..0.5. If scores are written as words, put the words into score_texts"
+                f"score_values={values!r} is not a list of numbers. Give the scores as numbers, such as [1, 2, 3], or "
+                "as a range, such as 0..100 or 0..10..0.5. If scores are written as words, put the words into "
+                "score_texts"
             ) from None
         given = values if isinstance(values, str) else list(values)
         if len(numbers) < 2:
@@ -88,15 +91,18 @@ class ScoreGrid:
         odd = next((text for text in written if not isinstance(text, str)), None)
         if odd is not None:
             raise ValueError(
-                f"score_texts holds {odd!r}, which is not text. YAML turns yes and no into true and false, and "
-                "01 and 02 into numbers: put each in quotes"
+                f"score_texts holds {odd!r}, which is not text. YAML reads yes and no as true and false, and 01 and 02 "
+                "as numbers. Put each text in quotes"
             )
         if len(written) != len(numbers):
             raise ValueError(
-                f"score_texts has {len(written)} entries, but score_values has {len(numbers)}: give one for each"
+                f"score_texts has {len(written)} entries, but score_values has {len(numbers)}. Give one text for each "
+                "value"
             )
         if len(set(written)) < len(written) or any(not text or text != text.strip() for text in written):
-            raise ValueError(f"score_texts={list(written)} must differ, and neither be empty nor begin or end in space")
+            raise ValueError(
+                f"score_texts={list(written)} must be distinct and not empty, without spaces at the start or end"
+            )
         return cls(values=numbers, texts=written)
 
     def __len__(self) -> int:
@@ -104,24 +110,24 @@ class ScoreGrid:
 
     @functools.cached_property
     def trie(self) -> TokenTrie:
-        """The `paths` merged where they begin alike."""
+        """The `paths` as a trie of common prefixes."""
         return TokenTrie.from_paths([path.token_ids for path in self.paths])
 
     def resolve(self, tokenizer: Any, before: str, after: str = "", *, add_special_tokens: bool = False) -> "ScoreGrid":
         """Find each score's tokens between the text `before` and the text `after` it.
 
         A digit's token depends on what precedes it: `[RESULT] 5` ends in `5` for some vocabularies and in ` 5` for
-        others. So every score is put in the same place of a real row, tokenised, and looked up by its characters.
+        others. So every score is put into the same place of a real row, tokenised, and located by its characters.
 
         Args:
             tokenizer: A fast tokenizer (character offsets are needed).
             before: Rendered text of a training row up to its score.
-            after: What follows the score there. Where one score is the beginning of another, it tells them apart.
+            after: Text that follows the score there. It tells scores apart if one is the start of another.
             add_special_tokens: As for the training rows: False for text from a chat template.
 
         Raises:
-            ValueError: Two scores share their tokens, nothing tells where one ends, or what stands before the score is
-                tokenised in a way that depends on the score.
+            ValueError: Two scores have the same tokens, the end of a score is ambiguous, or the tokens before the score
+                depend on the score.
         """
         encoded = tokenizer(
             [before + text + after for text in self.texts],
@@ -133,7 +139,9 @@ class ScoreGrid:
         for text, offsets in zip(self.texts, encoded["offset_mapping"], strict=True):
             coverings.append(tokens_covering(offsets, len(before), len(before) + len(text)))
             if not coverings[-1]:
-                raise ValueError(f"score {text!r} is not a token of this tokenizer. Write it in another way")
+                raise ValueError(
+                    f"score {text!r} cannot be written with the tokens of this tokenizer. Use another text for it"
+                )
         start = min(covering[0] for covering in coverings)
         while any(row[:start] != rows[0][:start] for row in rows):
             start -= 1
@@ -143,9 +151,9 @@ class ScoreGrid:
             first = min(offsets[start][0] for offsets in encoded["offset_mapping"])
             if first < len(before.rstrip()):
                 raise ValueError(
-                    f"the tokens before the score change with the score ({self.texts[0]!r} and {self.texts[odd]!r} "
-                    "differ), so one position cannot score the whole grid. Put a space or a newline between marker "
-                    "and score"
+                    f"the tokens before the score depend on the score ({self.texts[0]!r} and {self.texts[odd]!r} "
+                    "differ), so the scores cannot all be read at one position. Put a space or a newline between "
+                    "marker and score"
                 )
         stops = [covering[-1] + 1 for covering in coverings]
         spans = [row[start:stop] for row, stop in zip(rows, stops, strict=True)]
@@ -173,23 +181,23 @@ class ScoreGrid:
                 ends[i] += 1
                 if stops[i] + ends[i] > len(rows[i]):
                     raise ValueError(
-                        f"score {self.texts[i]!r} is the beginning of another score, and nothing follows it that would "
-                        "tell them apart. Give the tokenizer an end-of-sequence token, or write all scores with as "
-                        "many characters (01, 10)"
+                        f"score {self.texts[i]!r} is also the start of another score, and no text after it tells them "
+                        "apart. Give the tokenizer an end-of-sequence token, or give all scores the same number of "
+                        "characters (01, 10)"
                     )
 
     def value_of(self, text: str) -> float:
-        """The value of a score by how it is written, rubric units."""
+        """The value of a score text, in rubric units."""
         return self.values[self.texts.index(text)]
 
     def same_tokens(self, other: "ScoreGrid") -> bool:
-        """Whether another resolved grid has the tokens of this one, whatever follows the scores."""
+        """Whether another resolved grid has the same score tokens, regardless of the text after the scores."""
         if self.paths or other.paths:
             return [path.written for path in self.paths] == [path.written for path in other.paths]
         return self.token_ids == other.token_ids
 
     def nearest_text(self, value: float) -> str:
-        """The text of the grid value nearest to `value`; the lower one of two that are equally near."""
+        """The text of the grid value nearest to `value`; of two equally near, the lower one."""
         return self.texts[min(range(len(self)), key=lambda i: (abs(self.values[i] - value), i))]
 
     def in_range(self, value: float) -> bool:
@@ -223,7 +231,7 @@ def _numbers(values: Sequence[Any] | str) -> Iterator[float]:
         if not step or (last - first) % step or not 0 <= (last - first) / step < _MOST_SCORES:
             raise _NoRangeError(
                 f"score_values={value}: steps of {step} do not lead from {first} to {last} in {_MOST_SCORES:,} scores "
-                "or fewer. A range is first..last or first..last..step"
+                "or fewer. Write a range as first..last or first..last..step"
             )
         yield from (float(first + step * count) for count in range(int((last - first) / step) + 1))
 

@@ -131,19 +131,21 @@ def read_aspects(aspects: Mapping[str, Mapping[str, Any]] | str) -> tuple[Scale,
         except json.JSONDecodeError as error:
             raise ValueError(f"aspects is not JSON: {error}. Write it like {_EXAMPLE}") from error
     if not isinstance(aspects, Mapping) or not all(isinstance(each, Mapping) for each in aspects.values()):
-        raise ValueError(f"aspects={aspects!r} is not a mapping of names to markers and grids, such as {_EXAMPLE}")
+        raise ValueError(
+            f"aspects={aspects!r} is not a mapping of names to markers and grids. Write it like {_EXAMPLE}"
+        )
     if len(aspects) < 2:
         raise ValueError(
-            f"aspects holds {len(aspects)} of them: for one score a completion leave it out, and set score_marker and "
-            "score_values"
+            f"aspects has {len(aspects)} entries, but needs two or more. For one score per completion, leave aspects "
+            "out and set score_marker and score_values"
         )
     read = tuple(_read_aspect(name, given) for name, given in aspects.items())
     for one in read:
         for other in read:
             if one is not other and one.marker in other.marker:
                 raise ValueError(
-                    f"the marker {one.marker!r} of aspect {one.name!r} is a part of the marker {other.marker!r} of "
-                    f"aspect {other.name!r}: where the second stands, the first stands too. Change one of them"
+                    f"the marker {one.marker!r} of aspect {one.name!r} is part of the marker {other.marker!r} of "
+                    f"aspect {other.name!r}, so the two cannot be told apart in the text. Change one of them"
                 )
     return read
 
@@ -151,14 +153,14 @@ def read_aspects(aspects: Mapping[str, Mapping[str, Any]] | str) -> tuple[Scale,
 def _read_aspect(name: str, given: Mapping[str, Any]) -> Scale:
     if not isinstance(name, str) or not name.strip() or name != name.strip() or "/" in name:
         raise ValueError(
-            f"aspects: the name {name!r} has to be a word without '/', as a part of the metrics' names. {_QUOTE}"
+            f"aspects: the name {name!r} must be a word without '/', because it becomes part of metric names. {_QUOTE}"
         )
     unknown, marker = set(given) - set(_FIELDS), given.get("marker", "")
     if unknown or not marker:
         wrong = f"the unknown field {min(unknown)!r}" if unknown else "no marker"
         raise ValueError(f"aspect {name!r} has {wrong}; an aspect has the fields {', '.join(_FIELDS)}")
     if not isinstance(marker, str) or not marker.strip():
-        raise ValueError(f"aspect {name!r}: the marker {marker!r} is no text. {_QUOTE}")
+        raise ValueError(f"aspect {name!r}: the marker {marker!r} is not text. {_QUOTE}")
     try:
         grid = ScoreGrid.from_values(given.get("values") or DEFAULT_VALUES, given.get("texts"))
     except ValueError as error:
@@ -197,14 +199,15 @@ def locate_scores(completion: str, scales: Sequence[Scale]) -> tuple[ScoreSpan, 
     if order != list(range(len(spans))):
         raise ScoreNotFoundError(
             "order of aspects",
-            f"the completion scores {', '.join(scales[number].name for number in order)}, in this order; the judge is "
-            f"asked for {', '.join(scale.name for scale in scales)}. Write them in that order, or change it in aspects",
+            f"the completion scores {', '.join(scales[number].name for number in order)}, in this order, but aspects "
+            f"has the order {', '.join(scale.name for scale in scales)}. Write the scores in that order, or change the "
+            "order in aspects",
         )
     last, scale = spans[-1], scales[-1]
     if holds_score(completion[last.end :], scale.grid.texts):
         raise ScoreNotFoundError(
             "two scores",
-            f"{scale.about}score {last.text!r} is followed by another one: {completion[last.start :][:60]!r}",
+            f"{scale.about}score {last.text!r} is followed by another score: {completion[last.start :][:60]!r}",
         )
     return spans
 
@@ -232,7 +235,7 @@ def _only_span(completion: str, scale: Scale) -> ScoreSpan:
         raise ScoreNotFoundError(
             "two scores",
             f"{scale.about}the completion holds {scale.marker!r} with a score twice: {found[0].text!r} and "
-            f"{found[1].text!r}. If both are meant, give each a marker of its own: name them in `aspects`",
+            f"{found[1].text!r}. If both are meant, give each its own marker and name them in `aspects`",
         )
     return found[0]
 

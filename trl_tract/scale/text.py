@@ -210,9 +210,15 @@ def _what_to_write(tail: str, score_texts: Sequence[str]) -> str:
     values = {float(text): text for text in score_texts if _NUMBER.fullmatch(text)}
     value = float(number[0])
     if value in values:
-        return f". The grid writes {values[value]!r}: write it so, or give `score_texts` as the rows write them"
+        return (
+            f". The grid writes {values[value]!r}. Write it this way in the rows, or set `score_texts` to the texts "
+            "in the rows"
+        )
     if values and min(values) < value < max(values):
-        return f". Write the nearest of them, and {number[0]} as the gold score in a column: that one may lie between"
+        return (
+            f". Write the nearest of them in the completion, and give {number[0]} as the gold score in a column. Gold "
+            "scores may lie between grid scores"
+        )
     return ""
 
 

@@ -72,7 +72,7 @@ class TokenTrie:
         nodes = sorted(inner, key=lambda node: (len(node), node))
         clash = next((path for path in paths if path in inner or not path), None)
         if clash is not None or len(set(paths)) < len(paths):
-            raise ValueError(f"the token sequences {list(paths)} are not each without a beginning among the others")
+            raise ValueError(f"the token sequences {list(paths)} are not prefix-free: one is the start of another")
         numbers = {node: number for number, node in enumerate(nodes)}
         depth = max(map(len, paths))
         ways: dict[tuple[int, int], int] = {}

@@ -16,18 +16,19 @@ from trl_tract.sources.rubric import Rubric
 FILE_NAME = "tract_prompt.json"
 """File beside a judge, with the columns and the rubric of its training rows."""
 ROLES = {
-    "instruction": "what the response answers",
-    "response": "the text to be judged",
-    "reference": "an answer that would earn the highest score",
-    "prompt": "the whole prompt of the judge, where no rubric is given",
-    "rationale": "what the annotator wrote",
-    "completion": "rationale, marker and score in one, instead of the rationale",
+    "instruction": "the instruction or question that the response answers",
+    "response": "the response to judge",
+    "reference": "an answer that would get the highest score",
+    "prompt": "the judge's whole prompt, if no rubric is given",
+    "rationale": "the annotator's rationale",
+    "completion": "rationale, marker and score in one text, instead of the rationale",
     "score": "the gold score",
     "chosen": "the better response of a pair",
-    "rejected": "the worse one",
-    "group": "items that share it stay on one side of a split; by default those with the same instruction",
-    "id": "a name for the row",
-    "subset": "the part of a benchmark that a pair belongs to",
+    "rejected": "the worse response of a pair",
+    "group": "a group: its items are never split between training and evaluation; by default, items with the same "
+    "instruction",
+    "id": "an identifier of the row",
+    "subset": "the subset of the benchmark that the pair belongs to",
 }
 _CARRIED = ("group", "id", "subset", *RENDERED_WITH)
 
@@ -73,7 +74,7 @@ class OwnColumns:
             role, equals, column = pair.partition("=")
             if not equals or not column or role not in ROLES:
                 raise ValueError(
-                    f"--columns {pair}: write role=column, the role one of {', '.join(ROLES)}, such as score=stars"
+                    f"--columns {pair}: write role=column, such as score=stars. The roles are {', '.join(ROLES)}"
                 )
             if role in named:
                 raise ValueError(f"--columns names {role} twice: {named[role]} and {column}")
@@ -141,8 +142,8 @@ class OwnColumns:
         """Refuse a rubric that describes other scores than there are."""
         if scales[0].name and (self.rubric or {"score", "rationale"} & self.columns.keys()):
             raise ValueError(
-                "--rubric and the columns score and rationale are for rows with one score. With aspects write prompt "
-                "and completion yourself, and the gold scores into `scores`"
+                "--rubric and the columns score and rationale work only for rows with one score. For aspects, write "
+                "`prompt` and `completion` yourself, and put the gold scores into `scores`"
             )
         if self.rubric is not None:
             self.rubric.check(scales[0].grid)
@@ -159,7 +160,7 @@ class OwnColumns:
         A record that is only `judged` needs no score beside its rationale.
 
         Raises:
-            ScoreNotFoundError: A column that is needed is empty, or not there; it is named.
+            ScoreNotFoundError: A column that is needed is empty or missing; it is named.
         """
         found = {role: value for role in ROLES if (value := self._cell(role, record)) is not None}
         row: Row = {name: found.get(name, record.get(name)) for name in _CARRIED}
@@ -209,11 +210,11 @@ class OwnColumns:
             return found[role]
         column = self.columns.get(role, role)
         if role in self.columns or column in record:
-            raise ScoreNotFoundError("empty column", f"the column {column} ({ROLES[role]}) is empty, or not there")
+            raise ScoreNotFoundError("empty column", f"the column {column} ({ROLES[role]}) is empty or missing")
         raise ScoreNotFoundError(
             "no column",
-            f"no column is named for the {role} ({ROLES[role]}): add --columns {role}=COLUMN. The columns are "
-            f"{', '.join(sorted(map(str, record)))}",
+            f"no column is given for the {role} ({ROLES[role]}). Add --columns {role}=COLUMN. The columns of the data "
+            f"are {', '.join(sorted(map(str, record)))}",
         )
 
 

@@ -146,14 +146,14 @@ class Source:
                 yield from ((number, row) for row in written_rows(item, item.training, chat))
         if not taken:
             raise ValueError(
-                f"{self._shown}: none of the rows has a completion (or rationale), so there is none to train on. "
-                "`trl-tract bootstrap` writes rationales, and `trl-tract run` does so by itself; --drop_rationale true "
-                "trains without"
+                f"{self._shown}: no row has a completion or rationale, so there is nothing to train on. Write "
+                "rationales with `trl-tract bootstrap`, or use `trl-tract run`, which writes them itself. Or train "
+                "without rationales: --drop_rationale true"
             )
         if without:
             self._tell(
-                f"{without:,} rows of {self.title} have a score but no completion: they are not trained on. `trl-tract "
-                "bootstrap` writes rationales for them"
+                f"{without:,} rows of {self.title} have a score but no completion, so they are not used for training. "
+                "`trl-tract bootstrap` writes rationales for them"
             )
 
     def rows(self, chat: bool, select: Callable[[Item], Iterable[Row]]) -> Iterator[tuple[int, Row]]:
@@ -213,7 +213,7 @@ def held_out(
         count = fewest
     if not 0 < count < len(groups):
         raise ValueError(
-            f"holding out {fraction:g} of {len(groups)} group(s) leaves one side empty: give an evaluation file, or "
+            f"holding out {fraction:g} of {len(groups)} group(s) leaves one side empty. Give an evaluation file or "
             "another fraction"
         )
     random.Random(seed).shuffle(groups)
@@ -234,8 +234,8 @@ def held_out_rows(path: Path, count: int, seed: int) -> set[int]:
             taken.update(groups[digest])
     if len(taken) == sum(map(len, groups.values())):
         raise ValueError(
-            f"holding {count} of {len(taken)} rows in {len(groups)} group(s) out of {path.name}, to judge them in "
-            "training, leaves none to train on: lower judge_eval_items, or give eval_data"
+            f"holding out {count} of {len(taken)} rows in {len(groups)} group(s) of {path.name} for judging during "
+            "training leaves no training rows. Lower judge_eval_items, or give eval_data"
         )
     return taken
 

@@ -76,19 +76,21 @@ def read_records(source: str) -> Iterable[Record | ValueError]:
         if not path.stat().st_size:
             raise ValueError(f"{path} is empty: it holds 0 bytes")
         if packed := _packing(path):
-            raise ValueError(f"{path} holds {packed} data, whatever its name says: unpack it, or save it as CSV UTF-8")
+            raise ValueError(
+                f"{path} holds {packed} data, although its name says otherwise. Unpack it, or save it as CSV UTF-8"
+            )
         return readers[kind](path)
     if source and path.exists():
         kind = "a directory" if path.is_dir() else "not a supported file"
-        raise ValueError(f"{path} is {kind}. Give one of {', '.join(FILES)}, not packed and in one file, or a hub id")
+        raise ValueError(f"{path} is {kind}. Give one uncompressed file of type {', '.join(FILES)}, or a hub id")
     if kind in FILES or source.startswith((".", "~", os.sep)) or source.count("/") > 1:
         place = "there" if is_address(source) else f"in {path.absolute().parent}"
-        raise FileNotFoundError(f"{without_secrets(source)}: no such file. It was looked for {place}")
+        raise FileNotFoundError(f"{without_secrets(source)}: no such file. Looked {place}")
     name = source.removesuffix("-bench") if source == "vicuna-bench" else source
     if name in _BENCHMARK_FILES:
         raise FileNotFoundError(
-            f"{source} is a file of the repository prometheus-eval/prometheus-eval: get {_BENCHMARK_FILES[name]} "
-            "there, and give its path here"
+            f"{source} is a file of the GitHub repository prometheus-eval/prometheus-eval. Download "
+            f"{_BENCHMARK_FILES[name]} from there, and give its path"
         )
     return _read_hub(BENCHMARKS.get(source, source))
 
@@ -133,7 +135,7 @@ def _record(value: Any, where: str) -> Record | ValueError:
     if not isinstance(value, dict):
         return ValueError(f"{where} is {type(value).__name__} instead of an object")
     if isinstance(value, _Repeating):
-        return ValueError(f"{where} has {value.name!r} twice: which of the two counts?")
+        return ValueError(f"{where} has the key {value.name!r} twice. Remove one of the two")
     return value
 
 
@@ -164,7 +166,7 @@ def _read_json(path: Path) -> Iterator[Record | ValueError]:
             if text[:1] != "[":
                 kind = type(_DECODER.decode(text + file.read())).__name__
                 raise _NotRowsError(
-                    f"{path} holds a JSON {kind}; a list of objects is needed, as orient='records' of pandas writes it"
+                    f"{path} holds a JSON {kind}. Write a list of objects, as pandas does with orient='records'"
                 )
             at, number = 1, 0
             while True:
@@ -186,7 +188,9 @@ def _read_json(path: Path) -> Iterator[Record | ValueError]:
     except _NotRowsError:
         raise
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}. One object a line is JSONL: name it .jsonl") from error
+        raise ValueError(
+            f"{path} is not JSON: {error}. If the file has one object per line, rename it to .jsonl"
+        ) from error
 
 
 class _NotRowsError(ValueError):
@@ -215,7 +219,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
             index = next((at for at, name in enumerate(names) if name), 0)
             if not all(names[index:]) or len(set(names[index:])) < len(names) - index:
                 raise ValueError(
-                    f"{path}: the first line must name every column once. It names: "
+                    f"{path}: the first line must name every column exactly once. It names: "
                     f"{', '.join(repr(name) for name in names) or 'nothing'}"
                 )
             for cells in lines:
@@ -225,7 +229,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
                 if len(cells) != len(names):
                     raise ValueError(
                         f"{path}, line {lines.line_num}: {len(cells)} cells, but the first line names {len(names)} "
-                        "columns. A cell that holds the delimiter, a quote or a line end must be in quotes"
+                        "columns. Put cells that contain the delimiter, a quote or a line break in quotes"
                     )
                 number += 1
                 columns = zip(names[index:], cells[index:], strict=True)
@@ -233,9 +237,9 @@ def _read_csv(path: Path) -> Iterator[Record]:
             if not names:
                 raise ValueError(f"{path} is empty: it has only blank lines")
             if not number:
-                raise ValueError(f"{path} has a first line, which names the columns {', '.join(names)}, and no rows")
+                raise ValueError(f"{path} has a header line with the columns {', '.join(names)}, but no rows")
     except csv.Error as error:
-        raise ValueError(f"{path}, line {lines.line_num}: {error}. Write the file again as CSV") from error
+        raise ValueError(f"{path}, line {lines.line_num}: {error}. Save the file again as CSV") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}. Save it as 'CSV UTF-8'") from error
 
@@ -281,7 +285,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         with path.open("rb") as opened, ParquetFile(opened) as file:
             names = file.schema_arrow.names
             if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-                raise ValueError(f"{path} has several columns called {twice[0]!r}: rename all but one")
+                raise ValueError(f"{path} has several columns called {twice[0]!r}. Rename all but one")
             as_json, labels = json_columns(file.schema_arrow), _labels(file.schema_arrow)
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist(maps_as_pydicts="strict"):
@@ -313,9 +317,9 @@ def _read_hub(source: str) -> Iterable[Record]:
         dataset: Any = load_dataset(name, split=split or "train")
     except Exception as error:  # whatever kind the hub's client raises today, the user needs to know what was asked for
         reason = " ".join(str(error).split())
-        advice = " A split other than train is named behind a colon, as in ID:test" if not split else ""
+        advice = " To use a split other than train, add it after a colon, as in ID:test" if not split else ""
         raise FileNotFoundError(
-            f"{source} is not a file here, and could not be read as a hub dataset: {reason}.{advice}"
+            f"{source} is not a local file and could not be read as a hub dataset: {reason}.{advice}"
         ) from error
     # The texts that the numbers of categories stand for.
     labels = {name: dict(enumerate(dataset.features[name].names)) for name in label_columns(dataset)}

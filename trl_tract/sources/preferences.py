@@ -44,13 +44,13 @@ def pair_rows(record: Mapping[str, Any], rubric: Rubric | None, marker: str) -> 
     carried = {name: record[name] for name in ("id", "subset") if record.get(name) is not None}
     if set(_WHOLE) <= record.keys():
         if not all(isinstance(record[name], str) for name in _WHOLE):
-            raise ValueError(f"one of `{_WHOLE[0]}` and `{_WHOLE[1]}` is empty, or no text")
+            raise ValueError(f"one of `{_WHOLE[0]}` and `{_WHOLE[1]}` is empty or not text")
         prompts = [cleaned_instruction(record[name]) for name in _WHOLE]
         group = prometheus_question(prompts[0])
     else:
         if rubric is None:
             raise ValueError(
-                "this is a pair of responses (chosen, rejected): say how to judge them, with --rubric RUBRIC.yaml"
+                "this is a pair of responses (chosen, rejected). Say how to judge them with --rubric RUBRIC.yaml"
             )
         asked, responses = record.get("prompt"), [record[side] for side in SIDES]
         for name in ("prompt", *SIDES):
@@ -109,8 +109,8 @@ class PairReport:
         ]
         lines += [f"{name:<{width}}  {self.counts[name]:>5}  {share}" for name, share in self.subsets.items()]
         lines.append(
-            f"{self.n} of {self.n + self.failed} pairs scored, {self.failed} failed; {self.ties} tied, each counted as "
-            f"half. Intervals: resampled by prompt ({self.n_groups})"
+            f"{self.n} of {self.n + self.failed} pairs scored, {self.failed} failed. Ties: {self.ties}, each counted "
+            f"as half. Intervals: bootstrap over {self.n_groups} prompts"
         )
         return "\n".join(lines)
 
@@ -141,7 +141,7 @@ def pair_report(records: Sequence[Mapping[str, Any]], *, n_bootstrap: int = 1000
         0.875
     """
     if [record.get("side") for record in records] != list(SIDES) * (len(records) // 2):
-        raise ValueError("the judgements are not of pairs: chosen and rejected must alternate")
+        raise ValueError("the judgements are not pairs: chosen and rejected responses must alternate")
     pairs = [(records[i], records[i + 1]) for i in range(0, len(records), 2)]
     scored = [(a, b) for a, b in pairs if a["score"] is not None and b["score"] is not None]
     wins = np.array([(1 + np.sign(a["score"] - b["score"])) / 2 for a, b in scored])

@@ -32,16 +32,16 @@ def rubric_prompt(
     marker: str = "[RESULT]",
     order: str = "standard",
 ) -> str:
-    """Direct-assessment prompt of one response under one rubric.
+    """Build the direct-assessment prompt for one response under one rubric.
 
     Args:
-        instruction: What the response answers.
-        response: The text to be judged.
-        criterion: What the rubric asks.
-        descriptions: Score text -> what earns it, in the order of the grid.
-        reference: An answer that would earn the highest score.
-        scale: What scores there are, where not all are described: `any whole number from 0 to 100`.
-        marker: Text that the judge is asked to write before its score.
+        instruction: The instruction or question that the response answers.
+        response: The response to judge.
+        criterion: The rubric's question.
+        descriptions: Score text -> description of that score, in the order of the grid.
+        reference: An answer that would get the highest score.
+        scale: The possible scores, if not all are described, such as `any whole number from 0 to 100`.
+        marker: Text that the judge must write before its score.
         order: `standard`, instruction and response before the rubric; or `shared-first`, the response last, so that
             prompts about one instruction have most of their tokens in common (`TRACTConfig.share_prompts`). A judge
             is asked in the order that it was trained on.
@@ -52,8 +52,8 @@ def rubric_prompt(
     """
     if not isinstance(descriptions, Mapping):
         raise TypeError(
-            f"descriptions is a {type(descriptions).__name__}: give score text -> what earns it, as in "
-            '{"1": "wrong", "2": "right"}'
+            f"descriptions is a {type(descriptions).__name__}. Give a mapping from each score to its description, as "
+            'in {"1": "wrong", "2": "right"}'
         )
     if order not in ORDERS:
         raise ValueError(f"order={order!r} is unknown: choose {' or '.join(map(repr, ORDERS))}")
@@ -75,7 +75,7 @@ def rubric_prompt(
 
 
 def from_feedback_collection(row: Mapping[str, Any], *, marker: str = "[RESULT]") -> Row:
-    """A row of Feedback Collection or Feedback Bench (`orig_*` columns) as prompt, completion and score."""
+    """Convert a row of Feedback Collection or Feedback Bench (`orig_*` columns) to prompt, completion and score."""
     score = _gold(row["orig_score"])
     completion = CompletionFormat(marker).join(str(row["orig_feedback"]), score_text(score))
     return {**feedback_collection_reference(row, marker=marker), "completion": completion, "score": score}
@@ -96,14 +96,17 @@ def feedback_collection_reference(row: Mapping[str, Any], *, marker: str = "[RES
 
 
 def from_prometheus_eval(item: Mapping[str, Any], *, marker: str = "[RESULT]") -> list[Row]:
-    """An item of the prometheus-eval benchmark JSON as training rows: one per annotated rationale and score."""
+    """Convert an item of the prometheus-eval benchmark JSON to training rows, one per annotated rationale and score."""
     format_ = CompletionFormat(marker)
     prompt = cleaned_instruction(str(item["instruction"]))
     scores, feedbacks = item["gpt4_score"], item["gpt4_feedback"]
     if not all(isinstance(each, list) for each in (scores, feedbacks)) or any(map(is_missing, feedbacks)):
-        raise ScoreNotFoundError("not a list", "gpt4_score and gpt4_feedback have to be lists without empty places")
+        raise ScoreNotFoundError("not a list", "gpt4_score and gpt4_feedback must be lists without empty entries")
     if len(scores) != len(feedbacks):
-        raise ValueError(f"gpt4_score has {len(scores)} entries and gpt4_feedback has {len(feedbacks)}: one for each")
+        raise ValueError(
+            f"gpt4_score has {len(scores)} entries and gpt4_feedback has {len(feedbacks)}. Give one score "
+            "for each rationale"
+        )
     return [
         {
             "prompt": prompt,

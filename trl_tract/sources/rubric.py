@@ -49,19 +49,24 @@ class Rubric:
             raise FileNotFoundError(f"--rubric {path}: no such file") from error
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ValueError(f"--rubric {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
-        wanted = "a rubric is YAML with `criterion: text` and `scores:`, under it `1: text`, `2: text` and so on"
+        wanted = (
+            "a rubric is a YAML file with `criterion: text` and `scores:`, followed by indented lines `1: text`, "
+            "`2: text` and so on"
+        )
         if not isinstance(content, dict) or not {"criterion", "scores"} <= content.keys():
             raise ValueError(f"--rubric {path}: {wanted}")
         unknown = sorted(map(str, content.keys() - {"criterion", "scores", "scale", "template", "order"}))
         if unknown:
             raise ValueError(
-                f"--rubric {path}: {', '.join(unknown)} is not understood; {wanted}; `scale: text`, "
-                "`order: shared-first` and `template: text` may be added"
+                f"--rubric {path}: {', '.join(unknown)} is not a known field; {wanted}. Optional fields: `scale: "
+                "text`, `order: shared-first` and `template: text`"
             )
         if not isinstance(content["scores"], dict) or len(as_written["scores"]) < 2:
-            raise ValueError(f"--rubric {path}: `scores` must describe two scores or more; {wanted}")
+            raise ValueError(f"--rubric {path}: `scores` must describe at least two scores; {wanted}")
         if len(content["scores"]) < len(as_written["scores"]):
-            raise ValueError(f"--rubric {path}: under `scores`, YAML reads two scores as one. Put them in quotes")
+            raise ValueError(
+                f"--rubric {path}: under `scores`, YAML reads two scores as the same key. Put them in quotes"
+            )
         described = {
             _written(path, raw, score): text
             for (raw, text), score in zip(as_written["scores"].items(), content["scores"], strict=True)
@@ -81,13 +86,13 @@ class Rubric:
         if self.template is None:
             return
         if order_given:
-            raise ValueError(f"--rubric {path}: `template` has an order of its own: leave `order` out")
+            raise ValueError(f"--rubric {path}: `template` sets its own order. Leave `order` out")
         places = re.findall(r"\{(\w+)\}", str(self.template))
         unknown = sorted(set(places) - set(_PLACES))
         if unknown or "response" not in places:
-            wrong = f"{{{unknown[0]}}} is not understood" if unknown else "it has no place for the {response}"
+            wrong = f"{{{unknown[0]}}} is not understood" if unknown else "it has no placeholder for the {response}"
             known = ", ".join(f"{{{place}}}" for place in _PLACES)
-            raise ValueError(f"--rubric {path}: in `template`, {wrong}. Places are: {known}")
+            raise ValueError(f"--rubric {path}: in `template`, {wrong}. Placeholders are: {known}")
 
     def check(self, grid: ScoreGrid) -> None:
         """Refuse a rubric that describes other scores than the grid has."""
@@ -96,12 +101,15 @@ class Rubric:
             self._check_some(grid)
         elif described != known:
             if sorted(described) == sorted(known):
-                raise ValueError(f"the rubric describes the scores in the order {described}: write them as {known}")
+                raise ValueError(
+                    f"the rubric describes the scores in the order {described}. Write them in the order {known}"
+                )
             numeric = all(re.fullmatch(r"[-+]?\d+(\.\d+)?", text) for text in described)
             options = f"--score_values {' '.join(described)}" if numeric else "--score_values and --score_texts"
             scale = ""
             if set(described) < set(known):
-                scale = f"; or, if it describes some of them, `scale: any score from {known[0]} to {known[-1]}` in it"
+                some = f"any score from {known[0]} to {known[-1]}"
+                scale = f". If the rubric describes only some scores, add `scale: {some}` to it"
             raise ValueError(
                 f"the rubric describes the scores {', '.join(described)}, but the grid is {some_scores(known)}: give "
                 f"{options}, or another rubric{scale}. A trained judge keeps the grid that it was trained on"
@@ -115,13 +123,13 @@ class Rubric:
             for end in ends:
                 if end not in grid.texts:
                     raise ValueError(
-                        f"the rubric describes {text!r}: that is neither a score of the grid, which is "
-                        f"{some_scores(grid.texts)}, nor a range of them, such as 0-20. Give --score_values, such as "
-                        "0..100, or another rubric. A trained judge keeps the grid that it was trained on"
+                        f"the rubric describes {text!r}: that is neither a score of the grid "
+                        f"({some_scores(grid.texts)}) nor a range of scores, such as 0-20. Give --score_values, such "
+                        "as 0..100, or another rubric. A trained judge keeps the grid that it was trained on"
                     )
                 place = grid.texts.index(end)
                 if place < before:
-                    raise ValueError(f"the rubric describes {text!r} after a higher score: put the lowest first")
+                    raise ValueError(f"the rubric describes {text!r} after a higher score. Put the lowest score first")
                 before = place
 
     def prompt(self, instruction: str, response: str, reference: str | None, marker: str) -> str:

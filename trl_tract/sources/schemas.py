@@ -82,9 +82,9 @@ def read_items(
         if not judged:
             raise ScoreNotFoundError(
                 "pair",
-                "this is a pair of responses (chosen, rejected), and says which is better but not how good either is: "
-                "TRACT trains on scores. Score the responses one by one, with a rationale each, and train on those "
-                "rows. Use pairs to test a finished judge: trl-tract judge --data PAIRS --rubric RUBRIC",
+                "this is a pair of responses (chosen, rejected). TRACT trains on scores, and a pair has none. Train on "
+                "rows with one scored response each, and use pairs to test a finished judge: trl-tract judge --data "
+                "PAIRS --rubric RUBRIC",
             )
         try:
             sides = pair_rows(row, None if own is None else own.rubric, scales[0].marker)
@@ -111,10 +111,14 @@ def read_items(
 
 def _read_item(row: Row, scales: Sequence[Scale], judged: bool, converted: bool) -> Item:
     if not row.keys() & {"prompt", "messages", "conversations"}:
-        kinds = "several aspects are read from prompt, completion and scores" if scales[0].name else UNDERSTOOD
+        kinds = (
+            ("rows with several aspects need the columns prompt, completion and scores")
+            if scales[0].name
+            else UNDERSTOOD
+        )
         raise ScoreNotFoundError(
             "not understood",
-            f"the columns {', '.join(sorted(map(str, row)))} are not understood. Understood are: {kinds}",
+            f"the columns {', '.join(sorted(map(str, row)))} are not known. Known layouts: {kinds}",
         )
     row = {name: cell for name, cell in row.items() if name not in _CHATS or cell is not None}
     for name in _CHATS & row.keys():
@@ -163,8 +167,8 @@ def _cleaned(record: Mapping[str, Any], used: Collection[str]) -> Row:
             except UnicodeEncodeError as error:
                 raise ScoreNotFoundError(
                     "no Unicode",
-                    f"the column {name} holds half a character ({error.object[error.start]!r}), as if the text was "
-                    "cut in the middle of an emoji",
+                    f"the column {name} holds half a character ({error.object[error.start]!r}), as if the text had "
+                    "been cut in the middle of an emoji",
                 ) from error
             value = None if is_missing(value) else value
         row[str(name)] = value
@@ -174,7 +178,7 @@ def _cleaned(record: Mapping[str, Any], used: Collection[str]) -> Row:
 def _need(row: Row, names: Iterable[str]) -> None:
     missing = [name for name in names if row.get(name) is None]
     if missing:
-        raise ScoreNotFoundError("empty column", f"the column {missing[0]} is empty, or not there")
+        raise ScoreNotFoundError("empty column", f"the column {missing[0]} is empty or missing")
 
 
 def _check_texts(row: Row, names: Iterable[str]) -> None:

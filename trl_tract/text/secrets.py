@@ -23,7 +23,7 @@ def key_of(variable: str) -> str | None:
     """The key in an environment variable, without the white space that its file ends in; None where there is none."""
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise ValueError(f"{variable} holds characters that no HTTP header can carry")
+        raise ValueError(f"{variable} contains characters that are not allowed in an HTTP header")
     return key or None
 
 

@@ -32,31 +32,31 @@ def check_adapters(model: Any, peft_config: PeftConfig | None) -> None:
     for config in [peft_config, *(model.peft_config[name] for name in active)]:
         if getattr(config, "is_prompt_learning", False):
             raise ValueError(
-                "prompt tuning puts virtual tokens before a row, so its score is no longer where it was found. Use LoRA"
+                "prompt tuning puts virtual tokens before each row, so the score is no longer at its token. Use LoRA"
             )
         start = getattr(config, "init_lora_weights", True)
         if isinstance(start, str) and start.lower() not in _STARTS:
             raise ValueError(
-                f"init_lora_weights={start!r} changes the base model in a way that loading does not repeat: the saved "
-                f"judge would give other scores. Use the default, or one of {', '.join(_STARTS)}"
+                f"init_lora_weights={start!r} changes the base model in a way that loading does not repeat, so the "
+                f"saved judge would give different scores. Use the default, or one of {', '.join(_STARTS)}"
             )
     if random := next((name for name in _AT_RANDOM if getattr(peft_config, name, True) is False), None):
         raise ValueError(
-            f"{random}=False starts at random, so training does not start from the seed model. Set it to True"
+            f"{random}=False initialises the adapter at random, so training does not start from the seed model. Set it "
+            "to True"
         )
     if getattr(peft_config, "layer_replication", None):
         raise ValueError(
-            "layer_replication puts layers into the model twice, so training does not start from the seed model. Leave "
-            "it out"
+            "layer_replication duplicates layers, so training does not start from the seed model. Leave it out"
         )
     if len(active) > 1:
         raise ValueError(
-            f"the adapters {', '.join(active)} are active at once, and one is saved as the judge. Activate the one to "
-            "train, with model.set_adapter(name), and merge the others before"
+            f"the adapters {', '.join(active)} are active at once, but only one can be saved as the judge. Merge the "
+            "others, then activate the one to train with model.set_adapter(name)"
         )
     if active and not any(weight.requires_grad for weight in model.parameters()):
         raise ValueError(
-            f"no weight of the adapter {active[0]} is trainable. Load it with is_trainable=True, or activate it with "
+            f"no trainable weights in the adapter {active[0]} . Load it with is_trainable=True, or activate it with "
             "model.set_adapter(name)"
         )
     if not isinstance(model, PeftModel):
@@ -65,8 +65,8 @@ def check_adapters(model: Any, peft_config: PeftConfig | None) -> None:
         changed = next((change for change in [getattr(model, _MARK, None), *left] if change), None)
         if changed is not None:
             raise ValueError(
-                f"this model was trained on before, with {changed}, and is no longer the seed model. Load the seed "
-                "model again, or give its directory or id"
+                f"this model was already changed by training with {changed}, so it is no longer the seed model. Load "
+                "the seed model again, or give its directory or hub id"
             )
 
 
@@ -83,8 +83,8 @@ def _check_head(model: Any) -> None:
     head = model.get_base_model().get_output_embeddings() if isinstance(model, PeftModel) else None
     if head is not None and not hasattr(head, "bias"):
         raise ValueError(
-            "trainable_token_indices on embeddings that are tied to the output head: TRL's loss cannot read that head. "
-            "Leave trainable_token_indices out, or put the embeddings into target_modules"
+            "trainable_token_indices does not work with embeddings that are tied to the output head, because TRL's "
+            "loss cannot read such a head. Leave trainable_token_indices out, or put the embeddings into target_modules"
         )
 
 

@@ -28,11 +28,13 @@ def check_arguments(
         FileNotFoundError: The model is a path that leads nowhere.
     """
     if compute_loss_func is not None:
-        raise ValueError("compute_loss_func: TRACTTrainer computes the CoT-RAFT loss itself. Leave it out")
+        raise ValueError(
+            "compute_loss_func is not supported: TRACTTrainer computes the CoT-RAFT loss itself. Leave it out"
+        )
     if formatting_func is not None:
         raise ValueError(
-            "formatting_func makes one text of a row, but TRACT needs prompt and completion apart. Leave it out, "
-            "and make rows with `prompt` and `completion` beforehand: dataset.map(...)"
+            "formatting_func joins a row into one text, but TRACT needs prompt and completion separately. Leave it "
+            "out, and build the columns `prompt` and `completion` with dataset.map(...)"
         )
     check_adapters(model, peft_config)
     if isinstance(model, str):

@@ -50,9 +50,9 @@ class KeepsSecrets:
 
 @dataclass(repr=False)
 class TRACTConfig(KeepsSecrets, SFTConfig):
-    """Configuration of `TRACTTrainer`: everything in SFTConfig, and the fields below.
+    """Configuration of `TRACTTrainer`: all fields of SFTConfig, and the fields below.
 
-    `max_length` defaults to 3000, the paper's cutoff, where SFTConfig has 1024: judge prompts are long, and a row that
+    `max_length` defaults to 3000, as in the paper, instead of SFTConfig's 1024: judge prompts are long, and a row that
     is cut loses its score.
 
     Source of the defaults: Chiang et al. 2025 and its code, https://aclanthology.org/2025.acl-long.147
@@ -60,122 +60,121 @@ class TRACTConfig(KeepsSecrets, SFTConfig):
 
     max_length: int | None = option(
         3000,
-        "Tokens a row may have, prompt included. A row that would lose its score is refused, never cut "
-        "silently: see `invalid_rows`. None: no limit. The paper's cutoff is 3000.",
+        "Maximum number of tokens in a row, including the prompt. A row whose score would be cut off is refused, never "
+        "cut silently (see `invalid_rows`). None: no limit. The paper uses 3000.",
     )
     score_values: list[float] = option(
         list(DEFAULT_VALUES),
-        "The score grid, in rubric units, increasing. Any numbers: 1 to 5, half points, 0 to 100. A score "
-        "may be several tokens. Ranges may be written short: 0..100, or 0..10..0.5 in half points.",
+        "Score grid: the possible scores in rubric units, in increasing order. Any numbers work, such as 1 to 5, half "
+        "points or 0 to 100. A score may take several tokens. Ranges can be abbreviated: 0..100, or 0..10..0.5 for "
+        "half points.",
     )
     score_texts: list[str] | None = option(
         None,
-        "How the scores are written in the completions, in the order of `score_values`: letters or words. "
-        "None: as numbers.",
+        "Text of each score in the completions, in the order of `score_values`, if scores are written as letters or "
+        "words. None: numbers.",
     )
     score_marker: str = option(
-        DEFAULT_MARKER, "Text that stands before the score in every completion; it counts where a score follows it."
+        DEFAULT_MARKER, "Text that stands before the score in every completion. It counts only where a score follows."
     )
     aspects: dict[str, Any] | str | None = option(
         None,
-        "Where a completion has a score for each of several aspects: their names, each with its `marker`, "
-        "its `values` (1 to 5 by default), `texts` and `raft_weight`, in the order in which they are written. The "
-        "rows' `scores` then maps names to gold scores, and these markers and grids stand in for score_marker, "
-        "score_values and score_texts. On the command line as JSON. None: one score.",
+        "Aspects, if a completion has one score for each of several aspects: a mapping from each name to its `marker`, "
+        "`values` (1 to 5 by default), `texts` and `raft_weight`, in the order of the scores in the completion. The "
+        "column `scores` then maps names to gold scores. Replaces score_marker, score_values and score_texts. JSON on "
+        "the command line. None: one score per completion.",
     )
     raft_weight: float = option(
         1.0,
-        "Weight of the squared error on the expected score against the rationale's cross-entropy (lambda "
-        "of CoT-RAFT). Unitless; the error is in squared rubric units, so halving the score range quarters it. "
-        "0 trains on the rationale alone.",
+        "Weight of the squared error of the expected score, relative to the rationale's cross-entropy (lambda of "
+        "CoT-RAFT). Unitless. The error is in squared rubric units, so halving the score range quarters it. 0 trains "
+        "on the rationale only.",
     )
     rationale_weight: float = option(
         1.0,
-        "Weight of the cross-entropy of the completion, a mean over tokens in nats. 0 is RAFT without a "
-        "rationale: such a model can be asked for a score but no longer writes text.",
+        "Weight of the completion's cross-entropy, a mean over tokens in nats. 0 gives RAFT without a rationale: such "
+        "a model predicts scores but no longer writes text.",
     )
     score_in_ce: bool = option(
         False,
-        "Also take the cross-entropy on the score token, as the paper's formula does; the authors' code "
-        "does not. With `raft_weight=0` this is the ordinary cross-entropy judge.",
+        "Include the score token in the cross-entropy, as in the paper's formula; the authors' code does not. With "
+        "`raft_weight=0`, this is the ordinary cross-entropy judge.",
     )
     drop_rationale: bool = option(
         False,
-        "Leave the rationale out of every completion, so that the score is read straight after the prompt: "
-        "the paper's baselines without a rationale. The judge then writes none either.",
+        "Remove the rationale from every completion, so that the score directly follows the prompt, as in the paper's "
+        "baselines without rationales. The judge then writes no rationale either.",
     )
     normalize_grid: bool = option(
         False,
-        "Divide the expected score by the probability mass on the grid. The paper and its code do not: "
-        "mass off the grid then pulls the score to 0, which teaches the model to stay on the grid.",
+        "Divide the expected score by the probability mass on the grid. The paper and its code do not divide: mass off "
+        "the grid then pulls the score towards 0, which trains the model to stay on the grid.",
     )
     annotator_loss: str = option(
         "none",
-        "What else the score distribution is trained towards where `score` is a list with one score for "
-        "each annotator: `none`, their mean alone; `distribution` adds the cross-entropy to their histogram on the "
-        "grid, with `annotator_weight`.",
+        "Additional loss if `score` is a list with one score per annotator. `none`: train only on their mean. "
+        "`distribution`: add the cross-entropy with their histogram on the grid, weighted by `annotator_weight`.",
         choices=["none", "distribution"],
     )
     annotator_weight: float = option(
-        0.0, "Weight of `annotator_loss`, a mean over scores in nats. With 0 it is logged, not trained."
+        0.0, "Weight of `annotator_loss`, a mean over scores in nats. With 0, the loss is logged but not trained."
     )
     chat_template_kwargs: dict[str, Any] | str | None = option(
         None,
-        "Variables that the chat template is rendered with, at training and whenever the judge is used; a "
-        "row's own `chat_template_kwargs` go before them. On the command line as JSON. None: none.",
+        "Variables for the chat template, in training and whenever the judge is used. A row's own "
+        "`chat_template_kwargs` take precedence. JSON on the command line. None: no variables.",
     )
     thinking: str = option(
         "auto",
-        "What models that think are asked for: `off`, no thinking, by the chat template's own switch or an "
-        "empty block; `rationale`, the rationale stands inside the thinking block and the score behind it; `auto`, "
-        "`rationale` if half of the first 1,000 rows or more bring thinking (`<think>` or `reasoning_content`) and "
-        "the template has a place for it, otherwise `off`.",
+        "How to use the thinking block of a reasoning model. `off`: no thinking, by the chat template's own switch or "
+        "an empty block. `rationale`: the rationale stands inside the thinking block, and the score after it. `auto`: "
+        "`rationale` if at least half of the first 1,000 rows contain thinking (`<think>` or `reasoning_content`) and "
+        "the template supports it, otherwise `off`.",
         choices=["auto", "off", "rationale"],
     )
     template_date: str | None = option(
         None,
-        "What a chat template that asks for the date is told, as YYYY-MM-DD. It is saved, so that a judge "
-        "is asked every day as it was trained. None: the day of the training.",
+        "Date for chat templates that render one, as YYYY-MM-DD. It is saved, so that the judge sees the same date as "
+        "in training. None: the day of training.",
     )
     invalid_rows: str = option(
         "raise",
-        "What happens to rows whose score is missing, off the range, cut off by `max_length`, or "
-        "ambiguous: `raise` stops and names them; `drop` trains without them and says how many there were.",
+        "What to do with rows whose score is missing, out of range, cut off by `max_length` or ambiguous. `raise`: "
+        "stop and name them. `drop`: train without them and report their number.",
         choices=["raise", "drop"],
     )
     judge_eval_items: int = option(
         0,
-        "Held-out rows that the model in training judges at each evaluation, with rationales that it "
-        "writes itself: the log then has `eval_judge/rmse` and more, by which the best checkpoint can be chosen. "
-        "It takes as long as judging that many rows. `run`, and `train` without --eval_data, take them out of the "
-        "training rows, whole groups. 0: none.",
+        "Number of held-out rows to judge at each evaluation, with rationales that the model writes itself. Logs "
+        "`eval_judge/rmse` and other metrics, which can select the best checkpoint. Takes as long as judging that many "
+        "rows. `run`, and `train` without --eval_data, take whole groups of the training rows for this. 0: none.",
     )
     judge_eval_settings: dict[str, Any] | str | None = option(
         None,
-        "How they are judged, where that is not by default: arguments of CoTRAILJudge, and `batch_size`. "
-        "On the command line as JSON: '{\"max_new_tokens\": 256}'. None: the defaults; of a run, as it judges.",
+        "Settings for judging during training: arguments of CoTRAILJudge, and `batch_size`. JSON on the command line, "
+        "such as '{\"max_new_tokens\": 256}'. None: the defaults, or in a run, the run's own judge settings.",
     )
 
     share_prompts: bool | None = option(
         None,
-        "Compute what rows of a micro-batch begin alike with once for all of them: the same update, up to "
-        "rounding, for less time and memory where prompts are long and shared. Needs sdpa, eager or, on a GPU, "
-        "flex attention; others compute each row by itself and say so. None: in stage two of a run with "
-        "`num_generations` above 1, otherwise not.",
+        "Compute a prefix that several rows of a micro-batch share only once. The update is the same up to rounding, "
+        "and takes less time and memory if prompts are long and shared. Needs sdpa, eager or, on a GPU, flex "
+        "attention; with other kernels, each row is computed separately and a message says so. None: on in stage two "
+        "of a run with `num_generations` above 1, otherwise off.",
     )
     share_batches: str = option(
         "prompt",
-        "With `share_prompts`, what stands together in a micro-batch: `prompt`, the rows of one prompt, "
-        "such as its several rationales; `question`, also rows whose prompts begin alike, such as answers to one "
-        "question behind the same rubric; `none`, rows as `train_sampling_strategy` has them. Micro-batches come "
-        "in random order: an update of several of them (accumulation, ranks) mixes prompts.",
+        "With `share_prompts`, which rows form a micro-batch. `prompt`: rows with the same prompt, such as its several "
+        "rationales. `question`: also rows whose prompts share a prefix, such as answers to one question after the "
+        "same rubric. `none`: rows in the order of `train_sampling_strategy`. Micro-batches are shuffled, so an update "
+        "of several of them (accumulation, ranks) mixes prompts.",
         choices=["prompt", "question", "none"],
     )
 
     hub_private_repo: bool | None = option(
         True,
-        "With `push_to_hub`: whether a repository that is made for the model is private. None: what the "
-        "account has as its default, which may be public. A repository that exists stays as it is.",
+        "With `push_to_hub`: whether a newly created repository is private. None: the account's default, which may be "
+        "public. An existing repository keeps its visibility.",
     )
 
     def __post_init__(self) -> None:
@@ -200,14 +199,17 @@ class TRACTConfig(KeepsSecrets, SFTConfig):
         for name in ("raft_weight", "rationale_weight", "annotator_weight"):
             weight = getattr(self, name)
             if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-                raise ValueError(f"{name}={weight!r} must be a number that is 0 or greater")
+                raise ValueError(f"{name}={weight!r} must be a number, 0 or greater")
         if self.raft_weight == self.rationale_weight == self.annotator_weight == 0:
-            raise ValueError("raft_weight and rationale_weight are both 0, which leaves nothing to train on")
+            raise ValueError(
+                "raft_weight and rationale_weight are both 0, so there is no loss to train on. Set one of them above 0"
+            )
         if self.annotator_loss not in ("none", "distribution"):
             raise ValueError(f"annotator_loss={self.annotator_loss!r} is unknown: choose 'none' or 'distribution'")
         if self.annotator_loss == "none" and self.annotator_weight:
             raise ValueError(
-                f"annotator_weight={self.annotator_weight:g} weighs nothing: set annotator_loss='distribution' as well"
+                f"annotator_weight={self.annotator_weight:g} has no effect without annotator_loss. Set "
+                "annotator_loss='distribution' as well"
             )
         settings = self.template_settings
         self.chat_template_kwargs = dict(settings.chat_template_kwargs) or None
@@ -217,36 +219,36 @@ class TRACTConfig(KeepsSecrets, SFTConfig):
             raise ValueError(f"judge_eval_items={self.judge_eval_items} must be 0 (none) or more")
         if self.judge_eval_items and self.eval_strategy == "no":
             raise ValueError(
-                f"judge_eval_items={self.judge_eval_items} rows are judged at each evaluation, and there is none: set "
-                "eval_strategy='epoch', or eval_strategy='steps' and eval_steps"
+                f"judge_eval_items={self.judge_eval_items} rows are judged at each evaluation, but evaluation is off. "
+                "Set eval_strategy='epoch', or eval_strategy='steps' and eval_steps"
             )
         if self.invalid_rows not in ("raise", "drop"):
             raise ValueError(f"invalid_rows={self.invalid_rows!r} is unknown: choose 'raise' or 'drop'")
         if self.assistant_only_loss:
             raise ValueError(
-                "assistant_only_loss=True: TRACT always trains on the completion (the last assistant turn) alone. "
-                "Leave it out"
+                "assistant_only_loss=True is not supported: TRACT always trains only on the completion (the last "
+                "assistant turn). Leave it out"
             )
         if self.truncation_mode != "keep_start":
             raise ValueError(
-                f"truncation_mode={self.truncation_mode!r} would cut the rubric off. Rows that do not fit are refused: "
-                "leave it out, and set max_length or invalid_rows"
+                f"truncation_mode={self.truncation_mode!r} would cut off the rubric. Leave it out, and set max_length "
+                "or invalid_rows for rows that are too long"
             )
         if self.share_batches not in ("prompt", "question", "none"):
             raise ValueError(f"share_batches={self.share_batches!r} is unknown: choose 'prompt', 'question' or 'none'")
         if self.share_prompts and self.neftune_noise_alpha is not None:
             raise ValueError(
-                "share_prompts and neftune_noise_alpha: the noise depends on how long a sequence is, and rows that "
-                "share a beginning become one sequence. Leave one of them out"
+                "share_prompts and neftune_noise_alpha cannot be combined: the noise depends on the sequence length, "
+                "and rows with a shared prefix become one sequence. Use only one of the two"
             )
         if self.activation_offloading and not torch.accelerator.is_available():
             raise ValueError(
-                "activation_offloading=True moves activations from an accelerator to main memory, and there is no "
+                "activation_offloading=True moves activations from an accelerator to main memory, but there is no "
                 "accelerator here. Leave it out"
             )
         if self.packing and self.packing_strategy != "bfd":
             raise ValueError(
-                f"packing_strategy={self.packing_strategy!r} may cut a row in two, and a score would lose its "
+                f"packing_strategy={self.packing_strategy!r} may cut a row in two, which separates a score from its "
                 "rationale. Use packing_strategy='bfd'"
             )
 
@@ -321,7 +323,7 @@ def read_settings(settings: Mapping[str, Any] | str | None) -> dict[str, Any] | 
     except ValueError as error:
         raise ValueError(f"judge_eval_settings is not JSON: {error}") from error
     if read is not None and not isinstance(read, Mapping):
-        raise ValueError(f"judge_eval_settings={settings!r} is not a mapping of a judge's arguments to values")
+        raise ValueError(f"judge_eval_settings={settings!r} is not a mapping from a judge's arguments to values")
     return dict(read) if read else None
 
 

@@ -61,8 +61,8 @@ class EarlyWarnings:
             said += self._once(
                 "learning rate",
                 f"learning_rate={self.args.learning_rate:g} is {times:.0f} times the {PAPER_LEARNING_RATE:g} that "
-                "TRACT's authors used for LoRA on 7B models. Small models take more, but if loss/score stops falling "
-                "or all scores come out alike, this is the first thing to lower",
+                "TRACT's authors used for LoRA on 7B models. Small models can take more. If loss/score stops falling "
+                "or all scores are the same, lower the learning rate first",
             )
         for watched in self._watched:
             span = watched.high - watched.low
@@ -70,9 +70,10 @@ class EarlyWarnings:
             if watched.raft_weight * heavier > MOST_WEIGHT:
                 said += self._once(
                     f"range{watched.suffix}",
-                    f"{watched.about}score_values span {span:g} rubric units, so at raft_weight="
-                    f"{watched.raft_weight:g} the squared error weighs {watched.raft_weight * heavier:.0f} times as "
-                    f"much against the rationale as on 1 to 5. raft_weight={1 / heavier:.2g} gives it the same weight",
+                    f"{watched.about}score_values span {span:g} rubric units, so at "
+                    f"raft_weight={watched.raft_weight:g} the squared error weighs {watched.raft_weight * heavier:.0f} "
+                    f"times as much as on a scale of 1 to 5, relative to the rationale. raft_weight={1 / heavier:.2g} "
+                    "gives it the same weight",
                 )
         return said
 
@@ -89,8 +90,8 @@ class EarlyWarnings:
             if mass < LEAST_GRID_MASS:
                 said += self._once(
                     f"grid mass{watched.suffix}",
-                    f"{watched.about}after {step} steps only {mass:.1e} of the probability at the score is on the "
-                    f"grid, so expected scores are near 0. {self._mass_cause()}",
+                    f"{watched.about}after {step} steps only {mass:.1e} of the probability at the score position is on "
+                    f"the grid, so expected scores are near 0. {self._mass_cause()}",
                 )
             width = watched.high - watched.low
             still = spread < LEAST_SPREAD * width and gold_spread > GOLD_SPREAD * width
@@ -98,28 +99,27 @@ class EarlyWarnings:
             if watched.still >= STILL_FOR:
                 said += self._once(
                     f"still{watched.suffix}",
-                    f"{watched.about}after {step} steps the expected score is {expected:.2f} for every row, while gold "
-                    f"scores differ. {self._still_cause()}",
+                    f"{watched.about}after {step} steps the expected score is {expected:.2f} for every row, although "
+                    f"gold scores differ. {self._still_cause()}",
                 )
         return said
 
     def _mass_cause(self) -> str:
         if self.args.normalize_grid and not self.args.score_in_ce:
-            return "normalize_grid=True leaves the mass untrained: set score_in_ce=True, or normalize_grid=False"
+            return (
+                "normalize_grid=True does not train the mass on the grid. Set score_in_ce=True, or normalize_grid=False"
+            )
         if self.args.raft_weight == 0 and not self.args.score_in_ce:
             return "With raft_weight=0 and score_in_ce=False nothing trains the score: set one of them"
-        return (
-            "Likely the learning rate is too low, or the model's chat template or tokenizer is not the one it was "
-            "trained with"
-        )
+        return "Probably the learning rate is too low, or the model was trained with another chat template or tokenizer"
 
     def _still_cause(self) -> str:
         if self.args.raft_weight == 0 and not self.args.score_in_ce:
             return "With raft_weight=0 and score_in_ce=False nothing trains the score: set one of them"
         return (
-            "Likely all its probability went to one score, where the squared error has no gradient: start again with "
-            "a lower learning_rate, or with score_in_ce=True. If it never moved at all, check that the trainable "
-            "parameters are the ones you meant"
+            "Probably all probability is on one score, where the squared error has no gradient. Start again with a "
+            "lower learning_rate, or with score_in_ce=True. If it never moved at all, check which parameters are "
+            "trainable"
         )
 
     def _once(self, what: str, message: str) -> list[str]:
@@ -172,28 +172,30 @@ class RolloutWarnings:
         if without > MOST_WITHOUT_SCORE:
             said += self._once(
                 "no score",
-                f"{without:.0%} of the rationales at step {step} have no score, because they never reach the marker: "
-                f"they earn {-self.penalty:g}, and nothing is learnt of scores. Raise max_completion_length, or train "
-                "with TRACT first, which teaches the marker",
+                f"{without:.0%} of the rationales at step {step} have no score, because they never reach the marker. "
+                f"Their reward is {-self.penalty:g}, and they do not train the scores. Raise max_completion_length, or "
+                "train with TRACT first, which teaches the marker",
             )
         if mass is not None and mass < 0.5:
             said += self._once(
                 "grid mass",
-                f"at step {step} only {mass:.0%} of the probability at the score is on the grid, so expected scores "
-                "are drawn to 0. Train with TRACT first, set gold_weight above 0, or lower the learning rate",
+                f"at step {step} only {mass:.0%} of the probability at the score position is on the grid, which pulls "
+                "expected scores towards 0. Train with TRACT first, set gold_weight above 0, or lower the learning "
+                "rate",
             )
         if length < min(self.first_length, max(LEAST_TOKENS, LEAST_SHARE * self.first_length)):
             said += self._once(
                 "length",
-                f"rationales shrink: {self.first_length:.0f} tokens at the start, {length:.1f} at step {step}. The "
-                "score does not need them. Lower the learning rate or set beta above 0, if you want to read rationales",
+                f"rationales are getting shorter: {self.first_length:.0f} tokens at the start, {length:.1f} at step "
+                f"{step}. The model can score without them. If you want rationales, lower the learning rate or set "
+                "beta above 0",
             )
         if entropy < LEAST_ENTROPY and (spread is None or spread < LEAST_SPREAD * self.width):
             said += self._once(
                 "alike",
-                f"at step {step} all rationales of a prompt are alike (entropy {entropy:.3f} nats a token), so their "
-                "advantages are 0 and the rationale is no longer trained. Lower the learning rate, or set entropy_coef "
-                "or beta above 0",
+                f"at step {step} all rationales of a prompt are nearly identical (entropy {entropy:.3f} nats per "
+                "token). Their advantages are 0, so the rationale is no longer trained. Lower the learning rate, or "
+                "set entropy_coef or beta above 0",
             )
         return said
 

@@ -31,26 +31,28 @@ _OF_TRAINING = {"backend", "score_values", "score_marker", "completion_format", 
 
 
 class JudgeEvalCallback(TrainerCallback):
-    """Judges held-out items at each evaluation, with rationales that the model in training writes itself.
+    """Judge held-out items at each evaluation, with rationales that the model in training writes itself.
 
-    `eval_score/...` are read behind the annotated rationales, and can be good where the finished judge is not. This
-    runs the judge itself on the model as it is then, and adds to the metrics of the evaluation:
+    `eval_score/...` metrics use the annotated rationales, and can be good although the finished judge is not. This
+    callback runs the judge with the current weights, and adds these metrics to the evaluation:
 
-    - `eval_judge/rmse`, `eval_judge/mae`: errors, rubric units;
-    - `eval_judge/pearson`: correlation; NaN where all scores are the same;
-    - `eval_judge/spread`: standard deviation of the scores over that of the gold scores; near 0, all are the same;
-    - `eval_judge/grid_mass`: mean probability on the grid;
-    - `eval_judge/failed`: share of the items without a score. From 0.2 on the others are NaN, so that a model that
-      seldom reaches a score is never the best one.
+    - `eval_judge/rmse`, `eval_judge/mae`: errors, in rubric units;
+    - `eval_judge/pearson`: correlation; NaN if all scores are the same;
+    - `eval_judge/spread`: standard deviation of the scores divided by that of the gold scores; near 0, all scores are
+      the same;
+    - `eval_judge/grid_mass`: mean probability mass on the grid;
+    - `eval_judge/failed`: fraction of items without a score. From 0.2 on, the other metrics are NaN, so that a model
+      that often fails to score is never selected as the best one.
 
-    With several aspects they have its name behind them: `eval_judge/rmse/tone`. `metric_for_best_model` takes them, and
-    so does transformers' `EarlyStoppingCallback`. Training itself is not changed by it, random numbers included.
+    With several aspects, the names end with the aspect: `eval_judge/rmse/tone`. You can use them in
+    `metric_for_best_model` and with transformers' `EarlyStoppingCallback`. The callback does not change training,
+    including its random numbers.
 
     Args:
-        items: Rows with `prompt` and gold scores, written like the training rows; what else they have is not read.
-            None: `num_items` rows of the trainer's evaluation set, evenly spaced.
-        num_items: How many rows of the evaluation set are judged.
-        batch_size: Rationales that are written at once; None: `per_device_eval_batch_size`.
+        items: Rows with `prompt` and gold scores, written like the training rows; other columns are ignored. None:
+            `num_items` rows of the trainer's evaluation set, evenly spaced.
+        num_items: Number of rows of the evaluation set to judge.
+        batch_size: Number of rationales generated at once. None: `per_device_eval_batch_size`.
         **settings: Arguments of `CoTRAILJudge`, such as `max_new_tokens` and `temperature`.
 
     Raises:
@@ -73,7 +75,7 @@ class JudgeEvalCallback(TrainerCallback):
             raise ValueError(f"num_items={num_items} must be 1 or more")
         known = inspect.signature(CoTRAILJudge).parameters.keys() - _OF_TRAINING
         if unknown := sorted(settings.keys() - known):
-            raise ValueError(f"{unknown[0]!r} is no setting of a judge. There are {', '.join(sorted(known))}")
+            raise ValueError(f"{unknown[0]!r} is not a judge setting. Settings: {', '.join(sorted(known))}")
         self.items = None if items is None else list(items)
         self.num_items, self.batch_size, self.settings = num_items, batch_size, settings
         self._read: dict[str | None, tuple[list[Row], np.ndarray[Any, np.dtype[np.float64]]]] = {}
@@ -84,17 +86,17 @@ class JudgeEvalCallback(TrainerCallback):
         self._read = {}
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError(
-                "judging in training needs whole weights on each device, and FSDP and DeepSpeed cut them up. Leave "
-                "JudgeEvalCallback and judge_eval_items out, and judge the checkpoints with trl-tract judge"
+                "judging during training needs the full weights on each device, but FSDP and DeepSpeed shard them. "
+                "Leave JudgeEvalCallback and judge_eval_items out, and judge the checkpoints with trl-tract judge"
             )
         if self.items is not None:
             if isinstance(eval_dataset, Mapping):
-                raise ValueError("items were given, and several evaluation sets: leave one of the two out")
+                raise ValueError("both items and several evaluation sets were given. Use only one of the two")
             self._read[None] = _read_items(enumerate(self.items), trainer, "items", drop=False)
         elif isinstance(eval_dataset, Mapping):
             self._read = {name: self._part_of(rows, trainer, name) for name, rows in eval_dataset.items()}
         elif eval_dataset is None:
-            raise ValueError("there is nothing to judge in training: give an eval_dataset, or items")
+            raise ValueError("there are no rows to judge during training. Give an eval_dataset, or items")
         else:
             self._read[None] = self._part_of(eval_dataset, trainer, "eval")
         self._judge(trainer)
@@ -136,8 +138,8 @@ class JudgeEvalCallback(TrainerCallback):
         of = f" of {dataset}" if dataset else ""
         logger.warning(
             f"{len(errors)} of {count} judged items{of} have no score ({times} of them: {reason}), so eval_judge/rmse "
-            "and its like are NaN: this evaluation makes no best checkpoint, and counts as none for early stopping. "
-            "Raise max_new_tokens in judge_eval_settings, or evaluate later (eval_delay)"
+            "and the other eval_judge metrics are NaN. This evaluation cannot select the best checkpoint or trigger "
+            "early stopping. Raise max_new_tokens in judge_eval_settings, or start evaluating later (eval_delay)"
         )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -145,7 +147,7 @@ class JudgeEvalCallback(TrainerCallback):
         metric = args.metric_for_best_model or ""
         if args.load_best_model_at_end and is_judged(metric) and state.best_model_checkpoint is None:
             logger.warning(
-                f"{metric} was NaN at every evaluation: the model is that of the last step, not the best one"
+                f"{metric} was NaN at every evaluation. The saved model is from the last step, not the best checkpoint"
             )
 
     def _part_of(self, rows: Any, trainer: Any, name: str) -> Any:
@@ -183,7 +185,7 @@ def check_metric(trainer: Any) -> None:
     metric = trainer.args.metric_for_best_model or ""
     if is_judged(metric) and not _callbacks(trainer):
         raise ValueError(
-            f"metric_for_best_model={metric!r} comes from judging held-out rows, and none are judged: set "
+            f"metric_for_best_model={metric!r} comes from judging held-out rows, but none are judged. Set "
             "judge_eval_items=64, or add a JudgeEvalCallback"
         )
 
@@ -205,10 +207,10 @@ def judged_now(trainer: Any, eval_dataset: Any, prefix: str) -> dict[str, float]
 
 
 _READ = (
-    "eval_score/... are read behind the annotated rationales of the evaluation rows. A judge writes its own, and can "
-    "do far worse"
+    "eval_score/... metrics use the annotated rationales of the evaluation rows. A judge writes its own rationales, "
+    "and its errors can be much larger"
 )
-_INSTEAD = ": judge_eval_items=64 judges that many rows at each evaluation, and logs eval_judge/..."
+_INSTEAD = ". judge_eval_items=64 judges 64 rows at each evaluation and logs eval_judge/... metrics"
 
 
 def _callbacks(trainer: Any) -> list[JudgeEvalCallback]:
@@ -226,23 +228,23 @@ def _read_items(
         number = row.get(ROW_NUMBER, place)
         try:
             if "input_ids" in row and "prompt" not in row:
-                raise ValueError("it is tokenised, and a judge needs its prompt: give JudgeEvalCallback items")
+                raise ValueError("it is tokenised, but a judge needs its prompt. Give items to JudgeEvalCallback")
             gold = mean_golds(row, trainer.scales)
             if gold is None:
                 raise ValueError("it has no gold score")
             item = as_prompt_completion(row)
         except (ScoreNotFoundError, ValueError) as error:
             if not drop:
-                raise ValueError(f"{where}, row {number} cannot be judged in training: {error}") from error
+                raise ValueError(f"{where}, row {number} cannot be judged during training: {error}") from error
             refused.append(str(error))
             continue
         asked.append({column: value for column, value in item.items() if column != "completion"})
         golds.append(gold)
     if not golds:
         reason = f": {refused[0]}" if refused else ""
-        raise ValueError(f"{where} has no row that can be judged in training{reason}")
+        raise ValueError(f"{where} has no row that can be judged during training{reason}")
     if refused:
-        logger.warning("%s: %d rows are not judged in training (first: %s)", where, len(refused), refused[0])
+        logger.warning("%s: %d rows are not judged during training (first: %s)", where, len(refused), refused[0])
     return asked, np.array(golds)
 
 

@@ -26,13 +26,13 @@ def neighbours() -> list[str]:
         trl = version("trl")
         if wanted is not None and not wanted.specifier.contains(trl, prereleases=True):
             lines.append(
-                f"{name} {found} is installed here and asks for trl{wanted.specifier}, but this is trl {trl}, which "
-                f"trl-tract needs: {name} will not work in this environment. Give each an environment of its own"
+                f"{name} {found} is installed here and requires trl{wanted.specifier}, but trl-tract requires the "
+                f"installed trl {trl}. {name} will not work in this environment. Use a separate environment for each"
             )
         elif name == "unsloth":
             lines.append(
-                f"unsloth {found} is installed here: it changes TRL's classes when it is imported. Do not import it in "
-                "a program that uses TRACTTrainer"
+                f"unsloth {found} is installed here. It changes TRL's classes when it is imported, so do not import it "
+                "in a program that uses TRACTTrainer"
             )
     return lines
 
@@ -68,8 +68,8 @@ def changed_class(kind: type) -> str | None:
         else:
             return None
     return (
-        f"{what} is not TRL's own: {found} changed it in this process, and what TRACTTrainer does then is untested. "
-        f"Train in a program that does not import {'unsloth' if 'unsloth' in found.lower() else found}"
+        f"{what} is not TRL's own: {found} changed it in this process, and TRACTTrainer is not tested with that. Train "
+        f"in a program that does not import {'unsloth' if 'unsloth' in found.lower() else found}"
     )
 
 

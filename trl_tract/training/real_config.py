@@ -15,7 +15,7 @@ from trl_tract.text.options import option
 from trl_tract.training.config import KeepsSecrets, TRACTConfig, field_values, greater_is_better
 
 _TRACT = {each.name: each for each in fields(TRACTConfig)}
-_SAVED = " None: as the model was trained with TRACT, by its tract_config.json; without one as in TRACTConfig."
+_SAVED = " None: the setting in the model's tract_config.json, or TRACTConfig's default if there is no such file."
 
 # What samples from another distribution than the loss knows of, or leaves parts of the gradient out.
 _TRUE_GRADIENT: dict[str, tuple[Any, ...]] = {
@@ -36,7 +36,7 @@ def _as_in_tract(name: str) -> dict[str, Any]:
 
 @dataclass(repr=False)
 class REALConfig(KeepsSecrets, GRPOConfig):
-    """Configuration of `REALTrainer`: everything in GRPOConfig, and the fields below.
+    """Configuration of `REALTrainer`: all fields of GRPOConfig, and the fields below.
 
     Source: https://arxiv.org/abs/2603.17145
     """
@@ -49,46 +49,45 @@ class REALConfig(KeepsSecrets, GRPOConfig):
     template_date: str | None = field(default=None, metadata=_as_in_tract("template_date"))
     direct_weight: float = option(
         1.0,
-        "Weight of the direct term: the gradient of the squared error through the score itself, beside the "
-        "policy term's, through the rationale. 1 is the gradient of the expected squared error; 0 trains the "
-        "rationale alone.",
+        "Weight of the direct term, the gradient of the squared error through the score. The policy term is the "
+        "gradient through the rationale. 1 gives the gradient of the expected squared error; 0 trains only the "
+        "rationale.",
     )
     gold_weight: float = option(
         0.0,
-        "Weight of the gold score's log-likelihood in reward and direct term, squared rubric units a nat. "
-        "A gold score between two values of the grid counts for both. 0 leaves it out.",
+        "Weight of the gold score's log-likelihood in the reward and the direct term, in squared rubric units per nat. "
+        "A gold score between two grid values counts for both. 0 leaves it out.",
     )
     advantages: str = option(
         "unbiased",
-        "How rewards become advantages: `unbiased`, minus the mean of the other rewards of the group, so "
-        "that both terms together are the gradient of the expected squared error whatever loss_type is; "
-        "`normalised`, minus the group's mean, divided by its standard deviation and kept in [-1, 1], as in REAL. "
-        "It stands in for scale_rewards.",
+        "How to compute advantages from rewards. `unbiased`: subtract the mean of the group's other rewards; both "
+        "terms together are then the gradient of the expected squared error, whatever the loss_type. `normalised`: "
+        "subtract the group's mean, divide by its standard deviation and clip to [-1, 1], as in REAL. Replaces "
+        "scale_rewards.",
         choices=["unbiased", "normalised"],
     )
     no_score_penalty: float | None = option(
         None,
-        "Loss of a rationale behind which there is no score, because it never reached the marker, in "
-        "squared rubric units: it stands in for the squared error. Such rationales are counted in "
-        "`rationale/no_score`. None: the square of the score range, as for the worst score that there is.",
+        "Loss of a rationale without a score, because it never reached the marker, in squared rubric units. Replaces "
+        "the squared error. `rationale/no_score` counts such rationales. None: the square of the score range, the loss "
+        "of the worst possible score.",
     )
     share_prompts: bool = option(
         False,
-        "Compute the prompt of a group's rationales once in both forward passes: the same update, up to "
-        "rounding, for less time and memory where prompts are long. A micro-batch then holds whole groups where "
-        "per_device_train_batch_size is a multiple of num_generations. Needs sdpa, eager or, on a GPU, flex "
-        "attention.",
+        "Compute the prompt of a group's rationales only once in both forward passes. The update is the same up to "
+        "rounding, and takes less time and memory if prompts are long. A micro-batch holds whole groups if "
+        "per_device_train_batch_size is a multiple of num_generations. Needs sdpa, eager or, on a GPU, flex attention.",
     )
     invalid_rows: str = option(
         "raise",
-        "What happens to rows whose gold score or prompt is missing, off the range or unreadable: `raise` "
-        "stops and names them; `drop` trains without them and says how many there were.",
+        "What to do with rows whose gold score or prompt is missing, out of range or unreadable. `raise`: stop and "
+        "name them. `drop`: train without them and report their number.",
         choices=["raise", "drop"],
     )
     disable_dropout: bool = option(
         True,
-        "Turn dropout off. With dropout, the model that is trained is not the one that wrote the rationale "
-        "and gave its reward.",
+        "Turn dropout off. With dropout, the trained model differs from the one that wrote the rationale and computed "
+        "its reward.",
     )
     hub_private_repo: bool | None = field(default=True, metadata=dict(_TRACT["hub_private_repo"].metadata))
 
@@ -108,7 +107,7 @@ class REALConfig(KeepsSecrets, GRPOConfig):
         for name in ("direct_weight", "gold_weight", "no_score_penalty"):
             weight = getattr(self, name)
             if weight is not None and (not isinstance(weight, int | float) or not 0 <= weight < float("inf")):
-                raise ValueError(f"{name}={weight!r} must be a number that is 0 or greater")
+                raise ValueError(f"{name}={weight!r} must be a number, 0 or greater")
         if self.advantages not in ("unbiased", "normalised"):
             raise ValueError(f"advantages={self.advantages!r} is unknown: choose 'unbiased' or 'normalised'")
         if self.invalid_rows not in ("raise", "drop"):
@@ -127,8 +126,8 @@ class REALConfig(KeepsSecrets, GRPOConfig):
     def _check_sampling(self) -> None:
         if self.mask_truncated_completions:
             raise ValueError(
-                "mask_truncated_completions=True masks whatever does not end its turn, and a rationale ends at its "
-                "marker. Leave it out: rationales that never reach the marker earn no_score_penalty"
+                "mask_truncated_completions=True would mask every rationale, because a rationale ends at its marker "
+                "and not with its turn. Leave it out: rationales that never reach the marker get no_score_penalty"
             )
         if self.use_transformers_continuous_batching:
             raise ValueError(
@@ -137,29 +136,28 @@ class REALConfig(KeepsSecrets, GRPOConfig):
             )
         if self.loss_type == "cispo" and (self.epsilon_high is None or self.epsilon_high < 1):
             raise ValueError(
-                f"loss_type='cispo' cuts ratios at epsilon_high={self.epsilon_high or self.epsilon}, below the 1 of a "
-                "model that has not changed, so that its policy term is too small for the direct term. Set "
-                "epsilon_high to 1 or more, 5 in its paper"
+                f"loss_type='cispo' clips ratios at epsilon_high={self.epsilon_high or self.epsilon}, below the ratio "
+                "1 of an unchanged model, so the policy term would be too small for the direct term. Set epsilon_high "
+                "to 1 or more; its paper uses 5"
             )
         if self.advantages == "normalised":
             return
         for name, allowed in _TRUE_GRADIENT.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"advantages='unbiased' is the gradient of the expected squared error, and with "
-                    f"{name}={getattr(self, name)} nothing is: leave {name} at {allowed[0]}, or set "
-                    "advantages='normalised'"
+                    "advantages='unbiased' gives the gradient of the expected squared error, but not with "
+                    f"{name}={getattr(self, name)}. Leave {name} at {allowed[0]}, or set advantages='normalised'"
                 )
         if self.loss_type == "vespo":
             raise ValueError(
-                "loss_type='vespo' weighs rationales in a way of its own, and advantages='unbiased' would not be the "
-                "gradient of anything: take another loss_type, or advantages='normalised'"
+                "loss_type='vespo' has its own weights for rationales, so advantages='unbiased' would not give a "
+                "gradient. Use another loss_type, or advantages='normalised'"
             )
         if self.gradient_accumulation_steps % self.steps_per_generation:
             raise ValueError(
-                f"steps_per_generation={self.steps_per_generation} with gradient_accumulation_steps="
-                f"{self.gradient_accumulation_steps} trains on rewards of a model before the present one. With "
-                "advantages='unbiased' give both the same value; 'normalised' takes any"
+                f"steps_per_generation={self.steps_per_generation} with "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} trains on rewards of an older model. "
+                "With advantages='unbiased', give both the same value; 'normalised' accepts any values"
             )
 
     @property

@@ -43,21 +43,21 @@ def squared_error(*args: Any, **kwargs: Any) -> list[float]:
 
 
 class REALTrainer(KeepsJudge, GRPOTrainer):
-    """GRPOTrainer whose reward is the judge's own squared error, with the gradient of both ways that it depends on.
+    """GRPOTrainer whose reward is the judge's own squared error, with the gradient through both rationale and score.
 
-        minimise  E over rationales s of  (expected score behind s - gold)^2 - gold_weight * log p(gold | s)
+        minimise  E over rationales s of  (expected score after s - gold)^2 - gold_weight * log p(gold | s)
 
-    The policy term moves the rationale's tokens, as in GRPO; the direct term moves the score behind it. One forward
+    The policy term trains the rationale's tokens, as in GRPO; the direct term trains the score after it. One forward
     pass with gradient serves both, and one without gradient gives the rewards.
 
     Args:
-        model: A judge that TRACTTrainer saved, of which grid, marker and template settings are read, or any causal
-            language model: directory, hub id or loaded. An adapter is trained on.
+        model: A judge saved by TRACTTrainer, whose grid, marker and template settings are used, or any causal language
+            model: directory, hub id or loaded model. An existing adapter is trained further.
         args: REALConfig.
-        train_dataset: Rows of `prompt`, text or chat messages, and `score`, a number within the grid's range or a list
-            with one for each annotator.
+        train_dataset: Rows with `prompt` (text or chat messages) and `score` (a number within the grid's range, or a
+            list with one for each annotator).
         eval_dataset: Likewise, or a dict of datasets. `num_generations_eval` rationales are written for each row.
-        processing_class: Tokenizer; it must be a fast one. None: the model's own.
+        processing_class: Fast tokenizer. None: the model's own.
         **kwargs: `callbacks`, `optimizers`, `quantization_config` and `peft_config` of GRPOTrainer.
 
     Raises:
@@ -86,11 +86,11 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
     ) -> None:
         unknown = set(kwargs) - {"callbacks", "optimizers", "quantization_config", "peft_config"}
         if train_dataset is None and not unknown:
-            raise ValueError("train_dataset is missing: rows of `prompt` and `score`")
+            raise ValueError("train_dataset is missing. Pass rows with `prompt` and `score`")
         if unknown:
             raise ValueError(
-                f"{min(unknown)}: REALTrainer's reward is the judge's own error, behind one rationale a turn. Leave it "
-                "out"
+                f"{min(unknown)} is not supported: REALTrainer's reward is the judge's own error, after one rationale "
+                "per turn. Leave it out"
             )
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
         args = REALConfig.from_args(args, name.rstrip("/").split("/")[-1] or "model")
@@ -162,7 +162,7 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
         if grid.paths:
             self._warn([several_tokens(grid.trie, refusal)])
         if share and refusal is not None:
-            self._warn([f"share_prompts: {refusal}, so each rationale's prompt is computed by itself"])
+            self._warn([f"share_prompts has no effect: {refusal}. Each rationale's prompt is computed separately"])
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -321,7 +321,7 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
     def _gold(self, row: Mapping[str, Any]) -> float:
         golds = mean_golds(row, [self.scale])
         if golds is None:
-            raise ValueError("a row of the stream has no `score`: give every row one")
+            raise ValueError("a row of the stream has no `score`. Give every row a gold score")
         return golds[0]
 
     # The loss: TRL's own policy term, and the direct term from the same forward pass.

@@ -143,10 +143,15 @@ def _score_terms(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
     weights = {name: score_weight(variance, facts.spans[name]) for name, variance in facts.variances.items()}
     squared = Setting("training", "raft_weight", weights.get("", weights), "1 / variance of the gold scores")
     if given.get("annotator_loss") == "none":
-        return [squared, Setting("training", "score_in_ce", True, "the squared error alone can lose its gradient")]
+        return [
+            squared,
+            Setting("training", "score_in_ce", True, "without it, the squared error can lose its gradient"),
+        ]
     return [
         squared,
-        Setting("training", "annotator_loss", "distribution", "cross-entropy of the score: its gradient stays"),
+        Setting(
+            "training", "annotator_loss", "distribution", "cross-entropy of the score, whose gradient does not vanish"
+        ),
         Setting("training", "annotator_weight", 1.0, "a mean over scores, nats"),
     ]
 
@@ -160,20 +165,20 @@ def _adapter(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
     if needed > 0.9 * facts.device.memory:
         raise ValueError(
             f"a model of {facts.parameters / 1e9:.1f}B parameters needs {needed / _GB:.0f} GB for its weights alone, "
-            f"and {facts.device.kind} has {facts.device.memory / _GB:.0f} GB. Choose a smaller model, or "
-            "objective='paper' and settings of your own"
+            f"but {facts.device.kind} has {facts.device.memory / _GB:.0f} GB. Choose a smaller model, or set "
+            "objective='paper' and your own settings"
         )
     if not given.get("use_peft", True):
         return []
     lora = [
-        Setting("model_args", "use_peft", True, "few rows: a low-rank adapter, not all weights"),
+        Setting("model_args", "use_peft", True, "few rows: a low-rank adapter instead of all weights"),
         Setting("model_args", "lora_r", 16, "rank of the adapter"),
         Setting("model_args", "lora_alpha", 2 * int(given.get("lora_r", 16)), "twice the rank"),
         Setting("model_args", "lora_target_modules", "all-linear", "all layers"),
     ]
     if quantised:
         lora.append(
-            Setting("model_args", "load_in_4bit", True, "16-bit weights would take more than half of the memory")
+            Setting("model_args", "load_in_4bit", True, "16-bit weights would need more than half of the memory")
         )
     return lora
 
@@ -193,10 +198,10 @@ def _schedule(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
             "training",
             "learning_rate",
             _rounded(rate / 10 if full else rate),
-            "for LoRA on a model of this size" if not full else "a tenth of LoRA's",
+            "for LoRA on a model of this size" if not full else "a tenth of the rate for LoRA",
         ),
-        Setting("training", "lr_scheduler_type", "cosine", "down to 0 at the end"),
-        Setting("training", "warmup_steps", 0.1, "part of the updates over which it rises"),
+        Setting("training", "lr_scheduler_type", "cosine", "decays to 0"),
+        Setting("training", "warmup_steps", 0.1, "fraction of the updates in which it rises"),
     ]
     if not given.keys() & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
         found += [
@@ -204,7 +209,7 @@ def _schedule(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
                 "training",
                 "per_device_train_batch_size",
                 on_device,
-                f"{together} rows an update: few rows, many updates",
+                f"{together} rows per update: few rows, so small updates",
             ),
             Setting("training", "gradient_accumulation_steps", accumulated, ""),
         ]
@@ -225,8 +230,8 @@ def _numbers(facts: Facts) -> list[Setting]:
     small = facts.parameters < 1e9 and facts.longest <= 2 * BATCH_TOKENS
     return [
         Setting("training", "bf16", fast, "faster here" if fast else "float32 is faster here"),
-        Setting("model_args", "dtype", "bfloat16" if fast else "float32", "the weights that are not trained"),
-        Setting("training", "gradient_checkpointing", not small, "memory is not short" if small else "saves memory"),
+        Setting("model_args", "dtype", "bfloat16" if fast else "float32", "frozen weights"),
+        Setting("training", "gradient_checkpointing", not small, "there is enough memory" if small else "saves memory"),
         Setting("generation", "max_new_tokens", min(max(2 * facts.rationale, 64), 1024), "twice the longest rationale"),
     ]
 
@@ -247,4 +252,4 @@ def tell(recipe: Mapping[str, Any]) -> list[str]:
     shown = {name: f"{name} {_shown(value)}" for name, value in settings.items()}
     width = max((len(each) for each in shown.values()), default=0) + 2
     lines = [f"  {each.ljust(width)}{recipe['why'][name]}".rstrip() for name, each in shown.items()]
-    return [f"Settings for {recipe['derived_from']} (each can be set):", *lines]
+    return [f"Settings derived for {recipe['derived_from']} (you can set each yourself):", *lines]

@@ -55,15 +55,15 @@ def checkpoint_of(
         return None
     last = last_complete_checkpoint(args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
     if last is None:
-        raise ValueError(f"no complete checkpoint in {args.output_dir}: train without resuming")
+        raise ValueError(f"no complete checkpoint in {args.output_dir}. Start without resume_from_checkpoint")
     found = Path(last)
     then, now = _objective_of(found), json.loads(json.dumps(_objective(args, judge_config, adapter)))
     changed = [name for name, value in then.items() if value != now.get(name)]
     if changed:
         values = "; ".join(f"{name} was {_shown(then[name])} and is {_shown(now.get(name))}" for name in changed)
         raise ValueError(
-            f"{found} was trained with other settings: {values}. Set them as they were to continue from it, or train "
-            "into another output_dir"
+            f"{found} was trained with other settings: {values}. Restore them to continue from it, or use another "
+            "output_dir"
         )
     return str(found)
 

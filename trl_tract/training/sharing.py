@@ -132,16 +132,16 @@ def savings(rows: Dataset, order: Sequence[int], batch_size: int, attention: flo
 def sharing_warnings(refusal: str | None, adapter: PeftConfig | None, args: TRACTConfig) -> list[str]:
     """What users of `share_prompts` have to know: that this model cannot, or what differs from separate rows."""
     if refusal is not None:
-        return [f"share_prompts: {refusal}, so each row is computed by itself. The result is the same"]
+        return [f"share_prompts has no effect: {refusal}. Each row is computed separately, with the same result"]
     if args.train_batch_size == 1 and not args.packing:
         return [
-            "share_prompts: micro-batches of one row share nothing. Raise per_device_train_batch_size, and lower "
-            "gradient_accumulation_steps by as much"
+            "share_prompts has no effect with micro-batches of one row. Raise per_device_train_batch_size, and lower "
+            "gradient_accumulation_steps by the same factor"
         ]
     dropout = getattr(adapter, "lora_dropout", 0.0)
     if dropout:
         return [
-            f"share_prompts: lora_dropout={dropout:g} draws once for a beginning that several rows share, where "
-            "separate rows would each draw for themselves. Updates are the same on average"
+            f"share_prompts: with lora_dropout={dropout:g}, rows with a shared prefix also share its dropout mask. "
+            "Updates are the same on average"
         ]
     return []

@@ -41,8 +41,8 @@ def check_start(model: Any, name: str, args: REALConfig, peft_config: PeftConfig
     # Of an adapter, the reference is its base, or a copy of it.
     if args.beta and not name and peft_config is None and not isinstance(model, PeftModel):
         raise ValueError(
-            f"beta={args.beta:g} compares with a reference model, which is loaded from where the model came from, and "
-            "this one was made in memory. Save it and give its directory, or leave beta out"
+            f"beta={args.beta:g} needs a reference model, which is loaded from the model's directory, but this model "
+            "exists only in memory. Save it and give its directory, or leave beta out"
         )
 
 
@@ -85,12 +85,12 @@ def find_judge(
         if len(saved.scales) > 1:
             names = ", ".join(scale.name for scale in saved.scales)
             raise ValueError(
-                f"{model_id} scores the aspects {names}, each behind a rationale of its own, and the reinforcement "
-                "stage trains judges of one score. Train a judge for the aspect that matters"
+                f"{model_id} scores the aspects {names}, each with its own rationale, but REALTrainer supports judges "
+                "with one score only. Train a judge for one aspect"
             )
         if not saved.writes_rationale:
             raise ValueError(
-                f"{model_id} gives its scores without a rationale (drop_rationale), so there is nothing to reinforce"
+                f"{model_id} gives scores without rationales (drop_rationale), so there are no rationales to train"
             )
         _check_same(model_id, args, saved)
         return Template(tokenizer, saved.template), saved
@@ -109,7 +109,7 @@ def _saved(model_id: str, revision: str | None) -> JudgeConfig | None:
     except FileNotFoundError:
         if not Path(model_id).is_dir():
             logger.warning(
-                f"no {FILE_NAME} was found at {model_id}: grid, marker and template settings are those of REALConfig"
+                f"no {FILE_NAME} was found at {model_id}. Grid, marker and template settings are taken from REALConfig"
             )
         return None
 
@@ -129,20 +129,20 @@ def _check_same(model_id: str, args: REALConfig, saved: JudgeConfig) -> None:
         given = getattr(args, name)
         if given is not None and given != value:
             raise ValueError(
-                f"{name}={given!r}, but {model_id} was trained with {value!r}. Leave it out: it is read from "
+                f"{name}={given!r}, but {model_id} was trained with {value!r}. Leave it out; it is read from "
                 f"{FILE_NAME}"
             )
 
 
 def _resolved(template: Template, rows: _Rows, scales: tuple[Scale, ...]) -> tuple[Scale, ...]:
     """The scales with their tokens behind the first prompt that can be asked."""
-    problem: Exception = ValueError("there are no rows")
+    problem: Exception = ValueError("the dataset is empty")
     for row in itertools.islice(rows, _LOOKED_AT):
         try:
             return resolve_asked(template, row, scales)
         except (ScoreNotFoundError, KeyError, TypeError) as error:
             problem = error
-    raise ValueError(f"none of the first rows has a prompt that can be asked: {problem}")
+    raise ValueError(f"none of the first rows has a usable prompt: {problem}")
 
 
 def checked_rows(
@@ -171,8 +171,8 @@ def checked_rows(
     together = args.generation_batch_size // args.num_generations if dataset_name == "train" else 0
     if kept and len(kept) < together:
         raise ValueError(
-            f"{len(kept)} rows are left to train on, and an update takes {together}: lower "
-            "per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation, or raise num_generations"
+            f"{len(kept)} training rows are left, but an update takes {together}. Lower per_device_train_batch_size, "
+            "gradient_accumulation_steps or steps_per_generation, or raise num_generations"
         )
     if not refused:
         return rows
@@ -191,7 +191,7 @@ def _check_columns(rows: _Rows, dataset_name: str) -> None:
     columns = get_dataset_column_names(rows) or []
     if columns and not ({"prompt"} <= set(columns) and {"score", "completion"} & set(columns)):
         raise ValueError(
-            f"the {dataset_name} dataset has the columns {', '.join(sorted(columns))}: pass rows with `prompt` and "
+            f"the {dataset_name} dataset has the columns {', '.join(sorted(columns))}. Pass rows with `prompt` and "
             "`score`"
         )
 
@@ -235,7 +235,7 @@ def problem_of(
         return error.kind, str(error)
     if longest is not None and length > longest:
         return "too long", (
-            f"the prompt has {length:,} tokens, and the model's context window leaves {max(longest, 0):,} beside "
-            "max_completion_length"
+            f"the prompt has {length:,} tokens, but the model's context window has room for only {max(longest, 0):,} "
+            "besides max_completion_length"
         )
     return None

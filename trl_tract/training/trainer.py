@@ -50,26 +50,26 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
 
         loss = rationale_weight * sum(nll) / tokens + raft_weight * sum((expected - gold)^2) / scores
 
-    Both counts run over the whole accumulated batch on all ranks, so batch size, accumulation and world size do not
-    change the update. The cross-entropy is TRL's own; one forward pass serves both terms. A mixture of experts
-    keeps its load-balancing term whole, whatever the weights.
+    Both counts are over the whole accumulated batch on all ranks, so batch size, accumulation and world size do not
+    change the update. The cross-entropy is TRL's own; one forward pass serves both terms. The load-balancing loss of
+    mixture-of-experts models is not scaled by the weights.
 
     Args:
-        model: Model id, directory, or loaded model, as for SFTTrainer.
-        args: TRACTConfig; a plain SFTConfig or TrainingArguments is taken over field by field.
-        data_collator: Has to pass `score_labels` on; leave it out for the default.
-        train_dataset: Rows of `prompt`, `completion` and, if it is not the one in the completion, `score` (a list has
-            one score for each annotator); or `messages`, the last assistant turn being the completion. With
-            `TRACTConfig.aspects` they have `scores`, a mapping of aspects to gold scores. Or tokenised: `input_ids`,
-            `labels`, `score_labels` and, with aspects, `score_aspects`.
-        eval_dataset: Likewise, or a dict of datasets. `evaluate` reads the scores behind their annotated rationales; a
-            judge writes its own, and can do far worse: `trl-tract judge` tells.
-        processing_class: Tokenizer; it must be a fast one.
+        model: Hub id, directory or loaded model, as for SFTTrainer.
+        args: TRACTConfig. A plain SFTConfig or TrainingArguments is converted field by field.
+        data_collator: A collator that keeps `score_labels`. Leave it out for the default.
+        train_dataset: Rows with `prompt`, `completion` and, if it differs from the one in the completion, `score` (a
+            list has one score for each annotator); or rows with `messages`, whose last assistant turn is the
+            completion. With `TRACTConfig.aspects`, rows have `scores`, a mapping of aspects to gold scores. Or
+            tokenised rows: `input_ids`, `labels`, `score_labels` and, with aspects, `score_aspects`.
+        eval_dataset: Like `train_dataset`, or a dict of datasets. `evaluate` uses the annotated rationales. A judge
+            writes its own, and its errors can be much larger; measure them with `trl-tract judge`.
+        processing_class: Fast tokenizer.
         **kwargs: Every other argument of SFTTrainer.
 
     Raises:
-        ValueError: Rows without a score that can be trained on (see `TRACTConfig.invalid_rows`), scores
-            whose tokens cannot be told apart, or an argument that TRACT cannot honour.
+        ValueError: Rows without a usable score (see `TRACTConfig.invalid_rows`), scores with the same tokens, or an
+            argument that TRACT does not support.
 
     Source: Chiang, Lee, Lukasik, ACL 2025, https://aclanthology.org/2025.acl-long.147
     """
@@ -99,7 +99,7 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
         args = TRACTConfig.from_args(args, model_name.rstrip("/").split("/")[-1])
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             raise ValueError(
-                "skip_prepare_dataset in dataset_kwargs skips the step that finds the scores. Leave it out"
+                "skip_prepare_dataset in dataset_kwargs would skip the step that finds the scores. Leave it out"
             )
         if train_dataset is not None:
             check_dataset(train_dataset, "train")
@@ -122,10 +122,12 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
         )
         mark_base(self.model)
         if self._is_vision_dataset:
-            raise ValueError("the rows hold images: TRACTTrainer trains only on text")
+            raise ValueError("the rows contain images, but TRACTTrainer trains only on text")
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError("context and sequence parallelism cut a rationale from its score: set both sizes to 1")
+            raise ValueError(
+                "context and sequence parallelism separate a rationale from its score. Set both sizes to 1"
+            )
         if data_collator is None:
             # SFTTrainer refuses a custom collator with padding-free batches, so its own is replaced afterwards.
             annotators = annotator_columns(self.scales) if args.annotator_loss != "none" else []
@@ -316,11 +318,11 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
         return {name: value for name, value in means.items() if not name.startswith(hidden)}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.
+        """Train. `resume_from_checkpoint=True` continues from the last complete checkpoint.
 
         Raises:
-            ValueError: There is none, or it was trained on other scores or with other weights of the loss; or the best
-                checkpoint is to be found by judging, and nothing is judged.
+            ValueError: There is no complete checkpoint, or it was trained with other scores or loss weights; or
+                `metric_for_best_model` needs judging, and nothing is judged.
         """
         check_metric(self)
         self._warn(self._early_warnings.at_start())
@@ -329,7 +331,7 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """As for Trainer: `eval_score/...` are read behind the annotated rationales, unlike `eval_judge/...`."""
+        """Evaluate as Trainer does. `eval_score/...` metrics use the annotated rationales, unlike `eval_judge/...`."""
         self._judged = judged_now(self, eval_dataset, metric_key_prefix)
         metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         return metrics
@@ -353,20 +355,20 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
     def predict(
         self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
-        """Expected scores of new rows, given their rationales.
+        """Predict expected scores of new rows, given their rationales.
 
         Args:
             test_dataset: Rows as for training, not packed.
             ignore_keys: As for Trainer.
-            metric_key_prefix: Put before the names of the metrics.
+            metric_key_prefix: Prefix of the metric names.
 
         Returns:
             `predictions`: expected scores in rubric units, in the rows' order, `(n,)`; `label_ids`: gold scores,
             `(n,)`; with several scales `(n, A)` both, in their order. `metrics`: as from `evaluate`.
 
         Raises:
-            ValueError: A row whose score cannot be found, whatever `invalid_rows` is: a prediction less would shift
-                the others.
+            ValueError: The score of a row cannot be found, regardless of `invalid_rows`: a missing prediction would
+                shift the others.
         """
         args = copy.copy(self.args)
         args.invalid_rows, args.shuffle_dataset = "raise", False
