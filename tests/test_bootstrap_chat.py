@@ -8,8 +8,10 @@ from datasets import Dataset
 from fake_server import FakeServer, cut, says
 
 from trl_tract import CoTBootstrap
-from trl_tract.backends import ChatBackend, make_author
+from trl_tract.backends import ChatBackend, Generation, Sampling, make_author
+from trl_tract.distill.authors import ChatAuthor, Draft
 from trl_tract.distill.bootstrap_summary import read_bootstrap_summary
+from trl_tract.scale.scale import read_scales
 
 
 def answering(text, reason="stop"):
@@ -58,6 +60,16 @@ def test_its_rows_can_be_trained_on(server, tmp_path):
     done = bootstrapped(server, tmp_path, row(4.0, chat), row(4.0, chat))
     trainer = make_trainer(tmp_path / "train", list(done), tokenizer=make_tokenizer())
     assert [label for label in trainer.train_dataset["score_labels"][0] if label == label] == [4.0]
+
+
+@pytest.mark.parametrize(
+    "ending", ["[RESULT] 4", "**[RESULT] 4**", "**[RESULT]:** 4", "[RESULT]: **4**", "## [RESULT]\n4"]
+)
+def test_markup_around_marker_and_score_is_no_part_of_a_rationale(ending):
+    author = ChatAuthor(None, read_scales({}), Sampling())
+    draft = Draft(0, {"prompt": [{"role": "user", "content": "a"}]}, None, [4.0], ["4"])
+    read = author._read(draft, Generation(f"It is **polite**.\n\n{ending}", "eos", 9), False)
+    assert (read.rationale, read.score, read.failure) == ("It is **polite**.", 4.0, None)
 
 
 def test_an_answer_without_marker_and_score_is_no_rationale(server, tmp_path):

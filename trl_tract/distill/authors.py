@@ -3,6 +3,7 @@
 Knows how each is asked; nothing of which rationales are kept.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ import numpy as np
 from trl_tract.backends import Backend, Generation, Sampling, Stop
 from trl_tract.backends.grid_scores import grid_probabilities
 from trl_tract.distill.asking import asked_row
-from trl_tract.distill.failures import before_score, rationale_failure, stated_score, whole_sentences
+from trl_tract.distill.failures import before_markup, before_score, rationale_failure, stated_score, whole_sentences
 from trl_tract.distill.leaks import gives_away
 from trl_tract.files.journal import seed_of
 from trl_tract.rows.frame import Frame
@@ -168,7 +169,7 @@ class ModelAuthor(Author):
             written = whole_sentences(written)
         text = read_rationale(frame, written)
         if not frame.closing:
-            text = self._placed(draft, before_score(text, scale.grid.texts))
+            text = self._placed(draft, before_score(before_markup(text), scale.grid.texts))
         thinks = frame.block is not None and not frame.closing and own_thinking(text, frame)[0] is not None
         failure = self._fault(answered(frame, text) if not frame.closing else text, draft, scale, shown)
         if failure is None and (thinks or not may_end(frame, written)):
@@ -242,6 +243,8 @@ class ChatAuthor(Author):
             text = text.partition(scale.marker)[0]
         else:
             try:
+                # Chat models write "**[RESULT]:** 4" and "[RESULT] **4**" whatever they are asked for.
+                text = re.sub(rf"({re.escape(scale.marker)})[\s:*_`]+", r"\1 ", text)
                 (span,) = locate_scores(text, [scale])
                 text, score = text[: span.marker_start], scale.grid.value_of(span.text)
             except ScoreNotFoundError as error:
@@ -249,7 +252,7 @@ class ChatAuthor(Author):
                 failure = "leak" if error.kind == "two scores" else failure
         if shown and generation.finish_reason == "length":
             text = whole_sentences(text)
-        text = self._placed(draft, text.rstrip())
+        text = self._placed(draft, before_markup(text))
         failure = failure or self._fault(text, draft, scale, shown)
         return Candidate(text, score, failure, generation.num_tokens)
 

@@ -93,6 +93,19 @@ def stated_score(texts: tuple[str, ...]) -> re.Pattern[str]:
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*(?=\s|$)|[。！？।۔؟…]|\n")
 
 
+_OPENED = re.compile(r"(?:(?<=\s)|^)[*_`#>]+\s*$")
+
+
+def before_markup(text: str) -> str:
+    """A rationale without the markup that its author opened for the marker behind it.
+
+    Example:
+        >>> before_markup("It is **polite**. **"), before_markup("It is **polite**")
+        ('It is **polite**.', 'It is **polite**')
+    """
+    return _OPENED.sub("", text).rstrip()
+
+
 def whole_sentences(text: str) -> str:
     """A text that was cut somewhere, up to the end of its last whole sentence; of its last word where it has none.
 
