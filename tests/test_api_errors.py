@@ -195,7 +195,7 @@ MISTAKES = {
         ValueError,
         "tolerance=-1 must be 0 or more",
     ),
-    "one price": (lambda _: CoTBootstrap(scripted(), prices=[1.0]), ValueError, "per million tokens read, and written"),
+    "one price": (lambda _: CoTBootstrap(scripted(), prices=[1.0]), ValueError, "prices per million input tokens"),
     "no rationale to keep": (lambda _: CoTBootstrap(scripted(), keep=0), ValueError, "keep=0 must be 1 or more"),
     "keep_gold for rows that have none": (
         lambda _: CoTBootstrap(scripted(), on_failure="keep_gold"),

@@ -126,7 +126,10 @@ class CoTBootstrap(RationaleRun):
         if tolerance is not None and not tolerance >= 0:
             raise ValueError(f"tolerance={tolerance} must be 0 or more")
         if prices is not None and (len(prices) != 2 or min(prices) < 0):
-            raise ValueError(f"prices={prices!r} must be two numbers: per million tokens read, and written")
+            raise ValueError(
+                f"prices={prices!r} must be two numbers: the prices per million input tokens and per "
+                "million output tokens"
+            )
         scales = given_scales(score_values, completion_format or CompletionFormat(score_marker), aspects)
         super().__init__(
             backend,
@@ -203,8 +206,8 @@ class CoTBootstrap(RationaleRun):
             self._lacking += self._is_asked(row)
         except ScoreNotFoundError as error:
             raise ValueError(
-                f"row {number} could not be trained on as it is: {error}. Correct its completion, or leave it out to "
-                "have a rationale written"
+                f"row {number} cannot be used for training: {error}. Fix its completion, or remove the completion so "
+                "that a rationale is written"
             ) from error
 
     def _is_asked(self, row: Row) -> bool:
@@ -297,7 +300,7 @@ class CoTBootstrap(RationaleRun):
             if not kept and self.on_failure == "raise":
                 reasons = ", ".join(f"{name} {count}" for name, count in failures.items())
                 raise RuntimeError(
-                    f"row {start + place}: none of {told.sampled[place]} rationales was kept ({reasons}). Raise "
+                    f"row {start + place}: none of {told.sampled[place]} rationales was accepted ({reasons}). Raise "
                     "num_generations, tolerance or max_new_tokens, or set on_failure to 'drop' or 'keep'"
                 )
             records.append(

@@ -53,9 +53,9 @@ def check_labels(dataset: Any) -> None:
     """
     if "score" in label_columns(dataset):
         raise ValueError(
-            "the column score is a ClassLabel: its numbers are places in a list of names, and no scores. Put the names "
-            'there: names = dataset.features["score"].names, scores = [names[place] for place in dataset["score"]], '
-            'dataset.remove_columns("score").add_column("score", scores)'
+            "the column score is a ClassLabel: its numbers are indices into a list of names, not scores. Replace them "
+            'with the names: names = dataset.features["score"].names, scores = [names[place] for place in '
+            'dataset["score"]], dataset.remove_columns("score").add_column("score", scores)'
         )
 
 
@@ -162,8 +162,8 @@ def _score(value: Any, grid: ScoreGrid) -> float:
             raise ScoreNotFoundError(
                 "ambiguous",
                 f"the score is {_shown(value)}, as text. Scores are written {some_scores(grid.texts)} and stand for "
-                f"{', '.join(f'{each:g}' for each in grid.values[:12])}: it could be either. Give numbers, in rubric "
-                "units (JSONL or Parquet), or leave the column out, where the completion has the score",
+                f"{', '.join(f'{each:g}' for each in grid.values[:12])}, so it is ambiguous. Give numbers in rubric "
+                "units (JSONL or Parquet), or leave the column out if the completion has the score",
             )
         if text in grid.texts:
             return grid.value_of(text)

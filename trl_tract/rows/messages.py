@@ -39,8 +39,8 @@ def no_spelled_messages(name: str, text: str) -> None:
     if _SPELLED.fullmatch(text):
         raise ScoreNotFoundError(
             "not text",
-            f"the {name} is the text of a list of chat messages, as a table writes it: give the list itself, in JSONL "
-            "or Parquet; or put words around it, if it is meant as text",
+            f"the {name} is a list of chat messages written as text, as in a CSV table. Give the list itself in JSONL "
+            "or Parquet. If it is meant as text, add words around it",
         )
 
 
@@ -63,7 +63,7 @@ def whole_characters(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ScoreNotFoundError("no Unicode", f"it holds half a character ({text[error.start]!r})") from error
+        raise ScoreNotFoundError("no Unicode", f"it contains half a character ({text[error.start]!r})") from error
 
 
 def turn(role: str, text: str, parts: bool) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def turn(role: str, text: str, parts: bool) -> dict[str, Any]:
 def marked(message: Any, control: re.Pattern[str], parts: bool) -> dict[str, Any]:
     """A message with its content as text, or as one part, and what spells control tokens set apart."""
     if not isinstance(message, Mapping) or "role" not in message:
-        raise ScoreNotFoundError("template", f"a chat message needs `role` and `content`, and one is {message!r}")
+        raise ScoreNotFoundError("template", f"a chat message needs `role` and `content`, but one is {message!r}")
 
     def mark(value: Any) -> Any:
         if isinstance(value, str):
