@@ -149,7 +149,7 @@ def _reached(graph: dict[str, set[str]], start: str) -> set[str]:
 
 def table() -> str:
     """Rooms from the top down, each with the first sentence of its docstring."""
-    lines = ["| level | room | what is in it |", "|---|---|---|"]
+    lines = ["| level | folder | what is in it |", "|---|---|---|"]
     for level in reversed(range(len(LEVELS))):
         for room in LEVELS[level]:
             file = next((f for f in (PACKAGE / room / "__init__.py", PACKAGE / f"{room}.py") if f.exists()), None)
