@@ -1,5 +1,6 @@
 """Adapters in training: each variant starts at the seed and loads as it was saved, or is refused before it trains."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,29 @@ def test_nothing_is_saved_through_a_link(tmp_path):
     assert {(tmp_path / name).read_text() for name in names} == {"mine"}
     assert not list((tmp_path / "elsewhere").iterdir())
     assert [path.name for path in out.iterdir() if path.is_symlink()] == ["notes"]
+
+
+def test_a_whole_model_in_the_directory_of_an_adapter_is_the_judge(tmp_path, seed):
+    old = get_peft_model(AutoModelForCausalLM.from_pretrained(seed), lora())
+    old.save_pretrained(tmp_path / "judge")
+    trainer = trained(tmp_path / "judge", make_model(seed=5))
+    trainer.save_model()
+    loaded = TransformersBackend(str(tmp_path / "judge")).model
+    torch.testing.assert_close(logits(loaded), logits(trainer.model), rtol=0, atol=1e-5)
+
+
+def test_what_was_fitted_to_an_earlier_judge_of_the_directory_is_not_the_new_ones(tmp_path):
+    files = [tmp_path / name for name in ("tract_calibration.json", "tract_prompt.json")]
+    for file in files:
+        file.write_text("{}")
+        os.utime(file, (1e9, 1e9))
+    trainer = trained(tmp_path, make_model(), max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    assert not any(file.exists() for file in files)
+    files[0].write_text("{}")
+    trainer.save_model()
+    assert files[0].exists()
 
 
 def test_several_adapters_at_once_are_refused(tmp_path):

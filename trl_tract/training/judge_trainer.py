@@ -1,5 +1,6 @@
 """What the trainers of judges have in common: what they save, and how they go on. Knows nothing of losses."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,14 @@ from accelerate.utils import is_peft_model
 from peft import PeftConfig
 from transformers.utils import logging
 
+from trl_tract.evaluation.recalibration import FILE_NAME as CALIBRATION_FILE
 from trl_tract.files.fingerprint import drop_links
 from trl_tract.rows.rendering import RenderedRow
 from trl_tract.rows.row import Row
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.saved.model_card import write_model_card
 from trl_tract.saved.training_rows import TrainingRows
+from trl_tract.sources.columns import FILE_NAME as PROMPT_FILE
 from trl_tract.training.adapters import only_the_trained_adapter
 from trl_tract.training.resuming import checkpoint_of, save_objective
 
@@ -33,6 +36,7 @@ class KeepsJudge:
     judge_config: JudgeConfig | None
     hub_model_id: str | None
     _given_rows: Any
+    _began = 0.0
     _tag_names: list[str]
 
     def _rendered(self, row: Row) -> RenderedRow:
@@ -42,6 +46,7 @@ class KeepsJudge:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end."""
         checkpoint = checkpoint_of(resume_from_checkpoint, self.args, self.judge_config, self._adapter)
+        self._began = time.time()
         return super().train(checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _warn(self, warnings: list[str]) -> None:
@@ -62,13 +67,25 @@ class KeepsJudge:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, and beside it `tract_config.json`, from which a judge reads grid and marker."""
+        folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
-            drop_links(Path(output_dir or self.args.output_dir), checkpoint=_internal_call and output_dir is not None)
+            drop_links(folder, checkpoint=_internal_call and output_dir is not None)
+            self._drop_what_is_of_another_judge(folder)
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
         if self.args.should_save and self.judge_config is not None:
             self.judge_config.save(output_dir or self.args.output_dir)
             if _internal_call and output_dir is not None:
                 save_objective(Path(output_dir), self.args, self.judge_config, self._adapter)
+
+    def _drop_what_is_of_another_judge(self, folder: Path) -> None:
+        """Delete what an earlier training left in a directory and loading would take for this judge's own."""
+        if not is_peft_model(self.model):
+            for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
+                (folder / name).unlink(missing_ok=True)
+        for name in (CALIBRATION_FILE, PROMPT_FILE):
+            file = folder / name
+            if file.is_file() and file.stat().st_mtime < self._began:
+                file.unlink()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with only_the_trained_adapter(self.model, Path(output_dir or self.args.output_dir)):
