@@ -124,7 +124,7 @@ def test_what_is_no_distribution_is_refused(probs, message):
 
 
 def test_gold_scores_are_needed_for_every_row():
-    with pytest.raises(ValueError, match="has to hold 2 finite gold scores"):
+    with pytest.raises(ValueError, match="must hold 2 finite gold scores"):
         reliability(np.eye(5)[:2], [1, math.nan], GRID)
 
 

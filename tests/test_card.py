@@ -186,7 +186,7 @@ def test_a_run_puts_both_stages_into_the_card(tmp_path):
     stage_one, stage_two = text.split("### Stage two", 1)
     assert "- `raft_weight`: 0.5" in stage_one.split("### Stage one", 1)[1]
     assert "- `raft_weight`: 1.0" in stage_two
-    assert "- Stage two: 10 rows, 90.0% of them with a rationale that the stage-one model wrote itself (9)" in text
+    assert "- Stage two: 10 rows, 90.0% of them with a rationale written by the stage-one model (9)" in text
     assert ModelCard.load(two).data.datasets == "someone/rows"
 
 

@@ -202,7 +202,7 @@ def test_a_run_with_three_accelerators_no_option_and_few_rows_goes_through(gpus,
     assert main(["run", *(word for name, value in given.items() for word in (f"--{name}", str(value)))]) == 0
     told = capsys.readouterr().out
     assert "3 processes on 3 of 3 accelerators" in told
-    assert "an update of 2 x 2 x 1 rows" in told
+    assert "each update has 2 x 2 x 1 rows" in told
     assert len(list(read_jsonl(tmp_path / "out" / "judged-tract" / "judgements.jsonl"))) == 6
 
 

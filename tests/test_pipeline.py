@@ -97,7 +97,7 @@ def test_a_run_ends_with_a_card_that_tells_of_both_stages_and_the_evaluation(fin
     assert "### Stage one" in card
     assert "- Annotated rows: 8, from `rows.jsonl`. Stage one was trained on them" in card
     # The random model never writes its marker, so each row kept its annotated rationale.
-    assert "- Stage two: 8 rows, 0.0% of them with a rationale that the stage-one model wrote itself (0)" in card
+    assert "- Stage two: 8 rows, 0.0% of them with a rationale written by the stage-one model (0)" in card
     assert "- Items without a score: 4 (no rationale reached" in card
     assert str(finished[0]) not in card
 
@@ -428,7 +428,7 @@ def test_two_judges_are_reported_on_and_compared(tmp_path, capsys):
     # Absolute errors: 0.2 of a, 1 + 1 + 1 + 1 + 1 of b, over 8 items.
     difference = printed.split(f"a: {a}")[1]
     assert difference.split("mae")[1].split()[0] == "-0.600"
-    assert "no intervals: 4 groups, and they need 5" in difference
+    assert "no intervals: 4 groups, but 5 are needed" in difference
 
 
 @pytest.mark.parametrize(

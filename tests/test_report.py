@@ -156,7 +156,7 @@ def test_printed_report_is_an_aligned_table():
     # The last column is always predicting the mean, 2.
     assert lines[6].split()[::4] == ["mae", "0.667"]
     assert len({len(line) for line in lines[1:9]}) == 1
-    assert lines[9] == "no intervals: 3 items, and they need 5"
+    assert lines[9] == "no intervals: 3 items, but 5 are needed"
     more = str(score_report([1, 2, 3, 4, 5], [1, 2, 3, 4, 4], n_bootstrap=20))
     assert more.splitlines()[-1] == "95 % intervals: 20 bootstrap resamples of 5 items, seed 0"
 

@@ -82,9 +82,13 @@ def test_unknown_columns_are_listed_beside_those_that_are_understood(tmp_path):
     [
         ("r.jsonl", "", "is empty"),
         ("r.jsonl", "\n", "holds no rows"),
-        ("r.json", '{"a": 1}', "holds a JSON dict; a list of objects"),
+        ("r.json", '{"a": 1}', "holds a JSON dict. Write a list of objects"),
         ("r.json", '{"a": 1}\n{"a": 2}', "not JSON.*JSONL"),
-        ("r.xlsx", "a,b", "not a supported file. Give one of .jsonl, .json, .csv, .tsv, .parquet"),
+        (
+            "r.xlsx",
+            "a,b",
+            "not a supported file. Give one uncompressed file of type .jsonl, .json, .csv, .tsv, .parquet",
+        ),
         (
             "r.jsonl",
             '{"prompt": "a", "completion": "no score"}',

@@ -189,7 +189,7 @@ def _read_json(path: Path) -> Iterator[Record | ValueError]:
         raise
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is not JSON: {error}. If the file has one object per line, rename it to .jsonl"
+            f"{path} is not JSON: {error}. If it is JSONL, with one object per line, rename it to .jsonl"
         ) from error
 
 
