@@ -9,7 +9,7 @@ from fake_server import FakeServer, cut, says
 
 from trl_tract import CoTBootstrap
 from trl_tract.backends import ChatBackend, Generation, Sampling, make_author
-from trl_tract.distill.authors import ChatAuthor, Draft
+from trl_tract.distill.authors import ChatAuthor, Draft, as_messages
 from trl_tract.distill.bootstrap_summary import read_bootstrap_summary
 from trl_tract.scale.scale import read_scales
 
@@ -70,6 +70,10 @@ def test_markup_around_marker_and_score_is_no_part_of_a_rationale(ending):
     draft = Draft(0, {"prompt": [{"role": "user", "content": "a"}]}, None, [4.0], ["4"])
     read = author._read(draft, Generation(f"It is **polite**.\n\n{ending}", "eos", 9), False)
     assert (read.rationale, read.score, read.failure) == ("It is **polite**.", 4.0, None)
+
+
+def test_a_turn_without_content_is_sent_as_an_empty_one():
+    assert as_messages([{"role": "assistant", "tool_calls": []}]) == [{"role": "assistant", "content": ""}]
 
 
 def test_an_answer_without_marker_and_score_is_no_rationale(server, tmp_path):

@@ -40,6 +40,12 @@ def test_a_cell_holds_a_number_or_one_for_each_annotator(cell, scores):
     assert read_golds({"score": cell, **WRITTEN}, ONE) == [scores]
 
 
+@pytest.mark.parametrize("end", [0.7, 4.3])
+def test_an_end_of_the_range_in_32_bits_is_that_end(end):
+    scales = read_scales({"score_values": [0.7, 2, 4.3]})
+    assert read_golds({"score": float(np.float32(end))}, scales) == [[end]]
+
+
 @pytest.mark.parametrize("cell", [None, "", " ", "nan", "NaN", "<NA>", float("nan"), np.datetime64("NaT")])
 def test_a_missing_score_is_read_off_the_completion(cell):
     assert read_golds({"score": cell, **WRITTEN}, ONE) == [[5.0]]

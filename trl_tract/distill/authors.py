@@ -270,4 +270,4 @@ def as_messages(prompt: Any) -> list[dict[str, Any]]:
     """A prompt as chat messages: a text is what the user says."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt.strip()}]
-    return [{"role": message["role"], "content": message["content"]} for message in prompt]
+    return [{"role": message["role"], "content": message.get("content") or ""} for message in prompt]

@@ -183,11 +183,13 @@ def _score(value: Any, grid: ScoreGrid) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise ScoreNotFoundError("not a number", f"the score is {_shown(value)}, not a finite number")
-    if not grid.in_range(number):
+    low, high = grid.values[0], grid.values[-1]
+    kept = min(max(number, low), high)
+    if abs(number - kept) > 1e-6 * (high - low):  # 4.3 of 32 bits is a little more than 4.3
         raise ScoreNotFoundError(
             "off the range", f"the score {number:g} is not between {grid.texts[0]} and {grid.texts[-1]}"
         )
-    return number
+    return kept
 
 
 def _json(text: str, what: str) -> Any:
