@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GenerationConfig,
     GPT2Config,
@@ -606,6 +607,20 @@ class TestLoading:
             assert not any("lora" in name for name, _ in merged.model.named_parameters())
             difference = merged.next_token_logprobs(prompts, [3, 4]) - apart.next_token_logprobs(prompts, [3, 4])
             assert np.abs(difference).max() < bound
+
+    def test_a_frozen_head_is_not_copied_for_each_row(self, adapted, tokenizer, prompts):
+        vocabulary, multiplied = adapted.config.vocab_size, []
+
+        class Products(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+                if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+                    multiplied.append(arguments[1].shape)
+                return function(*arguments, **(keywords or {}))
+
+        backend = TransformersBackend(adapted, tokenizer)
+        with Products():
+            backend.generate(prompts, max_new_tokens=2)
+        assert {len(shape) for shape in multiplied if shape[-1] == vocabulary} == {2}
 
     def test_an_adapter_trained_with_added_tokens_loads(self, base_dir, tokenizer, tmp_path):
         longer = PreTrainedTokenizerFast.from_pretrained(base_dir)

@@ -334,6 +334,8 @@ class TransformersBackend(Backend):
     def _borrowed_model(self) -> Iterator[None]:
         """The model in evaluation mode and without its checkpoint's sampling settings; both are put back."""
         owner = innermost(self.model)
+        head = owner.get_output_embeddings()
+        hook = None if head is None else head.register_forward_pre_hook(_contiguous)
         checkpoint_settings = owner.generation_config
         modes = [(module, module.training) for module in self.model.modules()]
         try:
@@ -346,6 +348,8 @@ class TransformersBackend(Backend):
             owner.generation_config = checkpoint_settings
             for module, training in modes:
                 module.training = training
+            if hook is not None:
+                hook.remove()
 
     def _checked(self, rows: Sequence[Sequence[int]], what: str) -> list[list[int]]:
         return checked_ids(rows, what, self.model.config.get_text_config().vocab_size)
@@ -365,6 +369,16 @@ class TransformersBackend(Backend):
             if token is not None and token < self.model.config.get_text_config().vocab_size:
                 return int(token)
         return 0  # Any id does: padding is masked, and cut off behind the end of a text.
+
+
+def _contiguous(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Hidden states without gaps between rows; a slice of whole sequences has gaps.
+
+    With them, torch multiplies by a frozen weight, such as the head under an adapter, in batches. On a CPU that copies
+    the weight for each row.
+    """
+    # Not `contiguous()`: of a single row it keeps the strides, which are what torch looks at.
+    return tuple(each.clone(memory_format=torch.contiguous_format) for each in inputs)
 
 
 def _report(on_progress: Callable[[int], None] | None, finished: int) -> None:
