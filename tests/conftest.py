@@ -158,3 +158,20 @@ def tokenizer() -> Any:
     from tiny import make_tokenizer
 
     return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def vocabularies(mistral_tokenizer: Any) -> dict[str, Any]:
+    """Such as write a number digit by digit, or some numbers as one token, and a real one."""
+    from tiny import make_tokenizer
+
+    made = {"splitting": make_tokenizer(), "merging": make_tokenizer(split_digits=False)}
+    return {**made, "mistral": mistral_tokenizer}
+
+
+@pytest.fixture(scope="session")
+def seed_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The directory of a random model and its tokenizer."""
+    from tiny import save_seed
+
+    return save_seed(tmp_path_factory.mktemp("seed"))

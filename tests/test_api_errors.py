@@ -5,7 +5,7 @@ import datetime
 import numpy as np
 import pandas
 import pytest
-from conftest import make_model, make_rows, make_tokenizer, make_trainer
+from conftest import make_rows, make_tokenizer, make_trainer, save_seed
 from datasets import Dataset
 
 from trl_tract import (
@@ -319,9 +319,7 @@ def tokenised(folder):
 
 
 def seed(folder):
-    make_model().save_pretrained(folder / "seed")
-    make_tokenizer().save_pretrained(folder / "seed")
-    return str(folder / "seed")
+    return save_seed(folder / "seed")
 
 
 def trained(folder):

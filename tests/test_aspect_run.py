@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from conftest import make_model, make_tokenizer
+from conftest import save_seed
 from test_aspects import ASPECTS, make_rows
 
 from trl_tract import run_tract
@@ -33,8 +33,7 @@ GRID = ScoreGrid.from_values([1, 2, 3, 4, 5])
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
-    make_model().save_pretrained(directory / "seed")
-    make_tokenizer().save_pretrained(directory / "seed")
+    save_seed(directory / "seed")
     write_jsonl(directory / "rows.jsonl", make_rows(ASPECTS, 6))
     result = run_tract(
         str(directory / "seed"),

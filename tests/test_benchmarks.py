@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import save_seed
 
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
@@ -201,8 +201,7 @@ def test_rows_memory_measures_each_work_and_size(monkeypatch, capsys, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import rows_memory
 
-    make_tokenizer().save_pretrained(tmp_path)
-    make_model().save_pretrained(tmp_path)
+    save_seed(tmp_path)
     rows_memory.main(["--model", str(tmp_path), "--rows", "20", "40"])
     sys.modules.pop("rows_memory")
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -238,8 +237,7 @@ def test_both_modes_of_thinking_are_trained_and_compared(monkeypatch, tmp_path, 
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import thinking_judge
 
-    make_model(std=0.02).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_seed(tmp_path / "model", std=0.02)
     sizes = ["--model", str(tmp_path / "model"), "--rows", "4", "--items", "6"]
     thinking_judge.main(["--output_dir", str(tmp_path / "out"), *sizes])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import make_model, make_rows, make_tokenizer
+from conftest import make_rows
 from test_pipeline import GENERATION, TRAINING
 
 from trl_tract import run_tract
@@ -14,14 +14,6 @@ from trl_tract.runs.spec import RunSpec
 pytestmark = pytest.mark.usefixtures("without_matplotlib")
 BOOTSTRAP = {"num_generations": 2, "max_new_tokens": 12, "tolerance": 4.0, "block_size": 4}
 """A random model comes to the middle of the grid, whatever it writes."""
-
-
-@pytest.fixture(scope="module")
-def seed_model(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("seed")
-    make_model().save_pretrained(directory)
-    make_tokenizer().save_pretrained(directory)
-    return str(directory)
 
 
 def scored(count):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS, make_model, make_tokenizer, make_trainer
+from conftest import WORDS, make_model, make_trainer
 from peft import LoraConfig, get_peft_model
 from test_trie import GRIDS, written_rows
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, MambaConfig, MistralConfig, Qwen3Config
@@ -20,15 +20,6 @@ from trl_tract.backends.branches import TreePass, further_forwards, why_not_one_
 from trl_tract.scale.trie import TokenTrie
 
 MARKER = "[RESULT]"
-
-
-@pytest.fixture(scope="module")
-def vocabularies(mistral_tokenizer) -> dict[str, Any]:
-    return {
-        "splitting": make_tokenizer(),
-        "merging": make_tokenizer(split_digits=False),
-        "mistral": mistral_tokenizer,
-    }
 
 
 @pytest.fixture(autouse=True)

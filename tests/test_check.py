@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import make_aspect_rows, make_model, make_rows, make_tokenizer, make_trainer, resolved
+from conftest import make_aspect_rows, make_rows, make_tokenizer, make_trainer, resolved, save_seed
 from test_aspects import ASPECTS
 from test_aspects import make_rows as aspect_rows
 
@@ -32,10 +32,7 @@ def encoder_of(row, values="1..5", **settings):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A directory with a tokenizer and a configuration: all that `check` reads."""
-    directory = tmp_path_factory.mktemp("model")
-    TOKENIZER.save_pretrained(directory)
-    make_model().config.save_pretrained(directory)
-    return str(directory)
+    return save_seed(tmp_path_factory.mktemp("model"), weights=False)
 
 
 def checked(tmp_path, model, rows, capsys, *options):

@@ -10,7 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 from command_line import parse
-from conftest import CHATML, WORDS, make_model, make_rows, make_tokenizer
+from conftest import CHATML, WORDS, make_model, make_rows, make_tokenizer, save_seed
 
 from trl_tract import CoTRAILJudge
 from trl_tract.backends import ScriptedBackend
@@ -31,8 +31,7 @@ SAMPLING = ["--max_new_tokens", "4", "--max_attempts", "1"]
 def folder(tmp_path_factory):
     """A seed model, a rubric, rows of CSV, and a judge that was trained on them."""
     folder = tmp_path_factory.mktemp("user")
-    make_model().save_pretrained(folder / "seed")
-    make_tokenizer().save_pretrained(folder / "seed")
+    save_seed(folder / "seed")
     (folder / "rubric.yaml").write_text(RUBRIC)
     lines = [f"{WORDS[i]},{WORDS[-i]},it is {WORDS[i]},{1 + i % 5}" for i in range(12)]
     (folder / "rows.csv").write_text("question,answer,feedback,stars\n" + "\n".join(lines) + "\n")

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import make_model, make_rows, make_tokenizer, make_trainer
+from conftest import make_rows, make_tokenizer, make_trainer, save_seed
 
 from trl_tract.backends import ScriptedBackend
 from trl_tract.cli import main
@@ -24,8 +24,7 @@ def blocks(language):
 def folder(tmp_path, monkeypatch):
     """The files of the page, and rows of the known schema."""
     monkeypatch.chdir(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path / "seed")
-    make_model().config.save_pretrained(tmp_path / "seed")
+    save_seed(tmp_path / "seed", weights=False)
     (tmp_path / "rows.csv").write_text(blocks("text")[0])
     rubric, config = blocks("yaml")
     (tmp_path / "rubric.yaml").write_text(rubric)

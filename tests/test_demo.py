@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import make_model, make_tokenizer
+from conftest import save_seed
 
 from trl_tract.demo import run
 from trl_tract.demo.run import JUDGES, Size, demo_rows, run_demo
@@ -24,8 +24,7 @@ def small(monkeypatch):
 
 
 def test_the_demo_ends_with_its_table_examples_and_page(small, tmp_path, capsys):
-    make_model().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_seed(tmp_path / "model")
     reports = run_demo(str(tmp_path / "out"), full=False, model=str(tmp_path / "model"))
     printed = capsys.readouterr().out
     assert list(reports) == list(JUDGES)
@@ -44,8 +43,7 @@ def test_the_demo_ends_with_its_table_examples_and_page(small, tmp_path, capsys)
 
 
 def test_on_0_to_100_every_judge_scores_on_101_values_and_is_reported_on_1_to_5(small, tmp_path, capsys):
-    make_model().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_seed(tmp_path / "model")
     reports = run_demo(str(tmp_path / "out"), full=False, model=str(tmp_path / "model"), scale="0-100")
     for name, folder in JUDGES.items():
         records = list(read_jsonl(tmp_path / "out" / folder / "judgements.jsonl"))

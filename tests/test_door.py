@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from conftest import make_model, make_rows, make_tokenizer, make_trainer
+from conftest import make_rows, make_tokenizer, make_trainer, save_seed
 from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -140,10 +140,7 @@ def test_without_rationales_a_row_is_trained_on_its_gold_score_alone(kind, tmp_p
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("model")
-    make_tokenizer().save_pretrained(directory)
-    make_model().config.save_pretrained(directory)
-    return str(directory)
+    return save_seed(tmp_path_factory.mktemp("model"), weights=False)
 
 
 @pytest.mark.parametrize("nothing", ["NA", "NULL", "null", "\\N", "#N/A", " NA "])
@@ -447,8 +444,7 @@ def test_rows_of_the_package_are_read_as_they_are(tmp_path):
 
 def test_training_names_rows_by_their_numbers_in_the_file(tmp_path):
     seed = tmp_path / "seed"
-    make_tokenizer().save_pretrained(seed)
-    make_model().save_pretrained(seed)
+    save_seed(seed)
     rows = rows_of([{"score": "n/a"}, {}, {}, {"prompt": "long " * 90}, {}])
     options = ["--output_dir", str(tmp_path / "out"), "--bf16", "false", "--invalid_rows", "drop", "--max_length", "60"]
     command = ["train", "--model_name_or_path", str(seed), "--data", written(tmp_path, "csv", rows), *options]

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import make_model, make_rows, make_tokenizer, make_trainer
+from conftest import make_rows, make_trainer, save_seed
 from test_aspects import ASPECTS
 from test_aspects import make_rows as aspect_rows
 
@@ -16,10 +16,7 @@ from trl_tract.runs.spec import too_few_groups
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("model")
-    make_tokenizer().save_pretrained(directory)
-    make_model().config.save_pretrained(directory)  # no weights: none are needed
-    return str(directory)
+    return save_seed(tmp_path_factory.mktemp("model"), weights=False)
 
 
 def run_of(tmp_path, model, *options):

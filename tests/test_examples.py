@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PLAIN, make_model, make_rows, make_tokenizer
+from conftest import PLAIN, make_rows, save_seed
 from datasets import load_dataset
 
 from trl_tract.demo.seed_model import package_model, save_seed_model
@@ -66,8 +66,7 @@ def run_all(script, seed_model, rows, max_new_tokens, **training):
 
 
 def test_the_scripts_in_order_on_a_random_model(script, capsys):
-    make_model(std=0.02).save_pretrained("seed")
-    make_tokenizer().save_pretrained("seed")
+    save_seed("seed", std=0.02)
     Path("rows").mkdir()
     write_jsonl(Path("rows/train.jsonl"), make_rows(4, chat=True))
     write_jsonl(Path("rows/eval.jsonl"), make_rows(3, seed=1, chat=True))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_tokenizer, save_seed
 from peft import LoraConfig, get_peft_model
 
 from trl_tract import TransformersBackend
@@ -80,8 +80,7 @@ def test_a_switch_in_a_loaded_model_is_named(switch):
 
 
 def test_a_model_that_was_loaded_here_is_told_by_its_files(tmp_path):
-    make_model().save_pretrained(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path)
+    save_seed(tmp_path)
     assert TransformersBackend(tmp_path).fingerprint() == {}
 
 

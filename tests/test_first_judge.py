@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_model, make_tokenizer
+from conftest import save_seed
 
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
@@ -15,8 +15,7 @@ def test_first_judge_keeps_finished_runs_and_ends_with_a_table_and_json(monkeypa
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import first_judge
 
-    make_model(std=0.1, width=64).save_pretrained(tmp_path / "seed")
-    make_tokenizer().save_pretrained(tmp_path / "seed")
+    save_seed(tmp_path / "seed", std=0.1, width=64)
     arguments = ["--output_dir", str(tmp_path / "out"), "--model", str(tmp_path / "seed"), "--tasks", "demo"]
     arguments += ["--seeds", "0", "--smoke"]
     first_judge.main(arguments)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_rows, make_tokenizer
+from conftest import make_model, make_rows, make_tokenizer, save_seed
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,8 +41,7 @@ def save_judge(directory: Path, values: tuple[int, ...] = (1, 2, 3, 4, 5)) -> No
 @pytest.fixture
 def judge(tmp_path) -> Path:
     """An adapter with all that a judge is made of; its base is in `base` beside it."""
-    make_model().save_pretrained(tmp_path / "base")
-    TOKENIZER.save_pretrained(tmp_path / "base")
+    save_seed(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False)).save_pretrained(
         tmp_path / "judge"

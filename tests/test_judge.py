@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_rows, make_tokenizer, make_trainer
+from conftest import make_model, make_rows, make_tokenizer, make_trainer, save_seed
 
 from trl_tract import CoTRAILJudge, TransformersBackend
 from trl_tract.backends import ScriptedBackend
@@ -492,7 +492,6 @@ def test_the_start_of_a_completion_is_written_once():
 def test_a_loaded_model_brings_the_tokenizer_of_where_it_came_from(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    make_model().save_pretrained(tmp_path)
-    TOKENIZER.save_pretrained(tmp_path)
+    save_seed(tmp_path)
     backend = TransformersBackend(AutoModelForCausalLM.from_pretrained(tmp_path))
     assert backend.tokenizer.get_vocab() == TOKENIZER.get_vocab()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ASPECTS, PLAIN, make_aspect_rows, make_model, make_rows, make_tokenizer, make_trainer
+from conftest import ASPECTS, PLAIN, make_aspect_rows, make_model, make_rows, make_tokenizer, make_trainer, save_seed
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import EarlyStoppingCallback
@@ -238,8 +238,7 @@ def test_a_step_trains_on_none_of_the_rows_that_it_judges(tmp_path, monkeypatch)
     rows = [{**row, "group": str(number // 2)} for number, row in enumerate(ROWS)]
     file = tmp_path / "train.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    make_model().save_pretrained(tmp_path / "seed")
-    make_tokenizer().save_pretrained(tmp_path / "seed")
+    save_seed(tmp_path / "seed")
     group = {row["prompt"]: row["group"] for row in rows}
     parts: list[list[str]] = []
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from command_line import PROGRAMS, commands_of
-from conftest import make_model, make_rows, make_tokenizer
+from conftest import make_rows, save_seed
 from pages import ROOT
 from safetensors.torch import load_file
 from tiny import unresolved
@@ -147,8 +147,7 @@ def test_an_engine_that_spreads_itself_is_one_process(gpus):
 @pytest.mark.parametrize("command", ["distill", "judge"])
 def test_vllm_is_one_process_with_an_engine_for_each_accelerator(gpus, monkeypatch, tmp_path, command):
     gpus(4)
-    make_model().save_pretrained(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path)
+    save_seed(tmp_path)
     JudgeConfig((unresolved(ScoreGrid([1.0, 5.0], ["1", "5"])),)).save(tmp_path)
     write_jsonl(tmp_path / "rows.jsonl", make_rows(2))
     options = {}
@@ -187,8 +186,7 @@ def test_a_run_with_three_accelerators_no_option_and_few_rows_goes_through(gpus,
     # which 3 processes do not share evenly; and TRL's trainers refuse several accelerators in one process.
     gpus(3)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    make_model().save_pretrained(tmp_path / "seed")
-    make_tokenizer().save_pretrained(tmp_path / "seed")
+    save_seed(tmp_path / "seed")
     write_jsonl(tmp_path / "rows.jsonl", make_rows(60))
     given = {
         "model": tmp_path / "seed",
@@ -210,8 +208,7 @@ def test_a_run_with_three_accelerators_no_option_and_few_rows_goes_through(gpus,
 def test_a_run_by_two_processes_makes_the_files_and_the_update_of_one(tmp_path, monkeypatch):
     # 16 training rows and two updates of 8: nothing is left over that two processes would share out otherwise.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    make_model().save_pretrained(tmp_path / "seed")
-    make_tokenizer().save_pretrained(tmp_path / "seed")
+    save_seed(tmp_path / "seed")
     write_jsonl(tmp_path / "rows.jsonl", make_rows(16))
     write_jsonl(tmp_path / "eval.jsonl", make_rows(4, seed=1))
     made = {}

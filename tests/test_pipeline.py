@@ -12,7 +12,7 @@ from typing import Any
 import processes
 import pytest
 import torch
-from conftest import make_model, make_rows, make_tokenizer
+from conftest import make_model, make_rows
 from safetensors.torch import load_file
 
 from trl_tract import CoTRAILJudge, TransformersBackend, run_tract, score_report
@@ -37,14 +37,6 @@ TRAINING = {
     "disable_tqdm": True,
 }
 GENERATION = {"max_new_tokens": 6, "max_attempts": 1}
-
-
-@pytest.fixture(scope="module")
-def seed_model(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("seed")
-    make_model().save_pretrained(directory)
-    make_tokenizer().save_pretrained(directory)
-    return str(directory)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from conftest import PLAIN, make_model, make_rows, make_tokenizer, sharing
+from conftest import PLAIN, make_model, make_rows, make_tokenizer, save_seed, sharing
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_options import gradient_of, oracle_terms
@@ -29,8 +29,7 @@ def lora_config() -> LoraConfig:
 @pytest.fixture(scope="module")
 def seed_model(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("seed")
-    make_model(std=0.1).save_pretrained(directory)
-    TOKENIZER.save_pretrained(directory)
+    save_seed(directory, std=0.1)
     return directory
 
 

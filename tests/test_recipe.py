@@ -185,21 +185,13 @@ def test_what_was_given_on_the_line_or_in_the_file_is_known(arguments, names, tm
     assert names_given("run", _option_groups("run"), arguments) == names
 
 
-@pytest.fixture(scope="module")
-def seed(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("seed")
-    make_model().save_pretrained(directory)
-    make_tokenizer().save_pretrained(directory)
-    return str(directory)
+def test_parameters_are_counted_without_weights(seed_model):
+    assert count_parameters(seed_model) == sum(weight.numel() for weight in make_model().parameters())
 
 
-def test_parameters_are_counted_without_weights(seed):
-    assert count_parameters(seed) == sum(weight.numel() for weight in make_model().parameters())
-
-
-def test_the_facts_are_those_of_the_rows(seed):
+def test_the_facts_are_those_of_the_rows(seed_model):
     rows = make_rows(30)
-    facts = facts_of(seed, rows, {})
+    facts = facts_of(seed_model, rows, {})
     assert facts.rows == 30
     assert facts.variances[""] == pytest.approx(np.var([row["score"] for row in rows]))
     assert facts.spans == {"": 4.0}
@@ -208,14 +200,14 @@ def test_the_facts_are_those_of_the_rows(seed):
 
 
 @pytest.fixture(scope="module")
-def finished(seed, tmp_path_factory, without_matplotlib):
+def finished(seed_model, tmp_path_factory, without_matplotlib):
     """A run by the defaults, on a random model without rationales, which always has scores: what it said, and where."""
     directory = tmp_path_factory.mktemp("run")
     write_jsonl(directory / "rows.jsonl", make_rows(100))
     said = []
 
     def start():
-        return run_tract(seed, str(directory / "rows.jsonl"), directory / "out", eval_fraction=0.2, training=TINY,
+        return run_tract(seed_model, str(directory / "rows.jsonl"), directory / "out", eval_fraction=0.2, training=TINY,
                          rationales="none", say=said.append)  # fmt: skip
 
     start()
@@ -302,10 +294,10 @@ def test_too_few_scores_leave_a_judge_as_it_is(tmp_path):
     assert "not calibrated" in calibrate_judge(judged, judged)
 
 
-def test_a_dry_run_says_what_would_be_derived(seed, tmp_path, capsys):
+def test_a_dry_run_says_what_would_be_derived(seed_model, tmp_path, capsys):
     write_jsonl(tmp_path / "rows.jsonl", make_rows(100))
     paths = ["--data", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
-    assert main(["run", "--model", seed, *paths, "--dry-run", "--lora_r", "4", "--bf16", "false"]) == 0
+    assert main(["run", "--model", seed_model, *paths, "--dry-run", "--lora_r", "4", "--bf16", "false"]) == 0
     printed = capsys.readouterr().out
     assert "lora_alpha 8" in printed
     assert "lora_r" not in printed

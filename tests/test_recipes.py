@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from command_line import check, commands_of, parse
-from conftest import make_model, make_rows, make_tokenizer
+from conftest import make_rows, save_seed
 from pages import ROOT
 from trl import ModelConfig
 
@@ -159,8 +159,7 @@ def test_a_recipe_can_be_tried_without_its_weights(recipe, tmp_path, monkeypatch
     # A tokenizer and a configuration under the recipe's hub id: a dry run needs no more.
     settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     directory = tmp_path / settings["model"]
-    make_tokenizer().save_pretrained(directory)
-    make_model().config.save_pretrained(directory)
+    save_seed(directory, weights=False)
     write_jsonl(tmp_path / "rows.jsonl", make_rows(24))
     monkeypatch.chdir(tmp_path)
     assert main([stage(recipe), "--config", str(recipe), "--data", "rows.jsonl", "--dry-run"]) == 0

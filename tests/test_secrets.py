@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from conftest import make_model, make_rows, make_tokenizer
+from conftest import make_rows, make_tokenizer
 from fake_server import FakeServer, says
 
 from trl_tract import TRACTConfig, run_tract
@@ -45,14 +45,6 @@ def told(directory: Path, *shown: str) -> set[str]:
     left = [path.read_bytes() for path in directory.rglob("*") if path.is_file()]
     assert left
     return {secret for secret in SECRETS if any(secret.encode() in text for text in [*left, "".join(shown).encode()])}
-
-
-@pytest.fixture
-def seed_model(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("seed")
-    make_model().save_pretrained(directory)
-    make_tokenizer().save_pretrained(directory)
-    return str(directory)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ASPECTS, make_aspect_rows, make_model, make_rows, make_tokenizer, make_trainer, sharing
+from conftest import ASPECTS, make_aspect_rows, make_model, make_rows, make_trainer, sharing
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -28,16 +28,6 @@ from trl_tract.backends.branches import TreePass
 from trl_tract.backends.tree import Layout, lay_out
 from trl_tract.runs.spec import RunSpec
 from trl_tract.training.sharing import SharingSampler, beginnings, sharing_warnings
-
-
-@pytest.fixture(scope="module")
-def vocabularies(mistral_tokenizer) -> dict[str, Any]:
-    return {
-        "splitting": TOKENIZER,
-        "merging": make_tokenizer(split_digits=False),
-        "mistral": mistral_tokenizer,
-    }
-
 
 # The tree
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import scipy.stats
 import torch
-from conftest import PLAIN, make_model, make_rows, make_tokenizer, make_trainer
+from conftest import PLAIN, make_model, make_rows, make_tokenizer, make_trainer, save_seed
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -101,8 +101,7 @@ def test_no_args_name_the_output_after_the_model(tmp_path, monkeypatch):
 
 
 def test_a_model_given_as_a_directory_trains(tmp_path):
-    make_model().save_pretrained(tmp_path / "seed")
-    TOKENIZER.save_pretrained(tmp_path / "seed")
+    save_seed(tmp_path / "seed")
     trainer = TRACTTrainer(
         str(tmp_path / "seed"),
         args=TRACTConfig(str(tmp_path / "out"), **PLAIN, max_steps=1),

@@ -43,15 +43,6 @@ GRIDS: dict[str, ScoreGrid] = {
 VOCABULARIES = ["splitting", "merging", "mistral"]
 
 
-@pytest.fixture(scope="module")
-def vocabularies(mistral_tokenizer) -> dict[str, Any]:
-    return {
-        "splitting": make_tokenizer(),
-        "merging": make_tokenizer(split_digits=False),
-        "mistral": mistral_tokenizer,
-    }
-
-
 def row_with(text: str) -> dict[str, str]:
     return {"prompt": PROMPT, "completion": f"{RATIONALE} {MARKER} {text}"}
 

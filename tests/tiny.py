@@ -159,6 +159,14 @@ def make_model(
     return AutoModelForCausalLM.from_config(config).to(dtype)
 
 
+def save_seed(directory: Path, *, weights: bool = True, **options: Any) -> str:
+    """Save a model of `make_model` and its tokenizer in `directory`; without weights its configuration alone."""
+    model = make_model(**options)
+    (model if weights else model.config).save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
 def unresolved(grid: ScoreGrid, marker: str = "[RESULT]") -> Scale:
     """The only scale of a completion, its tokens not looked up."""
     return Scale("", grid, CompletionFormat(marker))
