@@ -20,13 +20,14 @@ from trl_tract.backends import ScriptedBackend
 from trl_tract.cli import main
 from trl_tract.files.journal import read_jsonl
 from trl_tract.rows.dataset import check_dataset
+from trl_tract.rows.refusals import Refusal
 from trl_tract.rows.row import REFUSED
 from trl_tract.rows.template import Template
 from trl_tract.rows.tokens import asked_ids, prompt_ids
 from trl_tract.scale.scale import read_scales
 from trl_tract.sources.arrow import training_dataset
 from trl_tract.sources.columns import OwnColumns
-from trl_tract.sources.door import Refusal, Source, write_rows
+from trl_tract.sources.door import Source, write_rows
 from trl_tract.sources.rubric import Rubric
 
 SCALES = read_scales({})

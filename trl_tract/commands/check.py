@@ -20,16 +20,17 @@ from trl_tract.backends.loading import tokenizer_to_train
 from trl_tract.backends.tree import distinct_share
 from trl_tract.commands.template_view import template_words
 from trl_tract.commands.token_view import around_score, shown_prompt, view_row
-from trl_tract.rows.dataset import find_scales, refusal_summary
+from trl_tract.rows.dataset import find_scales
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.golds import is_missing, read_golds
+from trl_tract.rows.refusals import Refusal, refusal_summary
 from trl_tract.rows.rendering import as_prompt_completion, asks_in_chat, settled
 from trl_tract.rows.row import Row
 from trl_tract.rows.template import Template, TemplateSettings
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale, read_scales
 from trl_tract.sources.columns import OwnColumns
-from trl_tract.sources.door import Bare, Refusal, Source, written_rows
+from trl_tract.sources.door import Bare, Source, written_rows
 from trl_tract.sources.prompts import ORDERS
 from trl_tract.sources.schemas import Item
 from trl_tract.text.display import visible

@@ -17,6 +17,7 @@ from trl_tract.commands.check import RowsReport, contradictions, examine, what_i
 from trl_tract.commands.token_view import labelled, legend, painted, view_row
 from trl_tract.files.journal import changed_settings
 from trl_tract.rows.encoding import RowEncoder
+from trl_tract.rows.refusals import Refusal
 from trl_tract.runs.facts import measured, seconds_of_a_product
 from trl_tract.runs.pipeline import nothing_held_out
 from trl_tract.runs.run import finished_steps, nothing_trained
@@ -24,7 +25,7 @@ from trl_tract.runs.spec import RunSpec, too_few_groups
 from trl_tract.runs.step_names import steps_of
 from trl_tract.scale.scale import read_scales
 from trl_tract.sources.columns import OwnColumns
-from trl_tract.sources.door import Bare, Refusal, Source
+from trl_tract.sources.door import Bare, Source
 from trl_tract.sources.schemas import Item
 from trl_tract.training.config import TRACTConfig
 from trl_tract.training.early_warnings import EarlyWarnings

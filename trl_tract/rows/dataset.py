@@ -16,6 +16,7 @@ from trl.trainer.utils import pad
 
 from trl_tract.rows.encoding import ASPECT_COLUMN, Encoder, score_indices
 from trl_tract.rows.golds import check_labels
+from trl_tract.rows.refusals import Refusal, kept_of_stream, refuse
 from trl_tract.rows.rendering import as_prompt_completion, written_formats
 from trl_tract.rows.row import ROW_NUMBER
 from trl_tract.rows.template import Template
@@ -180,8 +181,11 @@ def prepare_rows(
         ValueError: A row was refused and `invalid_rows` is `raise`, or no row is left.
     """
     columns = get_dataset_column_names(dataset)
+    told: dict[str, Any] = {"invalid_rows": invalid_rows, "say": warn, "max_length": encoder.max_length}
     if isinstance(dataset, IterableDataset):
-        return _prepare_stream(dataset, encoder, columns, invalid_rows, dataset_name, warn)
+        keep = kept_of_stream(_refusal, dataset_name, **told)
+        encoded = dataset.map(encoder, remove_columns=columns).filter(keep, with_indices=True)
+        return encoded.select_columns(encoder.columns)
     encoded = dataset.map(
         encoder,
         remove_columns=columns,
@@ -190,89 +194,21 @@ def prepare_rows(
         desc=f"Tokenizing {dataset_name} dataset",
     )
     kinds = encoded["refusal_kind"]
-    refused = [i for i, kind in enumerate(kinds) if kind]
-    if refused:
-        found = [_refusal(encoded[i], i) for i in refused]
-        summary = refusal_summary(found, len(encoded), dataset_name, encoder.max_length)
-        if invalid_rows == "raise":
-            raise ValueError(f"{summary} Or set invalid_rows='drop' to continue without them.")
-        kept = [i for i, kind in enumerate(kinds) if not kind]
-        if not kept:
-            raise ValueError(f"No row is left. {summary}")
-        summary = refusal_summary(found, len(encoded), dataset_name, encoder.max_length, fix=False)
-        warn(f"Continuing without them: {summary}")
+    kept = [number for number, kind in enumerate(kinds) if not kind]
+    if len(kept) < len(kinds):
+        refused = (_refusal(encoded[number], number) for number, kind in enumerate(kinds) if kind)
+        refuse(list(filter(None, refused)), len(kinds), dataset_name, **told)
         encoded = encoded.select(kept)
     return encoded.select_columns(encoder.columns)
 
 
-def _prepare_stream(
-    dataset: IterableDataset,
-    encoder: Encoder,
-    columns: list[str],
-    invalid_rows: str,
-    dataset_name: str,
-    warn: Callable[[str], None],
-) -> IterableDataset:
-    """Encode a stream: its rows cannot be looked at beforehand, so each bad one is met when its turn comes."""
-    dropped = 0
-
-    def keep(row: Mapping[str, Any], index: int) -> bool:
-        nonlocal dropped
-        if not row["refusal_kind"]:
-            return True
-        fix = invalid_rows == "raise"
-        summary = refusal_summary([_refusal(row, index)], None, dataset_name, encoder.max_length, fix=fix)
-        if invalid_rows == "raise":
-            raise ValueError(f"{summary} Or set invalid_rows='drop' to continue without such rows.")
-        dropped += 1
-        if dropped & (dropped - 1) == 0:  # at 1, 2, 4, 8, ...: counted without flooding the log
-            warn(f"Dropped {dropped} row(s) of the stream so far, the last one: {summary}")
-        return False
-
-    return dataset.map(encoder, remove_columns=columns).filter(keep, with_indices=True).select_columns(encoder.columns)
-
-
-def _refusal(encoded: Mapping[str, Any], index: int) -> tuple[int, str, str, int]:
-    """Number, kind, message and tokens of a refused row; the number is the one in its file, where that is known."""
+def _refusal(encoded: Mapping[str, Any], index: int) -> Refusal | None:
+    """Why an encoded row is refused; its number is the one in its file, where that is known."""
+    if not encoded["refusal_kind"]:
+        return None
     number = encoded["refusal_row"]
-    return (index if number is None else number, encoded["refusal_kind"], encoded["refusal"], encoded["num_tokens"])
-
-
-def refusal_summary(
-    refused: Sequence[tuple[int, str, str, int]],
-    total: int | None,
-    dataset_name: str,
-    max_length: int | None,
-    *,
-    fix: bool = True,
-) -> str:
-    """One sentence for each reason: how many rows, which is the first, and what to do.
-
-    Args:
-        refused: `(row number, kind, message, number of tokens)` of each refused row.
-        fix: Ask to fix the rows; False where the user chose to go on without them.
-    """
-    advice = " Fix these rows." if fix else ""
-    sentences = []
-    for kind in dict.fromkeys(kind for _, kind, _, _ in refused):
-        rows = [row for row in refused if row[1] == kind]
-        number, _, message, num_tokens = rows[0]
-        count = f"{len(rows)} of {total} {dataset_name} rows" if total is not None else f"{dataset_name} row {number}"
-        if kind != "cut off":
-            where = f"{kind}; first: row {number}" if total is not None else kind
-            sentences.append(f"{count} refused ({where}): {message}.{advice}")
-        elif total is None:
-            sentences.append(
-                f"{count} loses its score at max_length={max_length}: it has {num_tokens:,} tokens. Set max_length to "
-                f"{num_tokens} or more."
-            )
-        else:
-            longest = max(row[3] for row in rows)
-            sentences.append(
-                f"{count} lose their score at max_length={max_length} (first: row {number}, {num_tokens:,} tokens; "
-                f"longest: {longest:,}). Set max_length to {longest} or more."
-            )
-    return " ".join(sentences)
+    number = index if number is None else number
+    return Refusal(number, encoded["refusal_kind"], encoded["refusal"], encoded["num_tokens"])
 
 
 @dataclass

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from trl_tract.files.journal import read_jsonl, write_json, write_jsonl
-from trl_tract.rows.dataset import refusal_summary
+from trl_tract.rows.refusals import Refusal, refuse
 from trl_tract.rows.row import REFUSED, Row
 from trl_tract.scale.scale import Scale
 from trl_tract.scale.text import ScoreNotFoundError
@@ -25,20 +25,6 @@ from trl_tract.sources.schemas import Item, as_text, has_rationale, read_items, 
 from trl_tract.text.secrets import without_secrets
 
 Bare = Literal["none", "lacking", "all"]
-
-
-class Refusal(NamedTuple):
-    """Why a record gives no item; in the order that `refusal_summary` takes.
-
-    Attributes:
-        kind: Groups records that share the reason.
-        tokens: Of its row, where they were counted.
-    """
-
-    number: int
-    kind: str
-    message: str
-    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,15 +112,7 @@ class Source:
             else:
                 taken += 1
                 yield number, item
-        if not refused:
-            return
-        summary = refusal_summary(refused, taken + len(refused), self.title, None)
-        if self.invalid_rows == "raise":
-            raise ValueError(f"{summary} Or set invalid_rows='drop' to continue without them.")
-        if not taken:
-            raise ValueError(f"No row is left. {summary}")
-        summary = refusal_summary(refused, taken + len(refused), self.title, None, fix=False)
-        self._tell(f"Continuing without them: {summary}")
+        refuse(refused, taken + len(refused), self.title, invalid_rows=self.invalid_rows, say=self._tell)
 
     def training_rows(self, chat: bool, keep: Callable[[Item], bool] = lambda item: True) -> Iterator[tuple[int, Row]]:
         """The training rows of the items that `keep` takes; those without a rationale are counted and said."""

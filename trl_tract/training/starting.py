@@ -12,8 +12,9 @@ from transformers.utils import logging
 from trl.data_utils import get_dataset_column_names
 
 from trl_tract.backends.loading import adapter_config, check_model, load, load_tokenizer, tokenizer_id
-from trl_tract.rows.dataset import check_dataset, find_scales, refusal_summary
+from trl_tract.rows.dataset import check_dataset, find_scales
 from trl_tract.rows.golds import mean_golds
+from trl_tract.rows.refusals import Refusal, kept_of_stream, refuse
 from trl_tract.rows.rendering import asks_in_chat, settled
 from trl_tract.rows.row import ROW_NUMBER
 from trl_tract.rows.template import Template
@@ -158,15 +159,16 @@ def checked_rows(
     """
     _check_columns(rows, dataset_name)
     longest = None if room is None else room - int(args.max_completion_length or 0)
-    if isinstance(rows, IterableDataset):
-        return _kept(template, judge, longest, rows, dataset_name, args.invalid_rows)
-    refused, kept = [], []
-    for number, row in enumerate(rows):
+
+    def refusal(row: Mapping[str, Any], number: int) -> Refusal | None:
         found = problem_of(template, judge, longest, row)
-        if found is None:
-            kept.append(number)
-        else:
-            refused.append((row.get(ROW_NUMBER, number), *found, 0))
+        return None if found is None else Refusal(row.get(ROW_NUMBER, number), *found)
+
+    told: dict[str, Any] = {"invalid_rows": args.invalid_rows, "say": logger.warning}
+    if isinstance(rows, IterableDataset):
+        return rows.filter(kept_of_stream(refusal, dataset_name, **told), with_indices=True)
+    found = [refusal(row, number) for number, row in enumerate(rows)]
+    kept = [number for number, problem in enumerate(found) if problem is None]
     # The host draws whole updates, and would end without any.
     together = args.generation_batch_size // args.num_generations if dataset_name == "train" else 0
     if kept and len(kept) < together:
@@ -174,16 +176,8 @@ def checked_rows(
             f"{len(kept)} training rows are left, but an update takes {together}. Lower per_device_train_batch_size, "
             "gradient_accumulation_steps or steps_per_generation, or raise num_generations"
         )
-    if not refused:
-        return rows
-    summary = refusal_summary(refused, len(rows), dataset_name, None)
-    if args.invalid_rows == "raise":
-        raise ValueError(f"{summary} Or set invalid_rows='drop' to continue without them.")
-    if not kept:
-        raise ValueError(f"No row is left. {summary}")
-    summary = refusal_summary(refused, len(rows), dataset_name, None, fix=False)
-    logger.warning(f"Continuing without them: {summary}")
-    return rows.select(kept)
+    refuse([problem for problem in found if problem], len(found), dataset_name, **told)
+    return rows if len(kept) == len(found) else rows.select(kept)
 
 
 def _check_columns(rows: _Rows, dataset_name: str) -> None:
@@ -194,27 +188,6 @@ def _check_columns(rows: _Rows, dataset_name: str) -> None:
             f"the {dataset_name} dataset has the columns {', '.join(sorted(columns))}. Pass rows with `prompt` and "
             "`score`"
         )
-
-
-def _kept(
-    template: Template, judge: JudgeConfig, longest: int | None, rows: IterableDataset, name: str, invalid_rows: str
-) -> IterableDataset:
-    dropped = 0
-
-    def keep(row: Mapping[str, Any], number: int) -> bool:
-        nonlocal dropped
-        found = problem_of(template, judge, longest, row)
-        if found is None:
-            return True
-        summary = refusal_summary([(row.get(ROW_NUMBER, number), *found, 0)], None, name, None)
-        if invalid_rows == "raise":
-            raise ValueError(f"{summary} Or set invalid_rows='drop' to continue without such rows.")
-        dropped += 1
-        if dropped & (dropped - 1) == 0:  # at 1, 2, 4, 8, ...
-            logger.warning(f"Dropped {dropped} row(s) of the stream so far, the last one: {summary}")
-        return False
-
-    return rows.filter(keep, with_indices=True)
 
 
 def problem_of(
