@@ -113,7 +113,8 @@ def as_prompt_completion(row: Mapping[str, Any]) -> Row:
     # Copied, since the host renames `from` and `value` in place.
     copied = {name: [dict(turn) for turn in row[name]] for name in ("messages", "conversations") if row.get(name)}
     rest: Row = maybe_convert_to_chatml({**row, **copied})
-    messages = [{**turn, "role": _ROLES.get(turn.get("role"), turn.get("role"))} for turn in rest.pop("messages")]
+    given = rest.pop("messages")
+    messages = [{**turn, "role": _ROLES.get(turn["role"], turn["role"])} if "role" in turn else turn for turn in given]
     if not messages or messages[-1]["role"] != "assistant":
         if messages and any(rest.get(name) is not None for name in ("score", "scores")):
             return {**rest, "prompt": messages}
