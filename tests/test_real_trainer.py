@@ -223,7 +223,7 @@ def test_arguments_that_replace_the_reward_are_refused(tmp_path, name):
 
 def test_fewer_rows_than_an_update_takes_are_refused(tmp_path):
     # 8 rationales an update, 4 of each prompt: two prompts.
-    with pytest.raises(ValueError, match="1 rows"):
+    with pytest.raises(ValueError, match="1 training rows"):
         make(tmp_path, rows=PLAIN_ROWS[:1])
 
 
