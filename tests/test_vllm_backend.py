@@ -128,7 +128,7 @@ def test_an_adapter_that_vllm_serves_is_not_refused(settings):
 def test_an_adapter_that_holds_an_embedding_is_refused(model, tmp_path):
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     adapted.save_pretrained(str(tmp_path), save_embedding_layers=True)
-    with pytest.raises(ValueError, match=r"it holds .*weight whole"):
+    with pytest.raises(ValueError, match=r"it holds .*weight in full"):
         vllm_backend._lora_arguments(str(tmp_path), LoraConfig(r=2))
 
 
