@@ -90,9 +90,18 @@ def test_the_saved_seed_model_is_the_one_of_the_package(tmp_path):
     assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
 
 
-def test_the_quick_form_has_the_objective_that_a_run_derives():
+def test_the_quick_form_trains_as_a_run_of_such_rows_does():
     golds = [row["score"] for row in demo_rows("train", run.QUICK.training_rows)]
     device = Device(kind="cpu", memory=2**34, bfloat16=True)
     counts = {"parameters": 135 * 10**6, "rows": len(golds), "tokens": 111.0, "longest": 118, "rationale": 25}
     derived = derive(Facts(**counts, variances={"": np.var(golds)}, spans={"": 4.0}, device=device)).part("training")
     assert run.QUICK.objective.items() <= derived.items()
+    trained = run.training_settings(run.QUICK, 0)
+    for name in (
+        "learning_rate",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "lr_scheduler_type",
+        "warmup_steps",
+    ):
+        assert trained[name] == derived[name], name
