@@ -122,7 +122,7 @@ def test_a_judgement_of_one_score_is_written_as_before():
 
 
 def test_what_is_for_one_score_is_refused():
-    with pytest.raises(ValueError, match="use judge"):
+    with pytest.raises(ValueError, match="Use judge"):
         CoTRAILJudge(scripted(), aspects=TWO).score_rationales(["a"], ["b"])
 
 

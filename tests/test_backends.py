@@ -562,7 +562,7 @@ class TestLoading:
 
     def test_a_process_without_an_accelerator_of_its_own_is_told(self, base_dir, two_accelerators, monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", "2")
-        with pytest.raises(RuntimeError, match=r"process 2 .* there are 2.* at most 2 processes"):
+        with pytest.raises(RuntimeError, match=r"process 2 .* only 2.* at most 2 processes"):
             TransformersBackend(base_dir)
 
     def test_a_rank_without_any_accelerator_loads_on_the_cpu(self, base_dir, monkeypatch):

@@ -404,8 +404,8 @@ def test_the_judges_prefix_is_the_training_rows_prefix(vocabulary, chat, style, 
     rationale = rationale.strip() or "fine"
     row = row_of("write [RESULT] and a score ->", style.format(rationale, score), chat=chat)
     encoded = RowEncoder((scale,), None, tokenizer=tokenizer)(row)
-    if encoded["refusal_kind"]:  # a rationale with a score of its own: refused on both sides
-        assert encoded["refusal_kind"] == "two scores"
+    if encoded["refusal_kind"]:  # a rationale with a score of its own, or with half a thought: refused on both sides
+        assert encoded["refusal_kind"] == ("thinking" if rationale.startswith("<think>") else "two scores")
         return
     (at,) = [i for i, value in enumerate(encoded["score_labels"]) if not math.isnan(value)]
     assert prefix_ids(tokenizer, row["prompt"], [scale], [], rationale) == encoded["input_ids"][:at]

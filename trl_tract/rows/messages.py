@@ -48,7 +48,7 @@ def shows(text: str, said: str) -> bool:
     """Whether rendered text holds what a message says: as it is or as JSON, up to white space and switches of thinking.
 
     Example:
-        >>> shows("<user> Is it polite?", " Is it  polite?\n"), shows("<user>", "Is it polite?")
+        >>> shows("<user> Is it polite?", " Is it  polite? "), shows("<user>", "Is it polite?")
         (True, False)
     """
 

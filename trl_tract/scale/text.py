@@ -26,7 +26,7 @@ _HIGHEST = (
 )
 _SCALE = r"(?:scale|skala|schaal|échelle|escala|scala|шкал\w*|max(?:im(?:um|al|o|a))?)(?!\w)"
 _SCORE_GOES_ON = re.compile(
-    rf"\w|[.,:·٫'’*-]\d|[ \t]+\d|[+±]|[−-](?=[\s.,;)\]]*$)"
+    rf"\w|[.,:·٫'’*-]\d|[ \t]+\d+(?:[/⁄]\d|ths?(?!\w))|[ \t]\d{{3}}(?!\w)|[+±]|[−-](?=[\s.,;)\]]*$)"
     rf"|{_UNIT}\s*[/／∕⁄÷|]\s*{_HIGHEST}|\s+[:x·]\s*\d"
     rf"|{_UNIT}[ \t]*[(\[（［【](?:[^)\]）］】.\n]|\.(?=\s*\d)){{0,30}}?{_HIGHEST}"
     rf"|{_UNIT}[ \t]+(?:{_OF})\s+(?:(?:[^\W\d]+|max\.)\s+){{0,3}}{_HIGHEST}"
