@@ -85,9 +85,15 @@ def _marked(file: Path) -> set[str]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """First what starts processes: one worker is at it for as long as the others are at the rest."""
+    """First what starts processes: one worker is at it for as long as the others are at the rest.
+
+    What needs an environment with vLLM is left out unless `-m` names it: any other `-m` replaces the default one.
+    """
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("process") is None)
+    if "vllm" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("vllm")])
+        items[:] = [item for item in items if not item.get_closest_marker("vllm")]
 
 
 def pytest_collection_finish() -> None:
