@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import pytest
 from command_line import parse
@@ -61,6 +62,18 @@ def test_rows_of_csv_are_judged_and_kept_for_the_report(folder, tmp_path):
     assert [record["reference"] for record in judgements] == [float(1 + i % 5) for i in range(12)]
     rows = list(read_jsonl(tmp_path / "out" / "rows.jsonl"))
     assert rows[0]["prompt"][0]["content"].startswith("Read the response below")  # the tokenizer has a chat template
+
+
+@pytest.mark.parametrize("command", ["judge", "distill"])
+def test_a_judge_of_plain_text_is_asked_in_plain_text(folder, tmp_path, monkeypatch, command):
+    shutil.copytree(folder / "judge", tmp_path / "judge")
+    config = json.loads((tmp_path / "judge" / "tract_config.json").read_text())
+    write_json(tmp_path / "judge" / "tract_config.json", {**config, "chat": False})
+    asked = []
+    step = {"judge": "JudgeStep", "distill": "DistillStep"}[command]
+    monkeypatch.setattr(f"trl_tract.runs.steps.{step}.run", lambda self: asked.extend(read_jsonl(Path(self.data))))
+    main([command, *own(folder, of="judge"), "--model", str(tmp_path / "judge"), "--output_dir", str(tmp_path / "out")])
+    assert {type(row["prompt"]) for row in asked} == {str}
 
 
 def test_the_agreement_is_printed_where_gold_scores_are_known(folder, tmp_path, capsys):
