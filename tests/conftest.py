@@ -87,7 +87,7 @@ def _marked(file: Path) -> set[str]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """First what starts processes: one worker is at it for as long as the others are at the rest.
 
-    What needs an environment with vLLM is left out unless `-m` names it: any other `-m` replaces the default one.
+    What needs an environment with vLLM is left out unless `-m` names it.
     """
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("process") is None)

@@ -174,6 +174,7 @@ SECOND_THOUGHTS = [
     " and a half",
     " and a quarter",
 ]
+SECOND_THOUGHTS += [" og en halv", " e meio", " en een half", " с половиной", " et demi"]
 SECOND_THOUGHTS += [" 000 words", " through 6", " up to 6", " ~ 6", " 至 6", " x 10", " point seven", " 10ths"]
 
 

@@ -19,8 +19,7 @@ from trl_tract import CoTRAILJudge, TransformersBackend, run_tract, score_report
 from trl_tract.cli import COMMANDS, main
 from trl_tract.files.journal import digest, read_json, read_jsonl, write_jsonl
 from trl_tract.runs.judged import Judged
-from trl_tract.runs.pipeline import JUDGED
-from trl_tract.runs.results import write_run_page
+from trl_tract.runs.results import JUDGED, write_run_page
 from trl_tract.runs.run import Run
 from trl_tract.runs.spec import RunSpec
 from trl_tract.runs.step_names import STEPS

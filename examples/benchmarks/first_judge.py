@@ -31,7 +31,7 @@ from trl_tract.demo.task import make_rows
 from trl_tract.files.journal import read_json, write_json, write_jsonl
 from trl_tract.runs.facts import fastest_dtype
 from trl_tract.runs.judged import Judged
-from trl_tract.runs.pipeline import JUDGED
+from trl_tract.runs.results import JUDGED
 
 TASKS = {"demo": 160, "saf": 150, "vicuna": 80}
 OBJECTIVES = ("auto", "paper")

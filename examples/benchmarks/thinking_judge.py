@@ -28,7 +28,7 @@ from trl_tract.evaluation.report import comparison_table
 from trl_tract.files.journal import write_jsonl
 from trl_tract.runs.facts import fastest_dtype
 from trl_tract.runs.judged import Judged
-from trl_tract.runs.pipeline import JUDGED
+from trl_tract.runs.results import JUDGED
 
 STAGES = {stage: folder for stage, folder in JUDGED.items() if folder in ("judged-stage1", "judged-tract")}
 SIZE = Size(160, 60, epochs=1, batch_size=2, minutes=10, learning_rate=2e-3)

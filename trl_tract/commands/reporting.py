@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def report(args: ReportArguments) -> int:
     """Do what the options of `report` say; the exit code."""
     from trl_tract.runs.judged import Judged
-    from trl_tract.runs.pipeline import judged_folders
+    from trl_tract.runs.results import judged_folders
     from trl_tract.sources.preferences import pair_report
 
     # A YAML file may name a single directory without making it a list.

@@ -1,18 +1,25 @@
 """Both stages in order, resumable: each step's result is on disk, and a run goes on at the first unfinished one."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trl_tract.backends.loading import check_seed, tokenizer_to_train
-from trl_tract.evaluation.report import ScoreReport
-from trl_tract.files.journal import JsonlRows, changed_settings, read_json, write_json
+from trl_tract.files.journal import JsonlRows, changed_settings, read_json
 from trl_tract.rows.row import Row
 from trl_tract.runs.facts import write_recipe
 from trl_tract.runs.judged import Judged
 from trl_tract.runs.launching import Launch
-from trl_tract.runs.results import calibrate_judge, finish_card, write_run_page
+from trl_tract.runs.results import (
+    JUDGED,
+    MODELS,
+    RunResult,
+    calibrate_judge,
+    finish_card,
+    summarise,
+    write_report,
+    write_run_page,
+)
 from trl_tract.runs.run import Run
 from trl_tract.runs.spec import RunSpec, too_few_groups
 from trl_tract.runs.step_names import steps_of
@@ -23,34 +30,6 @@ from trl_tract.sources.door import write_rows
 from trl_tract.sources.schemas import Item
 from trl_tract.text.secrets import without_secrets
 from trl_tract.training.recipe import tell
-
-JUDGED = {
-    **{"seed model": "judged-seed", "stage one": "judged-stage1"},
-    **{"TRACT": "judged-tract", "REAL": "judged-real"},
-}
-"""The judges that a run may have, the one that is compared with the others last, and their folders of judgements."""
-MODELS = {"TRACT": "tract", "REAL": "real"}
-"""Those whose cards tell of the evaluation, and their folders."""
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """Result of a run.
-
-    Attributes:
-        model: Directory of the final model.
-        reports: Judge name -> agreement with the gold scores of the held-out items. With several aspects, one entry for
-            each, such as `TRACT, tone`; likewise in the next two.
-        grid_mass: Judge name -> mean probability mass on the grid; None if no item has a score.
-        errors: Judge name -> reason for a missing score -> number of items, most common first.
-        seconds: Step name -> duration in seconds.
-    """
-
-    model: Path
-    reports: dict[str, ScoreReport]
-    grid_mass: dict[str, float | None]
-    errors: dict[str, dict[str, int]]
-    seconds: dict[str, float]
 
 
 def run_tract(
@@ -349,7 +328,8 @@ class _Pipeline:
         return result
 
     def _write(self, result: RunResult, judges: Mapping[str, Judged]) -> None:
-        directory, spec = self.directory, self.spec
+        directory = self.directory
+        data, held_out = (without_secrets(each) for each in (self.spec.data, self.spec.eval_data or self.spec.data))
         write_report(directory, result, judges)
         for scale in judges[list(judges)[-1]].scales:
             on_scale = {name: judge.scales[scale] for name, judge in judges.items()}
@@ -357,44 +337,8 @@ class _Pipeline:
             reports = {name: result.reports[judge.called(name)] for name, judge in on_scale.items()}
             for name in (each for each in judges if each in MODELS):
                 compared = dict(list(reports.items())[: list(reports).index(name) + 1])
-                card, held_out = directory / MODELS[name] / "README.md", without_secrets(spec.eval_data or spec.data)
-                data = without_secrets(spec.data)
+                card = directory / MODELS[name] / "README.md"
                 finish_card(directory, card, on_scale[name], compared, data=data, held_out=held_out)
-
-
-def summarise(directory: Path, judges: Mapping[str, Judged], seconds: dict[str, float]) -> RunResult:
-    """Agreement of each judge with the gold scores, by aspect."""
-    scales = {scale.called(name): scale for name, judge in judges.items() for scale in judge.scales.values()}
-    return RunResult(
-        directory / MODELS[list(judges)[-1]],
-        {name: scale.report() for name, scale in scales.items()},
-        {name: scale.mean_grid_mass for name, scale in scales.items()},
-        {name: scale.errors for name, scale in scales.items()},
-        seconds,
-    )
-
-
-def write_report(directory: Path, result: RunResult, judges: Mapping[str, Judged]) -> None:
-    """Write `report.json`: every judge's figures, and what they were made of."""
-    content = {
-        "judges": {
-            name: {**report.to_dict(), "grid_mass": result.grid_mass[name], "errors": result.errors[name]}
-            for name, report in result.reports.items()
-        },
-        "made_of": {name: judge.made_of for name, judge in judges.items()},
-        "seconds": result.seconds,
-    }
-    write_json(directory / "report.json", content)
-
-
-def judged_folders(folder: str) -> list[str]:
-    """The folders of judgements of a run, that of the judge it ends with first; any other folder by itself."""
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: no such directory")
-    if (Path(folder) / "judgements.jsonl").is_file():
-        return [folder]
-    found = [Path(folder) / name for name in reversed(JUDGED.values())]
-    return [str(each) for each in found if (each / "judgements.jsonl").is_file()] or [folder]
 
 
 def nothing_held_out(item: Item) -> bool:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from trl_tract.evaluation.recalibration import FILE_NAME as CALIBRATION_FILE
 from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.evaluation.report import ScoreReport
-from trl_tract.files.journal import digest
+from trl_tract.files.journal import digest, write_json
 from trl_tract.page import JudgedItems, OtherJudge, write_page
 from trl_tract.runs.judged import Judged, JudgedScale, Lazy
 from trl_tract.saved.judge_config import JudgeConfig
@@ -18,8 +19,35 @@ from trl_tract.saved.model_card import add_evaluation, add_training_run
 
 STAGES = {"stage one": "stage1", "stage two": "tract", "reinforcement": "real"}
 """What a run calls its stages, and the folders they train in."""
+JUDGED = {
+    **{"seed model": "judged-seed", "stage one": "judged-stage1"},
+    **{"TRACT": "judged-tract", "REAL": "judged-real"},
+}
+"""The judges that a run may have, the one that is compared with the others last, and their folders of judgements."""
+MODELS = {"TRACT": "tract", "REAL": "real"}
+"""Those whose cards tell of the evaluation, and their folders."""
 LEAST_SPREAD = 0.15
 """Of a run's calibrated scores, in parts of the gold scores': a constant ranks nothing."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Result of a run.
+
+    Attributes:
+        model: Directory of the final model.
+        reports: Judge name -> agreement with the gold scores of the held-out items. With several aspects, one entry for
+            each, such as `TRACT, tone`; likewise in the next two.
+        grid_mass: Judge name -> mean probability mass on the grid; None if no item has a score.
+        errors: Judge name -> reason for a missing score -> number of items, most common first.
+        seconds: Step name -> duration in seconds.
+    """
+
+    model: Path
+    reports: dict[str, ScoreReport]
+    grid_mass: dict[str, float | None]
+    errors: dict[str, dict[str, int]]
+    seconds: dict[str, float]
 
 
 def judged_items(
@@ -210,3 +238,38 @@ def _curves(run: Path) -> dict[str, list[dict[str, Any]]]:
         for stage, file in states.items()
         if file.is_file()
     }
+
+
+def summarise(directory: Path, judges: Mapping[str, Judged], seconds: dict[str, float]) -> RunResult:
+    """Agreement of each judge with the gold scores, by aspect."""
+    scales = {scale.called(name): scale for name, judge in judges.items() for scale in judge.scales.values()}
+    return RunResult(
+        directory / MODELS[list(judges)[-1]],
+        {name: scale.report() for name, scale in scales.items()},
+        {name: scale.mean_grid_mass for name, scale in scales.items()},
+        {name: scale.errors for name, scale in scales.items()},
+        seconds,
+    )
+
+
+def write_report(directory: Path, result: RunResult, judges: Mapping[str, Judged]) -> None:
+    """Write `report.json`: every judge's figures, and what they were made of."""
+    content = {
+        "judges": {
+            name: {**report.to_dict(), "grid_mass": result.grid_mass[name], "errors": result.errors[name]}
+            for name, report in result.reports.items()
+        },
+        "made_of": {name: judge.made_of for name, judge in judges.items()},
+        "seconds": result.seconds,
+    }
+    write_json(directory / "report.json", content)
+
+
+def judged_folders(folder: str) -> list[str]:
+    """The folders of judgements of a run, that of the judge it ends with first; any other folder by itself."""
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such directory")
+    if (Path(folder) / "judgements.jsonl").is_file():
+        return [folder]
+    found = [Path(folder) / name for name in reversed(JUDGED.values())]
+    return [str(each) for each in found if (each / "judgements.jsonl").is_file()] or [folder]

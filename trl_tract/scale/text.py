@@ -25,6 +25,7 @@ _HIGHEST = (
     r"(?:\d|[十百]|десят|(?:ten|hundred|zehn|hundert|dix|cent|diez|cien|dieci|cento|dez|cem|tien|honderd|tio)(?!\w))"
 )
 _SCALE = r"(?:scale|skala|schaal|échelle|escala|scala|шкал\w*|max(?:im(?:um|al|o|a))?)(?!\w)"
+_HALF = r"(?:half|halb|halve?|halvt|demie?|medi[ao]|mezz[ao]|mei[ao]|pół|půl|половиной)"
 _SCORE_GOES_ON = re.compile(
     rf"\w|[.,:·٫'’*-]\d|[ \t]+\d+(?:[/⁄]\d|ths?(?!\w))|[ \t]\d{{3}}(?!\w)|[+±]|[−-](?=[\s.,;)\]]*$)"
     rf"|{_UNIT}\s*[/／∕⁄÷|]\s*{_HIGHEST}|\s+[:x·]\s*\d"
@@ -33,7 +34,8 @@ _SCORE_GOES_ON = re.compile(
     rf"|[^.!?\n]{{0,30}}?{_SCALE}(?:[^.!?\n]|\.(?=\s*\d)){{0,20}}?{_HIGHEST}"
     rf"|[^.!?\n]{{0,30}}?{_HIGHEST}(?:[^.!?\n]{{0,12}}?{_SCALE}|\s+(?:is|being)\s+(?:the\s+)?(?:best|highest|top))"
     rf"|{_OR}[-+]?\d|\s*(?:[%％‰]|(?:per\s?cent|prozent|procent|pct|hundred|thousand|million)(?!\w))|[ \t]*[¼½¾⅓⅔]"
-    r"|\s+and\s+(?:a|one|two|three)[\s-]+(?:half|thirds?|quarters?)|\s+(?:et\s+demie?|y\s+medi[ao]|e\s+mezz[ao])(?!\w)"
+    r"|\s+and\s+(?:a|one|two|three)[\s-]+(?:half|thirds?|quarters?)"
+    rf"|\s+(?:et|y|e|og|och|en|und|i|a|с)\s+(?:(?:een|ein|en|ett|um|uma)\s+)?{_HALF}(?!\w)"
     r"|\s+(?:point|dot|comma|komma)\s+(?:\d|zero|one|two|three|four|five|six|seven|eight|nine)"
     rf"|[ \t]*[-–—,;&+…]?[ \t]*\d+(?:\.\d+)?{_UNIT}[.!]?[ \t]*(?:[\r\n]|$)",
     re.IGNORECASE | re.MULTILINE,

@@ -30,16 +30,11 @@ from trl_tract.training.losses import ScoreTerms, score_terms
 from trl_tract.training.real_config import REALConfig
 from trl_tract.training.real_losses import EVEN_LENGTHS, advantages_of, divisors, gold_log_likelihood, sequence_ratio
 from trl_tract.training.real_metrics import RolloutMetrics
-from trl_tract.training.rollouts import Rollout, as_rollout, grouped, marker_stop, score_places
+from trl_tract.training.rollouts import Rollout, as_rollout, grouped, marker_stop, score_places, squared_error
 from trl_tract.training.score_head import add_score_head
 from trl_tract.training.starting import check_start, checked_rows, find_judge, load_policy, policy_tokenizer
 
 logger = logging.get_logger(__name__)
-
-
-def squared_error(*args: Any, **kwargs: Any) -> list[float]:
-    """What GRPOTrainer takes for the reward function; `REALTrainer._calculate_rewards` stands in for it."""
-    raise NotImplementedError("the reward is computed from the model that is trained")
 
 
 class REALTrainer(KeepsJudge, GRPOTrainer):
