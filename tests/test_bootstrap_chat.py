@@ -76,6 +76,26 @@ def test_a_turn_without_content_is_sent_as_an_empty_one():
     assert as_messages([{"role": "assistant", "tool_calls": []}]) == [{"role": "assistant", "content": ""}]
 
 
+def test_tools_and_their_calls_are_sent_as_the_api_has_them(server, tmp_path):
+    server.always = answering("Nice. [RESULT] 4")
+    tools = [{"type": "function", "function": {"name": "look_up", "description": "", "parameters": {}}}]
+    call = {"function": {"name": "look_up", "arguments": {"word": "polite"}}}
+    prompt = [
+        {"role": "user", "content": "Is it polite?"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "name": "look_up", "content": "yes"},
+        {"role": "user", "content": "Judge it."},
+    ]
+    bootstrapped(server, tmp_path, {**row(4.0, prompt), "tools": json.dumps(tools)})
+    request = server.requests[0]
+    assert (request["tools"], request["tool_choice"]) == (tools, "none")
+    _, turn, answer, _ = request["messages"]
+    (sent,) = turn["tool_calls"]
+    assert sent["function"] == {"name": "look_up", "arguments": '{"word": "polite"}'}
+    assert (sent["type"], answer["tool_call_id"]) == ("function", sent["id"])
+    assert answer["name"] == "look_up"
+
+
 def test_an_answer_without_marker_and_score_is_no_rationale(server, tmp_path):
     server.always = answering("I would give it four of five.")
     bootstrapped(server, tmp_path, row(4.0), show_score=False)

@@ -332,6 +332,11 @@ def test_a_prompt_that_a_template_refuses_is_a_refusal_with_its_reason() -> None
 
 
 USER, AGAIN = ({"role": "user", "content": text} for text in ("Is it polite?", "Judge it."))
+CALL = {
+    "role": "assistant",
+    "content": "Let me look.",
+    "tool_calls": [{"type": "function", "function": {"name": "look_up", "arguments": {"word": "polite"}}}],
+}
 LEFT_OUT = {
     "qwen2_5": [{"role": "developer", "content": "You judge."}, USER],
     "gptoss": [USER, {"role": "system", "content": "You judge."}],
@@ -344,6 +349,7 @@ LEFT_OUT = {
     ],
     "phi3": [USER, {"role": "critic", "content": "It is rude."}],
     "qwen3": [USER, {"role": "assistant", "content": "I end with </think> here."}, AGAIN],
+    "llama3_1": [USER, CALL, AGAIN],
 }
 
 
@@ -351,6 +357,24 @@ LEFT_OUT = {
 def test_a_prompt_of_which_a_template_leaves_something_out_is_refused(name: str) -> None:
     with pytest.raises(ScoreNotFoundError, match="leaves out what message"):
         template_of(name).ask({"prompt": LEFT_OUT[name]})
+
+
+def test_a_turn_of_few_letters_that_is_left_out_cannot_hide_in_another() -> None:
+    said = [{"role": "user", "content": "It is said. Judge it."}, {"role": "critic", "content": "It is"}]
+    with pytest.raises(ScoreNotFoundError, match="leaves out what message 1"):
+        template_of("phi3").ask({"prompt": said})
+
+
+@pytest.mark.parametrize("name", ["llama3", "cohere2", "qwen2_5_vl", "deepseek_r1_distill"])
+def test_tool_calls_that_a_template_leaves_out_are_refused(name: str) -> None:
+    with pytest.raises(ScoreNotFoundError, match="leaves out the tool calls of message 1"):
+        template_of(name).ask({"prompt": [USER, CALL, AGAIN]})
+
+
+def test_text_beside_tool_calls_is_asked_with_them() -> None:
+    asked = template_of("qwen3").ask({"prompt": [USER, CALL, AGAIN]}).text
+    assert "Let me look." in asked
+    assert '"word": "polite"' in asked
 
 
 def test_tools_that_a_template_leaves_out_are_refused() -> None:

@@ -68,6 +68,7 @@ class ChatBackend:
         self,
         conversations: Sequence[Sequence[Mapping[str, Any]]],
         *,
+        tools: Sequence[Any] = (),
         n: int = 1,
         seed: int = 0,
         on_progress: Callable[[int], None] | None = None,
@@ -77,6 +78,7 @@ class ChatBackend:
 
         Args:
             conversations: Messages with `role` and `content`.
+            tools: Those that each conversation knows of, or None; the model is told not to call them.
             n: Answers to each.
             seed: Sent along, counted on for each answer; endpoints honour it more or less.
             on_progress: Called with the number of conversations that have just been answered.
@@ -90,6 +92,7 @@ class ChatBackend:
         settings.check(n, None)
         requests: list[Callable[[], Awaitable[Generation]]] = []
         for number, messages in enumerate(conversations):
+            known = {"tools": tools[number], "tool_choice": "none"} if tools and tools[number] else {}
             for sample in range(n):
                 body = {
                     "model": self.model_id,
@@ -98,6 +101,7 @@ class ChatBackend:
                     "temperature": settings.temperature,
                     "top_p": settings.top_p,
                     "seed": (seed + number * n + sample) % 2**31,
+                    **known,
                     **self.options,
                 }
                 body = {name: value for name, value in body.items() if value is not None}

@@ -3,6 +3,7 @@
 Knows how each is asked; nothing of which rationales are kept.
 """
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from trl_tract.distill.failures import before_markup, before_score, rationale_fa
 from trl_tract.distill.leaks import gives_away
 from trl_tract.files.journal import seed_of
 from trl_tract.rows.frame import Frame
+from trl_tract.rows.messages import json_cell
 from trl_tract.rows.row import Row
 from trl_tract.rows.template import Asked, Template
 from trl_tract.rows.thinking import answered, may_end, own_thinking, read_rationale, stop_rules
@@ -230,7 +232,8 @@ class ChatAuthor(Author):
             )
             for draft in drafts
         ]
-        written = self.backend.write(conversations, n=n, on_progress=on_progress, **self._settings(seed))
+        tools = [json_cell(draft.row, "tools") for draft in drafts]
+        written = self.backend.write(conversations, tools=tools, n=n, on_progress=on_progress, **self._settings(seed))
         return [[self._read(draft, one, shown) for one in own] for draft, own in zip(drafts, written, strict=True)]
 
     def _read(self, draft: Draft, generation: Generation, shown: bool) -> Candidate:
@@ -267,7 +270,28 @@ def _candidate(text: str, failure: str | None, tokens: int, score: float | None)
 
 
 def as_messages(prompt: Any) -> list[dict[str, Any]]:
-    """A prompt as chat messages: a text is what the user says."""
+    """A prompt as messages of the API: a text is what the user says, and calls of tools have ids and JSON arguments."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt.strip()}]
-    return [{"role": message["role"], "content": message.get("content") or ""} for message in prompt]
+    sent: list[dict[str, Any]] = []
+    unanswered: list[str] = []
+    for number, message in enumerate(prompt):
+        one = {name: value for name, value in message.items() if value not in (None, [])}
+        one["content"] = message.get("content") or ""
+        if "tool_calls" in one:
+            one["tool_calls"] = [_sent(call, f"call_{number}_{place}") for place, call in enumerate(one["tool_calls"])]
+            unanswered = [call["id"] for call in one["tool_calls"]]
+        elif one["role"] == "tool" and unanswered:
+            one.setdefault("tool_call_id", unanswered.pop(0))
+        sent.append(one)
+    return sent
+
+
+def _sent(call: Mapping[str, Any], own_id: str) -> dict[str, Any]:
+    """A call of a tool as the API has it. Templates also take arguments as a mapping, and no `function` around them."""
+    function = call.get("function") or call
+    arguments = function.get("arguments") or {}
+    if not isinstance(arguments, str):
+        arguments = json.dumps({name: value for name, value in arguments.items() if value is not None})
+    function = {"name": function.get("name"), "arguments": arguments}
+    return {"id": call.get("id") or own_id, "type": "function", "function": function}

@@ -30,6 +30,20 @@ def text_of(content: Any) -> str:
     return "".join(part if isinstance(part, str) else part["text"] for part in content)
 
 
+def json_cell(row: Mapping[str, Any], name: str) -> Any:
+    """A column such as `tools`, which a table holds as JSON; None where it is missing, empty or NaN.
+
+    Raises:
+        ScoreNotFoundError: A text that is not JSON.
+    """
+    cell = row.get(name)
+    cell = (cell if cell == cell else None) or None
+    try:
+        return json.loads(cell) if isinstance(cell, str) else cell
+    except json.JSONDecodeError as error:
+        raise ScoreNotFoundError("template", f"`{name}` is not JSON: {error}") from error
+
+
 def no_spelled_messages(name: str, text: str) -> None:
     """Refuse a text that is a list of chat messages as JSON or Python writes it.
 
@@ -90,6 +104,18 @@ def marked(message: Any, control: re.Pattern[str], parts: bool) -> dict[str, Any
             raise ScoreNotFoundError("empty", f"a message with the role {message['role']} is empty")
         return {"role": message["role"], **rest}
     return turn(message["role"], mark(text_of(message["content"])), parts) | rest
+
+
+def stand_in(message: Mapping[str, Any], number: int, parts: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """A message with words that stand nowhere else for its text and its tools' names, and each word's kind."""
+    words = {f"says{number}end": "text"} if message.get("content") else {}
+    changed = {**message, **turn(message["role"], next(iter(words)), parts)} if words else dict(message)
+    calls = []
+    for place, call in enumerate(message.get("tool_calls") or ()):
+        words[f"calls{number}x{place}end"] = "call"
+        named = {"name": f"calls{number}x{place}end"}
+        calls.append({**call, "function": {**call["function"], **named}} if "function" in call else {**call, **named})
+    return changed | ({"tool_calls": calls} if calls else {}), words
 
 
 def cut(text: str, control: re.Pattern[str]) -> tuple[str, tuple[int, ...]]:

@@ -18,7 +18,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from trl_tract.rows.frame import QUESTION, Frame, Probe
-from trl_tract.rows.messages import cut, marked, shows, text_of, whole_characters
+from trl_tract.rows.messages import cut, json_cell, marked, shows, stand_in, text_of, whole_characters
 from trl_tract.rows.row import Prompt
 from trl_tract.rows.thinking import own_thinking
 from trl_tract.scale.text import ScoreNotFoundError
@@ -172,14 +172,19 @@ class Template:
         Raises:
             ScoreNotFoundError: A message is left out, or the tools are.
         """
+        lost = self._lost(messages, frame)
         for number, message in enumerate(messages):
             said, _ = cut(text_of(message.get("content")), self._control)
             if message["role"] == "assistant":  # earlier thinking is left out on purpose
-                if message.get("tool_calls"):
-                    continue
                 said = said[own_thinking(said, frame)[1] or 0 :]
                 said = said.rpartition(frame.block[1].strip())[2] if frame.block and frame.opens else said
-            if not shows(text, said):
+            if (number, "call") in lost:
+                raise ScoreNotFoundError(
+                    "template",
+                    f"the chat template leaves out the tool calls of message {number} ({message['role']}). Write them "
+                    "as text, or use another template (chat_template_path)",
+                )
+            if (number, "text") in lost or not shows(text, said):
                 raise ScoreNotFoundError(
                     "template",
                     f"the chat template leaves out what message {number} ({message['role']}) says: {said[:60]!r}. Give "
@@ -193,6 +198,28 @@ class Template:
                     f"the chat template leaves out the row's `{given}`. Put them into a message, leave them out, or "
                     "use another template (chat_template_path)",
                 )
+
+    def _lost(self, messages: Sequence[Mapping[str, Any]], frame: Frame) -> frozenset[tuple[int, str]]:
+        """Numbers of the messages whose text or tool calls the template leaves out of a conversation of this form.
+
+        Asked with words of our own: few letters of a message that is left out can stand elsewhere in the prompt.
+        """
+        form = [[message["role"], sorted(message), len(message.get("tool_calls") or ())] for message in messages]
+        key = json.dumps([form, frame.variables], default=str)
+        if key not in self._losses:
+            replaced = [stand_in(message, number, frame.parts) for number, message in enumerate(messages)]
+            try:
+                text = self._render([message for message, _ in replaced], frame.variables, True)
+            except ScoreNotFoundError:  # it looks at what the messages say
+                self._losses[key] = frozenset()
+            else:
+                self._losses[key] = frozenset(
+                    (number, kind)
+                    for number, (_, words) in enumerate(replaced)
+                    for word, kind in words.items()
+                    if word not in text
+                )
+        return self._losses[key]
 
     def before(self, row: Mapping[str, Any]) -> str:
         """What the template writes by itself before the first message of a row, its header included."""
@@ -208,13 +235,7 @@ class Template:
         return tuple(found)
 
     def _variables(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        own, tools = row.get("chat_template_kwargs"), row.get("tools")
-        try:
-            read = ((each if each == each else None) or None for each in (own, tools))  # NaN is none
-            own, tools = (json.loads(each) if isinstance(each, str) else each for each in read)
-        except json.JSONDecodeError as error:
-            raise ScoreNotFoundError("template", f"`tools` or `chat_template_kwargs` is not JSON: {error}") from error
-        own = {} if own is None else own
+        own, tools = json_cell(row, "chat_template_kwargs") or {}, json_cell(row, "tools")
         if not isinstance(own, Mapping):
             raise ScoreNotFoundError("template", f"`chat_template_kwargs` is {own!r}, not a mapping")
         # Arrow gives every row the keys of all rows.
@@ -226,6 +247,10 @@ class Template:
 
     @functools.cached_property
     def _frames(self) -> dict[str, Frame | ScoreNotFoundError]:
+        return {}
+
+    @functools.cached_property
+    def _losses(self) -> dict[str, frozenset[tuple[int, str]]]:
         return {}
 
     def frame(self, row: Mapping[str, Any] = {}) -> Frame:  # read only
