@@ -124,7 +124,7 @@ def run_seed(
     """Every model of one seed; then, for the first time, the tests."""
     names, judges = models_for(config.rows), judges_for(config.rows)
     rivals = [row for row in RIVALS if row in config.rows]
-    total = steps_for(names, judges, rivals, len(config.tests) or 1)
+    total = steps_for(names, judges, rivals, len(config.tests) or 1) + bool(config.rationales and "stage1" in names)
     models = Models(config, seed_model, train_file, directory, seed, total, items.directory / FEATURES)
     for name in names:
         models.train(name, choice.settings(name))
