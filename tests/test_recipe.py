@@ -189,6 +189,31 @@ def test_parameters_are_counted_without_weights(seed_model):
     assert count_parameters(seed_model) == sum(weight.numel() for weight in make_model().parameters())
 
 
+@pytest.mark.parametrize(
+    ("distinct", "given", "shared"),
+    [
+        (0.8, {}, True),
+        (0.81, {}, None),
+        (0.5, {"per_device_train_batch_size": 1}, None),
+        (0.5, {"neftune_noise_alpha": 5.0}, None),
+        (0.5, {"share_prompts": False}, None),
+    ],
+)
+def test_prompts_are_shared_where_rows_begin_alike(distinct, given, shared):
+    assert derived(distinct=distinct, given=given).get("share_prompts") is shared
+
+
+def test_how_much_rows_have_in_common_does_not_depend_on_their_order(seed_model):
+    def distinct(rows):
+        return facts_of(seed_model, rows, {}).distinct
+
+    alike = [{**row, "prompt": "judge this reply by its tone " * 9 + row["prompt"]} for row in make_rows(30)]
+    by_question = [{**row, "prompt": f"{number} " * 60 + row["prompt"]} for number in range(5) for row in make_rows(30)]
+    assert distinct(alike) < 0.5
+    assert distinct(by_question) > 0.75
+    assert distinct([{**row, "prompt": row["completion"][:9] + row["prompt"]} for row in make_rows(30)]) > 0.9
+
+
 def test_the_facts_are_those_of_the_rows(seed_model):
     rows = make_rows(30)
     facts = facts_of(seed_model, rows, {})

@@ -65,6 +65,11 @@ def cost_of(rows: int, length: int, attention: float) -> float:
     return rows * length * (1 + attention * length)
 
 
+def placed(ids: Sequence[int] | Ints) -> Ints:
+    """Token ids with their positions, `(n, 2)`."""
+    return np.stack([ids, np.arange(len(ids))], axis=1)
+
+
 def distinct_share(sequences: Sequence[Ints], batch_size: int) -> float:
     """Which part of their tokens is distinct, where batches are made of sequences that begin alike.
 
@@ -73,8 +78,7 @@ def distinct_share(sequences: Sequence[Ints], batch_size: int) -> float:
         batch_size: Sequences in a batch.
 
     Example:
-        >>> one, other = (np.stack([[5, 5, 5, last], range(4)], axis=1) for last in (1, 2))
-        >>> distinct_share([one, other], 2)
+        >>> distinct_share([placed([5, 5, 5, last]) for last in (1, 2)], 2)
         0.625
     """
     merged = _Merge.of(sequences, [0] * len(sequences))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from trl_tract.backends.loading import tokenizer_to_train
-from trl_tract.backends.tree import distinct_share
+from trl_tract.backends.tree import distinct_share, placed
 from trl_tract.commands.template_view import template_words
 from trl_tract.commands.token_view import around_score, shown_prompt, view_row
 from trl_tract.rows.dataset import find_scales
@@ -122,7 +122,7 @@ class RowsReport:
         self.prompt_tokens.append(prompt)
         self.completion_tokens.append(length - prompt)
         if number < _LOOKED_AT:
-            self.sequences.append(np.stack([ids, np.arange(len(ids))], axis=1))
+            self.sequences.append(placed(ids))
 
     def add_golds(self, row: Row, golds: Sequence[float], scales: Sequence[Scale], converted: bool) -> bool:
         """Count a row's gold scores; whether its completion says no others, and was written from them."""

@@ -179,7 +179,8 @@ def _derived(spec: RunSpec, report: RowsReport, say: Say) -> RunSpec:
     """The run with the settings that it would derive, which are told."""
     golds = list(zip(*(report.golds[scale.name] for scale in spec.scales), strict=True))
     scales, lengths = tuple(spec.scales), (report.tokens, report.completion_tokens)
-    recipe = derive(measured(spec.model, scales, report.trained, *lengths, golds), spec.set_by_user).to_dict()
+    facts = measured(spec.model, scales, report.trained, *lengths, golds, report.sequences)
+    recipe = derive(facts, spec.set_by_user).to_dict()
     derived = spec.with_recipe(recipe)
     if spec.bootstraps:  # twice the longest rationale, and there is none
         recipe["generation"].pop("max_new_tokens", None)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 import timeit
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 import torch
+from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trl_tract.backends.loading import tokenizer_to_train
+from trl_tract.backends.tree import distinct_share, placed
 from trl_tract.files.journal import write_json
 from trl_tract.rows.dataset import find_scales
 from trl_tract.rows.encoding import RowEncoder
@@ -24,6 +27,9 @@ from trl_tract.training.recipe import Device, Facts, derive
 
 _LOOKED_AT = 2000
 """Rows whose tokens are counted, evenly spread: what settings hang on is known well enough from them."""
+_COMPARED = 400
+"""Of these, the rows whose tokens are compared with each other's."""
+_TOGETHER = 4  # rows in a micro-batch that is tried
 
 
 def facts_of(model: str, rows: Sequence[Mapping[str, Any]], training: Mapping[str, Any]) -> Facts:
@@ -42,14 +48,18 @@ def facts_of(model: str, rows: Sequence[Mapping[str, Any]], training: Mapping[st
     )
     lengths, completions = [], []
     golds: list[list[float]] = []
-    for row in looked_at:
+    sequences: list[NDArray[np.int64]] = []
+    every = math.ceil(len(looked_at) / _COMPARED)
+    for number, row in enumerate(looked_at):
         columns = encoder(row)
         if columns["refusal_kind"]:
             continue  # the training says what is wrong with it
         lengths.append(columns["num_tokens"])
         completions.append(sum(label != -100 for label in columns["labels"]))
         golds.append([score for score in columns["score_labels"] if not math.isnan(score)])
-    return measured(model, scales, len(rows), lengths, completions, golds)
+        if number % every == 0:
+            sequences.append(placed(columns["input_ids"]))
+    return measured(model, scales, len(rows), lengths, completions, golds, sequences)
 
 
 def write_recipe(spec: RunSpec, rows: Sequence[Mapping[str, Any]], file: Path) -> None:
@@ -64,11 +74,13 @@ def measured(
     lengths: Sequence[int],
     completions: Sequence[int],
     golds: Sequence[Sequence[float]],
+    sequences: Sequence[NDArray[np.int64]],
 ) -> Facts:
     """The facts about rows whose tokens are counted already.
 
     Args:
         golds: Its gold scores, one for each scale, rubric units.
+        sequences: Of some of them, token ids and positions, `(n, 2)`.
 
     Raises:
         ValueError: No row was looked at.
@@ -85,7 +97,16 @@ def measured(
         variances=dict(zip(names, np.var(np.array(golds), axis=0).tolist(), strict=True)),
         spans={scale.name: float(scale.grid.values[-1] - scale.grid.values[0]) for scale in scales},
         device=this_device(),
+        distinct=_distinct(sequences),
     )
+
+
+def _distinct(sequences: Sequence[NDArray[np.int64]]) -> float:
+    mixed = random.Random(0).sample(sequences, len(sequences))
+    batches = [mixed[start : start + _TOGETHER] for start in range(0, len(mixed), _TOGETHER)]
+    tokens = [sum(map(len, batch)) for batch in batches]
+    shares = [distinct_share(batch, len(batch)) for batch in batches]
+    return float(np.average(shares, weights=tokens))
 
 
 def count_parameters(model: str) -> int:

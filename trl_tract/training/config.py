@@ -159,8 +159,8 @@ class TRACTConfig(KeepsSecrets, SFTConfig):
         None,
         "Compute a prefix that several rows of a micro-batch share only once. The update is the same up to rounding, "
         "and takes less time and memory if prompts are long and shared. Needs sdpa, eager or, on a GPU, flex "
-        "attention; with other kernels, each row is computed separately and a message says so. None: on in stage two "
-        "of a run with `num_generations` above 1, otherwise off.",
+        "attention; with other kernels, each row is computed separately and a message says so. None: on in a run "
+        "whose rows begin alike, and in its stage two with `num_generations` above 1; otherwise off.",
     )
     share_batches: str = option(
         "prompt",

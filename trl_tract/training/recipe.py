@@ -18,6 +18,8 @@ UPDATES, MOST_EPOCHS = 120, 4
 """Updates that a stage is to have, about, and the most passes over the rows for them."""
 BATCH_TOKENS = 8192
 """Of a batch on one device, padding included."""
+MOST_DISTINCT = 0.8
+"""With more distinct tokens than this part, sharing prompts saves too little to be turned on unasked."""
 _LOADED = {"load_in_4bit", "load_in_8bit"}
 _GB = 1e9
 
@@ -46,6 +48,7 @@ class Facts:
         rationale: Tokens of the longest completion.
         variances: Of the gold scores of each scale by its name, squared rubric units.
         spans: Highest minus lowest score of each scale's grid, rubric units.
+        distinct: Part of the tokens that `share_prompts` computes, in micro-batches of four rows by chance.
     """
 
     parameters: int
@@ -56,6 +59,7 @@ class Facts:
     variances: Mapping[str, float]
     spans: Mapping[str, float]
     device: Device
+    distinct: float = 1.0
 
     def __str__(self) -> str:
         size = f"{self.parameters / 1e9:.1f}B" if self.parameters >= 1e9 else f"{self.parameters / 1e6:.0f}M"
@@ -213,6 +217,10 @@ def _schedule(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
             ),
             Setting("training", "gradient_accumulation_steps", accumulated, ""),
         ]
+    rows = given.get("per_device_train_batch_size", on_device)
+    if rows > 1 and facts.distinct <= MOST_DISTINCT and given.get("neftune_noise_alpha") is None:
+        computed = f"rows begin alike: {facts.distinct:.0%} of the tokens are computed, for the same update"
+        found.append(Setting("training", "share_prompts", True, computed))
     if not given.keys() & {"num_train_epochs", "max_steps"}:
         found.append(
             Setting(

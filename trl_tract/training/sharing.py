@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from peft import PeftConfig
 from torch.utils.data import Sampler
 
-from trl_tract.backends.tree import lay_out
+from trl_tract.backends.tree import lay_out, placed
 from trl_tract.training.config import TRACTConfig
 
 Keys = NDArray[np.uint64]
@@ -118,7 +118,7 @@ def savings(rows: Dataset, order: Sequence[int], batch_size: int, attention: flo
     separate = shared = count = 0
     for at in range(0, min(len(order), _LOOKED_AT * batch_size), batch_size):
         batch = [np.array(ids) for ids in rows[list(order[at : at + batch_size])]["input_ids"]]
-        sequences = [np.stack([ids, np.arange(len(ids))], axis=1) for ids in batch]
+        sequences = [placed(ids) for ids in batch]
         layout, _ = lay_out(sequences, range(len(batch)), share=True, attention=attention)
         separate += sum(map(len, batch))
         shared += len(np.unique(np.concatenate(layout.places)))
