@@ -219,7 +219,7 @@ def _schedule(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
         ]
     rows = given.get("per_device_train_batch_size", on_device)
     if rows > 1 and facts.distinct <= MOST_DISTINCT and given.get("neftune_noise_alpha") is None:
-        computed = f"rows begin alike: {facts.distinct:.0%} of the tokens are computed, for the same update"
+        computed = f"rows begin alike: {facts.distinct:.0%} of the tokens are left to compute"
         found.append(Setting("training", "share_prompts", True, computed))
     if not given.keys() & {"num_train_epochs", "max_steps"}:
         found.append(
