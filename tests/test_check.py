@@ -254,7 +254,7 @@ def test_the_tokens_that_rows_share_are_counted_in_either_order(tmp_path, model,
     other = {"instruction": "how", "response": "so", "rationale": "bad", "score": 1}
     code, printed = checked(tmp_path, model, [*rows, other], capsys, "--rubric", str(rubric))
     assert code == 0
-    standard, first = (int(share) for share in re.findall(r"(\d+)% (?:of the tokens|with `order)", printed))
+    first, standard = (int(share) for share in re.findall(r"(\d+)% (?:of the tokens|with `order)", printed))
     # By hand: of eight rows that share all but answer and completion, and one that shares the rubric.
     assert first < 35 < standard < 100
 

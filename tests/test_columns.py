@@ -158,10 +158,16 @@ def test_a_rubric_of_other_scores_says_which_option_to_set(rubric):
         read_item(RECORD, read_scales({"score_values": [1, 2, 3]}), OwnColumns.parse(COLUMNS, rubric))
 
 
-def test_shared_first_puts_the_response_behind_all_that_others_share(rubric, tmp_path):
-    (tmp_path / "first.yaml").write_text(RUBRIC + "order: shared-first\n")
+def test_a_rubric_that_was_saved_before_there_was_an_order_keeps_the_one_it_had(rubric):
+    saved = OwnColumns.parse(COLUMNS, rubric).to_dict()
+    assert saved["rubric"].pop("order") == "shared-first"
+    assert OwnColumns.from_dict(saved).rubric.order == "standard"
+
+
+def test_the_response_stands_behind_all_that_others_share_unless_the_order_is_standard(rubric, tmp_path):
+    (tmp_path / "standard.yaml").write_text(RUBRIC + "order: standard\n")
     prompts = []
-    for file in (rubric, tmp_path / "first.yaml"):
+    for file in (tmp_path / "standard.yaml", rubric):
         own = OwnColumns.parse([*COLUMNS, "reference=right"], file)
         for answer in ("2", "three"):
             item = read_item(RECORD | {"answer": answer, "right": "two"}, SCALES, OwnColumns.from_dict(own.to_dict()))

@@ -26,6 +26,7 @@ from trl_tract.rows.tokens import resolve_scales
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.scale import read_scales
 from trl_tract.scale.text import CompletionFormat
+from trl_tract.sources.rubric import Rubric
 
 TOKENIZER = make_tokenizer()
 # 0.1 * 1 + 0.2 * 3 + 0.6 * 4 + 0.05 * 5 = 3.35, with 0.95 on the grid.
@@ -191,6 +192,18 @@ def test_descriptions_are_those_of_the_row_and_in_the_order_of_the_grid():
     make_reward_func(judge)(["a"], ["b"], **{key: [value] for key, value in row.items()})
     text = TOKENIZER.decode(judge.backend.generate_calls[0]["prompts"][0])
     assert text == rubric_prompt("a", "b", "polite?", {"1": "no", "2": "so so", "3": "yes"})
+
+
+@pytest.mark.parametrize("rubric", [{}, {"order": "standard"}, {"template": "{criterion} {response} {descriptions}"}])
+def test_a_judge_is_asked_in_the_words_and_the_order_of_its_own_rubric(rubric):
+    own = Rubric("is it polite?", DESCRIPTIONS, **rubric)
+    wanted = own.prompt("say no", "no", "no, sorry", "[RESULT]")
+    for given in (columns(1, reference="no, sorry"), {"reference": ["no, sorry"]}):
+        judge = scripted()
+        judge.rubric = own
+        make_reward_func(judge)(["say no"], ["no"], **given)
+        (prompt,) = judge.backend.generate_calls[0]["prompts"]
+        assert TOKENIZER.decode(prompt, skip_special_tokens=False) == wanted
 
 
 def test_your_own_prompt_sees_the_row_as_trl_gives_it():

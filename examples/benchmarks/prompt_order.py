@@ -68,7 +68,7 @@ def judged(args: argparse.Namespace, order: str, seed: int) -> dict[str, Any]:
         *("--output_dir", str(folder / "judged"), "--max_new_tokens", "60"),
     )
     (scale,) = Judged(folder / "judged").scales.values()
-    return {"order": order, "seed": seed, **scale.report().to_dict()}
+    return {"order": order, **scale.report().to_dict(), "seed": seed}
 
 
 def measured(measure: dict[str, Any]) -> str:

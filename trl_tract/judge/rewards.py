@@ -6,11 +6,12 @@ Knows what those trainers hand to a reward function, lists alone; knows nothing 
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from trl_tract.judge.judge import CoTRAILJudge, Judgement
 from trl_tract.rows.row import RENDERED_WITH, Prompt, Row
-from trl_tract.sources.prompts import rubric_prompt
+from trl_tract.sources.rubric import Rubric
 from trl_tract.sources.schemas import as_text
 
 logger = logging.getLogger(__name__)
@@ -43,11 +44,12 @@ def make_reward_func(
         judge: The judge. Its random seed depends on the trainer's step, so a resumed run gives the same rewards.
         prompt: Writes the judge's prompt, text or messages, of a row: `prompt` and `completion` as TRL gives them
             (text, or messages if the dataset is conversational; the completion is untrusted) and the dataset's other
-            columns. None from it means that this reward does not apply to the row. By default `rubric_prompt` is
-            filled from the columns `criterion`, `descriptions` (score text -> what earns it) and, if there is one,
-            `reference`; a row where both of the first are None is not judged; it is text, or a chat message where the
-            judge was trained on such. Write the prompt as in the judge's training rows: a judge trained on messages
-            needs messages. The columns `tools`, `chat_template_kwargs` and `prompt_is_text` are the judge's: its
+            columns. None from it means that this reward does not apply to the row. By default the prompt is made of
+            the columns `criterion`, `descriptions` (score text -> what earns it) and, if there is one, `reference`, in
+            the order or template of the rubric that was saved with the judge, else by `rubric_prompt`. Without these
+            columns the saved rubric itself is used. A row where both are None is not judged. The prompt is text, or a
+            chat message where the judge was trained on such. Write the prompt as in the judge's training rows: a judge
+            trained on messages needs messages. The columns `tools`, `chat_template_kwargs` and `prompt_is_text` are the judge's: its
             prompt is rendered with them, as that of a training row is.
         scale: None for rubric units. `"unit"` maps the ends of the score range to 0 and 1 without clipping: an expected
             score with mass off the grid can be below 0.
@@ -174,7 +176,10 @@ class _JudgeReward:
             log_extra(f"{name}/error", [lost.get(i, "") for i in range(count)])
 
     def _rubric_row(self, row: Row) -> Row | None:
+        own = self.judge.rubric
         absent = [column for column in ("criterion", "descriptions") if column not in row]
+        if own is not None and len(absent) == 2:
+            return self._asked(own, row)
         if absent:
             raise ValueError(
                 f"the judge's prompt needs the dataset column(s) {' and '.join(absent)}; found: "
@@ -192,15 +197,15 @@ class _JudgeReward:
                 f"criterion={row['criterion']!r} with descriptions of the scores {', '.join(texts) or 'none'}: the "
                 f"judge needs a criterion and one description for each of its scores {', '.join(grid)}"
             )
-        written = rubric_prompt(
-            _prompt_text(row["prompt"]),
-            _completion_text(row["completion"]),
-            row["criterion"],
-            {score: texts[score] for score in grid},
-            reference=row.get("reference"),
-            marker=self.judge.scales[0].marker,
-        )
-        return as_text({"prompt": written}, bool(self.judge.chat))
+        # In the words and the order of the rubric that the judge was trained with, if there was one.
+        asked = own or Rubric("", {}, order="standard")
+        described = {score: texts[score] for score in grid}
+        return self._asked(replace(asked, criterion=row["criterion"], descriptions=described, scale=None), row)
+
+    def _asked(self, rubric: Rubric, row: Row) -> Row:
+        marker = self.judge.scales[0].marker
+        said = _prompt_text(row["prompt"]), _completion_text(row["completion"])
+        return as_text({"prompt": rubric.prompt(*said, row.get("reference"), marker)}, bool(self.judge.chat))
 
 
 def _lack(judged: Sequence[Judgement]) -> str | None:

@@ -88,7 +88,9 @@ class OwnColumns:
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "OwnColumns":
         """What `to_dict` wrote."""
-        return cls(dict(saved["columns"]), Rubric(**saved["rubric"]) if saved["rubric"] else None)
+        return cls(
+            dict(saved["columns"]), Rubric(**{"order": "standard", **saved["rubric"]}) if saved["rubric"] else None
+        )
 
     def save(self, directory: str | Path) -> None:
         """Write `tract_prompt.json` into a judge's directory."""

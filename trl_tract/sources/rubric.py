@@ -23,14 +23,15 @@ class Rubric:
             ranges of them, such as `0-20`.
         template: The prompt with `{response}` and the other places of it to fill; None: `prompts.rubric_prompt`.
         scale: What scores there are, in words; None: those that are described.
-        order: Of the prompt's parts, where there is no template; see `rubric_prompt`.
+        order: Of the prompt's parts, where there is no template; see `rubric_prompt`. With the response last, judges
+            agreed better with people, and prompts share more tokens (docs/benchmarks.md).
     """
 
     criterion: str
     descriptions: Mapping[str, str]
     template: str | None = None
     scale: str | None = None
-    order: str = "standard"
+    order: str = "shared-first"
 
     @classmethod
     def load(cls, path: str | Path) -> "Rubric":
@@ -59,7 +60,7 @@ class Rubric:
         if unknown:
             raise ValueError(
                 f"--rubric {path}: {', '.join(unknown)} is not a known field; {wanted}. Optional fields: `scale: "
-                "text`, `order: shared-first` and `template: text`"
+                "text`, `order: standard` and `template: text`"
             )
         if not isinstance(content["scores"], dict) or len(as_written["scores"]) < 2:
             raise ValueError(f"--rubric {path}: `scores` must describe at least two scores; {wanted}")
@@ -75,7 +76,7 @@ class Rubric:
             if not isinstance(told, str) or not told.strip():
                 raise ValueError(f"--rubric {path}: {name} has no text; {wanted}")
         template, scale = as_written.get("template"), as_written.get("scale")
-        order = as_written.get("order", "standard").strip()
+        order = as_written.get("order", cls.order).strip()
         rubric = cls(as_written["criterion"], described, template, None if scale is None else scale.strip(), order)
         rubric._check_template(path, "order" in as_written)
         return rubric
