@@ -49,8 +49,8 @@ def make_reward_func(
             the order or template of the rubric that was saved with the judge, else by `rubric_prompt`. Without these
             columns the saved rubric itself is used. A row where both are None is not judged. The prompt is text, or a
             chat message where the judge was trained on such. Write the prompt as in the judge's training rows: a judge
-            trained on messages needs messages. The columns `tools`, `chat_template_kwargs` and `prompt_is_text` are the judge's: its
-            prompt is rendered with them, as that of a training row is.
+            trained on messages needs messages. The columns `tools`, `chat_template_kwargs` and `prompt_is_text` are the
+            judge's: its prompt is rendered with them, as that of a training row is.
         scale: None for rubric units. `"unit"` maps the ends of the score range to 0 and 1 without clipping: an expected
             score with mass off the grid can be below 0.
         failed: Reward of a completion that the judge cannot score, in the units of the returned rewards. None: no
