@@ -40,12 +40,12 @@ class Size:
     epochs: float
     batch_size: int
     minutes: int
-    learning_rate: float
+    learning_rate: float = 2e-3
     objective: Mapping[str, Any] = field(default_factory=lambda: DERIVED)
 
 
-QUICK = Size(training_rows=160, held_out_items=60, epochs=2, batch_size=4, minutes=6, learning_rate=2e-3)
-FULL = Size(480, 120, epochs=2, batch_size=4, minutes=35, learning_rate=2e-3, objective=COT_RAFT)
+QUICK = Size(training_rows=160, held_out_items=60, epochs=2, batch_size=4, minutes=6)
+FULL = Size(480, 120, epochs=2, batch_size=4, minutes=35, objective=COT_RAFT)
 
 GENERATION = {"name": "transformers", "batch_size": 32}
 LORA = {"dtype": "auto", "use_peft": True, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
