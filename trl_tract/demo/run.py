@@ -171,7 +171,6 @@ def training_settings(size: Size, seed: int) -> dict[str, Any]:
         "report_to": "none",
         "seed": seed,
         "max_length": 512,
-        "share_prompts": True,
     }
 
 
