@@ -23,7 +23,7 @@ from trl_tract.runs.run import Run
 from trl_tract.runs.steps import DistillStep, JudgeStep
 from trl_tract.runs.train_steps import TrainStep
 
-# The terms of the loss that `trl-tract run` derives for these rows (docs/defaults.md).
+# What `trl-tract run` derives for these rows (docs/defaults.md).
 DERIVED = {"raft_weight": 0.5, "annotator_loss": "distribution", "annotator_weight": 1.0}
 # Not the defaults: with a weight of 1 and the score out of the cross-entropy, stage two once ended with all probability
 # on the score 1, where the squared error has no gradient, and the rationales came out worse. See docs/demo.md.
@@ -40,12 +40,12 @@ class Size:
     epochs: float
     batch_size: int
     minutes: int
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     objective: Mapping[str, Any] = field(default_factory=lambda: DERIVED)
 
 
-QUICK = Size(training_rows=160, held_out_items=60, epochs=2, batch_size=4, minutes=6)
-FULL = Size(480, 120, epochs=2, batch_size=4, minutes=35, objective=COT_RAFT)
+QUICK = Size(training_rows=160, held_out_items=60, epochs=3, batch_size=4, minutes=8)
+FULL = Size(480, 120, epochs=2, batch_size=4, minutes=35, learning_rate=2e-3, objective=COT_RAFT)
 
 GENERATION = {"name": "transformers", "batch_size": 32}
 LORA = {"dtype": "auto", "use_peft": True, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
