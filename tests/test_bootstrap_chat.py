@@ -72,6 +72,14 @@ def test_markup_around_marker_and_score_is_no_part_of_a_rationale(ending):
     assert (read.rationale, read.score, read.failure) == ("It is **polite**.", 4.0, None)
 
 
+@pytest.mark.parametrize(
+    "calls", [["look_up"], "look_up", [{"function": "look_up"}], [{"name": "f", "arguments": [1]}]]
+)
+def test_calls_of_a_form_that_no_api_has_are_left_to_the_endpoint(calls):
+    (sent,) = as_messages([{"role": "assistant", "content": "", "tool_calls": calls}])
+    assert "tool_calls" in sent
+
+
 def test_a_turn_without_content_is_sent_as_an_empty_one():
     assert as_messages([{"role": "assistant", "tool_calls": []}]) == [{"role": "assistant", "content": ""}]
 

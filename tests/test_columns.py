@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -156,6 +157,23 @@ def test_a_mistake_in_a_rubric_is_named(text, wanted, tmp_path):
 def test_a_rubric_of_other_scores_says_which_option_to_set(rubric):
     with pytest.raises(ValueError, match=r"describes the scores 1, 2, 3, 4, 5, but the grid is 1, 2, 3: give "):
         read_item(RECORD, read_scales({"score_values": [1, 2, 3]}), OwnColumns.parse(COLUMNS, rubric))
+
+
+@pytest.mark.parametrize(
+    ("trained_with", "given", "asked"),
+    [
+        ("shared-first", "", "shared-first"),
+        ("standard", "", "standard"),
+        (None, "", "standard"),  # by rows such as those of Feedback Collection
+        ("standard", "order: shared-first\n", "shared-first"),
+    ],
+)
+def test_a_judge_is_asked_by_another_rubric_in_the_order_that_it_knows(tmp_path, rubric, trained_with, given, asked):
+    (tmp_path / "other.yaml").write_text(RUBRIC + given)
+    other = OwnColumns.parse(COLUMNS, tmp_path / "other.yaml")
+    saved = OwnColumns.parse(COLUMNS, rubric)
+    saved = None if trained_with is None else replace(saved, rubric=replace(saved.rubric, order=trained_with))
+    assert OwnColumns.beside(other, saved).rubric.order_used == asked
 
 
 def test_a_rubric_that_was_saved_before_there_was_an_order_keeps_the_one_it_had(rubric):

@@ -194,7 +194,9 @@ def test_descriptions_are_those_of_the_row_and_in_the_order_of_the_grid():
     assert text == rubric_prompt("a", "b", "polite?", {"1": "no", "2": "so so", "3": "yes"})
 
 
-@pytest.mark.parametrize("rubric", [{}, {"order": "standard"}, {"template": "{criterion} {response} {descriptions}"}])
+@pytest.mark.parametrize(
+    "rubric", [{"order": "shared-first"}, {"order": "standard"}, {"template": "{criterion} {response} {descriptions}"}]
+)
 def test_a_judge_is_asked_in_the_words_and_the_order_of_its_own_rubric(rubric):
     own = Rubric("is it polite?", DESCRIPTIONS, **rubric)
     wanted = own.prompt("say no", "no", "no, sorry", "[RESULT]")

@@ -371,6 +371,13 @@ def test_tool_calls_that_a_template_leaves_out_are_refused(name: str) -> None:
         template_of(name).ask({"prompt": [USER, CALL, AGAIN]})
 
 
+@pytest.mark.parametrize("calls", [["look_up"], [{"function": "look_up"}], [{"name": "look_up"}]])
+def test_tool_calls_of_another_form_are_refused_where_they_are_left_out(calls: Any) -> None:
+    turn = {"role": "assistant", "content": "Let me look.", "tool_calls": calls}
+    with pytest.raises(ScoreNotFoundError, match="leaves out the tool calls of message 1"):
+        template_of("llama3").ask({"prompt": [USER, turn, AGAIN]})
+
+
 def test_text_beside_tool_calls_is_asked_with_them() -> None:
     asked = template_of("qwen3").ask({"prompt": [USER, CALL, AGAIN]}).text
     assert "Let me look." in asked

@@ -56,8 +56,9 @@ def rl(arguments: Sequence[str], rows: Any, columns: Any, training: Any, model: 
     if launch.starts:  # the first of several: its groups of completions were tried in one process alone
         return deploying.start_again(launch, "rl", arguments)
     name = required_model(model)
-    own = own_columns(columns, name)
-    judge = JudgeConfig.load(name) if (Path(name) / FILE_NAME).is_file() else JudgeConfig(training.scales)
+    trained = (Path(name) / FILE_NAME).is_file()
+    own = own_columns(columns, name if trained else None)
+    judge = JudgeConfig.load(name) if trained else JudgeConfig(training.scales)
     scales, chat = judge.scales, judge.asks_chat(policy_tokenizer(name))
     tell_of_neighbours()
 

@@ -278,20 +278,24 @@ def as_messages(prompt: Any) -> list[dict[str, Any]]:
     for number, message in enumerate(prompt):
         one = {name: value for name, value in message.items() if value not in (None, [])}
         one["content"] = message.get("content") or ""
-        if "tool_calls" in one:
+        if isinstance(one.get("tool_calls"), list):
             one["tool_calls"] = [_sent(call, f"call_{number}_{place}") for place, call in enumerate(one["tool_calls"])]
-            unanswered = [call["id"] for call in one["tool_calls"]]
+            unanswered = [call["id"] for call in one["tool_calls"] if isinstance(call, Mapping) and "id" in call]
         elif one["role"] == "tool" and unanswered:
             one.setdefault("tool_call_id", unanswered.pop(0))
         sent.append(one)
     return sent
 
 
-def _sent(call: Mapping[str, Any], own_id: str) -> dict[str, Any]:
+def _sent(call: Any, own_id: str) -> Any:
     """A call of a tool as the API has it. Templates also take arguments as a mapping, and no `function` around them."""
-    function = call.get("function") or call
+    function = (call.get("function") or call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        return call  # the endpoint says what is wrong with it
     arguments = function.get("arguments") or {}
+    if isinstance(arguments, Mapping):  # a table gives every call the arguments of all calls
+        arguments = {name: value for name, value in arguments.items() if value is not None}
     if not isinstance(arguments, str):
-        arguments = json.dumps({name: value for name, value in arguments.items() if value is not None})
+        arguments = json.dumps(arguments)
     function = {"name": function.get("name"), "arguments": arguments}
     return {"id": call.get("id") or own_id, "type": "function", "function": function}

@@ -241,7 +241,8 @@ class CoTRAILJudge:
                 "no rubric was saved with this judge. Build the prompts as in training and use judge(), or set "
                 'judge.rubric = Rubric.load("rubric.yaml") (trl_tract.sources.rubric)'
             )
-        row: Row = {"prompt": self.rubric.prompt(instruction, response, reference, self.scales[0].marker)}
+        rubric = self.rubric.asked_of(None)  # a saved one has its order
+        row: Row = {"prompt": rubric.prompt(instruction, response, reference, self.scales[0].marker)}
         return as_text(row, self.asks_chat)
 
     @property

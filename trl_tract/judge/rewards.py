@@ -198,14 +198,15 @@ class _JudgeReward:
                 f"judge needs a criterion and one description for each of its scores {', '.join(grid)}"
             )
         # In the words and the order of the rubric that the judge was trained with, if there was one.
-        asked = own or Rubric("", {}, order="standard")
+        asked = own or Rubric("", {})
         described = {score: texts[score] for score in grid}
         return self._asked(replace(asked, criterion=row["criterion"], descriptions=described, scale=None), row)
 
     def _asked(self, rubric: Rubric, row: Row) -> Row:
         marker = self.judge.scales[0].marker
         said = _prompt_text(row["prompt"]), _completion_text(row["completion"])
-        return as_text({"prompt": rubric.prompt(*said, row.get("reference"), marker)}, bool(self.judge.chat))
+        prompt = rubric.asked_of(None).prompt(*said, row.get("reference"), marker)
+        return as_text({"prompt": prompt}, bool(self.judge.chat))
 
 
 def _lack(judged: Sequence[Judgement]) -> str | None:

@@ -110,11 +110,15 @@ def stand_in(message: Mapping[str, Any], number: int, parts: bool) -> tuple[dict
     """A message with words that stand nowhere else for its text and its tools' names, and each word's kind."""
     words = {f"says{number}end": "text"} if message.get("content") else {}
     changed = {**message, **turn(message["role"], next(iter(words)), parts)} if words else dict(message)
-    calls = []
+    calls: list[Any] = []
     for place, call in enumerate(message.get("tool_calls") or ()):
-        words[f"calls{number}x{place}end"] = "call"
-        named = {"name": f"calls{number}x{place}end"}
-        calls.append({**call, "function": {**call["function"], **named}} if "function" in call else {**call, **named})
+        word = f"calls{number}x{place}end"
+        words[word] = "call"
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if isinstance(function, Mapping):
+            calls.append({**call, "function": {**function, "name": word}})
+        else:
+            calls.append({**call, "name": word} if isinstance(call, Mapping) else word)
     return changed | ({"tool_calls": calls} if calls else {}), words
 
 

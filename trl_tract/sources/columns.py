@@ -83,7 +83,8 @@ class OwnColumns:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
-        return {"columns": dict(self.columns), "rubric": None if self.rubric is None else asdict(self.rubric)}
+        rubric = None if self.rubric is None else {**asdict(self.rubric), "order": self.rubric.order_used}
+        return {"columns": dict(self.columns), "rubric": rubric}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "OwnColumns":
@@ -121,13 +122,15 @@ class OwnColumns:
     @staticmethod
     def beside(given: "OwnColumns | None", saved: "OwnColumns | None") -> "OwnColumns | None":
         """What the user gave, and for the rest what was saved with the judge."""
-        if saved is None:
-            return given
         if given is None:
-            return replace(saved, optional=frozenset(saved.columns), saved=True)
+            return None if saved is None else replace(saved, optional=frozenset(saved.columns), saved=True)
+        trained_with = None if saved is None else saved.rubric
+        rubric = trained_with if given.rubric is None else given.rubric.asked_of(trained_with)
+        if saved is None:
+            return replace(given, rubric=rubric)
         return OwnColumns(
             {**saved.columns, **given.columns},
-            given.rubric or saved.rubric,
+            rubric,
             optional=frozenset(saved.columns.keys() - given.columns.keys()),
         )
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,15 @@ class Rubric:
             ranges of them, such as `0-20`.
         template: The prompt with `{response}` and the other places of it to fill; None: `prompts.rubric_prompt`.
         scale: What scores there are, in words; None: those that are described.
-        order: Of the prompt's parts, where there is no template; see `rubric_prompt`. With the response last, judges
-            agreed better with people, and prompts share more tokens (docs/benchmarks.md).
+        order: Of the prompt's parts, where there is no template; see `rubric_prompt`. None, as where a file has none:
+            that of the judge, see `asked_of`, and for a judge that is still to be trained `shared-first`.
     """
 
     criterion: str
     descriptions: Mapping[str, str]
     template: str | None = None
     scale: str | None = None
-    order: str = "shared-first"
+    order: str | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> "Rubric":
@@ -76,17 +76,17 @@ class Rubric:
             if not isinstance(told, str) or not told.strip():
                 raise ValueError(f"--rubric {path}: {name} has no text; {wanted}")
         template, scale = as_written.get("template"), as_written.get("scale")
-        order = as_written.get("order", cls.order).strip()
-        rubric = cls(as_written["criterion"], described, template, None if scale is None else scale.strip(), order)
-        rubric._check_template(path, "order" in as_written)
+        scale, order = (None if each is None else each.strip() for each in (scale, as_written.get("order")))
+        rubric = cls(as_written["criterion"], described, template, scale, order)
+        rubric._check_template(path)
         return rubric
 
-    def _check_template(self, path: str | Path, order_given: bool) -> None:
-        if self.order not in ORDERS:
+    def _check_template(self, path: str | Path) -> None:
+        if self.order not in (None, *ORDERS):
             raise ValueError(f"--rubric {path}: order {self.order!r} is unknown; it is {' or '.join(ORDERS)}")
         if self.template is None:
             return
-        if order_given:
+        if self.order is not None:
             raise ValueError(f"--rubric {path}: `template` sets its own order. Leave `order` out")
         places = re.findall(r"\{(\w+)\}", str(self.template))
         unknown = sorted(set(places) - set(_PLACES))
@@ -94,6 +94,22 @@ class Rubric:
             wrong = f"{{{unknown[0]}}} is not understood" if unknown else "it has no placeholder for the {response}"
             known = ", ".join(f"{{{place}}}" for place in _PLACES)
             raise ValueError(f"--rubric {path}: in `template`, {wrong}. Placeholders are: {known}")
+
+    @property
+    def order_used(self) -> str:
+        """The order, also where none is given: with the response last, judges agreed better with people, and prompts
+        share more tokens (docs/benchmarks.md)."""
+        return self.order or "shared-first"
+
+    def asked_of(self, trained_with: "Rubric | None") -> "Rubric":
+        """The rubric as a trained judge is asked by it: where it has no order, in the one that the judge knows.
+
+        Args:
+            trained_with: The judge's own rubric. None: its prompts were others, most likely Feedback Collection's.
+        """
+        if self.order is not None or self.template is not None:
+            return self
+        return replace(self, order="standard" if trained_with is None else trained_with.order_used)
 
     def check(self, grid: ScoreGrid) -> None:
         """Refuse a rubric that describes other scores than the grid has."""
@@ -150,7 +166,7 @@ class Rubric:
                 reference=reference,
                 scale=self.scale,
                 marker=marker,
-                order=self.order,
+                order=self.order_used,
             )
         filled = {
             "instruction": instruction,
