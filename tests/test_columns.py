@@ -5,7 +5,10 @@ import json
 from dataclasses import replace
 
 import pytest
+from conftest import make_tokenizer
 
+from trl_tract import CoTRAILJudge
+from trl_tract.backends import ScriptedBackend
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import read_scales
 from trl_tract.scale.text import ScoreNotFoundError
@@ -173,20 +176,28 @@ def test_a_judge_is_asked_by_another_rubric_in_the_order_that_it_knows(tmp_path,
     other = OwnColumns.parse(COLUMNS, tmp_path / "other.yaml")
     saved = OwnColumns.parse(COLUMNS, rubric)
     saved = None if trained_with is None else replace(saved, rubric=replace(saved.rubric, order=trained_with))
-    assert OwnColumns.beside(other, saved).rubric.order_used == asked
+    assert OwnColumns.beside(other, saved).rubric.order == asked
+    judge = CoTRAILJudge(ScriptedBackend({}, make_tokenizer()))
+    judge.rubric = None if saved is None else saved.rubric
+    judge.rubric = other.rubric
+    assert judge.rubric.order == asked
 
 
 def test_a_rubric_that_was_saved_before_there_was_an_order_keeps_the_one_it_had(rubric):
-    saved = OwnColumns.parse(COLUMNS, rubric).to_dict()
-    assert saved["rubric"].pop("order") == "shared-first"
-    assert OwnColumns.from_dict(saved).rubric.order == "standard"
+    own = OwnColumns.to_train_on(COLUMNS, rubric)
+    assert own.rubric.order == "shared-first"
+    saved = own.to_dict()
+    del saved["rubric"]["order"]
+    made = [OwnColumns.from_dict(saved).rubric, replace(own.rubric, order="standard"), own.rubric]
+    before, standard, first = (each.prompt("a", "b", "c", "[RESULT]") for each in made)
+    assert before == standard != first
 
 
 def test_the_response_stands_behind_all_that_others_share_unless_the_order_is_standard(rubric, tmp_path):
     (tmp_path / "standard.yaml").write_text(RUBRIC + "order: standard\n")
     prompts = []
     for file in (tmp_path / "standard.yaml", rubric):
-        own = OwnColumns.parse([*COLUMNS, "reference=right"], file)
+        own = OwnColumns.to_train_on([*COLUMNS, "reference=right"], file)
         for answer in ("2", "three"):
             item = read_item(RECORD | {"answer": answer, "right": "two"}, SCALES, OwnColumns.from_dict(own.to_dict()))
             prompts.append(item.training[0]["prompt"])

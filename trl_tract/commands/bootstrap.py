@@ -123,7 +123,7 @@ def write_rationales(
     scales = read_scales(rows.training())
     template = TemplateSettings.of_training(rows.training()).arguments
     settings = {**rows.settings(), **scale_arguments(scales), **template, "block_size": worker.block_size}
-    own = OwnColumns.parse(columns.columns, columns.rubric)
+    own = OwnColumns.to_train_on(columns.columns, columns.rubric)
     source = Source(rows.data, scales, own, rows.invalid_rows, writes=not rows.rewrite)
     chat = rows.backend == "chat" or bool(load_tokenizer(rows.model).chat_template)
     with rows_file(source.rows(chat, lambda item: item.training or [item.reference])) as data:

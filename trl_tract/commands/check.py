@@ -354,11 +354,11 @@ def _shared(
     told = f"share_prompts: computes {share:.0%} of the tokens, in micro-batches of {_BATCH} rows with a common prefix"
     if own is None or own.rubric is None or own.rubric.template is not None:
         return told
-    (order,) = ORDERS.keys() - {own.rubric.order_used}
+    (order,) = ORDERS.keys() - {own.rubric.order}
     other = Source(source, scales, replace(own, rubric=replace(own.rubric, order=order)))
     first = itertools.islice(other.found(), _LOOKED_AT)
     changed, _ = examine(first, report.name, tokenizer, training, examples=())
     if not changed.sequences:
         return told
     share = distinct_share(changed.sequences, _BATCH)
-    return f"{told} (order: {own.rubric.order_used}), and {share:.0%} with `order: {order}` in the rubric"
+    return f"{told} (order: {own.rubric.order}), and {share:.0%} with `order: {order}` in the rubric"

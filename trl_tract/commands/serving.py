@@ -26,7 +26,8 @@ def serve(args: ServeArguments, rules: RuleArguments, generation: GenerationArgu
         settings = {**generation.sampling(), "num_generations": generation.num_generations, **rules.rules()}
         backend = make_backend(args.model, **engine.options(generation))
         judge = CoTRAILJudge.from_pretrained(args.model, backend, **settings)
-        judge.rubric = judge.rubric if rubric is None else rubric.asked_of(judge.rubric)
+        if rubric is not None:
+            judge.rubric = rubric
         name = args.name or Path(args.model).name
         server = make_server(judge, name, host=args.host, **args.limits())
         host, port = listening.getsockname()[:2]

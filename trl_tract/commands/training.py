@@ -94,8 +94,9 @@ def own_columns(columns: options.ColumnArguments, judge: str | None = None) -> A
     """The columns and the rubric that were given; for the rest those that were saved with a judge."""
     from trl_tract.sources.columns import OwnColumns
 
-    given = OwnColumns.parse(columns.columns, columns.rubric)
-    return given if judge is None else OwnColumns.beside(given, OwnColumns.load(judge))
+    if judge is None:
+        return OwnColumns.to_train_on(columns.columns, columns.rubric)
+    return OwnColumns.beside(OwnColumns.parse(columns.columns, columns.rubric), OwnColumns.load(judge))
 
 
 def tell_of_neighbours() -> None:

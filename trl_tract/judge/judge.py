@@ -125,7 +125,7 @@ class CoTRAILJudge:
         self._num_generations = num_generations if writes_rationale else 1  # without one all would be the same
         self.template_settings = TemplateSettings(chat_template_kwargs or {}, thinking, template_date)
         self.chat: bool | None = None
-        self.rubric: Rubric | None = None
+        self._rubric: Rubric | None = None
         self._known_template: tuple[Any, Template] | None = None
         self._tokens_found: set[tuple[int, bool]] = set()  # tokenizers and types of prompt
 
@@ -230,6 +230,18 @@ class CoTRAILJudge:
         judgements = self.judge([self.response_row(*texts) for texts in each])
         return judgements[0] if isinstance(response, str) else judgements
 
+    @property
+    def rubric(self) -> Rubric | None:
+        """The rubric that responses are judged by: the one saved with the judge, or another that you set.
+
+        One without an order is asked in that of the rubric before it, see `Rubric.asked_of`.
+        """
+        return self._rubric
+
+    @rubric.setter
+    def rubric(self, rubric: Rubric | None) -> None:
+        self._rubric = None if rubric is None else rubric.asked_of(self._rubric)
+
     def response_row(self, response: str, instruction: str = "", reference: str | None = None) -> Row:
         """Build the row for `judge` from a response and the rubric.
 
@@ -241,8 +253,7 @@ class CoTRAILJudge:
                 "no rubric was saved with this judge. Build the prompts as in training and use judge(), or set "
                 'judge.rubric = Rubric.load("rubric.yaml") (trl_tract.sources.rubric)'
             )
-        rubric = self.rubric.asked_of(None)  # a saved one has its order
-        row: Row = {"prompt": rubric.prompt(instruction, response, reference, self.scales[0].marker)}
+        row: Row = {"prompt": self.rubric.prompt(instruction, response, reference, self.scales[0].marker)}
         return as_text(row, self.asks_chat)
 
     @property

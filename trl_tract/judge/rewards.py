@@ -205,7 +205,7 @@ class _JudgeReward:
     def _asked(self, rubric: Rubric, row: Row) -> Row:
         marker = self.judge.scales[0].marker
         said = _prompt_text(row["prompt"]), _completion_text(row["completion"])
-        prompt = rubric.asked_of(None).prompt(*said, row.get("reference"), marker)
+        prompt = rubric.prompt(*said, row.get("reference"), marker)
         return as_text({"prompt": prompt}, bool(self.judge.chat))
 
 

@@ -107,7 +107,7 @@ def run_tract(
         data,
         eval_data=eval_data,
         eval_fraction=eval_fraction,
-        own=OwnColumns.parse(columns, rubric),
+        own=OwnColumns.to_train_on(columns, rubric),
         training=dict(training or {}),
         model_args=dict(model_args or {}),
         generation=dict(generation or {}),

@@ -81,17 +81,24 @@ class OwnColumns:
             named[role] = column
         return cls(named, Rubric.load(rubric) if rubric else None)
 
+    @classmethod
+    def to_train_on(
+        cls, columns: Sequence[str] | Mapping[str, str] | str | None, rubric: str | Path | None
+    ) -> "OwnColumns | None":
+        """The same for rows that a judge is trained on; see `Rubric.to_train_on`."""
+        given = cls.parse(columns, rubric)
+        if given is None or given.rubric is None:
+            return given
+        return replace(given, rubric=given.rubric.to_train_on())
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
-        rubric = None if self.rubric is None else {**asdict(self.rubric), "order": self.rubric.order_used}
-        return {"columns": dict(self.columns), "rubric": rubric}
+        return {"columns": dict(self.columns), "rubric": None if self.rubric is None else asdict(self.rubric)}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "OwnColumns":
         """What `to_dict` wrote."""
-        return cls(
-            dict(saved["columns"]), Rubric(**{"order": "standard", **saved["rubric"]}) if saved["rubric"] else None
-        )
+        return cls(dict(saved["columns"]), Rubric(**saved["rubric"]) if saved["rubric"] else None)
 
     def save(self, directory: str | Path) -> None:
         """Write `tract_prompt.json` into a judge's directory."""

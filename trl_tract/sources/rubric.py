@@ -24,7 +24,7 @@ class Rubric:
         template: The prompt with `{response}` and the other places of it to fill; None: `prompts.rubric_prompt`.
         scale: What scores there are, in words; None: those that are described.
         order: Of the prompt's parts, where there is no template; see `rubric_prompt`. None, as where a file has none:
-            that of the judge, see `asked_of`, and for a judge that is still to be trained `shared-first`.
+            `standard`; but see `to_train_on` and `asked_of`.
     """
 
     criterion: str
@@ -95,11 +95,12 @@ class Rubric:
             known = ", ".join(f"{{{place}}}" for place in _PLACES)
             raise ValueError(f"--rubric {path}: in `template`, {wrong}. Placeholders are: {known}")
 
-    @property
-    def order_used(self) -> str:
-        """The order, also where none is given: with the response last, judges agreed better with people, and prompts
-        share more tokens (docs/benchmarks.md)."""
-        return self.order or "shared-first"
+    def to_train_on(self) -> "Rubric":
+        """The rubric as a judge is trained on it: where it has no order, with the response last.
+
+        Judges agreed better with people in this order, and prompts share more tokens (docs/benchmarks.md).
+        """
+        return self._ordered("shared-first")
 
     def asked_of(self, trained_with: "Rubric | None") -> "Rubric":
         """The rubric as a trained judge is asked by it: where it has no order, in the one that the judge knows.
@@ -107,9 +108,10 @@ class Rubric:
         Args:
             trained_with: The judge's own rubric. None: its prompts were others, most likely Feedback Collection's.
         """
-        if self.order is not None or self.template is not None:
-            return self
-        return replace(self, order="standard" if trained_with is None else trained_with.order_used)
+        return self._ordered("standard" if trained_with is None else trained_with.order)
+
+    def _ordered(self, order: str | None) -> "Rubric":
+        return self if self.order is not None or self.template is not None else replace(self, order=order)
 
     def check(self, grid: ScoreGrid) -> None:
         """Refuse a rubric that describes other scores than the grid has."""
@@ -166,7 +168,7 @@ class Rubric:
                 reference=reference,
                 scale=self.scale,
                 marker=marker,
-                order=self.order_used,
+                order=self.order or "standard",
             )
         filled = {
             "instruction": instruction,
