@@ -214,6 +214,12 @@ def test_how_much_rows_have_in_common_does_not_depend_on_their_order(seed_model)
     assert distinct([{**row, "prompt": row["completion"][:9] + row["prompt"]} for row in make_rows(30)]) > 0.9
 
 
+def test_rows_that_cannot_be_used_are_no_sample_of_what_others_have_in_common(seed_model):
+    bad = {"prompt": "a", "completion": " no score", "score": 1.0}
+    mixed = [each for row in make_rows(400) for each in (bad, row)]
+    assert facts_of(seed_model, mixed, {}).distinct < 0.9
+
+
 def test_the_facts_are_those_of_the_rows(seed_model):
     rows = make_rows(30)
     facts = facts_of(seed_model, rows, {})

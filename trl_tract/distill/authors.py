@@ -296,6 +296,6 @@ def _sent(call: Any, own_id: str) -> Any:
     if isinstance(arguments, Mapping):  # a table gives every call the arguments of all calls
         arguments = {name: value for name, value in arguments.items() if value is not None}
     if not isinstance(arguments, str):
-        arguments = json.dumps(arguments)
+        arguments = json.dumps(arguments, default=str)
     function = {"name": function.get("name"), "arguments": arguments}
     return {"id": call.get("id") or own_id, "type": "function", "function": function}

@@ -50,14 +50,14 @@ def facts_of(model: str, rows: Sequence[Mapping[str, Any]], training: Mapping[st
     golds: list[list[float]] = []
     sequences: list[NDArray[np.int64]] = []
     every = math.ceil(len(looked_at) / _COMPARED)
-    for number, row in enumerate(looked_at):
+    for row in looked_at:
         columns = encoder(row)
         if columns["refusal_kind"]:
             continue  # the training says what is wrong with it
         lengths.append(columns["num_tokens"])
         completions.append(sum(label != -100 for label in columns["labels"]))
         golds.append([score for score in columns["score_labels"] if not math.isnan(score)])
-        if number % every == 0:
+        if len(lengths) % every == 1 % every:
             sequences.append(placed(columns["input_ids"]))
     return measured(model, scales, len(rows), lengths, completions, golds, sequences)
 
@@ -102,6 +102,8 @@ def measured(
 
 
 def _distinct(sequences: Sequence[NDArray[np.int64]]) -> float:
+    if not sequences:
+        return 1.0
     mixed = random.Random(0).sample(sequences, len(sequences))
     batches = [mixed[start : start + _TOGETHER] for start in range(0, len(mixed), _TOGETHER)]
     tokens = [sum(map(len, batch)) for batch in batches]
