@@ -389,20 +389,7 @@ class CoTRAILJudge:
             return
         found = resolve_asked(self._template, row, self.scales)
         self.scales = tuple(
-            replace(scale, grid=_checked(scale.grid, here.grid)) for scale, here in zip(self.scales, found, strict=True)
+            replace(scale, grid=scale.grid.found_again(here.grid))
+            for scale, here in zip(self.scales, found, strict=True)
         )
         self._tokens_found.add(kind)
-
-
-def _checked(known: ScoreGrid, here: ScoreGrid) -> ScoreGrid:
-    """The grid with its tokens; those it was trained with, if it was, have to be those that it has here."""
-    trained = known.token_ids or [path.written for path in known.paths]
-    if not trained:
-        return here
-    if not here.same_tokens(known):
-        found = here.token_ids or [path.written for path in here.paths]
-        raise ValueError(
-            f"the scores are the tokens {found} here, but were {trained} in training. Load the tokenizer that the "
-            "judge was trained with"
-        )
-    return known

@@ -57,7 +57,7 @@ def facts_of(model: str, rows: Sequence[Mapping[str, Any]], training: Mapping[st
         lengths.append(columns["num_tokens"])
         completions.append(sum(label != -100 for label in columns["labels"]))
         golds.append([score for score in columns["score_labels"] if not math.isnan(score)])
-        if len(lengths) % every == 1 % every:
+        if (len(lengths) - 1) % every == 0:
             sequences.append(placed(columns["input_ids"]))
     return measured(model, scales, len(rows), lengths, completions, golds, sequences)
 

@@ -190,11 +190,24 @@ class ScoreGrid:
         """The value of a score text, in rubric units."""
         return self.values[self.texts.index(text)]
 
-    def same_tokens(self, other: "ScoreGrid") -> bool:
-        """Whether another resolved grid has the same score tokens, regardless of the text after the scores."""
-        if self.paths or other.paths:
-            return [path.written for path in self.paths] == [path.written for path in other.paths]
-        return self.token_ids == other.token_ids
+    def found_again(self, here: "ScoreGrid") -> "ScoreGrid":
+        """The grid with its tokens; those it was trained with, if it was, have to be those that it has here.
+
+        Args:
+            here: The same scores with the tokens that the tokenizer in use gives them.
+
+        Raises:
+            ValueError: They are others.
+        """
+        trained, found = ([path.written for path in grid.paths] or grid.token_ids for grid in (self, here))
+        if not trained:
+            return here
+        if found != trained:
+            raise ValueError(
+                f"the scores are the tokens {found} here, but were {trained} in training. Load the tokenizer that the "
+                "judge was trained with"
+            )
+        return self
 
     def nearest_text(self, value: float) -> str:
         """The text of the grid value nearest to `value`; of two equally near, the lower one."""
