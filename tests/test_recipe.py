@@ -11,7 +11,7 @@ from trl_tract import CoTRAILJudge, TRACTConfig, run_tract
 from trl_tract.backends import ScriptedBackend
 from trl_tract.cli import main
 from trl_tract.commands.entry_points import _option_groups
-from trl_tract.commands.parsing import names_given
+from trl_tract.commands.parsing import names_given, parse
 from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.files.journal import read_json, read_jsonl, write_jsonl
 from trl_tract.runs.facts import count_parameters, facts_of
@@ -21,6 +21,7 @@ from trl_tract.runs.spec import RunSpec
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.scale import read_scales
 from trl_tract.sources.door import Source
+from trl_tract.training.config import field_values
 from trl_tract.training.recipe import Device, Facts, calibration_share, derive, score_weight
 
 GPU = Device(kind="cuda", memory=24 * 10**9, bfloat16=True)
@@ -109,6 +110,29 @@ def test_derived_settings_are_fields_of_the_configuration(tmp_path):
     training = derive(FACTS).to_dict()["training"]
     config = TRACTConfig(str(tmp_path), **{**training, "bf16": False})
     assert config.annotator_loss == "distribution"
+
+
+@pytest.mark.parametrize("given", [[], ["--gradient_checkpointing", "true"], ["--activation_checkpointing", "true"]])
+def test_the_command_line_trains_with_what_was_derived_or_given(given, tmp_path):
+    # It sets every field, by each of its names: a derived value has to replace them all, a given one none.
+    name = given[0].strip("-") if given else ""
+    if name and name not in TRACTConfig.__dataclass_fields__:
+        pytest.skip("this transformers has one name for it")
+    recipe = derive(FACTS, dict.fromkeys([name], True) if name else {}).to_dict()
+    *_, training, _ = parse("run", _option_groups("run"), ["--data", "rows", "--output_dir", str(tmp_path), *given])
+    spec = RunSpec("seed", "rows", training=field_values(training)).with_recipe(recipe)
+    trained, wanted = (
+        TRACTConfig(**{**settings, "output_dir": str(tmp_path)}).to_dict()
+        for settings in (spec.training, {**recipe["training"], **dict.fromkeys([name][: len(given)], True)})
+    )
+    assert {field for field in trained if trained[field] != wanted[field]} <= {"logging_dir"}
+    assert trained["gradient_checkpointing"] is bool(given)
+
+
+def test_half_precision_asked_for_by_name_is_not_given_another():
+    settings = derived(given={"fp16": True}, device=GPU)
+    assert "bf16" not in settings
+    assert settings["dtype"] == "float16"
 
 
 def test_the_configuration_by_itself_keeps_the_papers_objective(tmp_path):

@@ -18,12 +18,12 @@ from trl_tract.sources.door import Source, held_out
 from trl_tract.sources.schemas import Item
 from trl_tract.text.secrets import without_secrets
 from trl_tract.training.config import read_settings
-from trl_tract.training.recipe import OBJECTIVES, calibration_share
+from trl_tract.training.recipe import ALIASES, OBJECTIVES, calibration_share
 
 RATIONALES = ("auto", "given", "bootstrap", "none")
 # Of training, what the reinforcement stage has alike: the machine and the seed.
 _ALIKE = (
-    *("seed", "bf16", "fp16", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs", "report_to"),
+    *("seed", "bf16", "fp16", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs", *ALIASES, "report_to"),
     *("disable_tqdm", "dataloader_pin_memory", "invalid_rows", "hub_private_repo"),
 )
 # And how scores are written, where no judge says so.
@@ -73,7 +73,9 @@ class RunSpec:
 
     def with_recipe(self, recipe: Mapping[str, Any]) -> "RunSpec":
         """The same with the settings that were derived: see `Recipe.to_dict`."""
-        training = {**self.training, **recipe["training"]}
+        # The command line sets every field, also those that are a derived one by another name.
+        known = {name: self.training[name] for name in self.training if ALIASES.get(name) not in recipe["training"]}
+        training = {**known, **recipe["training"]}
         if isinstance(weights := training.get("raft_weight"), Mapping):
             own = {scale.name: scale.to_dict() for scale in self.scales}
             for name, aspect in own.items():

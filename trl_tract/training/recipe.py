@@ -20,6 +20,11 @@ BATCH_TOKENS = 8192
 """Of a batch on one device, padding included."""
 MOST_DISTINCT = 0.8
 """With more distinct tokens than this part, sharing prompts saves too little to be turned on unasked."""
+ALIASES = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
+"""Second names that transformers has for a setting. Where both are set, the first one here counts, silently."""
 _LOADED = {"load_in_4bit", "load_in_8bit"}
 _GB = 1e9
 
@@ -110,8 +115,8 @@ def derive(facts: Facts, given: Mapping[str, Any] | None = None) -> Recipe:
     Raises:
         ValueError: The model does not fit into the device's memory.
     """
-    given = given or {}
-    settings = [*_score_terms(facts, given), *_adapter(facts, given), *_schedule(facts, given), *_numbers(facts)]
+    given = {ALIASES.get(name, name): value for name, value in (given or {}).items()}
+    settings = [*_score_terms(facts, given), *_adapter(facts, given), *_schedule(facts, given), *_numbers(facts, given)]
     return Recipe(facts, tuple(setting for setting in settings if setting.name not in given))
 
 
@@ -233,12 +238,18 @@ def _schedule(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
     return found
 
 
-def _numbers(facts: Facts) -> list[Setting]:
+def _numbers(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
     fast = facts.device.bfloat16
     small = facts.parameters < 1e9 and facts.longest <= 2 * BATCH_TOKENS
+    if given.get("fp16"):
+        kind = [Setting("model_args", "dtype", "float16", "frozen weights, as in training")]
+    else:
+        kind = [
+            Setting("training", "bf16", fast, "faster here" if fast else "float32 is faster here"),
+            Setting("model_args", "dtype", "bfloat16" if fast else "float32", "frozen weights"),
+        ]
     return [
-        Setting("training", "bf16", fast, "faster here" if fast else "float32 is faster here"),
-        Setting("model_args", "dtype", "bfloat16" if fast else "float32", "frozen weights"),
+        *kind,
         Setting("training", "gradient_checkpointing", not small, "there is enough memory" if small else "saves memory"),
         Setting("generation", "max_new_tokens", min(max(2 * facts.rationale, 64), 1024), "twice the longest rationale"),
     ]
