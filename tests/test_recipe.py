@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import make_model, make_rows, make_tokenizer
 
-from trl_tract import CoTRAILJudge, TRACTConfig, run_tract
+from trl_tract import CoTRAILJudge, REALConfig, TRACTConfig, run_tract
 from trl_tract.backends import ScriptedBackend
 from trl_tract.cli import main
 from trl_tract.commands.entry_points import _option_groups
@@ -127,6 +127,12 @@ def test_the_command_line_trains_with_what_was_derived_or_given(given, tmp_path)
     )
     assert {field for field in trained if trained[field] != wanted[field]} <= {"logging_dir"}
     assert trained["gradient_checkpointing"] is bool(given)
+
+
+def test_what_is_given_for_the_reinforcement_replaces_what_the_other_stages_have(tmp_path):
+    training = field_values(TRACTConfig(str(tmp_path), bf16=False, gradient_checkpointing=True))
+    chosen = RunSpec("seed", "rows", training=training, rl={"gradient_checkpointing": False}).rl_training
+    assert REALConfig(**{**chosen, "output_dir": str(tmp_path)}).to_dict()["gradient_checkpointing"] is False
 
 
 def test_half_precision_asked_for_by_name_is_not_given_another():

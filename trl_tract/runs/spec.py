@@ -18,13 +18,13 @@ from trl_tract.sources.door import Source, held_out
 from trl_tract.sources.schemas import Item
 from trl_tract.text.secrets import without_secrets
 from trl_tract.training.config import read_settings
-from trl_tract.training.recipe import ALIASES, OBJECTIVES, calibration_share
+from trl_tract.training.recipe import ALIASES, OBJECTIVES, calibration_share, overridden
 
 RATIONALES = ("auto", "given", "bootstrap", "none")
 # Of training, what the reinforcement stage has alike: the machine and the seed.
 _ALIKE = (
-    *("seed", "bf16", "fp16", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs", *ALIASES, "report_to"),
-    *("disable_tqdm", "dataloader_pin_memory", "invalid_rows", "hub_private_repo"),
+    *("seed", "bf16", "fp16", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs", *ALIASES),
+    *("report_to", "disable_tqdm", "dataloader_pin_memory", "invalid_rows", "hub_private_repo"),
 )
 # And how scores are written, where no judge says so.
 _OF_A_SEED = (
@@ -73,9 +73,7 @@ class RunSpec:
 
     def with_recipe(self, recipe: Mapping[str, Any]) -> "RunSpec":
         """The same with the settings that were derived: see `Recipe.to_dict`."""
-        # The command line sets every field, also those that are a derived one by another name.
-        known = {name: self.training[name] for name in self.training if ALIASES.get(name) not in recipe["training"]}
-        training = {**known, **recipe["training"]}
+        training = overridden(self.training, recipe["training"])
         if isinstance(weights := training.get("raft_weight"), Mapping):
             own = {scale.name: scale.to_dict() for scale in self.scales}
             for name, aspect in own.items():
@@ -242,7 +240,7 @@ class RunSpec:
     def rl_training(self) -> dict[str, Any]:
         """Fields of REALConfig: what is as in the other stages, then what was given for this one."""
         alike = _ALIKE if self.stages else (*_ALIKE, *_OF_A_SEED)
-        return {name: self.training[name] for name in alike if name in self.training} | dict(self.rl or {})
+        return overridden({name: self.training[name] for name in alike if name in self.training}, self.rl or {})
 
     @property
     def judged_in_training(self) -> dict[str, Any]:

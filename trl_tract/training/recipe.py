@@ -120,6 +120,16 @@ def derive(facts: Facts, given: Mapping[str, Any] | None = None) -> Recipe:
     return Recipe(facts, tuple(setting for setting in settings if setting.name not in given))
 
 
+def overridden(fields: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a configuration with others in their place, by whichever name.
+
+    Example:
+        >>> overridden({"activation_checkpointing": True, "seed": 1}, {"gradient_checkpointing": False})
+        {'seed': 1, 'gradient_checkpointing': False}
+    """
+    return {**{name: value for name, value in fields.items() if ALIASES.get(name) not in by}, **by}
+
+
 def score_weight(variance: float, span: float) -> float:
     """Weight of the squared error in parts of the gold scores' variance: it does not depend on the scale's units.
 
