@@ -525,7 +525,7 @@ class TestLoading:
         return get_peft_model(base, lora).eval()
 
     def test_a_directory_keeps_its_own_dtype(self, base_dir):
-        backend = TransformersBackend(base_dir, device="cpu")
+        backend = TransformersBackend(base_dir, device="cpu", dtype="auto")
         assert backend.model.dtype == torch.bfloat16
         assert backend.model_id == str(base_dir)
         assert not backend.model.training
@@ -578,11 +578,11 @@ class TestLoading:
         if own_tokenizer:
             own = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<s>")
             own.save_pretrained(tmp_path / "adapter")
-        loaded = TransformersBackend(tmp_path / "adapter", device="cpu")
+        loaded = TransformersBackend(tmp_path / "adapter", device="cpu", dtype="auto")
         memory = TransformersBackend(adapted, tokenizer)
         logprobs = loaded.next_token_logprobs(prompts, [3, 4])
         np.testing.assert_array_equal(logprobs, memory.next_token_logprobs(prompts, [3, 4]))
-        base = TransformersBackend(base_dir, device="cpu").next_token_logprobs(prompts, [3, 4])
+        base = TransformersBackend(base_dir, device="cpu", dtype="auto").next_token_logprobs(prompts, [3, 4])
         assert np.abs(logprobs - base).max() > 0.1
         assert loaded.tokenizer.eos_token == ("<s>" if own_tokenizer else "</s>")
         if not own_tokenizer:
@@ -631,7 +631,7 @@ class TestLoading:
         adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
         longer.save_pretrained(tmp_path / "adapter")
         new = len(longer) - 1
-        loaded = TransformersBackend(tmp_path / "adapter", device="cpu")
+        loaded = TransformersBackend(tmp_path / "adapter", device="cpu", dtype="auto")
         np.testing.assert_array_equal(
             loaded.next_token_logprobs([[5, new]], [new]),
             TransformersBackend(adapted, longer).next_token_logprobs([[5, new]], [new]),

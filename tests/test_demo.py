@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from conftest import save_seed
 
+from trl_tract.backends.device import fastest_dtype
 from trl_tract.demo import run
 from trl_tract.demo.run import JUDGES, Size, demo_rows, run_demo
 from trl_tract.demo.seed_model import package_model, save_seed_model
 from trl_tract.files.journal import read_jsonl
-from trl_tract.runs.facts import fastest_dtype
 from trl_tract.training.recipe import Device, Facts, derive
 
 

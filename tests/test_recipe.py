@@ -9,12 +9,13 @@ from conftest import make_model, make_rows, make_tokenizer
 
 from trl_tract import CoTRAILJudge, REALConfig, TRACTConfig, run_tract
 from trl_tract.backends import ScriptedBackend
+from trl_tract.backends.device import count_parameters
 from trl_tract.cli import main
 from trl_tract.commands.entry_points import _option_groups
 from trl_tract.commands.parsing import names_given, parse
 from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.files.journal import read_json, read_jsonl, write_jsonl
-from trl_tract.runs.facts import count_parameters, facts_of
+from trl_tract.runs.facts import facts_of
 from trl_tract.runs.judged import Judged
 from trl_tract.runs.results import calibrate_judge
 from trl_tract.runs.spec import RunSpec

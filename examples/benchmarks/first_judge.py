@@ -26,10 +26,10 @@ import trl
 
 import trl_tract
 from trl_tract import run_tract
+from trl_tract.backends.device import fastest_dtype
 from trl_tract.demo.seed_model import save_seed_model
 from trl_tract.demo.task import make_rows
 from trl_tract.files.journal import read_json, write_json, write_jsonl
-from trl_tract.runs.facts import fastest_dtype
 from trl_tract.runs.judged import Judged
 from trl_tract.runs.results import JUDGED
 

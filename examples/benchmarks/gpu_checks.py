@@ -32,8 +32,8 @@ from trl import SFTConfig, SFTTrainer
 
 import trl_tract
 from trl_tract import TRACTConfig, TRACTTrainer
+from trl_tract.backends.device import fastest_dtype
 from trl_tract.demo.seed_model import save_seed_model
-from trl_tract.runs.facts import fastest_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RAFT_WEIGHT = 0.7

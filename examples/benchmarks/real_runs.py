@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from trl_tract import run_tract
+from trl_tract.backends.device import fastest_dtype
 from trl_tract.demo.seed_model import save_seed_model
 from trl_tract.demo.task import make_rows
 from trl_tract.files.journal import write_jsonl
-from trl_tract.runs.facts import fastest_dtype
 from trl_tract.runs.judged import Judged
 from trl_tract.runs.steps import JudgeStep
 

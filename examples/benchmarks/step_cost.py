@@ -20,6 +20,7 @@ Weights are random and text is made up: neither changes what a step costs.
 """
 
 import argparse
+import gc
 import itertools
 import json
 import platform
@@ -67,8 +68,13 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int:
         step()
         synchronise()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
+    gc.collect()  # or what earlier steps have left would be freed, and counted, at some moment of this one
+    gc.disable()
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            step()
+    finally:
+        gc.enable()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(itertools.accumulate((event.nbytes() for event in events), initial=0))

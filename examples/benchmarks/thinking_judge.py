@@ -22,11 +22,11 @@ from transformers import AutoConfig
 
 import trl_tract
 from trl_tract import run_tract
+from trl_tract.backends.device import fastest_dtype
 from trl_tract.demo.run import COT_RAFT, GENERATION, LORA, SAMPLING, Size, demo_rows, training_settings, upper_layers
 from trl_tract.demo.seed_model import save_seed_model
 from trl_tract.evaluation.report import comparison_table
 from trl_tract.files.journal import write_jsonl
-from trl_tract.runs.facts import fastest_dtype
 from trl_tract.runs.judged import Judged
 from trl_tract.runs.results import JUDGED
 

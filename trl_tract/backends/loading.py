@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from trl_tract.backends.device import dtype_to_compute_in
+
 _SAMPLED = 256  # numbers of each parameter that a fingerprint looks at
 
 
@@ -36,7 +38,8 @@ def load(
     Args:
         model_id: Full model or adapter.
         tokenizer: Used as it is; None: the adapter's own, or else its base model's.
-        dtype: None: the checkpoint's own.
+        dtype: `auto`: the checkpoint's own. None: the same, but float32 in place of 16 bits that this CPU is slow in,
+            unless it is to be trained.
         device: None: this process's accelerator, or else the CPU.
         merge_adapter: Add the adapter to the weights.
         revision: Branch, tag or commit of `model_id` on the hub; an adapter's base has the one that the adapter names.
@@ -54,6 +57,8 @@ def load(
     base_id = model_id if adapter is None else str(adapter.base_model_name_or_path)
     if tokenizer is None:
         tokenizer = _tokenizer_of(model_id, base_id, adapter, revision)
+    if dtype is None and not trainable and torch.device(device).type == "cpu":
+        dtype = dtype_to_compute_in(base_id, _base_revision(adapter, revision))
     model: Any = AutoModelForCausalLM.from_pretrained(
         base_id,
         **{

@@ -74,7 +74,8 @@ class TransformersBackend(Backend):
             batch_tokens: Tokens of all sequences of a batch at most, padding and prompts included: their keys and
                 values are in memory at once. An eighth as many are kept of prompts that others begin like, and while
                 items are judged once more as many of all that is asked again.
-            dtype: Of the weights; the checkpoint's own by default.
+            dtype: Of the weights, or `auto`: the checkpoint's own. So by default, but on a CPU that is slow in 16 bits:
+                there float32, if half of the memory holds the weights.
             device: Where to load; the accelerator if there is one, each process of `torchrun` or `accelerate launch`
                 its own, else the CPU.
             merge_adapter: Add a loaded adapter into its base's weights. Decodes faster, but the sum is rounded to the

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from trl_tract.backends.device import slowdown
 from trl_tract.backends.loading import tokenizer_to_train
 from trl_tract.commands.check import RowsReport, contradictions, examine, what_is_refused
 from trl_tract.commands.token_view import labelled, legend, painted, view_row
 from trl_tract.files.journal import changed_settings
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.refusals import Refusal
-from trl_tract.runs.facts import measured, seconds_of_a_product
+from trl_tract.runs.facts import measured
 from trl_tract.runs.pipeline import nothing_held_out
 from trl_tract.runs.run import finished_steps, nothing_trained
 from trl_tract.runs.spec import RunSpec, too_few_groups
@@ -272,10 +273,9 @@ def _warn(training: Mapping[str, Any], output_dir: str | Path, say: Say) -> None
     """What training would warn of at its start, while it costs nothing to change it."""
     for warning in EarlyWarnings(TRACTConfig(**{**training, "output_dir": str(output_dir)})).at_start():
         say(f"\nTraining would print this warning: {warning}")
-    if (training.get("bf16") or training.get("fp16")) and not torch.accelerator.is_available():
-        slow, fast = (seconds_of_a_product(dtype) for dtype in (torch.bfloat16, torch.float32))
-        if slow > 1.5 * fast:
-            say(f"bfloat16 is slow on this processor; float32 is {slow / fast:.0f} times as fast: add --bf16 false")
+    halves = (training.get("bf16") or training.get("fp16")) and not torch.accelerator.is_available()
+    if halves and (times := slowdown(torch.bfloat16)):
+        say(f"bfloat16 is slow on this processor; float32 is {times:.1f} times as fast: add --bf16 false")
 
 
 def _rest(report: RowsReport, encoder: RowEncoder | None, training: Mapping[str, Any], colour: bool, say: Say) -> bool:

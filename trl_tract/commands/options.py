@@ -66,7 +66,8 @@ class EngineArguments:
     served_model: str | None = option(None, "Name of the model on the server. Defaults to --model.")
     dtype: str | None = option(
         None,
-        "Data type of the loaded weights: float32, bfloat16 or float16. Defaults to the type they were saved in.",
+        "Data type of the loaded weights. Defaults to auto, the type they were saved in, except with --backend "
+        "transformers on a CPU that is slow in 16 bits: there it is float32.",
         choices=["auto", "float32", "bfloat16", "float16"],
     )
     max_concurrency: int = option(64, "Number of requests sent to the server at the same time.")

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from trl_tract.backends.device import fastest_dtype
 from trl_tract.demo.seed_model import save_seed_model
 from trl_tract.demo.task import ONE_TO_FIVE, SCALES, Scale, make_rows
 from trl_tract.evaluation.pairs import Floats
 from trl_tract.evaluation.report import ScoreReport, comparison_table, score_report
 from trl_tract.files.fingerprint import made_by
 from trl_tract.files.journal import write_jsonl
-from trl_tract.runs.facts import fastest_dtype
 from trl_tract.runs.judged import Judged
 from trl_tract.runs.results import write_run_page
 from trl_tract.runs.run import Run

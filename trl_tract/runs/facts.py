@@ -3,7 +3,6 @@
 import math
 import os
 import random
-import timeit
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 import torch
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from trl_tract.backends.device import count_parameters, fastest_dtype
 from trl_tract.backends.loading import tokenizer_to_train
 from trl_tract.backends.tree import distinct_share, placed
 from trl_tract.files.journal import write_json
@@ -111,14 +110,6 @@ def _distinct(sequences: Sequence[NDArray[np.int64]]) -> float:
     return float(np.average(shares, weights=tokens))
 
 
-def count_parameters(model: str) -> int:
-    """Parameters of a model, a tied one once, from its configuration alone."""
-    config = AutoConfig.from_pretrained(model)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
-    return sum(weight.numel() for weight in empty.parameters())
-
-
 def this_device() -> Device:
     """What trains here."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -130,20 +121,3 @@ def this_device() -> Device:
         bfloat16=fastest_dtype() == torch.bfloat16,
         processes=int(os.environ.get("WORLD_SIZE", "1")),
     )
-
-
-def fastest_dtype() -> torch.dtype:
-    """float32 or bfloat16, whichever multiplies matrices faster on this CPU; bfloat16 on a GPU that has it.
-
-    With AMX or AVX512-BF16 bfloat16 is several times faster, without them several times slower.
-    """
-    if torch.accelerator.is_available():
-        has = not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if has else torch.float32
-    return min((torch.float32, torch.bfloat16), key=seconds_of_a_product)
-
-
-def seconds_of_a_product(dtype: torch.dtype) -> float:
-    """The least time of a matrix product on this CPU."""
-    left, right = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-    return min(timeit.repeat(lambda: left @ right, number=1))

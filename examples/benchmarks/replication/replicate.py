@@ -29,9 +29,9 @@ from rows import MODELS, RIVALS, judges_for, models_for
 from table import measured, write_table
 from transformers import AutoTokenizer
 
+from trl_tract.backends.device import fastest_dtype
 from trl_tract.demo.seed_model import save_seed_model
 from trl_tract.files.journal import guard
-from trl_tract.runs.facts import fastest_dtype
 from trl_tract.runs.judged import Judged
 
 FEATURES = "features.npz"
