@@ -254,6 +254,23 @@ def test_reading_and_writing_are_measured_apart(tmp_path, monkeypatch):
     )
 
 
+def test_rows_count_as_done_while_scores_are_shown_too(monkeypatch):
+    done, seen = [], {False: [], True: []}
+
+    def write(author, drafts, n, seed, *, shown, on_progress):
+        for _ in drafts:
+            on_progress(1)
+            seen[shown].append(sum(done))
+        good = [shown or draft.number == 0 for draft in drafts]
+        return [[Candidate("fine", 4.0 if one else 1.0, None, 3)] * n for one in good]
+
+    monkeypatch.setattr(ModelAuthor, "write", write)
+    quiet(model(cycle(" good"))).block(rows_of(4, 4, 4, 4).to_list(), 0, done.append)
+    # Half of each row is asking without its score; row 0 is not asked again.
+    assert seen == {False: [0, 1, 1, 2], True: [3, 3, 4]}
+    assert sum(done) == 4
+
+
 def test_a_finished_bootstrap_is_taken_up_without_asking_again(tmp_path):
     quiet(model(cycle(" good"))).bootstrap(rows_of(4, 4), tmp_path / "out")
     again = model(cycle(" fair"))

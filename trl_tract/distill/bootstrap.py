@@ -240,7 +240,7 @@ class CoTBootstrap(RationaleRun):
         self._find_tokens(pairs)
         author = self._author()
         lengths = [author.prompt_tokens(pair) for pair in pairs]
-        times = (1 + self.show_score) * len(self.scales)
+        times = self._sources * len(self.scales)
         asked = rows * self.num_generations * times
         # A chat endpoint is sent the prompt with each request; a model of one's own reads it once.
         prompts = asked if isinstance(author, ChatAuthor) else rows * times
@@ -269,6 +269,11 @@ class CoTBootstrap(RationaleRun):
         token = (longer - shorter) / (more - fewer)
         return max(shorter - token * fewer, 0.0) / len(drafts) * prompts + token * written
 
+    @property
+    def _sources(self) -> int:
+        """How often a row may be asked: without its score, and with it."""
+        return 1 + self.show_score
+
     def _author(self) -> Author:
         if self.template is None:
             return ChatAuthor(self.backend, self.scales, self.sampling)
@@ -283,11 +288,11 @@ class CoTBootstrap(RationaleRun):
         self._find_tokens(pairs)
         golds = [self._golds(row, start + number) for number, row in enumerate(rows)]
         asked = [place for place, row in enumerate(rows) if self._is_asked(row)]
-        passes = Passes(report, len(rows), len(self.scales))
+        passes = Passes(report, len(rows), len(self.scales) * self._sources)
         drafts = [self._draft(place, pairs[place], golds[place]) for place in asked]
         author, told = self._author(), Told()
         for number in range(len(self.scales)):
-            passes.add(len(rows) - len(asked))
+            passes.add(self._sources * (len(rows) - len(asked)))
             drafts = self._next(author, drafts, [start, number], told, passes.add) if drafts else []
         passes.finish()
         records: list[Record] = []
@@ -334,16 +339,16 @@ class CoTBootstrap(RationaleRun):
         tolerance, keep = self.tolerances[number], self.keep if number == 0 else 1
         grown: dict[int, list[Draft]] = {}
         left = list(range(len(drafts)))
-        for source in ("blind", "shown") if self.show_score else ("blind",):
+        for source in ("blind", "shown")[: self._sources]:
             if not left:
                 break
             own_seed = [self.seed, *seed, source]
             asked = [drafts[place] for place in left]
-            tell = on_progress if source == "blind" else _silent
-            written = author.write(asked, self.num_generations, own_seed, shown=source == "shown", on_progress=tell)
+            shown = source == "shown"
+            written = author.write(asked, self.num_generations, own_seed, shown=shown, on_progress=on_progress)
             for place, candidates in zip(left, written, strict=True):
                 draft = drafts[place]
-                good = told.of(draft.number, candidates, draft.golds[number], tolerance if source == "blind" else None)
+                good = told.of(draft.number, candidates, draft.golds[number], None if shown else tolerance)
                 grown[place] = [
                     replace(
                         draft,
@@ -354,6 +359,8 @@ class CoTBootstrap(RationaleRun):
                     for one in good[:keep]
                 ]
             left = [place for place in left if not grown[place]]
+            if not shown and self.show_score:
+                on_progress(len(asked) - len(left))  # these are not asked with their score shown
         return [draft for place in range(len(drafts)) for draft in grown[place]]
 
     def _written(self, rows: Rows, records: Iterator[Record]) -> tuple[BootstrapSummary, Iterator[Row]]:
