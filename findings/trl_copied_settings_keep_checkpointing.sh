@@ -35,7 +35,7 @@ from dataclasses import replace
 
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 WORDS = ["<pad>", "<eos>", *"ABCDEF"]
@@ -54,9 +54,11 @@ def runs(config):
     sizes = dict(hidden_size=8, intermediate_size=8, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), pad_token_id=0, bos_token_id=None, eos_token_id=1, **sizes))
     counted = []
-    model.model.layers[0].mlp.register_forward_hook(lambda *_: counted.append(1))
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: counted.append(1))
     rows = Dataset.from_dict({"text": ["A B C D"]})
-    SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer()).train()
+    trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer())
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     return len(counted)
 
 
