@@ -281,16 +281,19 @@ def load_tokenizer(model_id: str, revision: str | None = None) -> PreTrainedToke
     return tokenizer
 
 
-def tokenizer_to_train(model_id: str, chat_template_path: str | None = None) -> PreTrainedTokenizerBase:
+def tokenizer_to_train(
+    model_id: str, chat_template_path: str | None = None, revision: str | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer that a model is trained with: its own, with the chat template that `chat_template_path` names.
 
     Args:
         chat_template_path: A Jinja file, or a directory or hub id whose tokenizer has the template; None: its own.
+        revision: Of `model_id`.
 
     Raises:
         FileNotFoundError: There is no tokenizer, or no such file.
     """
-    tokenizer = load_tokenizer(model_id)
+    tokenizer = load_tokenizer(model_id, revision)
     if chat_template_path is None:
         return tokenizer
     if chat_template_path.endswith((".jinja", ".j2")):

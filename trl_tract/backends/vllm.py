@@ -76,16 +76,24 @@ class VLLMBackend(RequestBackend):
         _check_arguments(engine_args, [field.name for field in fields(AsyncEngineArgs)])
         adapter = adapter_config(model_id)
         base_id = model_id if adapter is None else str(adapter.base_model_name_or_path)
-        _check_checkpoint(base_id)
+        revision = engine_args.get("revision") if adapter is None else adapter.revision
+        _check_checkpoint(base_id, revision)
+        tokenizer_from = tokenizer_id(model_id, base_id)
         arguments = {
             "model": base_id,
-            "tokenizer": tokenizer_id(model_id, base_id),
+            "revision": revision,
+            "tokenizer": tokenizer_from,
+            "tokenizer_revision": revision if tokenizer_from == base_id else None,
             "enable_prefix_caching": True,
             "disable_log_stats": True,
             **({} if adapter is None else _lora_arguments(model_id, adapter)),
             **engine_args,
         }
-        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(arguments["tokenizer"])
+        tokenizer = (
+            tokenizer
+            if tokenizer is not None
+            else load_tokenizer(arguments["tokenizer"], arguments["tokenizer_revision"])
+        )
         try:
             engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except (ValueError, TypeError) as error:  # Its own checks; pydantic's errors are ValueErrors.
@@ -213,8 +221,8 @@ def _check_arguments(engine_args: Mapping[str, Any], known: list[str]) -> None:
         )
 
 
-def _check_checkpoint(base_id: str) -> None:
-    config = AutoConfig.from_pretrained(base_id, trust_remote_code=False)
+def _check_checkpoint(base_id: str, revision: str | None) -> None:
+    config = AutoConfig.from_pretrained(base_id, revision=revision, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise ValueError(f"{base_id} is an encoder-decoder model. Only causal language models can be used")
     quantised = getattr(config, "quantization_config", None)

@@ -150,7 +150,7 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
             why_not = aside
         else:
             items.aside = aside
-    tokenizer = tokenizer_to_train(spec.model, spec.training.get("chat_template_path"))
+    tokenizer = tokenizer_to_train(spec.model, spec.training.get("chat_template_path"), spec.revision)
     report, encoder = examine(items.to_train_on(), data.title, tokenizer, spec.training)
     if spec.objective == "auto" and report.tokens:
         spec = _derived(spec, report, say)
@@ -180,7 +180,7 @@ def _derived(spec: RunSpec, report: RowsReport, say: Say) -> RunSpec:
     """The run with the settings that it would derive, which are told."""
     golds = list(zip(*(report.golds[scale.name] for scale in spec.scales), strict=True))
     scales, lengths = tuple(spec.scales), (report.tokens, report.completion_tokens)
-    facts = measured(spec.model, scales, report.trained, *lengths, golds, report.sequences)
+    facts = measured(spec.model, scales, report.trained, *lengths, golds, report.sequences, spec.revision)
     recipe = derive(facts, spec.set_by_user).to_dict()
     derived = spec.with_recipe(recipe)
     if spec.bootstraps:  # twice the longest rationale, and there is none
@@ -243,10 +243,11 @@ def dry_train(
     training: Mapping[str, Any],
     colour: bool,
     eval_data: str | None = None,
+    revision: str | None = None,
     say: Say = print,
 ) -> bool:
     """Print what `trl-tract train` would do with the same arguments; whether it would take all rows."""
-    tokenizer = tokenizer_to_train(model, training.get("chat_template_path"))
+    tokenizer = tokenizer_to_train(model, training.get("chat_template_path"), revision)
     scales = read_scales(training)
     bare: Bare = "all" if training.get("drop_rationale") else "none"
     say(f"Dry run: nothing is trained or written. trl-tract train would train one stage in {output_dir}:")

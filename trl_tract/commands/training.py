@@ -29,13 +29,14 @@ def train(arguments: Sequence[str], rows: Any, columns: Any, processes: Any, tra
 
         colour = uses_colour(sys.stdout)
         settings: dict[str, Any] = {"own": own, "training": fields, "eval_data": rows.eval_data, "colour": colour}
+        settings["revision"] = model.model_revision
         return int(not dry_train(name, rows.data, training.output_dir, **settings))
     if launch.starts:
         launch, each = launch.shared(fields)
         shared = [word for name, count in each.items() for word in (f"--{name}", str(count))]
         return deploying.start_again(launch, "train", [*arguments, *shared])
     tell_of_neighbours()
-    chat = bool(tokenizer_to_train(name, training.chat_template_path).chat_template)
+    chat = bool(tokenizer_to_train(name, training.chat_template_path, model.model_revision).chat_template)
 
     def read(source: str) -> AbstractContextManager[Path]:
         bare: Bare = "all" if training.drop_rationale else "none"
@@ -59,7 +60,7 @@ def rl(arguments: Sequence[str], rows: Any, columns: Any, training: Any, model: 
     trained = (Path(name) / FILE_NAME).is_file()
     own = own_columns(columns, name if trained else None)
     judge = JudgeConfig.load(name) if trained else JudgeConfig(training.scales)
-    scales, chat = judge.scales, judge.asks_chat(policy_tokenizer(name))
+    scales, chat = judge.scales, judge.asks_chat(policy_tokenizer(name, model.model_revision))
     tell_of_neighbours()
 
     def read(source: str) -> AbstractContextManager[Path]:

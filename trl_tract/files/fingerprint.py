@@ -30,18 +30,23 @@ _PAGE, _STRIDE = 2**12, 2**20
 _LENGTH = 16
 
 
-def made_by(backend: Any, model: str | None = None) -> dict[str, Any]:
+def made_by(backend: Any, model: str | None = None, revision: str | None = None) -> dict[str, Any]:
     """What results are made by, as settings: the model's parts, and the version of this package.
 
     Args:
         backend: What it says of its model counts, or else the files that its `model_id` names; None: not asked.
         model: Directory or hub id whose files count as well.
+        revision: Of these.
     """
     # A double of a user's own, made before backends said anything, need not have the method.
     said: dict[str, str] = {} if backend is None else getattr(backend, "fingerprint", dict)()
     files = model or (None if said or backend is None else backend.model_id)
     engine = getattr(backend, "loaded_as", {})
-    return {"fingerprint": (model_fingerprint(files) if files else {}) | said, "trl_tract": __version__, **engine}
+    return {
+        "fingerprint": (model_fingerprint(files, revision) if files else {}) | said,
+        "trl_tract": __version__,
+        **engine,
+    }
 
 
 def model_fingerprint(model: str | Path, revision: str | None = None) -> dict[str, str]:

@@ -31,10 +31,12 @@ _COMPARED = 400
 _TOGETHER = 4  # rows in a micro-batch that is tried
 
 
-def facts_of(model: str, rows: Sequence[Mapping[str, Any]], training: Mapping[str, Any]) -> Facts:
+def facts_of(
+    model: str, rows: Sequence[Mapping[str, Any]], training: Mapping[str, Any], revision: str | None = None
+) -> Facts:
     """The facts about training `model` on `rows`."""
     scales = read_scales(training)
-    tokenizer = tokenizer_to_train(model, training.get("chat_template_path"))
+    tokenizer = tokenizer_to_train(model, training.get("chat_template_path"), revision)
     step = math.ceil(len(rows) / _LOOKED_AT)
     looked_at = [rows[number] for number in range(0, len(rows), step)]
     settings = settled(tokenizer, TemplateSettings.of_training(training), looked_at)
@@ -58,12 +60,12 @@ def facts_of(model: str, rows: Sequence[Mapping[str, Any]], training: Mapping[st
         golds.append([score for score in columns["score_labels"] if not math.isnan(score)])
         if (len(lengths) - 1) % every == 0:
             sequences.append(placed(columns["input_ids"]))
-    return measured(model, scales, len(rows), lengths, completions, golds, sequences)
+    return measured(model, scales, len(rows), lengths, completions, golds, sequences, revision)
 
 
 def write_recipe(spec: RunSpec, rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Derive what a run's user has not set, and write it down: see `Recipe.to_dict`."""
-    write_json(file, derive(facts_of(spec.model, rows, spec.training), spec.set_by_user).to_dict())
+    write_json(file, derive(facts_of(spec.model, rows, spec.training, spec.revision), spec.set_by_user).to_dict())
 
 
 def measured(
@@ -74,6 +76,7 @@ def measured(
     completions: Sequence[int],
     golds: Sequence[Sequence[float]],
     sequences: Sequence[NDArray[np.int64]],
+    revision: str | None = None,
 ) -> Facts:
     """The facts about rows whose tokens are counted already.
 
@@ -88,7 +91,7 @@ def measured(
         raise ValueError("no row can be used for training. trl-tract check shows why")
     names = [scale.name for scale in scales]
     return Facts(
-        parameters=count_parameters(model),
+        parameters=count_parameters(model, revision),
         rows=rows,
         tokens=float(np.mean(lengths)),
         longest=max(lengths),

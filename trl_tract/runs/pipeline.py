@@ -184,7 +184,8 @@ class _Pipeline:
 
     def _read_rows(self) -> None:
         spec, say = self.spec, self.say
-        chat = bool(tokenizer_to_train(spec.model, spec.training.get("chat_template_path")).chat_template)
+        template = spec.training.get("chat_template_path")
+        chat = bool(tokenizer_to_train(spec.model, template, spec.revision).chat_template)
         data, evaluated = spec.source(spec.data, say), None
         groups: dict[bool, set[int]] = {True: set(), False: set()}  # held out, and not
 
@@ -217,13 +218,15 @@ class _Pipeline:
 
     def bootstrap(self) -> None:
         spec, folder = self.spec, self.rows.parent
+        author = spec.bootstrap.get("model")
+        backend = spec.bootstrap.get("backend") or spec.backend
         step = BootstrapStep(
             spec.model,
             str(self.given),
             str(folder),
             spec.bootstrap_settings(),
-            dict(spec.bootstrap.get("backend") or spec.backend),
-            author=spec.bootstrap.get("model"),
+            spec.backend_of_seed(backend) if author is None else dict(backend),
+            author=author,
             chat_template=spec.training.get("chat_template_path"),
         )
         self.step("bootstrap", step, [folder.name], ["prepare"])
@@ -315,7 +318,7 @@ class _Pipeline:
     def _judge_untrained(self, name: str, stage: str) -> None:
         settings = {"append_marker": True, "normalize_grid": True}
         step = self._judging(self.spec.model, self.held_out, "judged-seed", **settings)
-        step.asked_like = str(self.directory / name)
+        step.asked_like, step.backend = str(self.directory / name), self.spec.backend_of_seed(self.spec.backend)
         self.step("judge-seed", step, ["judged-seed"], ["prepare", stage])
 
     def report(self) -> RunResult:

@@ -217,6 +217,17 @@ class RunSpec:
         return held_out(to_train_on(), share, self.seed + 1)
 
     @property
+    def revision(self) -> str | None:
+        """Of the seed model on the hub; None: its main branch."""
+        named = self.model_args.get("model_revision")
+        return None if named in (None, "main") else str(named)
+
+    def backend_of_seed(self, backend: Mapping[str, Any]) -> dict[str, Any]:
+        """A backend's options where it loads the seed model."""
+        loads = backend.get("name", "transformers") in ("transformers", "vllm")
+        return {**({"revision": self.revision} if loads and self.revision else {}), **backend}
+
+    @property
     def seed(self) -> int:
         """Of the split and of training."""
         return int(self.training.get("seed", 42))

@@ -129,7 +129,9 @@ class BootstrapStep(_BlockStep):
         """Generate, or go on generating; the rows, or None if other shards still have to be done."""
         author = make_author(self.author or self.model, **self.backend)
         if author.tokenizer is not None and self.chat_template and self.author is None:
-            author.tokenizer.chat_template = tokenizer_to_train(self.model, self.chat_template).chat_template
+            author.tokenizer.chat_template = tokenizer_to_train(
+                self.model, self.chat_template, self.backend.get("revision")
+            ).chat_template
         probe = author.tokenizer is not None  # who is paid by the token is not measured
         writer = CoTBootstrap(author, **{"probe": probe, "say": say_now, **self.settings})
         return writer.bootstrap_file(self.data, self.output_dir, shard=self.share)
@@ -227,7 +229,7 @@ class JudgeStep(_BlockStep):
         name = self.backend.get("name", "transformers")
         asked = backend if name == "server" else None
         engine = settings_that_count(self.backend)
-        return {**settings, **engine, "model": self.model, "backend": name, **made_by(asked, self.model)}
+        return {**settings, **engine, "model": self.model, "backend": name, **made_by(asked, self.model, revision)}
 
 
 Step = TrainStep | RLStep | BootstrapStep | DistillStep | JudgeStep

@@ -75,7 +75,7 @@ class TrainStep:
         aside = ("model_name_or_path", "attn_implementation")  # the place of the model, and how it is computed
         put_on = {name: value for name, value in self.model_args.items() if name not in aside}
         made_of = {"model": self.model, "contents": contents(files), "model_args": without_secrets(put_on)}
-        made_of |= made_by(None, self.model)
+        made_of |= made_by(None, self.model, self.model_args.get("model_revision"))
         checkpoint = self._last_checkpoint(made_of)
         trainer = self._trainer(checkpoint)
         write_lines_in_logs(trainer)

@@ -1,5 +1,6 @@
 """Adapters in training: those that are refused at the start, and which one is the judge. Knows nothing of losses."""
 
+import copy
 import functools
 import shutil
 from collections.abc import Iterator, Mapping
@@ -68,6 +69,20 @@ def check_adapters(model: Any, peft_config: PeftConfig | None) -> None:
                 f"this model was already changed by training with {changed}, so it is no longer the seed model. Load "
                 "the seed model again, or give its directory or hub id"
             )
+
+
+def on_revision(peft_config: PeftConfig | None, init: Mapping[str, Any] | None) -> PeftConfig | None:
+    """An adapter's configuration with the revision of the base that it is trained on, so that it is loaded on that one.
+
+    Args:
+        init: What the base is loaded with, `model_init_kwargs`.
+    """
+    revision = (init or {}).get("revision")
+    if peft_config is None or peft_config.revision is not None or revision in (None, "main"):
+        return peft_config
+    named = copy.copy(peft_config)
+    named.revision = revision
+    return named
 
 
 def mark_base(model: Any) -> None:

@@ -23,7 +23,7 @@ from trl_tract.rows.row import RENDERED_WITH
 from trl_tract.rows.template import Asked
 from trl_tract.rows.tokens import asked_ids
 from trl_tract.saved.judge_config import JudgeConfig
-from trl_tract.training.adapters import mark_base
+from trl_tract.training.adapters import mark_base, on_revision
 from trl_tract.training.early_warnings import RolloutWarnings
 from trl_tract.training.judge_trainer import KeepsJudge
 from trl_tract.training.losses import ScoreTerms, score_terms
@@ -102,7 +102,12 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
                 kwargs.pop("quantization_config", None)
                 args = copy.copy(args)
                 args.model_init_kwargs = None
-        config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
+        if isinstance(model, str):
+            config = AutoConfig.from_pretrained(model, revision=(args.model_init_kwargs or {}).get("revision"))
+            if "peft_config" in kwargs:
+                kwargs["peft_config"] = on_revision(kwargs["peft_config"], args.model_init_kwargs)
+        else:
+            config = model.config
         room = getattr(config.get_text_config(), "max_position_embeddings", None)
         check = functools.partial(checked_rows, self._template, self.judge_config, args, room)
         train_dataset = check(train_dataset, "train")

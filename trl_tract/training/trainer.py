@@ -30,7 +30,7 @@ from trl_tract.rows.row import Row
 from trl_tract.rows.template import Template
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.trie import TokenTrie
-from trl_tract.training.adapters import mark_base
+from trl_tract.training.adapters import mark_base, on_revision
 from trl_tract.training.arguments import check_arguments
 from trl_tract.training.config import TRACTConfig
 from trl_tract.training.early_warnings import EarlyWarnings
@@ -107,6 +107,8 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
         for name, rows in (eval_dataset if several else {"eval": eval_dataset}).items():
             if rows is not None:
                 check_dataset(rows, name)
+        if isinstance(model, str) and "peft_config" in kwargs:
+            kwargs["peft_config"] = on_revision(kwargs["peft_config"], args.model_init_kwargs)
         self._given_rows, self.given_eval_rows = train_dataset, eval_dataset
         self.scales = args.scales  # their tokens are looked up in the rows
         self.judge_config: JudgeConfig | None = None
