@@ -246,6 +246,13 @@ def test_own_completions_that_contradict_their_gold_scores_are_warned_of(tmp_pat
         assert ("correlation" in out) == warned
 
 
+def test_scores_of_rows_without_completions_are_compared_with_none(tmp_path, model, capsys):
+    rows = [{"prompt": f"p{number}", "score": 1 + number / 2} for number in range(9)]
+    _, out = checked(tmp_path, model, rows, capsys)
+    assert "9 rows have no rationale" in out
+    assert "also contain a score" not in out
+
+
 def test_the_tokens_that_rows_share_are_counted_in_either_order(tmp_path, model, capsys):
     # Eight answers to one question, which is most of the prompt; a ninth row of another question.
     rubric = tmp_path / "rubric.yaml"

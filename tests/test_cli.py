@@ -274,7 +274,7 @@ def test_judgements_that_are_recalibrated_are_no_ground_for_another(judged, caps
     settings = json.loads((judged / "judged" / "settings.json").read_text())
     write_json(judged / "judged" / "settings.json", settings | {"recalibrate": True})
     assert main(["recalibrate", str(judged / "judged")]) == 1
-    assert "are already recalibrated. Judge again without --recalibrate" in capsys.readouterr().err
+    assert "are already recalibrated. Judge again with --recalibrate false" in capsys.readouterr().err
 
 
 def test_judgements_without_gold_scores_cannot_recalibrate(judged, capsys):

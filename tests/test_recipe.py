@@ -13,11 +13,11 @@ from trl_tract.backends.device import count_parameters
 from trl_tract.cli import main
 from trl_tract.commands.entry_points import _option_groups
 from trl_tract.commands.parsing import names_given, parse
-from trl_tract.evaluation.recalibration import Recalibration
+from trl_tract.evaluation.recalibration import Recalibration, applied_by_default
 from trl_tract.files.journal import read_json, read_jsonl, write_jsonl
 from trl_tract.runs.facts import facts_of
 from trl_tract.runs.judged import Judged
-from trl_tract.runs.results import calibrate_judge
+from trl_tract.runs.results import calibrate_judge, recalibrate
 from trl_tract.runs.spec import RunSpec
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.scale import read_scales
@@ -342,6 +342,40 @@ def test_a_calibration_is_kept_where_it_lowers_the_error(scores, applied, tmp_pa
     judged = judgements(tmp_path / "judged", scores, GOLDS)
     calibrate_judge(judged, judged)
     assert (judged / "tract_calibration.json").is_file() is applied
+
+
+def test_aspects_are_calibrated_each_by_itself(tmp_path):
+    aspects = {"tone": {"marker": "[TONE]"}, "facts": {"marker": "[FACTS]"}}
+    JudgeConfig(read_scales({"aspects": aspects})).save(tmp_path)
+    scores = {"tone": np.where(GOLDS > 3, 5.0, 1.0), "facts": GOLDS}
+    rows = [
+        {"aspects": {name: {"score": each[number], "reference": gold, "error": None} for name, each in scores.items()}}
+        for number, gold in enumerate(GOLDS)
+    ]
+    write_jsonl(tmp_path / "judgements.jsonl", rows)
+    said = calibrate_judge(tmp_path, tmp_path)
+    fitted = {name: Recalibration.load(tmp_path, scale=name) for name in scores}
+    assert fitted["facts"](GOLDS).tolist() == GOLDS.tolist()
+    assert fitted["tone"].slope < 0.9
+    calibrated, _, left = said.partition("Not applied")
+    assert ("tone" in calibrated, "facts" in calibrated, "facts" in left) == (True, False, True)
+
+
+def test_a_calibration_of_the_users_stays(tmp_path):
+    judged = judgements(tmp_path / "judged", np.where(GOLDS > 3, 5.0, 1.0), GOLDS)
+    calibrate_judge(judged, judged)
+    own = replace(Recalibration.load(judged), slope=0.5)
+    own.save(judged)
+    assert "kept" in calibrate_judge(judged, judged)
+    assert Recalibration.load(judged).slope == 0.5
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_a_new_calibration_is_applied_like_the_one_that_it_replaces(always, tmp_path):
+    judged = judgements(tmp_path / "judged", np.where(GOLDS > 3, 5.0, 1.0), GOLDS)
+    recalibrate(judged, always=always, model=str(judged))
+    recalibrate(judged, model=str(judged))
+    assert applied_by_default(judged) is always
 
 
 def test_a_calibration_keeps_the_order_of_a_judge_that_ranks_by_chance(tmp_path):

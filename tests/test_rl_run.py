@@ -105,7 +105,20 @@ def test_the_command_trains_a_judge(seed_model, rows, tmp_path, capsys):
 
 def test_a_run_names_the_steps_that_it_will_have():
     spec = RunSpec("seed", "rows.jsonl", rl={})
-    assert list(steps_of(spec))[-3:] == ["rl", "judge-real", "report"]
-    assert list(steps_of(RunSpec("seed", "rows.jsonl", rationales="none", rl={}))) == [
+    assert list(steps_of(spec))[-4:] == ["rl", "calibrate-real", "judge-real", "report"]
+    assert list(steps_of(RunSpec("seed", "rows.jsonl", rationales="none", rl={}, calibrate=0.0))) == [
         *("prepare", "rl", "judge-real", "report")
     ]
+
+
+def test_the_reinforced_judge_is_calibrated_like_the_others(seed_model, tmp_path):
+    # On items that it was not trained on, and whatever the fit comes to.
+    scores, said = str(tmp_path / "scores.jsonl"), []
+    write_jsonl(tmp_path / "scores.jsonl", [{"prompt": "a" * n, "score": 1 + n % 2} for n in range(1, 31)])
+    settings = {"training": TRAINING, "generation": GENERATION, "rl": RL, "say": said.append}
+    settings |= {"eval_fraction": 0.3, "rationales": "none", "objective": "paper", "calibrate": 0.3}
+    run_tract(seed_model, scores, tmp_path / "out", **settings)
+    counts = {name: len(list(read_jsonl(tmp_path / "out" / f"{name}.jsonl"))) for name in ("train", "calibration")}
+    assert counts["calibration"] == len(list(read_jsonl(tmp_path / "out" / "calibration-real" / "judgements.jsonl")))
+    assert counts["calibration"] >= 3
+    assert any("calibrated" in line.lower() for line in said)

@@ -202,7 +202,7 @@ def examine(
 def _rows(
     found: Iterable[tuple[int, Item | Refusal]], report: RowsReport, chat: bool
 ) -> Iterator[tuple[int, Row, bool]]:
-    """The training rows, with the numbers of their records and whether they were converted; the rest is counted."""
+    """The training rows, each with its record's number and whether we wrote its completion; the rest is counted."""
     groups: set[int] = set()
     for number, item in found:
         report.records += 1
@@ -213,7 +213,7 @@ def _rows(
         report.bare += item.bare
         groups.update([hash(item.group)] if item.training else [])
         report.groups = len(groups)
-        yield from ((number, row, item.converted) for row in written_rows(item, item.training, chat))
+        yield from ((number, row, item.converted or item.bare) for row in written_rows(item, item.training, chat))
 
 
 def lengths_table(report: RowsReport) -> list[str]:

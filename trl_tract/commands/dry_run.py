@@ -144,7 +144,7 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
         for _, judged in evaluated.items():
             items.hold_out(judged)
     why_not = ""
-    if "calibrate-tract" in steps:
+    if any(name.startswith("calibrate-") for name in steps):
         aside = spec.kept_aside(readable, items.split, evaluated)
         if isinstance(aside, str):
             why_not = aside

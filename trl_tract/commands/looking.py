@@ -12,7 +12,7 @@ class RecalibrateArguments:
     """Judgements of held-out items to fit on."""
 
     judgements: str = required(
-        "Output directory of `trl-tract judge`, run without --recalibrate. The judge must not have been trained on "
+        "Output directory of `trl-tract judge`, run with --recalibrate false. The judge must not have been trained on "
         "these items, and you must not evaluate it on them later."
     )
     model: str | None = option(

@@ -161,7 +161,8 @@ def _shift(standing: Standing, rmse: Interval) -> Finding | None:
     return Finding(
         "shifted",
         f"Its scores are {abs(shift.value):.2f} too {'high' if shift.value > 0 else 'low'} on average. Without this "
-        f"shift its RMSE would be {np.sqrt(rest):.3f}; trl-tract recalibrate removes it.",
+        f"shift its RMSE would be {np.sqrt(rest):.3f}. To remove it, judge with --recalibrate false and run trl-tract "
+        "recalibrate.",
     )
 
 

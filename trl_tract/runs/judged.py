@@ -132,7 +132,8 @@ class Judged:
         if data is None:
             return None
         raise ValueError(
-            f"{found} does not hold the rows that were judged in {self.directory}. Give the file that `judge` read"
+            f"{found} does not hold the rows as they were judged in {self.directory}. Leave --data out if the "
+            "directory still has rows.jsonl; else give that file, which `judge` wrote there"
         )
 
 

@@ -3,13 +3,13 @@
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from trl_tract.evaluation.recalibration import FILE_NAME as CALIBRATION_FILE
-from trl_tract.evaluation.recalibration import Recalibration
+from trl_tract.evaluation.recalibration import Recalibration, applied_by_default
 from trl_tract.evaluation.report import ScoreReport
 from trl_tract.files.journal import digest, write_json
 from trl_tract.page import JudgedItems, OtherJudge, write_page
@@ -159,7 +159,8 @@ def recalibrate(
 
     Args:
         model: The judge's directory; None: the one that judged.
-        always: Whether the judge is to apply it where nothing else is said.
+        always: Whether the judge is to apply it where nothing else is said; so it does, too, in place of one that it
+            applies by default.
 
     Returns:
         The fit of each scale by its name, and the file that they are saved in.
@@ -170,7 +171,9 @@ def recalibrate(
     """
     folder = Judged(directory)
     if folder.settings.get("recalibrate"):
-        raise ValueError(f"the judgements in {directory} are already recalibrated. Judge again without --recalibrate")
+        raise ValueError(
+            f"the judgements in {directory} are already recalibrated. Judge again with --recalibrate false"
+        )
     for judged in folder.scales.values():
         if without := len(folder) - len(judged.items):
             which = f" for aspect {judged.name!r}" if judged.name else ""
@@ -190,6 +193,7 @@ def recalibrate(
         )
         for name, judged in folder.scales.items()
     }
+    always = always or applied_by_default(judge)
     files = [one.save(judge, scale=name, always=always) for name, one in fitted.items()]
     return fitted, files[0]
 
@@ -197,24 +201,35 @@ def recalibrate(
 def calibrate_judge(directory: Path, model: Path) -> str:
     """Fit a recalibration on a run's own judgements, and let the judge apply it from now on, if that lowers its error.
 
+    One that is there already stays: training begins without any, so it is of this judge, and may be the user's own.
+
     Returns:
         What became of it, in a sentence.
     """
     file = model / CALIBRATION_FILE
-    file.unlink(missing_ok=True)  # of judgements that are there no more
+    if file.is_file():
+        return f"Calibrated before: {file} is kept"
     try:
         fits, _ = recalibrate(directory, str(model), always=True, least_spread=LEAST_SPREAD)
     except ValueError as error:
         return f"not calibrated: {error}"
-    told = [
+    worse = {name: fit for name, fit in fits.items() if fit.rmse_cross_validated >= fit.rmse}
+    not_applied = f"Not applied, because it does not lower the cross-validated error: {_told(worse)}"
+    if len(worse) == len(fits):
+        file.unlink()
+        return not_applied
+    for name, fit in worse.items():
+        replace(fit, slope=1.0, intercept=0.0, rmse_cross_validated=fit.rmse).save(model, scale=name, always=True)
+    calibrated = f"Calibrated: {_told({name: fit for name, fit in fits.items() if name not in worse})}"
+    return f"{calibrated}. {not_applied}" if worse else calibrated
+
+
+def _told(fits: Mapping[str, Recalibration]) -> str:
+    return "; ".join(
         f"{f'{name}: ' if name else ''}score -> {fit.slope:.2f} * score {'-' if fit.intercept < 0 else '+'} "
         f"{abs(fit.intercept):.2f}, RMSE on {fit.n} items {fit.rmse:.3f} before, {fit.rmse_cross_validated:.3f} after"
         for name, fit in fits.items()
-    ]
-    if all(fit.rmse_cross_validated >= fit.rmse for fit in fits.values()):
-        file.unlink()
-        return f"Not applied, because it does not lower the cross-validated error: {'; '.join(told)}"
-    return f"Calibrated: {'; '.join(told)}"
+    )
 
 
 def _about(folder: Judged, data: str | Path | None) -> dict[str, str]:

@@ -32,6 +32,7 @@ ONE_STAGE: Mapping[str, str] = {
 """The same without rationales."""
 RL_STEPS: Mapping[str, str] = {
     "rl": "Reinforcement learning: training the judge on its own errors",
+    "calibrate-real": "Judging the items set aside, to calibrate the judge after reinforcement learning",
     "judge-real": "Judging the held-out items with the judge after reinforcement learning",
 }
 """What is added before the report where the judge is trained further on its own errors."""
@@ -53,6 +54,6 @@ def steps_of(spec: RunSpec) -> Mapping[str, str]:
         steps |= {**RL_STEPS, "report": STEPS["report"]}
     calibrates = spec.objective == "auto" if spec.calibrate is None else spec.calibrate > 0
     left_out = [] if spec.seed_baseline else ["judge-seed"]
-    left_out += [] if calibrates else ["calibrate-stage1", "calibrate-tract"]
+    left_out += [] if calibrates else [name for name in steps if name.startswith("calibrate-")]
     left_out += [] if spec.objective == "auto" else ["settings"]
     return {name: title for name, title in steps.items() if name not in left_out}
