@@ -228,6 +228,17 @@ def test_what_it_costs_is_said_first_with_the_money_where_a_price_is_given(tmp_p
     assert said[-1].startswith("2 rows")
 
 
+def test_what_it_costs_at_most_counts_each_kept_rationale_of_the_first_aspect(tmp_path):
+    said = []
+    rows = Dataset.from_list([{"prompt": "a", "scores": {"tone": 4, "facts": 4}}])
+    given = {"aspects": ASPECTS, "keep": 3, "show_score": False, "max_new_tokens": 10, "say": said.append}
+    backend = model(cycle(" good"))
+    CoTBootstrap(backend, **given).bootstrap(rows, tmp_path / "out")
+    # 4 rationales of the first aspect, and 4 of the second for each of the 3 that are kept: 16, of 10 tokens.
+    assert "at most 16 rationales" in said[0]
+    assert "160 to write" in said[0]
+
+
 def test_the_speed_is_measured_on_request_and_changes_nothing(tmp_path):
     said = []
     CoTBootstrap(model(cycle(" good")), probe=True, say=said.append).bootstrap(rows_of(4, 4), tmp_path / "a")

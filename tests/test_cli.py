@@ -323,6 +323,13 @@ def test_wrong_usage_is_exit_code_2_and_says_what_is_meant(arguments, wanted, ca
     assert wanted in printed
 
 
+def test_rows_that_would_never_be_evaluated_on_are_refused(tmp_path, capsys):
+    given = ["--model", "m", "--data", "rows.jsonl", "--eval_data", "eval.jsonl", "--output_dir", str(tmp_path)]
+    for dry in ([], ["--dry-run"]):
+        assert main(["train", *given, "--bf16", "false", *dry]) == 1
+        assert "evaluation is off" in capsys.readouterr().err
+
+
 def test_an_option_of_a_yaml_file_that_there_is_none_of_is_named(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("judgements: a\nn_bootsrap: 5\n")
     code, printed = usage_error(["report", "--config", str(tmp_path / "run.yaml")], capsys)

@@ -158,8 +158,8 @@ class RunArguments:
     )
     calibrate: float | None = option(
         None,
-        "Fraction of --data to calibrate the scores on. Defaults to about a tenth. 0: no calibration, which is "
-        "also the default with --objective paper.",
+        "Fraction of the rows that are not held out to calibrate the scores on. Defaults to about a tenth. 0: none, as "
+        "is the default with --objective paper.",
     )
     dry_run: bool = option(False, DRY_RUN)
 

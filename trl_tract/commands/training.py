@@ -21,6 +21,10 @@ def train(arguments: Sequence[str], rows: Any, columns: Any, processes: Any, tra
     from trl_tract.training.config import field_values
 
     name, own, fields = required_model(model), own_columns(columns), field_values(training)
+    if rows.eval_data and training.eval_strategy == "no":
+        raise ValueError(
+            "--eval_data is given, but evaluation is off. Set --eval_strategy to epoch or steps, or leave the data out"
+        )
     launch = deploying.planned(processes)
     if launch.starts:
         print(f"Training in {launch}: {launch.update(fields)}", flush=True)

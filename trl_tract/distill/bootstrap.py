@@ -240,7 +240,8 @@ class CoTBootstrap(RationaleRun):
         self._find_tokens(pairs)
         author = self._author()
         lengths = [author.prompt_tokens(pair) for pair in pairs]
-        times = self._sources * len(self.scales)
+        # Each rationale that is kept for the first aspect goes on to the others.
+        times = self._sources * (1 + (len(self.scales) - 1) * min(self.keep, self.num_generations))
         asked = rows * self.num_generations * times
         # A chat endpoint is sent the prompt with each request; a model of one's own reads it once.
         prompts = asked if isinstance(author, ChatAuthor) else rows * times
