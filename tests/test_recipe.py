@@ -11,6 +11,7 @@ from trl_tract import CoTRAILJudge, REALConfig, TRACTConfig, run_tract
 from trl_tract.backends import ScriptedBackend
 from trl_tract.backends.device import count_parameters
 from trl_tract.cli import main
+from trl_tract.commands.dry_run import Plan
 from trl_tract.commands.entry_points import _option_groups
 from trl_tract.commands.parsing import names_given, parse
 from trl_tract.evaluation.recalibration import Recalibration
@@ -67,6 +68,33 @@ def test_every_number_of_rows_gets_updates_enough_to_learn(rows):
     settings = derived(rows=rows)
     together = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
     assert 100 <= settings["num_train_epochs"] * rows / together <= 400
+
+
+@pytest.mark.parametrize(
+    ("given", "batch", "accumulated", "epochs", "updates"),
+    [
+        # 150 rows; 4 in an update, and about 120 updates, unless more is given.
+        ({}, 4, 1, 3, 114),
+        ({"per_device_train_batch_size": 1}, 1, 4, 3, 114),
+        ({"gradient_accumulation_steps": 2}, 2, 2, 3, 114),
+        ({"gradient_accumulation_steps": 8}, 1, 8, 4, 76),
+        ({"per_device_train_batch_size": 32}, 32, 1, 4, 20),
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}, 1, 1, 1, 150),
+    ],
+)
+def test_epochs_go_with_the_rows_of_an_update_that_are_given(given, batch, accumulated, epochs, updates):
+    recipe = derive(FACTS, given).to_dict()
+    settings = given | recipe["training"]
+    assert (settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]) == (batch, accumulated)
+    assert settings["num_train_epochs"] == epochs
+    assert recipe["why"]["num_train_epochs"] == f"about {updates} updates"
+    assert Plan.of([485] * 150, settings, 1).updates == updates
+
+
+def test_a_given_accumulation_leaves_the_batch_within_its_tokens():
+    # 16 rows in an update of 5,000 rows and more; 8,192 tokens hold two of 3,000.
+    settings = derived(rows=5000, longest=3000, given={"gradient_accumulation_steps": 2})
+    assert settings["per_device_train_batch_size"] == 2
 
 
 @pytest.mark.parametrize(("longest", "processes"), [(200, 1), (3000, 1), (9000, 1), (200, 4), (3000, 8)])

@@ -25,6 +25,7 @@ ALIASES = {
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
 """Second names that transformers has for a setting. Where both are set, the first one here counts, silently."""
+_BATCH, _ACCUMULATED = "per_device_train_batch_size", "gradient_accumulation_steps"
 _LOADED = {"load_in_4bit", "load_in_8bit"}
 _GB = 1e9
 
@@ -205,11 +206,9 @@ def _adapter(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
 def _schedule(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
     # Anchored at 2e-4 for 8B, as is usual for LoRA; the slope is between those that others have fitted to width.
     rate = min(max(2e-4 * (8e9 / facts.parameters) ** 0.4, 1e-4), 1e-3)
-    together = 4 if facts.rows < 500 else 8 if facts.rows < 5000 else 16
-    processes = facts.device.processes
-    on_device = max(min(together // processes, BATCH_TOKENS // max(facts.longest, 1)), 1)
-    on_device = 2 ** int(math.log2(on_device))
-    accumulated = max(together // (on_device * processes), 1)
+    wanted = 4 if facts.rows < 500 else 8 if facts.rows < 5000 else 16
+    batch, accumulated = _batch(facts, given, wanted)
+    together = batch * accumulated * facts.device.processes
     epochs = min(max(round(UPDATES * together / facts.rows), 1), MOST_EPOCHS)
     full = not given.get("use_peft", True)
     found = [
@@ -222,18 +221,12 @@ def _schedule(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
         Setting("training", "lr_scheduler_type", "cosine", "decays to 0"),
         Setting("training", "warmup_steps", 0.1, "fraction of the updates in which it rises"),
     ]
-    if not given.keys() & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
-        found += [
-            Setting(
-                "training",
-                "per_device_train_batch_size",
-                on_device,
-                f"{together} rows per update: few rows, so small updates",
-            ),
-            Setting("training", "gradient_accumulation_steps", accumulated, ""),
-        ]
-    rows = given.get("per_device_train_batch_size", on_device)
-    if rows > 1 and facts.distinct <= MOST_DISTINCT and given.get("neftune_noise_alpha") is None:
+    why = f"{together} rows per update" + (": few rows, so small updates" if together == wanted else "")
+    found += [
+        Setting("training", "per_device_train_batch_size", batch, why),
+        Setting("training", "gradient_accumulation_steps", accumulated, "" if _BATCH not in given else why),
+    ]
+    if batch > 1 and facts.distinct <= MOST_DISTINCT and given.get("neftune_noise_alpha") is None:
         computed = f"rows begin alike: {facts.distinct:.0%} of the tokens are left to compute"
         found.append(Setting("training", "share_prompts", True, computed))
     if not given.keys() & {"num_train_epochs", "max_steps"}:
@@ -246,6 +239,18 @@ def _schedule(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
             )
         )
     return found
+
+
+def _batch(facts: Facts, given: Mapping[str, Any], wanted: int) -> tuple[int, int]:
+    """The rows of a batch and the batches of an update, on one device, so that all devices' updates have `wanted` rows.
+
+    What is given stays, and the other is what then comes closest without more rows.
+    """
+    each = wanted // facts.device.processes
+    accumulated = int(given.get(_ACCUMULATED, 1))
+    batch = max(min(each // accumulated, BATCH_TOKENS // max(facts.longest, 1)), 1)
+    batch = int(given.get(_BATCH, 2 ** int(math.log2(batch))))
+    return batch, int(given.get(_ACCUMULATED, max(each // batch, 1)))
 
 
 def _numbers(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
