@@ -164,6 +164,31 @@ def test_what_is_given_for_the_reinforcement_replaces_what_the_other_stages_have
     assert REALConfig(**{**chosen, "output_dir": str(tmp_path)}).to_dict()["gradient_checkpointing"] is False
 
 
+@pytest.mark.parametrize(
+    ("device", "given", "bf16", "dtype"),
+    [
+        (GPU, {}, True, "bfloat16"),
+        (FACTS.device, {}, False, "float32"),
+        # Weights that are trained stay in float32; autocast computes in 16 bits.
+        (GPU, {"use_peft": False}, True, "float32"),
+        (GPU, {"use_peft": False, "fp16": True}, None, "float32"),
+        (GPU, {"bf16": False}, None, "float32"),
+        (FACTS.device, {"bf16": True}, None, "bfloat16"),
+        (GPU, {"model_init_kwargs": {"dtype": "float32"}}, True, None),
+        (GPU, {"model_init_kwargs": '{"dtype": "float32"}'}, True, None),
+    ],
+)
+def test_weights_are_loaded_as_they_are_trained_unless_it_is_given(device, given, bf16, dtype):
+    settings = derived(device=device, given=given)
+    assert (settings.get("bf16"), settings.get("dtype")) == (bf16, dtype)
+
+
+def test_full_training_has_room_for_float32_weights():
+    # 7B: 14 GB in 16 bits, 28 GB in float32; four bits would be for frozen weights.
+    with pytest.raises(ValueError, match="needs 28 GB"):
+        derived(parameters=7 * 10**9, device=GPU, given={"use_peft": False})
+
+
 def test_half_precision_asked_for_by_name_is_not_given_another():
     settings = derived(given={"fp16": True}, device=GPU)
     assert "bf16" not in settings

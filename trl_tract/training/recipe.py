@@ -4,6 +4,7 @@ Where they come from, and the runs behind them: docs/defaults.md. Knows nothing 
 of how facts are found.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -117,6 +118,8 @@ def derive(facts: Facts, given: Mapping[str, Any] | None = None) -> Recipe:
         ValueError: The model does not fit into the device's memory.
     """
     given = {ALIASES.get(name, name): value for name, value in (given or {}).items()}
+    init = given.get("model_init_kwargs") or {}  # JSON on the command line; counts before model_args
+    given |= json.loads(init) if isinstance(init, str) else init
     settings = [*_score_terms(facts, given), *_adapter(facts, given), *_schedule(facts, given), *_numbers(facts, given)]
     return Recipe(facts, tuple(setting for setting in settings if setting.name not in given))
 
@@ -178,17 +181,18 @@ def _score_terms(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
 
 def _adapter(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
     half = 2 * facts.parameters  # bytes of 16-bit weights
+    full = _full(given)
     small_enough = half <= facts.device.memory / 2
     # Only CUDA has kernels that make four bits worth it.
-    quantised = facts.device.kind == "cuda" and not small_enough and not given.keys() & _LOADED
-    needed = 0.7 * facts.parameters if quantised or given.keys() & _LOADED else half
+    quantised = facts.device.kind == "cuda" and not (small_enough or full) and not given.keys() & _LOADED
+    needed = 0.7 * facts.parameters if quantised or given.keys() & _LOADED else 2 * half if full else half
     if needed > 0.9 * facts.device.memory:
         raise ValueError(
             f"a model of {facts.parameters / 1e9:.1f}B parameters needs {needed / _GB:.0f} GB for its weights alone, "
             f"but {facts.device.kind} has {facts.device.memory / _GB:.0f} GB. Choose a smaller model, or set "
             "objective='paper' and your own settings"
         )
-    if not given.get("use_peft", True):
+    if full:
         return []
     lora = [
         Setting("model_args", "use_peft", True, "few rows: a low-rank adapter instead of all weights"),
@@ -210,7 +214,7 @@ def _schedule(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
     batch, accumulated = _batch(facts, given, wanted)
     together = batch * accumulated * facts.device.processes
     epochs = min(max(round(UPDATES * together / facts.rows), 1), MOST_EPOCHS)
-    full = not given.get("use_peft", True)
+    full = _full(given)
     found = [
         Setting(
             "training",
@@ -254,20 +258,24 @@ def _batch(facts: Facts, given: Mapping[str, Any], wanted: int) -> tuple[int, in
 
 
 def _numbers(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
-    fast = facts.device.bfloat16
+    fast = given.get("bf16", facts.device.bfloat16)
     small = facts.parameters < 1e9 and facts.longest <= 2 * BATCH_TOKENS
-    if given.get("fp16"):
-        kind = [Setting("model_args", "dtype", "float16", "frozen weights, as in training")]
-    else:
-        kind = [
-            Setting("training", "bf16", fast, "faster here" if fast else "float32 is faster here"),
-            Setting("model_args", "dtype", "bfloat16" if fast else "float32", "frozen weights"),
-        ]
+    half = "float16" if given.get("fp16") else "bfloat16" if fast else "float32"
+    # Small updates are lost in weights of 16 bits; the computation is in 16 bits all the same.
+    dtype = ("float32", "all weights are trained") if _full(given) else (half, "frozen weights")
+    kind = [Setting("model_args", "dtype", *dtype)]
+    if not given.get("fp16"):
+        kind.insert(0, Setting("training", "bf16", fast, "faster here" if fast else "float32 is faster here"))
     return [
         *kind,
         Setting("training", "gradient_checkpointing", not small, "there is enough memory" if small else "saves memory"),
         Setting("generation", "max_new_tokens", min(max(2 * facts.rationale, 64), 1024), "twice the longest rationale"),
     ]
+
+
+def _full(given: Mapping[str, Any]) -> bool:
+    """Whether all weights are trained."""
+    return not given.get("use_peft", True)
 
 
 def _rounded(number: float) -> float:
