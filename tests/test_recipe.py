@@ -205,11 +205,22 @@ def test_a_tenth_is_kept_aside_but_not_of_very_few_rows(rows, kept):
     assert round(calibration_share(rows) * rows) == kept
 
 
-def test_each_aspect_is_weighted_by_its_own_gold_scores():
-    aspects = {"tone": {"marker": "[TONE]"}, "facts": {"marker": "[FACTS]", "values": [0, 50, 100], "raft_weight": 3.0}}
+ASPECTS = {"tone": {"marker": "[TONE]"}, "facts": {"marker": "[FACTS]", "values": [0, 50, 100], "raft_weight": 3.0}}
+
+
+@pytest.mark.parametrize("aspects", [ASPECTS, json.dumps(ASPECTS)])
+def test_each_aspect_is_weighted_by_its_own_gold_scores_unless_its_weight_is_given(aspects):
     facts = replace(FACTS, variances={"tone": 1.0, "facts": 900.0}, spans={"tone": 4.0, "facts": 100.0})
-    spec = RunSpec("seed", "rows", training={"aspects": aspects}).with_recipe(derive(facts).to_dict())
-    assert [scale.raft_weight for scale in spec.scales] == [1.0, 3.0]
+    spec = RunSpec("seed", "rows", training={"aspects": aspects})
+    recipe = derive(facts, spec.set_by_user).to_dict()
+    assert recipe["training"]["raft_weight"] == {"tone": 1.0}
+    assert [scale.raft_weight for scale in spec.with_recipe(recipe).scales] == [1.0, 3.0]
+
+
+def test_no_weight_is_derived_where_every_aspect_has_one():
+    aspects = {name: {**aspect, "raft_weight": 2.0} for name, aspect in ASPECTS.items()}
+    facts = replace(FACTS, variances={"tone": 1.0, "facts": 900.0}, spans={"tone": 4.0, "facts": 100.0})
+    assert "raft_weight" not in derive(facts, {"aspects": aspects}).to_dict()["training"]
 
 
 def items(prompts_of_groups):

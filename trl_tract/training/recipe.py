@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from trl_tract.scale.scale import read_scales
+
 OBJECTIVES = ("auto", "paper")
 """`auto`: what is not set is derived here. `paper`: the objective and the defaults of TRACT's authors and of TRL."""
 PARTS = ("training", "model_args", "generation")
@@ -163,15 +165,19 @@ def calibration_share(rows: int) -> float:
 
 
 def _score_terms(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
-    weights = {name: score_weight(variance, facts.spans[name]) for name, variance in facts.variances.items()}
-    squared = Setting("training", "raft_weight", weights.get("", weights), "1 / variance of the gold scores")
+    own = {scale.name for scale in read_scales(given) if scale.raft_weight is not None}
+    weights = {
+        name: score_weight(variance, facts.spans[name]) for name, variance in facts.variances.items() if name not in own
+    }
+    weight = weights.get("", weights)
+    squared = [Setting("training", "raft_weight", weight, "1 / variance of the gold scores")] if weights else []
     if given.get("annotator_loss") == "none":
         return [
-            squared,
+            *squared,
             Setting("training", "score_in_ce", True, "without it, the squared error can lose its gradient"),
         ]
     return [
-        squared,
+        *squared,
         Setting(
             "training", "annotator_loss", "distribution", "cross-entropy of the score, whose gradient does not vanish"
         ),
