@@ -171,10 +171,11 @@ def examine(
         max_length,
         tokenizer=tokenizer,
         settings=settings,
+        completion_only=training.get("completion_only_loss") is not False,
         score_in_ce=bool(training.get("score_in_ce")),
         drop_rationale=bool(training.get("drop_rationale")),
     )
-    uncut = replace(encoder, max_length=None)
+    uncut = replace(encoder, max_length=None, completion_only=True)  # the labels tell where the prompt ends
     shown: set[int] = set()
     made = True  # all scores in the completions were written from the gold scores
     for number, row, converted in itertools.chain(first, rows):

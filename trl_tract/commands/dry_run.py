@@ -282,7 +282,7 @@ def _rest(report: RowsReport, encoder: RowEncoder | None, training: Mapping[str,
     """Five rows, refusals, and what is doubtful; whether all rows would be taken."""
     for number, row in report.examples[:5] if encoder else ():
         assert encoder is not None
-        tokens = view_row(encoder, row)
+        tokens = view_row(encoder, row, training)
         gold = ", ".join(f"{token.gold:g}" for token in tokens if token.gold is not None)
         say(f"\nrow {number}, gold score {gold}{': ' + legend(tokens, colour=True) if colour else ''}")
         say(painted(tokens) if colour else labelled(tokens))
