@@ -114,6 +114,16 @@ def test_a_dry_run_without_rationales_has_the_steps_of_such_a_run(tmp_path, mode
     assert "11 rationales" not in printed
 
 
+def test_a_dry_run_of_reinforcement_alone_shows_no_settings_of_stages_that_it_lacks(tmp_path, model, capsys):
+    options = ["--objective", "auto", "--rl", "true", "--rationales", "none", "--max_length", "9"]
+    code, printed = dry(tmp_path, model, make_rows(15), capsys, *options, "--score_values", "0..100")
+    assert code == 0
+    assert "Reinforcement learning" in printed
+    assert "10 rows to train on" in printed
+    for of_a_stage in ("Settings derived", "learning_rate", "terms of the loss", "cross-entropy", "would print"):
+        assert of_a_stage not in printed
+
+
 def test_a_dry_run_says_what_is_finished(tmp_path, model, capsys):
     begin(tmp_path, model, {"prepare": 3.0, "stage1": 61.0})
     printed = dry(tmp_path, model, make_rows(12), capsys)[1]

@@ -151,8 +151,10 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
         else:
             items.aside = aside
     tokenizer = tokenizer_to_train(spec.model, spec.training.get("chat_template_path"))
-    report, encoder = examine(items.to_train_on(), data.title, tokenizer, spec.training)
-    if spec.objective == "auto" and report.tokens:
+    with_raft = "stage2" in steps  # of the fields of TRACTConfig, reinforcement alone has but few
+    training = spec.training if with_raft else {**spec.training, "max_length": None}
+    report, encoder = examine(items.to_train_on(), data.title, tokenizer, training)
+    if "settings" in steps and report.tokens:
         spec = _derived(spec, report, say)
     say(f"Dry run: nothing is trained or written. trl-tract run would take these steps in {output_dir}:")
     for number, (name, title) in enumerate(steps.items(), start=1):
@@ -172,8 +174,10 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
         )
     if few := too_few_groups(len(items.groups), 0 if spec.eval_data else len(items.others)):
         say(few)
-    _warn(spec.training, output_dir, say)
-    return _rest(report, encoder, spec.training, colour, say)
+    if with_raft:
+        _warn(spec.training, output_dir, say)
+    _warn_of_bfloat16(spec.training, say)
+    return _rest(report, encoder if with_raft else None, spec.training, colour, say)
 
 
 def _derived(spec: RunSpec, report: RowsReport, say: Say) -> RunSpec:
@@ -262,6 +266,7 @@ def dry_train(
     if report.tokens:
         say(str(Plan.of(report.tokens, training, _processes())))
     _warn(training, output_dir, say)
+    _warn_of_bfloat16(training, say)
     return _rest(report, encoder, training, colour, say) and taken
 
 
@@ -273,13 +278,16 @@ def _warn(training: Mapping[str, Any], output_dir: str | Path, say: Say) -> None
     """What training would warn of at its start, while it costs nothing to change it."""
     for warning in EarlyWarnings(TRACTConfig(**{**training, "output_dir": str(output_dir)})).at_start():
         say(f"\nTraining would print this warning: {warning}")
+
+
+def _warn_of_bfloat16(training: Mapping[str, Any], say: Say) -> None:
     halves = (training.get("bf16") or training.get("fp16")) and not torch.accelerator.is_available()
     if halves and (times := slowdown(torch.bfloat16)):
         say(f"bfloat16 is slow on this processor; float32 is {times:.1f} times as fast: add --bf16 false")
 
 
 def _rest(report: RowsReport, encoder: RowEncoder | None, training: Mapping[str, Any], colour: bool, say: Say) -> bool:
-    """Five rows, refusals, and what is doubtful; whether all rows would be taken."""
+    """Five rows with their loss if there is an `encoder`, refusals, what is doubtful; whether all would be taken."""
     for number, row in report.examples[:5] if encoder else ():
         assert encoder is not None
         tokens = view_row(encoder, row, training)
@@ -287,7 +295,12 @@ def _rest(report: RowsReport, encoder: RowEncoder | None, training: Mapping[str,
         say(f"\nrow {number}, gold score {gold}{': ' + legend(tokens, colour=True) if colour else ''}")
         say(painted(tokens) if colour else labelled(tokens))
     say("")
-    if report.tokens and training.get("annotator_loss") == "distribution" and training.get("annotator_weight"):
+    if (
+        encoder
+        and report.tokens
+        and training.get("annotator_loss") == "distribution"
+        and training.get("annotator_weight")
+    ):
         say("The loss has one more term: the cross-entropy with the distribution of the gold scores (annotator_loss)")
     if report.judged_only:
         say(f"{report.judged_only:,} rows have a score but no completion: they are not used for training")
