@@ -17,14 +17,14 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl_tract.backends.loading import adapter_config
 from trl_tract.files.checkpoints import checkpoint_made_of, last_complete_checkpoint, seal_checkpoint
 from trl_tract.files.fingerprint import made_by
-from trl_tract.files.journal import differences, refuse_links, write_json
+from trl_tract.files.journal import differences, read_jsonl, refuse_links, write_json
 from trl_tract.files.seal import contents
 from trl_tract.saved.judge_config import FILE_NAME, JudgeConfig
 from trl_tract.scale.scale import Scale
 from trl_tract.sources.arrow import training_dataset
 from trl_tract.sources.columns import FILE_NAME as PROMPT_FILE
 from trl_tract.sources.columns import OwnColumns
-from trl_tract.sources.door import held_out_rows
+from trl_tract.sources.door import group_of, held_out_rows
 from trl_tract.text.secrets import without_secrets
 from trl_tract.training.config import TRACTConfig
 from trl_tract.training.log_lines import write_lines_in_logs
@@ -100,8 +100,11 @@ class TrainStep:
         if self.eval_data:
             held_out = _dataset(self.eval_data, args, "eval", args.scales)
         elif args.judge_eval_items:
-            rows, held_out = _split(rows, held_out_rows(Path(self.train_data), args.judge_eval_items, args.seed))
+            rows, held_out = _split(rows, self._held_out(args.judge_eval_items, args.seed))
         return TRACTTrainer(self.model, args, train_dataset=rows, eval_dataset=held_out, **put_on)
+
+    def _held_out(self, count: int, seed: int) -> set[int]:
+        return held_out_rows(map(group_of, read_jsonl(Path(self.train_data))), count, seed)
 
     def _loaded_as(self, args: Any) -> dict[str, Any]:
         """What the weights are loaded as is put into `args`; the adapter and the quantisation are returned."""
@@ -155,7 +158,7 @@ class RLStep(TrainStep):
             held_out = _dataset(self.eval_data, args, "eval", scales)
         elif args.eval_strategy != IntervalStrategy.NO:
             count = min(max(len(rows) // 10, 1), MOST_HELD_OUT)
-            rows, held_out = _split(rows, held_out_rows(Path(self.train_data), count, args.seed))
+            rows, held_out = _split(rows, self._held_out(count, args.seed))
         return REALTrainer(self.model, args, train_dataset=rows, eval_dataset=held_out, **put_on)
 
 
