@@ -183,7 +183,8 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
 def _derived(spec: RunSpec, report: RowsReport, say: Say) -> RunSpec:
     """The run with the settings that it would derive, which are told."""
     kept = _trained_on(report, spec.training)
-    columns = (report.tokens, report.completion_tokens, *(report.golds[scale.name] for scale in spec.scales))
+    columns: list[Sequence[Any]] = [report.tokens, report.completion_tokens]
+    columns += [report.golds[scale.name] for scale in spec.scales]
     lengths, completions, *golds = ([column[row] for row in kept] for column in columns)
     by_row = list(zip(*golds, strict=True))
     facts = measured(spec.model, spec.scales, len(kept), lengths, completions, by_row, report.sequences)
