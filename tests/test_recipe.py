@@ -187,6 +187,7 @@ def test_full_training_has_room_for_float32_weights():
     # 7B: 14 GB in 16 bits, 28 GB in float32; four bits would be for frozen weights.
     with pytest.raises(ValueError, match="needs 28 GB"):
         derived(parameters=7 * 10**9, device=GPU, given={"use_peft": False})
+    assert "dtype" not in derived(parameters=7 * 10**9, device=GPU, given={"use_peft": False, "dtype": "bfloat16"})
 
 
 def test_half_precision_asked_for_by_name_is_not_given_another():

@@ -191,7 +191,8 @@ def _adapter(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
     small_enough = half <= facts.device.memory / 2
     # Only CUDA has kernels that make four bits worth it.
     quantised = facts.device.kind == "cuda" and not (small_enough or full) and not given.keys() & _LOADED
-    needed = 0.7 * facts.parameters if quantised or given.keys() & _LOADED else 2 * half if full else half
+    in_float32 = full and "dtype" not in given
+    needed = 0.7 * facts.parameters if quantised or given.keys() & _LOADED else 2 * half if in_float32 else half
     if needed > 0.9 * facts.device.memory:
         raise ValueError(
             f"a model of {facts.parameters / 1e9:.1f}B parameters needs {needed / _GB:.0f} GB for its weights alone, "
