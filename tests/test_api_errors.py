@@ -26,7 +26,7 @@ from trl_tract import (
 )
 from trl_tract.backends import ScriptedBackend, make_author
 from trl_tract.files.journal import write_jsonl
-from trl_tract.sources.door import held_out_rows
+from trl_tract.sources.door import group_of, held_out_rows
 from trl_tract.sources.rubric import Rubric
 
 
@@ -297,7 +297,7 @@ MISTAKES = {
         "it is tokenised, but a judge needs its prompt. Give items to JudgeEvalCallback",
     ),
     "more rows to judge in training than there are": (
-        lambda folder: held_out_rows(write_jsonl(folder / "rows.jsonl", make_rows(3)) and folder / "rows.jsonl", 9, 0),
+        lambda folder: held_out_rows(map(group_of, make_rows(3)), 9, 0),
         ValueError,
         "leaves no training rows. Lower judge_eval_items, or give eval_data",
     ),

@@ -87,6 +87,44 @@ def test_every_score_of_several_is_a_score():
     assert sum(token.part == "marker" and "]" in token.text for token in tokens) == 2
 
 
+@pytest.mark.parametrize(
+    ("training", "terms"),
+    [
+        ({"raft_weight": 0}, {"cross-entropy", "none"}),
+        ({"rationale_weight": 0}, {"squared error", "none"}),
+        ({"raft_weight": 0, "score_in_ce": True}, {"cross-entropy", "none"}),
+    ],
+)
+def test_a_term_without_weight_is_not_shown(training, terms):
+    row = make_rows(1)[0]
+    tokens = view_row(encoder_of(row, score_in_ce=training.get("score_in_ce", False)), row, training)
+    assert {token.terms for token in tokens} == terms
+
+
+def test_an_aspect_without_weight_has_no_squared_error():
+    (row,) = make_aspect_rows(1)
+    aspects = {name: {**aspect, "raft_weight": number} for number, (name, aspect) in enumerate(ASPECTS.items())}
+    encoder = RowEncoder(resolve_scales(TOKENIZER, row, read_aspects(aspects)), None, tokenizer=TOKENIZER)
+    tokens = view_row(encoder, row, {"raft_weight": 0})
+    assert [token.squared_error for token in tokens if token.gold is not None] == [False, True]
+
+
+@pytest.mark.parametrize("completion_only_loss", [None, True, False])
+@pytest.mark.parametrize("kind", ["prompt", "messages"])
+def test_prompts_are_shown_in_the_loss_that_has_them(kind, completion_only_loss, tmp_path):
+    row = make_rows(1)[0]
+    chat = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+    write_jsonl(tmp_path / "rows.jsonl", [row if kind == "prompt" else {"messages": chat, "score": row["score"]}])
+    training = {"completion_only_loss": completion_only_loss}
+    found = Source(str(tmp_path / "rows.jsonl"), read_scales({})).found()
+    report, encoder = examine(found, "rows.jsonl", TOKENIZER, training)
+    ((_, shown),) = report.examples
+    labels = make_trainer(tmp_path, [shown], **training).train_dataset[0]["labels"]
+    view = view_row(encoder, shown, training)
+    assert [token.cross_entropy for token in view] == [label != -100 for label in labels]
+    assert report.completion_tokens[0] < report.tokens[0]
+
+
 def test_tokens_beyond_max_length_are_shown_as_cut_off():
     row = make_rows(1)[0]
     tokens = view_row(encoder_of(row, max_length=10), row)

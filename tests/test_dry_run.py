@@ -2,6 +2,8 @@
 
 import json
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import make_rows, make_trainer, save_seed
@@ -10,8 +12,9 @@ from test_aspects import make_rows as aspect_rows
 
 from trl_tract.cli import main
 from trl_tract.commands.dry_run import Plan
-from trl_tract.files.journal import write_json, write_jsonl
+from trl_tract.files.journal import read_json, read_jsonl, write_json, write_jsonl
 from trl_tract.runs.spec import too_few_groups
+from trl_tract.runs.train_steps import TrainStep
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +115,73 @@ def test_a_dry_run_without_rationales_has_the_steps_of_such_a_run(tmp_path, mode
         ("1/4", "Reading"), ("2/4", "Training"), ("3/4", "Judging"), ("4/4", "Writing"),
     ]  # fmt: skip
     assert "11 rationales" not in printed
+
+
+def test_a_dry_run_of_reinforcement_alone_shows_no_settings_of_stages_that_it_lacks(tmp_path, model, capsys):
+    options = ["--objective", "auto", "--rl", "true", "--rationales", "none", "--max_length", "9"]
+    code, printed = dry(tmp_path, model, make_rows(15), capsys, *options, "--score_values", "0..100")
+    assert code == 0
+    assert "Reinforcement learning" in printed
+    assert "10 rows to train on" in printed
+    for of_a_stage in ("Settings derived", "learning_rate", "terms of the loss", "cross-entropy", "would print"):
+        assert of_a_stage not in printed
+
+
+def test_stage_two_has_annotated_rationales_as_well_where_they_are_kept(tmp_path, model, capsys):
+    options = ["--num_generations", "2", "--keep_annotated", "true", "--per_device_train_batch_size", "1"]
+    printed = dry(tmp_path, model, make_rows(12), capsys, *options, "--num_train_epochs", "1")[1]
+    # 11 rows; in stage two, each with its own rationale and two that are written for it.
+    assert re.findall(r"(\d+) updates of 1 rows", printed) == ["11", "33"]
+
+
+JUDGED = ["--judge_eval_items", "20", "--eval_strategy", "epoch", "--per_device_train_batch_size", "1"]
+
+
+@pytest.fixture
+def trained_on(monkeypatch):
+    """The rows that each training is given, instead of the training."""
+    found = []
+
+    def look(step):
+        found.append((step, len(step._trainer(None).train_dataset)))
+
+    monkeypatch.setattr(TrainStep, "run", look)
+    return found
+
+
+def grouped_rows(groups):
+    return [{**row, "group": str(number % groups)} for number, row in enumerate(make_rows(60))]
+
+
+def test_rows_that_a_run_judges_in_training_are_not_counted_as_trained_on(tmp_path, seed_model, capsys, trained_on):
+    options = [*JUDGED, "--calibrate", "0", "--num_generations", "2", "--keep_annotated", "true", "--objective", "auto"]
+    options += ["--gradient_accumulation_steps", "1", "--learning_rate", "1e-4", "--report_to", "none"]
+    printed = dry(tmp_path, seed_model, grouped_rows(15), capsys, *options, "--num_train_epochs", "1")[1]
+    main(run_of(tmp_path, seed_model, *options, "--num_train_epochs", "1"))
+    ((step, count),) = trained_on  # there is no model to go on with
+    assert f"{count} rows to train on, 20 to judge during training" in printed
+    assert f"Settings derived for {count} rows of" in printed
+    assert read_json(tmp_path / "out" / "recipe.json")["facts"]["rows"] == count
+    three_each = [row for row in read_jsonl(Path(step.train_data)) for _ in range(3)]
+    write_jsonl(tmp_path / "three.jsonl", three_each)
+    replace(step, train_data=str(tmp_path / "three.jsonl"), output_dir=str(tmp_path / "two")).run()
+    assert [int(updates) for updates in re.findall(r"(\d+) updates of 1 rows", printed)] == [
+        rows for _, rows in trained_on
+    ]
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_rows_that_are_judged_while_one_stage_trains_are_counted(tmp_path, seed_model, capsys, trained_on, evaluated):
+    options = [*JUDGED, "--num_train_epochs", "1", "--report_to", "none"]
+    if evaluated:  # they are judged instead
+        write_jsonl(tmp_path / "eval.jsonl", make_rows(25, seed=1))
+        options += ["--eval_data", str(tmp_path / "eval.jsonl")]
+    printed = dry(tmp_path, seed_model, grouped_rows(15), capsys, *options, command="train")[1]
+    assert main(["train", *run_of(tmp_path, seed_model, *options)[1:]]) == 0
+    ((_, count),) = trained_on
+    assert count == (60 if evaluated else 40)
+    assert f"{count} rows to train on" in printed
+    assert f"{count} updates of 1 rows" in printed
 
 
 def test_a_dry_run_says_what_is_finished(tmp_path, model, capsys):

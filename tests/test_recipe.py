@@ -11,6 +11,7 @@ from trl_tract import CoTRAILJudge, REALConfig, TRACTConfig, run_tract
 from trl_tract.backends import ScriptedBackend
 from trl_tract.backends.device import count_parameters
 from trl_tract.cli import main
+from trl_tract.commands.dry_run import Plan
 from trl_tract.commands.entry_points import _option_groups
 from trl_tract.commands.parsing import names_given, parse
 from trl_tract.evaluation.recalibration import Recalibration, applied_by_default
@@ -67,6 +68,33 @@ def test_every_number_of_rows_gets_updates_enough_to_learn(rows):
     settings = derived(rows=rows)
     together = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
     assert 100 <= settings["num_train_epochs"] * rows / together <= 400
+
+
+@pytest.mark.parametrize(
+    ("given", "batch", "accumulated", "epochs", "updates"),
+    [
+        # 150 rows; 4 in an update, and about 120 updates, unless more is given.
+        ({}, 4, 1, 3, 114),
+        ({"per_device_train_batch_size": 1}, 1, 4, 3, 114),
+        ({"gradient_accumulation_steps": 2}, 2, 2, 3, 114),
+        ({"gradient_accumulation_steps": 8}, 1, 8, 4, 76),
+        ({"per_device_train_batch_size": 32}, 32, 1, 4, 20),
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}, 1, 1, 1, 150),
+    ],
+)
+def test_epochs_go_with_the_rows_of_an_update_that_are_given(given, batch, accumulated, epochs, updates):
+    recipe = derive(FACTS, given).to_dict()
+    settings = given | recipe["training"]
+    assert (settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]) == (batch, accumulated)
+    assert settings["num_train_epochs"] == epochs
+    assert recipe["why"]["num_train_epochs"] == f"about {updates} updates"
+    assert Plan.of([485] * 150, settings, 1).updates == updates
+
+
+def test_a_given_accumulation_leaves_the_batch_within_its_tokens():
+    # 16 rows in an update of 5,000 rows and more; 8,192 tokens hold two of 3,000.
+    settings = derived(rows=5000, longest=3000, given={"gradient_accumulation_steps": 2})
+    assert settings["per_device_train_batch_size"] == 2
 
 
 @pytest.mark.parametrize(("longest", "processes"), [(200, 1), (3000, 1), (9000, 1), (200, 4), (3000, 8)])
@@ -136,6 +164,32 @@ def test_what_is_given_for_the_reinforcement_replaces_what_the_other_stages_have
     assert REALConfig(**{**chosen, "output_dir": str(tmp_path)}).to_dict()["gradient_checkpointing"] is False
 
 
+@pytest.mark.parametrize(
+    ("device", "given", "bf16", "dtype"),
+    [
+        (GPU, {}, True, "bfloat16"),
+        (FACTS.device, {}, False, "float32"),
+        # Weights that are trained stay in float32; autocast computes in 16 bits.
+        (GPU, {"use_peft": False}, True, "float32"),
+        (GPU, {"use_peft": False, "fp16": True}, None, "float32"),
+        (GPU, {"bf16": False}, None, "float32"),
+        (FACTS.device, {"bf16": True}, None, "bfloat16"),
+        (GPU, {"model_init_kwargs": {"dtype": "float32"}}, True, None),
+        (GPU, {"model_init_kwargs": '{"dtype": "float32"}'}, True, None),
+    ],
+)
+def test_weights_are_loaded_as_they_are_trained_unless_it_is_given(device, given, bf16, dtype):
+    settings = derived(device=device, given=given)
+    assert (settings.get("bf16"), settings.get("dtype")) == (bf16, dtype)
+
+
+def test_full_training_has_room_for_float32_weights():
+    # 7B: 14 GB in 16 bits, 28 GB in float32; four bits would be for frozen weights.
+    with pytest.raises(ValueError, match="needs 28 GB"):
+        derived(parameters=7 * 10**9, device=GPU, given={"use_peft": False})
+    assert "dtype" not in derived(parameters=7 * 10**9, device=GPU, given={"use_peft": False, "dtype": "bfloat16"})
+
+
 def test_half_precision_asked_for_by_name_is_not_given_another():
     settings = derived(given={"fp16": True}, device=GPU)
     assert "bf16" not in settings
@@ -152,11 +206,22 @@ def test_a_tenth_is_kept_aside_but_not_of_very_few_rows(rows, kept):
     assert round(calibration_share(rows) * rows) == kept
 
 
-def test_each_aspect_is_weighted_by_its_own_gold_scores():
-    aspects = {"tone": {"marker": "[TONE]"}, "facts": {"marker": "[FACTS]", "values": [0, 50, 100], "raft_weight": 3.0}}
+ASPECTS = {"tone": {"marker": "[TONE]"}, "facts": {"marker": "[FACTS]", "values": [0, 50, 100], "raft_weight": 3.0}}
+
+
+@pytest.mark.parametrize("aspects", [ASPECTS, json.dumps(ASPECTS)])
+def test_each_aspect_is_weighted_by_its_own_gold_scores_unless_its_weight_is_given(aspects):
     facts = replace(FACTS, variances={"tone": 1.0, "facts": 900.0}, spans={"tone": 4.0, "facts": 100.0})
-    spec = RunSpec("seed", "rows", training={"aspects": aspects}).with_recipe(derive(facts).to_dict())
-    assert [scale.raft_weight for scale in spec.scales] == [1.0, 3.0]
+    spec = RunSpec("seed", "rows", training={"aspects": aspects})
+    recipe = derive(facts, spec.set_by_user).to_dict()
+    assert recipe["training"]["raft_weight"] == {"tone": 1.0}
+    assert [scale.raft_weight for scale in spec.with_recipe(recipe).scales] == [1.0, 3.0]
+
+
+def test_no_weight_is_derived_where_every_aspect_has_one():
+    aspects = {name: {**aspect, "raft_weight": 2.0} for name, aspect in ASPECTS.items()}
+    facts = replace(FACTS, variances={"tone": 1.0, "facts": 900.0}, spans={"tone": 4.0, "facts": 100.0})
+    assert "raft_weight" not in derive(facts, {"aspects": aspects}).to_dict()["training"]
 
 
 def items(prompts_of_groups):

@@ -11,6 +11,7 @@ from trl_tract.cli import main
 from trl_tract.files.journal import read_jsonl, write_jsonl
 from trl_tract.runs.spec import RunSpec
 from trl_tract.runs.step_names import steps_of
+from trl_tract.runs.train_steps import RLStep
 
 pytestmark = pytest.mark.usefixtures("without_matplotlib")
 TRAINING = {
@@ -101,6 +102,61 @@ def test_the_command_trains_a_judge(seed_model, rows, tmp_path, capsys):
     assert main(["rl", *words.split()]) == 0
     assert str(out) in capsys.readouterr().out
     assert CoTRAILJudge.from_pretrained(str(out)).scales[0].marker == "#"
+
+
+ON_SCORES = {**RL, "score_values": [1, 2], "score_marker": "#", "bf16": False, "report_to": "none"}
+DEFAULTS = {
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+    "eval_steps": 0.2,
+    "save_steps": 0.2,
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "num_generations_eval": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "besides"),
+    [
+        ({}, {}),
+        ({"save_total_limit": 5, "num_generations_eval": 2, "load_best_model_at_end": False}, {}),
+        ({"save_strategy": "epoch"}, {"eval_strategy": "epoch"}),
+        ({"save_steps": 500}, {"eval_steps": 500}),
+        ({"eval_steps": 3}, {"save_steps": 3}),
+        # No checkpoint, no choice between them.
+        ({"save_strategy": "no"}, {"load_best_model_at_end": False}),
+    ],
+)
+def test_what_is_given_of_saving_and_evaluation_is_done(given, besides, seed_model, rows, tmp_path):
+    data = str(rows.with_name("scores.jsonl"))
+    trainer = RLStep(seed_model, data, str(tmp_path / "real"), training=ON_SCORES | given)._trainer(None)
+    assert {name: getattr(trainer.args, name) for name in DEFAULTS} == DEFAULTS | given | besides
+    assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (15, 1)
+
+
+def test_without_an_evaluation_all_rows_are_trained_on(seed_model, rows, tmp_path):
+    data, training = str(rows.with_name("scores.jsonl")), {**ON_SCORES, "eval_strategy": "no"}
+    trainer = RLStep(seed_model, data, str(tmp_path / "real"), training=training)._trainer(None)
+    assert len(trainer.train_dataset) == 16
+    assert trainer.eval_dataset is None
+
+
+def test_the_command_hands_on_what_is_given_and_nothing_else(seed_model, rows, tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(RLStep, "run", lambda step: done.append(step.training))
+    words = f"--model {seed_model} --data {rows.with_name('scores.jsonl')} --output_dir {tmp_path / 'real'}"
+    words += " --score_values 1 2 --score_marker # --save_steps 500 --generation_batch_size 8 --bf16 false"
+    assert main(["rl", *words.split()]) == 0
+    (training,) = done
+    assert training == {
+        "output_dir": str(tmp_path / "real"),
+        "score_values": [1.0, 2.0],
+        "score_marker": "#",
+        "save_steps": 500,
+        "generation_batch_size": 8,
+        "bf16": False,
+    }
 
 
 def test_a_run_names_the_steps_that_it_will_have():

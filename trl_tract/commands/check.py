@@ -30,7 +30,7 @@ from trl_tract.rows.template import Template, TemplateSettings
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale, read_scales
 from trl_tract.sources.columns import OwnColumns
-from trl_tract.sources.door import Bare, Source, written_rows
+from trl_tract.sources.door import Bare, Source, group_of, written_rows
 from trl_tract.sources.prompts import ORDERS
 from trl_tract.sources.schemas import Item
 from trl_tract.text.display import visible
@@ -88,6 +88,8 @@ class RowsReport:
         rated: By aspect, how many of these are the mean of several annotators.
         agreement: By aspect, gold scores from a column compared with the scores in the completions.
         longest: Tokens of the longest row, before any cut: the smallest `max_length` that cuts no row.
+        groups_of_rows: Of all rows, those that are refused for their tokens among them.
+        places: Of the rows that are trained on, among all these.
         sequences: Token ids and positions of the rows of the first 1,000 records, `(n, 2)` each.
     """
 
@@ -104,6 +106,8 @@ class RowsReport:
     rated: Counter[str] = field(default_factory=Counter)
     agreement: dict[str, Agreement] = field(default_factory=dict)
     refused: list[Refusal] = field(default_factory=list)
+    groups_of_rows: list[bytes] = field(default_factory=list)
+    places: "array[int]" = field(default_factory=lambda: array("l"))
     longest: int = 0
     examples: list[tuple[int, Row]] = field(default_factory=list)
     sequences: list[NDArray[np.int64]] = field(default_factory=list)
@@ -171,13 +175,15 @@ def examine(
         max_length,
         tokenizer=tokenizer,
         settings=settings,
+        completion_only=training.get("completion_only_loss") is not False,
         score_in_ce=bool(training.get("score_in_ce")),
         drop_rationale=bool(training.get("drop_rationale")),
     )
-    uncut = replace(encoder, max_length=None)
+    uncut = replace(encoder, max_length=None, completion_only=True)  # the labels tell where the prompt ends
     shown: set[int] = set()
     made = True  # all scores in the completions were written from the gold scores
-    for number, row, converted in itertools.chain(first, rows):
+    for place, (number, row, converted) in enumerate(itertools.chain(first, rows)):
+        report.groups_of_rows.append(group_of(row))
         columns = whole = uncut(row)
         report.longest = max(report.longest, whole["num_tokens"])
         if not whole["refusal_kind"] and max_length is not None and whole["num_tokens"] > max_length:
@@ -186,6 +192,7 @@ def examine(
             report.refused.append(Refusal(number, columns["refusal_kind"], columns["refusal"], columns["num_tokens"]))
             continue
         report.add_tokens(number, columns, whole)
+        report.places.append(place)
         golds = [score for score in whole["score_labels"] if not np.isnan(score)]
         made = report.add_golds(row, golds, scales, converted) and made
         if number in shown:

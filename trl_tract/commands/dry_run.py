@@ -26,7 +26,7 @@ from trl_tract.runs.spec import RunSpec, too_few_groups
 from trl_tract.runs.step_names import steps_of
 from trl_tract.scale.scale import read_scales
 from trl_tract.sources.columns import OwnColumns
-from trl_tract.sources.door import Bare, Source
+from trl_tract.sources.door import Bare, Source, held_out_rows
 from trl_tract.sources.schemas import Item
 from trl_tract.training.config import TRACTConfig
 from trl_tract.training.early_warnings import EarlyWarnings
@@ -151,8 +151,10 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
         else:
             items.aside = aside
     tokenizer = tokenizer_to_train(spec.model, spec.training.get("chat_template_path"), spec.revision)
-    report, encoder = examine(items.to_train_on(), data.title, tokenizer, spec.training)
-    if spec.objective == "auto" and report.tokens:
+    with_raft = "stage2" in steps  # of the fields of TRACTConfig, reinforcement alone has but few
+    training = spec.training if with_raft else {**spec.training, "max_length": None, "judge_eval_items": 0}
+    report, encoder = examine(items.to_train_on(), data.title, tokenizer, training)
+    if "settings" in steps and report.tokens:
         spec = _derived(spec, report, say)
     say(f"Dry run: nothing is trained or written. trl-tract run would take these steps in {output_dir}:")
     for number, (name, title) in enumerate(steps.items(), start=1):
@@ -162,7 +164,7 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
         say("\n    ".join([f"[{number}/{len(steps)}] {title}{finished or left_out}", *lines]))
     apart = f", {items.kept_aside:,} items set aside for calibration" if items.kept_aside else ""
     held_out = f"{items.held_out:,} held-out items in {len(items.groups):,} groups"
-    say(f"\n{report.trained:,} rows to train on, {held_out}{apart}")
+    say(f"\n{_to_train_on(report, training)}, {held_out}{apart}")
     if why_not:
         say(f"The judges would not be calibrated: {why_not}")
     if spec.bootstraps:
@@ -172,15 +174,20 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
         )
     if few := too_few_groups(len(items.groups), 0 if spec.eval_data else len(items.others)):
         say(few)
-    _warn(spec.training, output_dir, say)
-    return _rest(report, encoder, spec.training, colour, say)
+    if with_raft:
+        _warn(spec.training, output_dir, say)
+    _warn_of_bfloat16(spec.training, say)
+    return _rest(report, encoder if with_raft else None, spec.training, colour, say)
 
 
 def _derived(spec: RunSpec, report: RowsReport, say: Say) -> RunSpec:
     """The run with the settings that it would derive, which are told."""
-    golds = list(zip(*(report.golds[scale.name] for scale in spec.scales), strict=True))
-    scales, lengths = tuple(spec.scales), (report.tokens, report.completion_tokens)
-    facts = measured(spec.model, scales, report.trained, *lengths, golds, report.sequences, spec.revision)
+    kept = _trained_on(report, spec.training)
+    columns: list[Sequence[Any]] = [report.tokens, report.completion_tokens]
+    columns += [report.golds[scale.name] for scale in spec.scales]
+    lengths, completions, *golds = ([column[row] for row in kept] for column in columns)
+    by_row = list(zip(*golds, strict=True))
+    facts = measured(spec.model, spec.scales, len(kept), lengths, completions, by_row, report.sequences, spec.revision)
     recipe = derive(facts, spec.set_by_user).to_dict()
     derived = spec.with_recipe(recipe)
     if spec.bootstraps:  # twice the longest rationale, and there is none
@@ -198,8 +205,9 @@ def _work(name: str, spec: RunSpec, report: RowsReport, items: _Items) -> list[s
         return []
     if name in ("stage1", "stage2"):
         # The stage-one model's own rationales are taken to be as long as the annotated ones.
-        times = spec.num_generations if name == "stage2" and spec.writes_rationales else 1
-        lines = [str(Plan.of(report.tokens * times, spec.training, _processes()))]
+        times = spec.num_generations + spec.keep_annotated if name == "stage2" and spec.writes_rationales else 1
+        lengths = [report.tokens[row] for row in _trained_on(report, spec.training, times)]
+        lines = [str(Plan.of(lengths * times, spec.training, _processes()))]
         if times > 1 and spec.stage_two_training["share_prompts"]:
             lines.append(
                 f"share_prompts: the {times} rationales of a prompt share one micro-batch, so their prompt is "
@@ -213,6 +221,22 @@ def _work(name: str, spec: RunSpec, report: RowsReport, items: _Items) -> list[s
     total = prompts * len(spec.scales) * (spec.num_generations if name == "distill" else 1)
     most = f", at most {int(spec.generation.get('max_new_tokens', 1024)):,} tokens each"
     return [f"{total:,} rationales for {prompts:,} prompts{'' if spec.bootstraps else most}"]
+
+
+def _trained_on(report: RowsReport, training: Mapping[str, Any], times: int = 1) -> list[int]:
+    """Which of the report's rows are trained on, if each has `times` rationales; some may be judged instead."""
+    judged = training.get("judge_eval_items")
+    if not judged:
+        return list(range(report.trained))
+    groups = [group for group in report.groups_of_rows for _ in range(times)]
+    held_out = {place // times for place in held_out_rows(groups, judged, training.get("seed", 42))}
+    return [row for row, place in enumerate(report.places) if place not in held_out]
+
+
+def _to_train_on(report: RowsReport, training: Mapping[str, Any]) -> str:
+    trained_on = len(_trained_on(report, training))
+    judged = report.trained - trained_on
+    return f"{trained_on:,} rows to train on" + (f", {judged:,} to judge during training" if judged else "")
 
 
 def _silent(_: str) -> None:
@@ -259,10 +283,13 @@ def dry_train(
         say(f"{report.trained:,} rows to evaluate on")
         taken = _rest(report, None, training, colour, say)
     report, encoder = examine(Source(data, scales, own, bare=bare).found(), Path(data).name, tokenizer, training)
-    say(f"{report.trained:,} rows to train on")
+    counted = training if eval_data is None else {**training, "judge_eval_items": 0}  # those of eval_data are judged
+    say(_to_train_on(report, counted))
     if report.tokens:
-        say(str(Plan.of(report.tokens, training, _processes())))
+        lengths = [report.tokens[row] for row in _trained_on(report, counted)]
+        say(str(Plan.of(lengths, training, _processes())))
     _warn(training, output_dir, say)
+    _warn_of_bfloat16(training, say)
     return _rest(report, encoder, training, colour, say) and taken
 
 
@@ -274,21 +301,29 @@ def _warn(training: Mapping[str, Any], output_dir: str | Path, say: Say) -> None
     """What training would warn of at its start, while it costs nothing to change it."""
     for warning in EarlyWarnings(TRACTConfig(**{**training, "output_dir": str(output_dir)})).at_start():
         say(f"\nTraining would print this warning: {warning}")
+
+
+def _warn_of_bfloat16(training: Mapping[str, Any], say: Say) -> None:
     halves = (training.get("bf16") or training.get("fp16")) and not torch.accelerator.is_available()
     if halves and (times := slowdown(torch.bfloat16)):
         say(f"bfloat16 is slow on this processor; float32 is {times:.1f} times as fast: add --bf16 false")
 
 
 def _rest(report: RowsReport, encoder: RowEncoder | None, training: Mapping[str, Any], colour: bool, say: Say) -> bool:
-    """Five rows, refusals, and what is doubtful; whether all rows would be taken."""
+    """Five rows with their loss if there is an `encoder`, refusals, what is doubtful; whether all would be taken."""
     for number, row in report.examples[:5] if encoder else ():
         assert encoder is not None
-        tokens = view_row(encoder, row)
+        tokens = view_row(encoder, row, training)
         gold = ", ".join(f"{token.gold:g}" for token in tokens if token.gold is not None)
         say(f"\nrow {number}, gold score {gold}{': ' + legend(tokens, colour=True) if colour else ''}")
         say(painted(tokens) if colour else labelled(tokens))
     say("")
-    if report.tokens and training.get("annotator_loss") == "distribution" and training.get("annotator_weight"):
+    if (
+        encoder
+        and report.tokens
+        and training.get("annotator_loss") == "distribution"
+        and training.get("annotator_weight")
+    ):
         say("The loss has one more term: the cross-entropy with the distribution of the gold scores (annotator_loss)")
     if report.judged_only:
         say(f"{report.judged_only:,} rows have a score but no completion: they are not used for training")

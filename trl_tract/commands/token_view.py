@@ -57,12 +57,16 @@ class Token:
         return " + ".join(names) or "none"
 
 
-def view_row(encoder: RowEncoder, row: Mapping[str, Any]) -> list[Token]:
+def view_row(encoder: RowEncoder, row: Mapping[str, Any], training: Mapping[str, Any] | None = None) -> list[Token]:
     """The tokens of a row that `encoder` accepts, but for its length.
+
+    Args:
+        training: Fields of TRACTConfig, whose weights are read: a term that weighs 0 has no tokens.
 
     Raises:
         ScoreNotFoundError: The row is refused for another reason than its length.
     """
+    training = training or {}
     tokenizer, rendered = encoder.tokenizer, encoder.render(row)
     whole, prompt_length = encode(encoder.template, rendered)
     columns = replace(encoder, max_length=None)(row)
@@ -73,6 +77,8 @@ def view_row(encoder: RowEncoder, row: Mapping[str, Any]) -> list[Token]:
     starts = [i for i, gold in enumerate(columns["score_labels"]) if not math.isnan(gold)]
     for start, score, scale in zip(starts, rendered.scores, encoder.scales, strict=True):
         grid = scale.grid
+        if (training.get("raft_weight") if scale.raft_weight is None else scale.raft_weight) == 0:
+            continue
         # Of several tokens all count, and where a score begins another one, what tells it apart does too.
         count = len(grid.paths[grid.texts.index(score.text)].token_ids) if grid.paths else 1
         scored.update(range(start, start + count))
@@ -85,7 +91,7 @@ def view_row(encoder: RowEncoder, row: Mapping[str, Any]) -> list[Token]:
                 id=number,
                 text=rendered.text[start:end] or tokenizer.convert_ids_to_tokens(number),
                 part="prompt" if i < prompt_length else _part(rendered, start, end),
-                cross_entropy=columns["labels"][i] != -100,
+                cross_entropy=columns["labels"][i] != -100 and training.get("rationale_weight") != 0,
                 squared_error=i in scored,
                 gold=None if math.isnan(gold) else gold,
                 kept=i < limit,

@@ -46,15 +46,17 @@ def train(arguments: Sequence[str], rows: Any, columns: Any, processes: Any, tra
         bare: Bare = "all" if training.drop_rationale else "none"
         return rows_file(Source(source, training.scales, own, training.invalid_rows, bare=bare).training_rows(chat))
 
-    return _trained("model", partial(TrainStep, name), rows, training, model, own, read)
+    return _trained("model", partial(TrainStep, name), rows, training.output_dir, fields, model, own, read)
 
 
 def rl(arguments: Sequence[str], rows: Any, columns: Any, training: Any, model: Any) -> int:
     """`trl-tract rl`, likewise."""
+    from trl_tract.commands.parsing import names_given
     from trl_tract.runs.launching import Launch
     from trl_tract.runs.train_steps import RLStep
     from trl_tract.saved.judge_config import FILE_NAME, JudgeConfig
     from trl_tract.sources.door import Source, rows_file
+    from trl_tract.training.config import field_values
     from trl_tract.training.starting import policy_tokenizer
 
     launch = Launch()  # one process, which is shown one accelerator
@@ -71,25 +73,26 @@ def rl(arguments: Sequence[str], rows: Any, columns: Any, training: Any, model: 
         items = Source(source, scales, own, training.invalid_rows)
         return rows_file(items.rows(chat, lambda item: [item.reference]))
 
-    return _trained("judge", partial(RLStep, name), rows, training, model, own, read)
+    given = names_given("rl", [type(each) for each in (rows, columns, training, model)], arguments)
+    fields = {field: value for field, value in field_values(training).items() if field in given}
+    return _trained("judge", partial(RLStep, name), rows, training.output_dir, fields, model, own, read)
 
 
 def _trained(
     what: str,
     step: Callable[..., Any],
     rows: Any,
-    training: Any,
+    out: str,
+    fields: dict[str, Any],
     model: Any,
     own: Any,
     read: Callable[[str], AbstractContextManager[Path]],
 ) -> int:
     """Train on the rows that `read` makes a file of."""
-    from trl_tract.training.config import field_values
-
-    kept, out = None if own is None else own.to_dict(), training.output_dir
+    kept = None if own is None else own.to_dict()
     with read(rows.data) as data, read(rows.eval_data) if rows.eval_data else nullcontext() as eval_data:
         evaluated = None if eval_data is None else str(eval_data)
-        step(str(data), out, evaluated, field_values(training), asdict(model), own=kept).run()
+        step(str(data), out, evaluated, fields, asdict(model), own=kept).run()
     if is_first_process():
         print(f"The {what} is in {out}")
     return 0

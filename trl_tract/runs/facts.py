@@ -22,6 +22,7 @@ from trl_tract.rows.rendering import settled
 from trl_tract.rows.template import Template, TemplateSettings
 from trl_tract.runs.spec import RunSpec
 from trl_tract.scale.scale import Scale, read_scales
+from trl_tract.sources.door import group_of, held_out_rows
 from trl_tract.training.recipe import Device, Facts, derive
 
 _LOOKED_AT = 2000
@@ -34,11 +35,13 @@ _TOGETHER = 4  # rows in a micro-batch that is tried
 def facts_of(
     model: str, rows: Sequence[Mapping[str, Any]], training: Mapping[str, Any], revision: str | None = None
 ) -> Facts:
-    """The facts about training `model` on `rows`."""
+    """The facts about training `model` on `rows`, but for those that are held out to be judged in training."""
     scales = read_scales(training)
     tokenizer = tokenizer_to_train(model, training.get("chat_template_path"), revision)
-    step = math.ceil(len(rows) / _LOOKED_AT)
-    looked_at = [rows[number] for number in range(0, len(rows), step)]
+    judged = training.get("judge_eval_items")
+    held_out = held_out_rows(map(group_of, rows), judged, training.get("seed", 42)) if judged else set()
+    trained_on = [place for place in range(len(rows)) if place not in held_out]
+    looked_at = [rows[place] for place in trained_on[:: math.ceil(len(trained_on) / _LOOKED_AT)]]
     settings = settled(tokenizer, TemplateSettings.of_training(training), looked_at)
     encoder = RowEncoder(
         find_scales(Template(tokenizer, settings), looked_at, scales),
@@ -60,7 +63,7 @@ def facts_of(
         golds.append([score for score in columns["score_labels"] if not math.isnan(score)])
         if (len(lengths) - 1) % every == 0:
             sequences.append(placed(columns["input_ids"]))
-    return measured(model, scales, len(rows), lengths, completions, golds, sequences, revision)
+    return measured(model, scales, len(trained_on), lengths, completions, golds, sequences, revision)
 
 
 def write_recipe(spec: RunSpec, rows: Sequence[Mapping[str, Any]], file: Path) -> None:

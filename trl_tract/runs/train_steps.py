@@ -11,19 +11,20 @@ from typing import Any, ClassVar
 
 from datasets import Dataset
 from transformers import IntervalStrategy, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_tract.backends.loading import adapter_config
 from trl_tract.files.checkpoints import checkpoint_made_of, last_complete_checkpoint, seal_checkpoint
 from trl_tract.files.fingerprint import made_by
-from trl_tract.files.journal import differences, refuse_links, write_json
+from trl_tract.files.journal import differences, read_jsonl, refuse_links, write_json
 from trl_tract.files.seal import contents
 from trl_tract.saved.judge_config import FILE_NAME, JudgeConfig
 from trl_tract.scale.scale import Scale
 from trl_tract.sources.arrow import training_dataset
 from trl_tract.sources.columns import FILE_NAME as PROMPT_FILE
 from trl_tract.sources.columns import OwnColumns
-from trl_tract.sources.door import held_out_rows
+from trl_tract.sources.door import group_of, held_out_rows
 from trl_tract.text.secrets import without_secrets
 from trl_tract.training.config import TRACTConfig
 from trl_tract.training.log_lines import write_lines_in_logs
@@ -35,14 +36,6 @@ RECIPE = "tract_recipe.json"
 """File beside a judge, with the settings that its run derived, and why."""
 ROWS = "_rows"
 """Folder of a model's directory where its rows are while it is trained; the hub's client leaves `_*` alone."""
-ON_HELD_OUT: Mapping[str, Any] = {
-    "eval_strategy": "steps",
-    "save_strategy": "steps",
-    "save_total_limit": 2,
-    "load_best_model_at_end": True,
-    "num_generations_eval": 1,
-}
-"""How the checkpoint of a reinforcement stage is chosen: by the loss on held-out rows, a rationale for each."""
 MOST_HELD_OUT = 200
 
 
@@ -107,8 +100,11 @@ class TrainStep:
         if self.eval_data:
             held_out = _dataset(self.eval_data, args, "eval", args.scales)
         elif args.judge_eval_items:
-            rows, held_out = _split(rows, held_out_rows(Path(self.train_data), args.judge_eval_items, args.seed))
+            rows, held_out = _split(rows, self._held_out(args.judge_eval_items, args.seed))
         return TRACTTrainer(self.model, args, train_dataset=rows, eval_dataset=held_out, **put_on)
+
+    def _held_out(self, count: int, seed: int) -> set[int]:
+        return held_out_rows(map(group_of, read_jsonl(Path(self.train_data))), count, seed)
 
     def _loaded_as(self, args: Any) -> dict[str, Any]:
         """What the weights are loaded as is put into `args`; the adapter and the quantisation are returned."""
@@ -138,10 +134,11 @@ class TrainStep:
 class RLStep(TrainStep):
     """Train a judge on its own errors, going on from its last checkpoint if it has one.
 
-    Where no evaluation is asked for, a part of the rows is held out, and the checkpoint with the least loss on them is
-    what is saved.
+    Where nothing is said of an evaluation, a part of the rows is held out, and the checkpoint with the least loss on
+    them is what is saved.
 
     Attributes:
+        training: Fields of REALConfig that are given; those that are not are as `_choosing` and REALConfig have them.
         eval_data: JSONL of such rows to choose the checkpoint by; None: a tenth of the rows of `train_data`, 200 at
             most.
     """
@@ -149,24 +146,35 @@ class RLStep(TrainStep):
     kind: ClassVar[str] = "rl"
 
     def _trainer(self, checkpoint: Path | None) -> Any:
-        given = {**self.training, "output_dir": self.output_dir}
-        if IntervalStrategy(given.get("eval_strategy", "no")) is IntervalStrategy.NO:
-            steps = given.get("save_steps", 500)
-            often = 0.2 if steps == 500 else steps  # a fifth of the training, unless the host's default was changed
-            given |= {**ON_HELD_OUT, "eval_steps": often, "save_steps": often}
-        args = REALConfig.from_fields(given)
+        fields = self.training if "eval_strategy" in self.training else _choosing(self.training)
+        args = REALConfig(**{**fields, "output_dir": self.output_dir})
         put_on = self._loaded_as(args)
         if adapter_config(self.model) is not None:
             del put_on["peft_config"]  # its own adapter is trained on
         saved = (Path(self.model) / FILE_NAME).is_file()
         scales = JudgeConfig.load(self.model).scales if saved else args.scales
-        rows = _dataset(self.train_data, args, "train", scales)
+        rows, held_out = _dataset(self.train_data, args, "train", scales), None
         if self.eval_data:
             held_out = _dataset(self.eval_data, args, "eval", scales)
-        else:
+        elif args.eval_strategy != IntervalStrategy.NO:
             count = min(max(len(rows) // 10, 1), MOST_HELD_OUT)
-            rows, held_out = _split(rows, held_out_rows(Path(self.train_data), count, args.seed))
+            rows, held_out = _split(rows, self._held_out(count, args.seed))
         return REALTrainer(self.model, args, train_dataset=rows, eval_dataset=held_out, **put_on)
+
+
+def _choosing(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that choose the checkpoint by the loss on held-out rows, a rationale for each; what is given stays."""
+    saves = SaveStrategy(given.get("save_strategy", "steps"))
+    often = given.get("save_steps") or given.get("eval_steps") or 0.2  # part of the training
+    return {
+        "eval_strategy": "epoch" if saves == SaveStrategy.EPOCH else "steps",  # as often as it saves
+        "eval_steps": often,
+        "save_steps": often,
+        "save_total_limit": 2,
+        "load_best_model_at_end": saves != SaveStrategy.NO,
+        "num_generations_eval": 1,
+        **given,
+    }
 
 
 class _SealCheckpoints(TrainerCallback):

@@ -7,13 +7,13 @@ import hashlib
 import json
 import random
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from trl_tract.files.journal import read_jsonl, write_json, write_jsonl
+from trl_tract.files.journal import write_json, write_jsonl
 from trl_tract.rows.refusals import Refusal, refuse
 from trl_tract.rows.row import REFUSED, Row
 from trl_tract.scale.scale import Scale
@@ -199,12 +199,16 @@ def held_out(
     return lambda item: _digest(by(item)) in chosen
 
 
-def held_out_rows(path: Path, count: int, seed: int) -> set[int]:
-    """Places of about `count` rows of a file, whole groups of them; rows without a group belong to their prompt's."""
+def group_of(row: Mapping[str, Any]) -> bytes:
+    """The group of a training row, as `held_out_rows` reads it; one without a group belongs to its prompt's."""
+    return _digest(json.dumps(row.get("group") or row.get("prompt") or row.get("messages"), default=str))
+
+
+def held_out_rows(groups_of_rows: Iterable[bytes], count: int, seed: int) -> set[int]:
+    """Places of about `count` rows, whole groups of them."""
     groups: dict[bytes, list[int]] = {}
-    for place, row in enumerate(read_jsonl(path)):
-        group = row.get("group") or row.get("prompt") or row.get("messages")
-        groups.setdefault(_digest(json.dumps(group, default=str)), []).append(place)
+    for place, group in enumerate(groups_of_rows):
+        groups.setdefault(group, []).append(place)
     order, taken = sorted(groups), set[int]()
     random.Random(seed).shuffle(order)
     for digest in order:
@@ -212,8 +216,8 @@ def held_out_rows(path: Path, count: int, seed: int) -> set[int]:
             taken.update(groups[digest])
     if len(taken) == sum(map(len, groups.values())):
         raise ValueError(
-            f"holding out {count} of {len(taken)} rows in {len(groups)} group(s) of {path.name} for judging during "
-            "training leaves no training rows. Lower judge_eval_items, or give eval_data"
+            f"holding out {count} of {len(taken)} rows in {len(groups)} group(s) for judging during training "
+            "leaves no training rows. Lower judge_eval_items, or give eval_data"
         )
     return taken
 

@@ -4,10 +4,13 @@ Where they come from, and the runs behind them: docs/defaults.md. Knows nothing 
 of how facts are found.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from trl_tract.scale.scale import read_scales
 
 OBJECTIVES = ("auto", "paper")
 """`auto`: what is not set is derived here. `paper`: the objective and the defaults of TRACT's authors and of TRL."""
@@ -25,6 +28,7 @@ ALIASES = {
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
 """Second names that transformers has for a setting. Where both are set, the first one here counts, silently."""
+_BATCH, _ACCUMULATED = "per_device_train_batch_size", "gradient_accumulation_steps"
 _LOADED = {"load_in_4bit", "load_in_8bit"}
 _GB = 1e9
 
@@ -116,6 +120,8 @@ def derive(facts: Facts, given: Mapping[str, Any] | None = None) -> Recipe:
         ValueError: The model does not fit into the device's memory.
     """
     given = {ALIASES.get(name, name): value for name, value in (given or {}).items()}
+    init = given.get("model_init_kwargs") or {}  # JSON on the command line; counts before model_args
+    given |= json.loads(init) if isinstance(init, str) else init
     settings = [*_score_terms(facts, given), *_adapter(facts, given), *_schedule(facts, given), *_numbers(facts, given)]
     return Recipe(facts, tuple(setting for setting in settings if setting.name not in given))
 
@@ -159,15 +165,19 @@ def calibration_share(rows: int) -> float:
 
 
 def _score_terms(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
-    weights = {name: score_weight(variance, facts.spans[name]) for name, variance in facts.variances.items()}
-    squared = Setting("training", "raft_weight", weights.get("", weights), "1 / variance of the gold scores")
+    own = {scale.name for scale in read_scales(given) if scale.raft_weight is not None}
+    weights = {
+        name: score_weight(variance, facts.spans[name]) for name, variance in facts.variances.items() if name not in own
+    }
+    weight = weights.get("", weights)
+    squared = [Setting("training", "raft_weight", weight, "1 / variance of the gold scores")] if weights else []
     if given.get("annotator_loss") == "none":
         return [
-            squared,
+            *squared,
             Setting("training", "score_in_ce", True, "without it, the squared error can lose its gradient"),
         ]
     return [
-        squared,
+        *squared,
         Setting(
             "training", "annotator_loss", "distribution", "cross-entropy of the score, whose gradient does not vanish"
         ),
@@ -177,17 +187,19 @@ def _score_terms(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
 
 def _adapter(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
     half = 2 * facts.parameters  # bytes of 16-bit weights
+    full = _full(given)
     small_enough = half <= facts.device.memory / 2
     # Only CUDA has kernels that make four bits worth it.
-    quantised = facts.device.kind == "cuda" and not small_enough and not given.keys() & _LOADED
-    needed = 0.7 * facts.parameters if quantised or given.keys() & _LOADED else half
+    quantised = facts.device.kind == "cuda" and not (small_enough or full) and not given.keys() & _LOADED
+    in_float32 = full and "dtype" not in given
+    needed = 0.7 * facts.parameters if quantised or given.keys() & _LOADED else 2 * half if in_float32 else half
     if needed > 0.9 * facts.device.memory:
         raise ValueError(
             f"a model of {facts.parameters / 1e9:.1f}B parameters needs {needed / _GB:.0f} GB for its weights alone, "
             f"but {facts.device.kind} has {facts.device.memory / _GB:.0f} GB. Choose a smaller model, or set "
             "objective='paper' and your own settings"
         )
-    if not given.get("use_peft", True):
+    if full:
         return []
     lora = [
         Setting("model_args", "use_peft", True, "few rows: a low-rank adapter instead of all weights"),
@@ -205,13 +217,11 @@ def _adapter(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
 def _schedule(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
     # Anchored at 2e-4 for 8B, as is usual for LoRA; the slope is between those that others have fitted to width.
     rate = min(max(2e-4 * (8e9 / facts.parameters) ** 0.4, 1e-4), 1e-3)
-    together = 4 if facts.rows < 500 else 8 if facts.rows < 5000 else 16
-    processes = facts.device.processes
-    on_device = max(min(together // processes, BATCH_TOKENS // max(facts.longest, 1)), 1)
-    on_device = 2 ** int(math.log2(on_device))
-    accumulated = max(together // (on_device * processes), 1)
+    wanted = 4 if facts.rows < 500 else 8 if facts.rows < 5000 else 16
+    batch, accumulated = _batch(facts, given, wanted)
+    together = batch * accumulated * facts.device.processes
     epochs = min(max(round(UPDATES * together / facts.rows), 1), MOST_EPOCHS)
-    full = not given.get("use_peft", True)
+    full = _full(given)
     found = [
         Setting(
             "training",
@@ -222,18 +232,12 @@ def _schedule(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
         Setting("training", "lr_scheduler_type", "cosine", "decays to 0"),
         Setting("training", "warmup_steps", 0.1, "fraction of the updates in which it rises"),
     ]
-    if not given.keys() & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
-        found += [
-            Setting(
-                "training",
-                "per_device_train_batch_size",
-                on_device,
-                f"{together} rows per update: few rows, so small updates",
-            ),
-            Setting("training", "gradient_accumulation_steps", accumulated, ""),
-        ]
-    rows = given.get("per_device_train_batch_size", on_device)
-    if rows > 1 and facts.distinct <= MOST_DISTINCT and given.get("neftune_noise_alpha") is None:
+    why = f"{together} rows per update" + (": few rows, so small updates" if together == wanted else "")
+    found += [
+        Setting("training", "per_device_train_batch_size", batch, why),
+        Setting("training", "gradient_accumulation_steps", accumulated, "" if _BATCH not in given else why),
+    ]
+    if batch > 1 and facts.distinct <= MOST_DISTINCT and given.get("neftune_noise_alpha") is None:
         computed = f"rows begin alike: {facts.distinct:.0%} of the tokens are left to compute"
         found.append(Setting("training", "share_prompts", True, computed))
     if not given.keys() & {"num_train_epochs", "max_steps"}:
@@ -248,21 +252,37 @@ def _schedule(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
     return found
 
 
+def _batch(facts: Facts, given: Mapping[str, Any], wanted: int) -> tuple[int, int]:
+    """The rows of a batch and the batches of an update, on one device, so that all devices' updates have `wanted` rows.
+
+    What is given stays, and the other is what then comes closest without more rows.
+    """
+    each = wanted // facts.device.processes
+    accumulated = int(given.get(_ACCUMULATED, 1))
+    batch = max(min(each // accumulated, BATCH_TOKENS // max(facts.longest, 1)), 1)
+    batch = int(given.get(_BATCH, 2 ** int(math.log2(batch))))
+    return batch, int(given.get(_ACCUMULATED, max(each // batch, 1)))
+
+
 def _numbers(facts: Facts, given: Mapping[str, Any]) -> list[Setting]:
-    fast = facts.device.bfloat16
+    fast = given.get("bf16", facts.device.bfloat16)
     small = facts.parameters < 1e9 and facts.longest <= 2 * BATCH_TOKENS
-    if given.get("fp16"):
-        kind = [Setting("model_args", "dtype", "float16", "frozen weights, as in training")]
-    else:
-        kind = [
-            Setting("training", "bf16", fast, "faster here" if fast else "float32 is faster here"),
-            Setting("model_args", "dtype", "bfloat16" if fast else "float32", "frozen weights"),
-        ]
+    half = "float16" if given.get("fp16") else "bfloat16" if fast else "float32"
+    # Small updates are lost in weights of 16 bits; the computation is in 16 bits all the same.
+    dtype = ("float32", "all weights are trained") if _full(given) else (half, "frozen weights")
+    kind = [Setting("model_args", "dtype", *dtype)]
+    if not given.get("fp16"):
+        kind.insert(0, Setting("training", "bf16", fast, "faster here" if fast else "float32 is faster here"))
     return [
         *kind,
         Setting("training", "gradient_checkpointing", not small, "there is enough memory" if small else "saves memory"),
         Setting("generation", "max_new_tokens", min(max(2 * facts.rationale, 64), 1024), "twice the longest rationale"),
     ]
+
+
+def _full(given: Mapping[str, Any]) -> bool:
+    """Whether all weights are trained."""
+    return not given.get("use_peft", True)
 
 
 def _rounded(number: float) -> float:
