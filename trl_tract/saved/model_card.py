@@ -190,7 +190,7 @@ def add_evaluation(
 
 
 def add_training_run(readme: Path, stage_one: Path, *, data: str, summary: Mapping[str, Any]) -> None:
-    """Tell a stage-two card of the whole run: where the rows came from, and stage one's settings beside stage two's.
+    """Tell a stage-two card of the whole run: where rows came from, and stage one's rows and settings beside its own.
 
     Args:
         data: File or hub id of the annotated rows; of a path the name alone is written.
@@ -201,16 +201,17 @@ def add_training_run(readme: Path, stage_one: Path, *, data: str, summary: Mappi
     """
     card, first = ModelCard.load(readme), ModelCard.load(stage_one)
     text, before = card.text, first.text
-    content = render(
-        "run_rows",
-        rows=summary["rows"],
-        data=Path(data).name if Path(data).exists() else data,
-        own=summary.get("self_written", 0),
-        annotated=summary.get("annotated", 0),
-        resampled=summary.get("resampled", 0),
-        dropped=summary.get("dropped", 0),
-    )
-    text = with_section(text, "training data", content, readme)
+    one, two = section(before, "training data", stage_one), section(text, "training data", readme)
+    if "### Stage two" not in two:
+        content = render(
+            "run_rows",
+            data=Path(data).name if Path(data).exists() else data,
+            resampled=summary.get("resampled", 0),
+            dropped=summary.get("dropped", 0),
+            one=one,
+            two=two,
+        )
+        text = with_section(text, "training data", content, readme)
     one, two = section(before, "settings", stage_one), section(text, "settings", readme)
     if not two.startswith("###"):
         one, two = f"### Stage one\n\n{one}", f"### Stage two, from the same base model\n\n{two}"

@@ -35,7 +35,7 @@ class KeepsJudge:
     control: Any
     judge_config: JudgeConfig | None
     hub_model_id: str | None
-    _given_rows: Any
+    _trained_rows: Any  # as they were given, without those that were dropped
     _began = 0.0
     _tag_names: list[str]
 
@@ -106,7 +106,7 @@ class KeepsJudge:
                 dataset_name=dataset_name,
                 tags=[*self._tag_names, *tags],
                 metrics=next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {}),
-                rows=TrainingRows.of(self._given_rows, self._rendered),
+                rows=TrainingRows.of(self._trained_rows, self._rendered),
                 adapter=self._adapter,
             )
 

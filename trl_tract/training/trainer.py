@@ -107,7 +107,7 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
         for name, rows in (eval_dataset if several else {"eval": eval_dataset}).items():
             if rows is not None:
                 check_dataset(rows, name)
-        self._given_rows, self.given_eval_rows = train_dataset, eval_dataset
+        self._trained_rows, self.given_eval_rows = train_dataset, eval_dataset
         self.scales = args.scales  # their tokens are looked up in the rows
         self.judge_config: JudgeConfig | None = None
         self._columns = model_columns(self.scales, annotators=args.annotator_loss != "none")
@@ -176,7 +176,7 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
             return dataset  # prepared and packed before
         encoder = self._encoder(columns, args)
         with PartialState().main_process_first():
-            dataset = prepare_rows(
+            prepared, kept = prepare_rows(
                 dataset,
                 encoder,
                 invalid_rows=args.invalid_rows,
@@ -184,6 +184,9 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
                 dataset_name=dataset_name,
                 warn=logger.warning,
             )
+        if dataset_name == "train" and kept is not None and len(kept) < len(dataset):
+            self._trained_rows = dataset.select(kept)
+        dataset = prepared
         if args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)
         if packing:
