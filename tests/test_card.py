@@ -237,6 +237,21 @@ def test_the_card_says_nothing_of_rationales_whose_source_is_unknown(tmp_path):
     assert "- Rows: 3\n<!--" in (tmp_path / "README.md").read_text()
 
 
+def test_the_card_has_the_evaluation_of_the_weights_that_are_saved(tmp_path):
+    each_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    # The error falls, so that the "best" of these, where greater is better, is not the last one.
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_score/rmse", "greater_is_better": True}
+    trainer = make_trainer(
+        tmp_path, make_rows(4), eval_dataset=make_rows(6, seed=1), max_steps=4, learning_rate=1e-2, **each_step, **best
+    )
+    trainer.train()
+    trainer.create_model_card()
+    last = [entry["eval_score/rmse"] for entry in trainer.state.log_history if "eval_loss" in entry][-1]
+    rmse = trainer.evaluate()["eval_score/rmse"]
+    assert f"- Held-out score/rmse: {rmse:.3f}\n" in (tmp_path / "README.md").read_text()
+    assert f"{rmse:.3f}" != f"{last:.3f}"
+
+
 def test_whatever_a_template_puts_in_is_no_markup():
     # A template's author cannot forget to escape: an expression without a filter is a line of plain text.
     shown = _environment().from_string("- {{ text }}\n- {{ text | code }}\n").render(text="a\n# b <i>|*c*")

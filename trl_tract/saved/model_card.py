@@ -86,7 +86,7 @@ def model_card(
         judge_config: Grid and marker, where they are known.
         base_model: Hub id or directory of the seed model; a directory stays out of the card's metadata.
         hub_id: Where the quick start loads the judge from.
-        metrics: The last evaluation's log entry; empty without one.
+        metrics: The log entry of the evaluation of these weights; empty without one.
         adapter: The PEFT configuration, where an adapter was trained.
     """
     rows = rows or TrainingRows()
