@@ -231,6 +231,28 @@ def test_the_card_counts_the_rows_that_were_trained_on(tmp_path):
     assert "- Rows: 3\n- Rationales written by a model without the gold score: 3 of 3, 100.0%\n<!--" in text
 
 
+def test_the_card_of_a_judge_without_rationales_speaks_of_none(tmp_path):
+    rows = [{**row, "rationale_source": "annotated"} for row in make_rows(3)]
+    trainer = make_trainer(tmp_path, rows, eval_dataset=make_rows(3, seed=1), max_steps=1, drop_rationale=True)
+    trainer.train()
+    trainer.evaluate()
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "<!-- evaluation -->\n- Held-out score/" in text
+    assert "- Rows: 3\n<!--" in text
+
+
+def test_the_card_shows_the_weight_of_each_aspect(tmp_path):
+    aspects = {"tone": {"marker": "[TONE]", "raft_weight": 0.5}, "facts": {"marker": "[FACTS]"}}
+    row = {
+        "prompt": "judge ->",
+        "completion": " rude. [TONE] 1\ntrue. [FACTS] 4",
+        "scores": {"tone": 1.0, "facts": 4.0},
+    }
+    make_trainer(tmp_path, [row], aspects=aspects, raft_weight=2.0, max_steps=1).create_model_card()
+    assert "- `raft_weight`: tone 0.5, facts 2.0\n" in (tmp_path / "README.md").read_text()
+
+
 def test_the_card_says_nothing_of_rationales_whose_source_is_unknown(tmp_path):
     rows = [{**row, "rationale_source": None} for row in make_rows(3)]
     make_trainer(tmp_path, rows, max_steps=1).create_model_card()

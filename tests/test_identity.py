@@ -239,6 +239,15 @@ def test_results_know_what_they_were_made_by(judge, tmp_path):
     assert settings["trl_tract"]
 
 
+def test_how_rationales_are_sampled_is_no_setting_of_a_judge_without_any(judge, tmp_path):
+    edit_json(judge / "tract_config.json", writes_rationale=False)
+    write_jsonl(tmp_path / "rows.jsonl", make_rows(2))
+    for temperature in (0.5, 0.7):  # the second time it is the same judging
+        settings = {"temperature": temperature, "num_generations": 4, "max_attempts": 3, "seed": 1}
+        JudgeStep(str(judge), str(tmp_path / "rows.jsonl"), str(tmp_path / "out"), settings).run()
+    assert read_json(tmp_path / "out" / "settings.json").keys() & settings.keys() == {"seed"}
+
+
 def test_a_checkpoint_is_not_gone_on_from_with_another_adapter(judge, tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", make_rows(2))
     training = {"max_steps": 1, "save_steps": 1, "report_to": "none", "disable_tqdm": True, "learning_rate": 1e-4}

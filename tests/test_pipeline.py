@@ -332,6 +332,7 @@ def test_a_run_without_rationales_has_one_stage_and_writes_none(seed_model, tmp_
     assert {record["error"] for record in read_jsonl(out / "judged-tract" / "judgements.jsonl")} == {None}
     assert not (out / "stage1").exists()
     assert not (out / "self-generated").exists()
+    assert " The judge scored without rationales. " in (out / "tract" / "README.md").read_text(encoding="utf-8")
     (standing,) = (judge["standing"] for judge in json.loads((out / "report.json").read_text())["judges"].values())
     assert standing["raters"]["n"] == 3
 

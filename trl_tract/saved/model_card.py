@@ -99,6 +99,11 @@ def model_card(
     )
     scales = judge_config.scales if judge_config else ()
     grids = [(f"{scale.name}: " if scale.name else "") + some_scores(scale.grid.texts) for scale in scales]
+    settings = _settings(args, _SETTINGS)
+    shared = settings.get("raft_weight")
+    if scales and scales[0].name and shared is not None:
+        own = (f"{each.name} {shared if each.raft_weight is None else each.raft_weight}" for each in scales)
+        settings["raft_weight"] = ", ".join(own)
     unknown = "see tract_config.json"
     scores = {
         name.removeprefix("eval_"): value for name, value in (metrics or {}).items() if name.startswith("eval_score/")
@@ -119,7 +124,7 @@ def model_card(
         dataset=dataset_name,
         rows=rows,
         shown=excerpt(rows.rendered or "", PROMPT_CHARACTERS),
-        settings=_settings(args, _SETTINGS) | _settings(adapter, _ADAPTER_SETTINGS),
+        settings=settings | _settings(adapter, _ADAPTER_SETTINGS),
         versions=", ".join([f"trl-tract {__version__}", *(f"{name} {version(name)}" for name in _PACKAGES)]),
     )
 
@@ -141,6 +146,7 @@ def add_evaluation(
     notes: Sequence[str] = (),
     aspect: str | None = None,
     others: Mapping[str, ScoreReport] | None = None,
+    writes_rationale: bool = True,
 ) -> None:
     """Put the evaluation on held-out items into a card: a table with intervals, and the Hub's metadata.
 
@@ -149,6 +155,7 @@ def add_evaluation(
         errors: Why items have no score, and how many for each reason.
         aspect: The one that the report is about, where the judge scores several; its table goes behind those before.
         others: Name -> agreement of another judge of the same items, for a column beside the baselines.
+        writes_rationale: Whether the judge wrote a rationale before each score.
 
     Raises:
         ValueError: The card has no place for an evaluation any more.
@@ -170,6 +177,7 @@ def add_evaluation(
         failures=f"{report.failed} ({reasons})" if reasons else report.failed,
         grid_mass=grid_mass,
         notes=notes,
+        writes_rationale=writes_rationale,
     )
     before, earlier = section(card.text, "evaluation", readme), []
     if aspect is not None and before.startswith("###"):
