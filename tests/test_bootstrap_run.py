@@ -48,6 +48,14 @@ def test_rows_with_a_rationale_keep_it_and_the_others_get_one(mixed):
     assert {row["rationale_source"] for row in rows} == {"annotated", "blind"}
 
 
+def test_the_card_calls_no_rationale_annotated_that_the_bootstrap_wrote(mixed):
+    sources = [row["rationale_source"] for row in read_jsonl(mixed[0] / "out" / "bootstrapped" / "rows.jsonl")]
+    card = (mixed[0] / "out" / "tract" / "README.md").read_text(encoding="utf-8")
+    # The random stage-one model wrote none, so both stages had the same rows.
+    assert card.count(f"- Rationales annotated: {sources.count('annotated')} of 8, ") == 2
+    assert card.count(f"- Rationales written by a model without the gold score: {sources.count('blind')} of 8, ") == 2
+
+
 def test_a_run_that_bootstrapped_ends_as_any_other(mixed):
     out, said, _ = mixed[0] / "out", mixed[1], mixed[2]
     assert [line[:7] for line in said if line.startswith("[")][-1] == "[11/11]"

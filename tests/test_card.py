@@ -178,23 +178,29 @@ def test_a_card_that_lost_its_places_is_named(tmp_path):
 def test_a_run_puts_both_stages_into_the_card(tmp_path):
     one, two = write(tmp_path / "one"), write(tmp_path / "two")
     one.write_text(one.read_text().replace("- `raft_weight`: 1.0", "- `raft_weight`: 0.5"))
-    summary = {"rows": 10, "self_written": 9, "annotated": 1, "resampled": 3}
+    one.write_text(one.read_text().replace("- Rows: 8\n", "- Rows: 9\n"))
+    summary = {"resampled": 3}
     add_training_run(two, one, data="someone/rows", summary=summary)
     text = two.read_text()
     add_training_run(two, one, data="someone/rows", summary=summary)
     assert two.read_text() == text  # the second time changes nothing
-    stage_one, stage_two = text.split("### Stage two", 1)
-    assert "- `raft_weight`: 0.5" in stage_one.split("### Stage one", 1)[1]
-    assert "- `raft_weight`: 1.0" in stage_two
-    assert "- Stage two: 10 rows, 90.0% of them with a rationale written by the stage-one model (9)" in text
+    assert (
+        "- Data: `someone/rows`, with the gold scores of both stages\n- Rationales sampled again for stage two: 3"
+        in text
+    )
+    rows, settings = text.split("### Stage one\n")[1:]
+    for part, first, second in ((rows, "- Rows: 9\n", "- Rows: 8\n"), (settings, "weight`: 0.5\n", "weight`: 1.0\n")):
+        stage_one, stage_two = part.split("### Stage two")
+        assert first in stage_one
+        assert second in stage_two
     assert ModelCard.load(two).data.datasets == "someone/rows"
 
 
 def test_a_path_on_this_disk_stays_out_of_the_card(tmp_path):
     one, two = write(tmp_path / "one"), write(tmp_path / "two")
     (tmp_path / "rows.jsonl").write_text("{}")
-    add_training_run(two, one, data=str(tmp_path / "rows.jsonl"), summary={"rows": 1, "self_written": 1})
-    assert "from `rows.jsonl`" in two.read_text()
+    add_training_run(two, one, data=str(tmp_path / "rows.jsonl"), summary={})
+    assert "- Data: `rows.jsonl`" in two.read_text()
     assert str(tmp_path) not in two.read_text()
     assert ModelCard.load(two).data.datasets is None
 
@@ -215,6 +221,57 @@ def test_a_trainer_whose_first_row_was_dropped_still_writes_its_card(tmp_path):
     trainer.create_model_card()
     text = (tmp_path / "README.md").read_text()
     assert prompt_of(quick_start(text)) == rows[1]["prompt"]
+
+
+def test_the_card_counts_the_rows_that_were_trained_on(tmp_path):
+    dropped = {"prompt": "no score", "completion": " nothing", "score": 2.0, "rationale_source": "annotated"}
+    rows = [dropped, *({**row, "rationale_source": "blind"} for row in make_rows(3, fractions=False))]
+    make_trainer(tmp_path, rows, invalid_rows="drop", max_steps=1).create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "- Rows: 3\n- Rationales written by a model without the gold score: 3 of 3, 100.0%\n<!--" in text
+
+
+def test_the_card_of_a_judge_without_rationales_speaks_of_none(tmp_path):
+    rows = [{**row, "rationale_source": "annotated"} for row in make_rows(3)]
+    trainer = make_trainer(tmp_path, rows, eval_dataset=make_rows(3, seed=1), max_steps=1, drop_rationale=True)
+    trainer.train()
+    trainer.evaluate()
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "<!-- evaluation -->\n- Held-out score/" in text
+    assert "- Rows: 3\n<!--" in text
+
+
+def test_the_card_shows_the_weight_of_each_aspect(tmp_path):
+    aspects = {"tone": {"marker": "[TONE]", "raft_weight": 0.5}, "facts": {"marker": "[FACTS]"}}
+    row = {
+        "prompt": "judge ->",
+        "completion": " rude. [TONE] 1\ntrue. [FACTS] 4",
+        "scores": {"tone": 1.0, "facts": 4.0},
+    }
+    make_trainer(tmp_path, [row], aspects=aspects, raft_weight=2.0, max_steps=1).create_model_card()
+    assert "- `raft_weight`: tone 0.5, facts 2.0\n" in (tmp_path / "README.md").read_text()
+
+
+def test_the_card_says_nothing_of_rationales_whose_source_is_unknown(tmp_path):
+    rows = [{**row, "rationale_source": None} for row in make_rows(3)]
+    make_trainer(tmp_path, rows, max_steps=1).create_model_card()
+    assert "- Rows: 3\n<!--" in (tmp_path / "README.md").read_text()
+
+
+def test_the_card_has_the_evaluation_of_the_weights_that_are_saved(tmp_path):
+    each_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    # The error falls, so that the "best" of these, where greater is better, is not the last one.
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_score/rmse", "greater_is_better": True}
+    trainer = make_trainer(
+        tmp_path, make_rows(4), eval_dataset=make_rows(6, seed=1), max_steps=4, learning_rate=1e-2, **each_step, **best
+    )
+    trainer.train()
+    trainer.create_model_card()
+    last = [entry["eval_score/rmse"] for entry in trainer.state.log_history if "eval_loss" in entry][-1]
+    rmse = trainer.evaluate()["eval_score/rmse"]
+    assert f"- Held-out score/rmse: {rmse:.3f}\n" in (tmp_path / "README.md").read_text()
+    assert f"{rmse:.3f}" != f"{last:.3f}"
 
 
 def test_whatever_a_template_puts_in_is_no_markup():

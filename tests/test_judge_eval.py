@@ -253,5 +253,6 @@ def test_a_step_trains_on_none_of_the_rows_that_it_judges(tmp_path, monkeypatch)
     trained, judged = parts
     assert (len(trained), len(judged)) == (8, 4)
     assert not set(trained) & set(judged)
+    assert "- Rows: 8\n" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     assert [entry for entry in history if "eval_judge/rmse" in entry]

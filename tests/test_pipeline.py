@@ -86,9 +86,10 @@ def test_a_run_ends_with_a_page_and_its_pictures(finished):
 def test_a_run_ends_with_a_card_that_tells_of_both_stages_and_the_evaluation(finished):
     card = (finished[0] / "out" / "tract" / "README.md").read_text(encoding="utf-8")
     assert "### Stage one" in card
-    assert "- Annotated rows: 8, from `rows.jsonl`. Stage one was trained on them" in card
+    assert "- Data: `rows.jsonl`, with the gold scores of both stages" in card
+    assert "### Stage one\n\n- Rows: 8\n\n### Stage two\n\n- Rows: 8\n" in card
     # The random model never writes its marker, so each row kept its annotated rationale.
-    assert "- Stage two: 8 rows, 0.0% of them with a rationale written by the stage-one model (0)" in card
+    assert "- Rationales annotated: 8 of 8, 100.0%\n" in card
     assert "- Items without a score: 4 (no rationale reached" in card
     assert str(finished[0]) not in card
 
@@ -331,6 +332,7 @@ def test_a_run_without_rationales_has_one_stage_and_writes_none(seed_model, tmp_
     assert {record["error"] for record in read_jsonl(out / "judged-tract" / "judgements.jsonl")} == {None}
     assert not (out / "stage1").exists()
     assert not (out / "self-generated").exists()
+    assert " The judge scored without rationales. " in (out / "tract" / "README.md").read_text(encoding="utf-8")
     (standing,) = (judge["standing"] for judge in json.loads((out / "report.json").read_text())["judges"].values())
     assert standing["raters"]["n"] == 3
 

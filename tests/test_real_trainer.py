@@ -265,7 +265,10 @@ def test_rows_without_a_gold_score_are_dropped_if_asked_to(tmp_path):
     rows = [*PLAIN_ROWS, {"prompt": "a", "score": None}, {"prompt": "a", "score": 7.0}]
     with pytest.raises(ValueError, match="of 10"):
         make(tmp_path, rows=rows)
-    assert len(make(tmp_path, rows=rows, invalid_rows="drop").train_dataset) == len(PLAIN_ROWS)
+    trainer = make(tmp_path, rows=rows, invalid_rows="drop")
+    assert len(trainer.train_dataset) == len(PLAIN_ROWS)
+    trainer.create_model_card()
+    assert f"- Rows: {len(PLAIN_ROWS)}\n" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_judge_of_several_aspects_is_refused(judges, tmp_path):

@@ -73,6 +73,14 @@ def test_reinforcement_starts_from_the_tract_model(finished):
     assert saved[0] == saved[1]
 
 
+def test_reinforcement_does_not_go_on_with_other_settings(finished):
+    step = json.loads((finished[0] / "rl.json").read_text())
+    assert step.pop("kind") == "rl"
+    step["training"]["learning_rate"] = 0.5
+    with pytest.raises(FileExistsError, match=r"training.learning_rate: 1e-06 there, 0.5 now"):
+        RLStep(**step).run()
+
+
 def test_the_card_of_the_reinforced_judge_has_its_evaluation(finished):
     card = (finished[0] / "real" / "README.md").read_text(encoding="utf-8")
     assert "num_generations" in card

@@ -174,8 +174,11 @@ def prepare_rows(
     num_proc: int | None,
     dataset_name: str,
     warn: Callable[[str], None],
-) -> Dataset | IterableDataset:
+) -> tuple[Dataset | IterableDataset, list[int] | None]:
     """Encode every row; refuse or drop, and name, those that cannot be.
+
+    Returns:
+        The encoded rows, and the places that they had in `dataset`; None for those of a stream.
 
     Raises:
         ValueError: A row was refused and `invalid_rows` is `raise`, or no row is left.
@@ -185,7 +188,7 @@ def prepare_rows(
     if isinstance(dataset, IterableDataset):
         keep = kept_of_stream(_refusal, dataset_name, **told)
         encoded = dataset.map(encoder, remove_columns=columns).filter(keep, with_indices=True)
-        return encoded.select_columns(encoder.columns)
+        return encoded.select_columns(encoder.columns), None
     encoded = dataset.map(
         encoder,
         remove_columns=columns,
@@ -199,7 +202,7 @@ def prepare_rows(
         refused = (_refusal(encoded[number], number) for number, kind in enumerate(kinds) if kind)
         refuse(list(filter(None, refused)), len(kinds), dataset_name, **told)
         encoded = encoded.select(kept)
-    return encoded.select_columns(encoder.columns)
+    return encoded.select_columns(encoder.columns), kept
 
 
 def _refusal(encoded: Mapping[str, Any], index: int) -> Refusal | None:

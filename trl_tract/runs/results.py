@@ -149,6 +149,7 @@ def finish_card(
         errors=judged.errors,
         notes=[f"Judged with {sampling}"] if sampling else [],
         aspect=judged.name or None,
+        writes_rationale=JudgeConfig.load(card.parent).writes_rationale,
     )
 
 

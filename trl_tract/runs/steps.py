@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from transformers import set_seed
 
 from trl_tract.backends import Backend, make_author, make_backend
-from trl_tract.backends.base import settings_that_count
+from trl_tract.backends.base import Sampling, settings_that_count
 from trl_tract.backends.loading import load_tokenizer, tokenizer_to_train
 from trl_tract.distill.bootstrap import CoTBootstrap
 from trl_tract.distill.distill import CoTSelfDistill
@@ -137,6 +137,10 @@ class BootstrapStep(_BlockStep):
         return writer.bootstrap_file(self.data, self.output_dir, shard=self.share)
 
 
+_OF_RATIONALES = {each.name for each in fields(Sampling)} | {"num_generations", "max_attempts", "append_marker"}
+"""Settings of judging that change nothing where no rationale is written."""
+
+
 @dataclass
 class JudgeStep(_BlockStep):
     """Judge rows: `judgements.jsonl`.
@@ -160,7 +164,7 @@ class JudgeStep(_BlockStep):
         # Files are looked at before they are loaded, and a finished result without loading them; a server can be asked.
         is_server = self.backend.get("name") == "server"
         backend = self.make_backend() if is_server and self.engine == "local" else None
-        scales, made_with = self._scales(), self._made_with(backend)
+        scales, made_with = self._config().scales, self._made_with(backend)
         directory = Path(self.output_dir)
         final = directory / "judgements.jsonl"
         log = BlockLog(
@@ -187,7 +191,7 @@ class JudgeStep(_BlockStep):
 
     def crew(self, backend: Backend | None = None, made_with: Mapping[str, Any] | None = None) -> Crew:
         """This process, with the model loaded; what judgements depend on is found out where it is not given."""
-        backend, scales = backend or self.make_backend(), self._scales()
+        backend, scales = backend or self.make_backend(), self._config().scales
         made_with = made_with or self._made_with(backend)  # reads the model's files
         if self.untrained:
             judge = CoTRAILJudge(backend, **self.settings)
@@ -207,15 +211,17 @@ class JudgeStep(_BlockStep):
 
         return Crew(do, made_with, backend.max_calls, backend.cancel)
 
-    def _scales(self) -> tuple[Scale, ...]:
+    def _config(self) -> JudgeConfig:
         if self.untrained:
-            return read_scales(self.settings)
+            return JudgeConfig(read_scales(self.settings))
         # What is missing is said before the directory is claimed for this model.
-        return JudgeConfig.load(self.asked_like or self.model).scales
+        return JudgeConfig.load(self.asked_like or self.model)
 
     def _made_with(self, backend: Backend | None) -> dict[str, Any]:
         """All that judgements depend on, as settings; of a backend whose files tell, the files are asked."""
-        settings, scales, revision = dict(self.settings), self._scales(), self.backend.get("revision")
+        config, revision = self._config(), self.backend.get("revision")
+        scales, writes = config.scales, self.settings.get("writes_rationale", config.writes_rationale)
+        settings = {name: value for name, value in self.settings.items() if writes or name not in _OF_RATIONALES}
         if not self.untrained and scales[0].name:
             settings.setdefault("aspects", {scale.name: scale.to_dict() for scale in scales})
         elif not self.untrained:

@@ -86,7 +86,7 @@ def model_card(
         judge_config: Grid and marker, where they are known.
         base_model: Hub id or directory of the seed model; a directory stays out of the card's metadata.
         hub_id: Where the quick start loads the judge from.
-        metrics: The last evaluation's log entry; empty without one.
+        metrics: The log entry of the evaluation of these weights; empty without one.
         adapter: The PEFT configuration, where an adapter was trained.
     """
     rows = rows or TrainingRows()
@@ -99,6 +99,11 @@ def model_card(
     )
     scales = judge_config.scales if judge_config else ()
     grids = [(f"{scale.name}: " if scale.name else "") + some_scores(scale.grid.texts) for scale in scales]
+    settings = _settings(args, _SETTINGS)
+    shared = settings.get("raft_weight")
+    if scales and scales[0].name and shared is not None:
+        own = (f"{each.name} {shared if each.raft_weight is None else each.raft_weight}" for each in scales)
+        settings["raft_weight"] = ", ".join(own)
     unknown = "see tract_config.json"
     scores = {
         name.removeprefix("eval_"): value for name, value in (metrics or {}).items() if name.startswith("eval_score/")
@@ -119,7 +124,7 @@ def model_card(
         dataset=dataset_name,
         rows=rows,
         shown=excerpt(rows.rendered or "", PROMPT_CHARACTERS),
-        settings=_settings(args, _SETTINGS) | _settings(adapter, _ADAPTER_SETTINGS),
+        settings=settings | _settings(adapter, _ADAPTER_SETTINGS),
         versions=", ".join([f"trl-tract {__version__}", *(f"{name} {version(name)}" for name in _PACKAGES)]),
     )
 
@@ -141,6 +146,7 @@ def add_evaluation(
     notes: Sequence[str] = (),
     aspect: str | None = None,
     others: Mapping[str, ScoreReport] | None = None,
+    writes_rationale: bool = True,
 ) -> None:
     """Put the evaluation on held-out items into a card: a table with intervals, and the Hub's metadata.
 
@@ -149,6 +155,7 @@ def add_evaluation(
         errors: Why items have no score, and how many for each reason.
         aspect: The one that the report is about, where the judge scores several; its table goes behind those before.
         others: Name -> agreement of another judge of the same items, for a column beside the baselines.
+        writes_rationale: Whether the judge wrote a rationale before each score.
 
     Raises:
         ValueError: The card has no place for an evaluation any more.
@@ -170,6 +177,7 @@ def add_evaluation(
         failures=f"{report.failed} ({reasons})" if reasons else report.failed,
         grid_mass=grid_mass,
         notes=notes,
+        writes_rationale=writes_rationale,
     )
     before, earlier = section(card.text, "evaluation", readme), []
     if aspect is not None and before.startswith("###"):
@@ -190,7 +198,7 @@ def add_evaluation(
 
 
 def add_training_run(readme: Path, stage_one: Path, *, data: str, summary: Mapping[str, Any]) -> None:
-    """Tell a stage-two card of the whole run: where the rows came from, and stage one's settings beside stage two's.
+    """Tell a stage-two card of the whole run: where rows came from, and stage one's rows and settings beside its own.
 
     Args:
         data: File or hub id of the annotated rows; of a path the name alone is written.
@@ -201,16 +209,17 @@ def add_training_run(readme: Path, stage_one: Path, *, data: str, summary: Mappi
     """
     card, first = ModelCard.load(readme), ModelCard.load(stage_one)
     text, before = card.text, first.text
-    content = render(
-        "run_rows",
-        rows=summary["rows"],
-        data=Path(data).name if Path(data).exists() else data,
-        own=summary.get("self_written", 0),
-        annotated=summary.get("annotated", 0),
-        resampled=summary.get("resampled", 0),
-        dropped=summary.get("dropped", 0),
-    )
-    text = with_section(text, "training data", content, readme)
+    one, two = section(before, "training data", stage_one), section(text, "training data", readme)
+    if "### Stage two" not in two:
+        content = render(
+            "run_rows",
+            data=Path(data).name if Path(data).exists() else data,
+            resampled=summary.get("resampled", 0),
+            dropped=summary.get("dropped", 0),
+            one=one,
+            two=two,
+        )
+        text = with_section(text, "training data", content, readme)
     one, two = section(before, "settings", stage_one), section(text, "settings", readme)
     if not two.startswith("###"):
         one, two = f"### Stage one\n\n{one}", f"### Stage two, from the same base model\n\n{two}"

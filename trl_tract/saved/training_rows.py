@@ -19,7 +19,8 @@ class TrainingRows:
         count: How many there were; None where they were streamed.
         prompt: The first row's prompt, text or chat messages; None where it came tokenised.
         rendered: The same as the model reads it, chat template included.
-        sources: Where rationales came from (`self`, `annotated`), and how many; empty where nothing is known.
+        sources: Where rationales came from (`self`, `annotated`, `blind`, `shown`), and how many; empty where nothing
+            is known.
     """
 
     count: int | None = None
@@ -29,15 +30,14 @@ class TrainingRows:
 
     @classmethod
     def of(cls, given: Any, render: Callable[[Row], RenderedRow]) -> "TrainingRows":
-        """What there is to say of the dataset `given`; of a stream, which would have to be read again, nothing."""
+        """What there is to say of a dataset of accepted rows; nothing of a stream, which would be read again."""
         if not isinstance(given, Dataset):
             return cls()
-        sources = Counter(given["rationale_source"]) if "rationale_source" in given.column_names else {}
-        for number in range(min(len(given), 20)):
-            try:
-                row = as_prompt_completion(given[number])
-                rendered = render(row)
-            except (ValueError, KeyError, TypeError):
-                continue  # it was refused in training too, or came tokenised
-            return cls(len(given), row["prompt"], rendered.prompt_text, sources)
-        return cls(len(given), sources=sources)
+        known = given["rationale_source"] if "rationale_source" in given.column_names else []
+        sources = Counter(source for source in known if source is not None)
+        try:
+            row = as_prompt_completion(given[0])
+            rendered = render(row)
+        except (ValueError, KeyError, TypeError):  # it came tokenised
+            return cls(len(given), sources=sources)
+        return cls(len(given), row["prompt"], rendered.prompt_text, sources)

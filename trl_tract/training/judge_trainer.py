@@ -35,8 +35,9 @@ class KeepsJudge:
     control: Any
     judge_config: JudgeConfig | None
     hub_model_id: str | None
-    _given_rows: Any
+    _trained_rows: Any  # as they were given, without those that were dropped
     _began = 0.0
+    _best_step: int | None = None  # whose weights were loaded at the end; None: those of the last step stand
     _tag_names: list[str]
 
     def _rendered(self, row: Row) -> RenderedRow:
@@ -46,7 +47,7 @@ class KeepsJudge:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end."""
         checkpoint = checkpoint_of(resume_from_checkpoint, self.args, self.judge_config, self._adapter)
-        self._began = time.time()
+        self._began, self._best_step = time.time(), None
         return super().train(checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _warn(self, warnings: list[str]) -> None:
@@ -64,6 +65,16 @@ class KeepsJudge:
             self.control.should_training_stop = True
             return
         super()._run_epoch(**kwargs)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()  # type: ignore[misc]
+        self._best_step = int(self.state.best_model_checkpoint.rpartition("-")[2])
+
+    @property
+    def _evaluation(self) -> dict[str, Any]:
+        """The log entry of the last evaluation of the weights that are saved; empty without one."""
+        entries = (entry for entry in reversed(self.state.log_history) if "eval_loss" in entry)
+        return next((entry for entry in entries if self._best_step in (None, entry["step"])), {})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, and beside it `tract_config.json`, from which a judge reads grid and marker."""
@@ -105,8 +116,8 @@ class KeepsJudge:
                 hub_id=self.hub_model_id,
                 dataset_name=dataset_name,
                 tags=[*self._tag_names, *tags],
-                metrics=next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {}),
-                rows=TrainingRows.of(self._given_rows, self._rendered),
+                metrics=self._evaluation,
+                rows=TrainingRows.of(self._trained_rows, self._rendered),
                 adapter=self._adapter,
             )
 

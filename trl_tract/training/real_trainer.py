@@ -92,7 +92,6 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
         check_start(model, name, args, kwargs.get("peft_config"))
         if processing_class is None:
             processing_class = policy_tokenizer(name, (args.model_init_kwargs or {}).get("revision"))
-        self._given_rows = train_dataset
         self._template, self.judge_config = find_judge(name, args, processing_class, train_dataset)
         (self.scale,) = self.judge_config.scales
         if isinstance(model, str):
@@ -110,7 +109,7 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
             config = model.config
         room = getattr(config.get_text_config(), "max_position_embeddings", None)
         check = functools.partial(checked_rows, self._template, self.judge_config, args, room)
-        train_dataset = check(train_dataset, "train")
+        train_dataset = self._trained_rows = check(train_dataset, "train")
         if isinstance(eval_dataset, Mapping):
             eval_dataset = {key: check(rows, key) for key, rows in eval_dataset.items()}
         elif eval_dataset is not None:

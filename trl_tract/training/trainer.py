@@ -109,7 +109,7 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
                 check_dataset(rows, name)
         if isinstance(model, str) and "peft_config" in kwargs:
             kwargs["peft_config"] = on_revision(kwargs["peft_config"], args.model_init_kwargs)
-        self._given_rows, self.given_eval_rows = train_dataset, eval_dataset
+        self._trained_rows, self.given_eval_rows = train_dataset, eval_dataset
         self.scales = args.scales  # their tokens are looked up in the rows
         self.judge_config: JudgeConfig | None = None
         self._columns = model_columns(self.scales, annotators=args.annotator_loss != "none")
@@ -178,7 +178,7 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
             return dataset  # prepared and packed before
         encoder = self._encoder(columns, args)
         with PartialState().main_process_first():
-            dataset = prepare_rows(
+            prepared, kept = prepare_rows(
                 dataset,
                 encoder,
                 invalid_rows=args.invalid_rows,
@@ -186,6 +186,9 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
                 dataset_name=dataset_name,
                 warn=logger.warning,
             )
+        if dataset_name == "train" and kept is not None and len(kept) < len(dataset):
+            self._trained_rows = dataset.select(kept)
+        dataset = prepared
         if args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)
         if packing:
