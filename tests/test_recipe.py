@@ -15,7 +15,7 @@ from trl_tract.commands.dry_run import Plan
 from trl_tract.commands.entry_points import _option_groups
 from trl_tract.commands.parsing import names_given, parse
 from trl_tract.evaluation.recalibration import Recalibration, applied_by_default
-from trl_tract.files.journal import read_json, read_jsonl, write_jsonl
+from trl_tract.files.journal import differences, read_json, read_jsonl, write_jsonl
 from trl_tract.runs.facts import facts_of
 from trl_tract.runs.judged import Judged
 from trl_tract.runs.results import calibrate_judge, recalibrate
@@ -24,7 +24,7 @@ from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.scale import read_scales
 from trl_tract.sources.door import Source
 from trl_tract.training.config import field_values
-from trl_tract.training.recipe import Device, Facts, calibration_share, derive, score_weight
+from trl_tract.training.recipe import CONSIDERED, Device, Facts, calibration_share, derive, score_weight
 
 GPU = Device(kind="cuda", memory=24 * 10**9, bfloat16=True)
 FACTS = Facts(
@@ -156,6 +156,24 @@ def test_the_command_line_trains_with_what_was_derived_or_given(given, tmp_path)
     )
     assert {field for field in trained if trained[field] != wanted[field]} <= {"logging_dir"}
     assert trained["gradient_checkpointing"] is bool(given)
+
+
+def test_a_given_default_makes_another_run(tmp_path):
+    # With learning_rate=2e-5, TRL's default, nothing but its being given tells these runs apart.
+    def settings(*given):
+        arguments = ["--data", "rows", "--output_dir", str(tmp_path), *given]
+        *_, training, _ = parse("run", _option_groups("run"), arguments)
+        names = frozenset(names_given("run", _option_groups("run"), arguments))
+        return RunSpec("seed", "rows", training=field_values(training), given=names).settings()
+
+    assert differences(settings(), settings("--learning_rate", "2e-5"))
+    assert not differences(settings(), settings("--logging_steps", "10"))
+
+
+@pytest.mark.parametrize("device", [FACTS.device, GPU, replace(GPU, memory=10**9)])
+def test_all_that_a_derivation_sets_counts_as_considered(device):
+    recipe = derive(replace(FACTS, parameters=600 * 10**6, device=device, distinct=0.5)).to_dict()
+    assert {name for part in ("training", "model_args", "generation") for name in recipe[part]} <= CONSIDERED
 
 
 def test_what_is_given_for_the_reinforcement_replaces_what_the_other_stages_have(tmp_path):

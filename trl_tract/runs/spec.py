@@ -18,7 +18,7 @@ from trl_tract.sources.door import Source, held_out
 from trl_tract.sources.schemas import Item
 from trl_tract.text.secrets import without_secrets
 from trl_tract.training.config import read_settings
-from trl_tract.training.recipe import ALIASES, OBJECTIVES, calibration_share, overridden
+from trl_tract.training.recipe import ALIASES, CONSIDERED, OBJECTIVES, calibration_share, overridden
 
 RATIONALES = ("auto", "given", "bootstrap", "none")
 # Of training, what the reinforcement stage has alike: the machine and the seed.
@@ -301,6 +301,9 @@ class RunSpec:
         # Only where they change something: a run that was begun before there was a choice goes on.
         if self.objective != "paper":
             settings["objective"] = self.objective
+            # On the command line, a value that is given looks like the default that it equals.
+            given = CONSIDERED & {ALIASES.get(name, name) for name in self.set_by_user if self.given is not None}
+            settings |= {"given": sorted(given)} if given else {}
         if self.calibrate is not None:
             settings["calibrate"] = self.calibrate
         return settings

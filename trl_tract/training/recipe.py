@@ -29,6 +29,14 @@ ALIASES = {
 }
 """Second names that transformers has for a setting. Where both are set, the first one here counts, silently."""
 _BATCH, _ACCUMULATED = "per_device_train_batch_size", "gradient_accumulation_steps"
+CONSIDERED = {
+    *("raft_weight", "score_in_ce", "annotator_loss", "annotator_weight", "learning_rate", "lr_scheduler_type"),
+    *("warmup_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "share_prompts"),
+    *("num_train_epochs", "bf16", "gradient_checkpointing", "use_peft", "lora_r", "lora_alpha", "lora_target_modules"),
+    *("load_in_4bit", "dtype", "max_new_tokens"),
+    *("max_steps", "fp16", "load_in_8bit", "model_init_kwargs"),  # looked at, never derived
+}
+"""Fields whose being given changes what is derived, even where their values are the defaults."""
 _LOADED = {"load_in_4bit", "load_in_8bit"}
 _GB = 1e9
 
