@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import struct
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_tract import CoTSelfDistill, TransformersBackend, run_tract
 from trl_tract.evaluation.recalibration import Recalibration
+from trl_tract.files.checkpoints import checkpoint_made_of, seal_checkpoint
 from trl_tract.files.fingerprint import file_digests, made_by, model_fingerprint
 from trl_tract.files.journal import differences, read_json, read_jsonl, write_json, write_jsonl
 from trl_tract.files.seal import contents
@@ -260,6 +262,46 @@ def test_a_checkpoint_is_not_gone_on_from_with_another_adapter(judge, tmp_path):
     train(lora_alpha=8)
     with pytest.raises(FileExistsError, match=r"model_args.lora_alpha: 8 there, 16 now"):
         train(lora_alpha=16)
+
+
+def trained(tmp_path: Path, **training: Any) -> dict[str, Any]:
+    """The state of a training, or of one that goes on from its checkpoint."""
+    write_jsonl(tmp_path / "rows.jsonl", make_rows(4))
+    settings = {"max_steps": 1, "report_to": "none", "disable_tqdm": True, "learning_rate": 1e-4, **training}
+    out = tmp_path / "out"
+    TrainStep(str(tmp_path / "base"), str(tmp_path / "rows.jsonl"), str(out), training=settings).run()
+    return json.loads((out / "trainer_state.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"learning_rate": 1e-3}, "training.learning_rate: 0.0001 there, 0.001 now"),
+        ({"max_steps": 2}, "training.max_steps: 1 there, 2 now"),
+        ({"lr_scheduler_type": "constant"}, "training.lr_scheduler_type: 'linear' there, 'constant' now"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps x processes: 8 there, 16 now"),
+    ],
+)
+def test_a_checkpoint_is_not_gone_on_from_with_other_settings_of_training(judge, tmp_path, other, told):
+    trained(tmp_path)
+    with pytest.raises(FileExistsError, match=re.escape(told)):
+        trained(tmp_path, **other)
+
+
+def test_a_checkpoint_is_gone_on_from_with_other_settings_of_what_changes_no_weight(judge, tmp_path):
+    first = trained(tmp_path, logging_steps=1)
+    again = trained(tmp_path, logging_steps=2, save_steps=7, eval_steps=3, gradient_checkpointing=False, use_cpu=True,
+                    per_device_train_batch_size=4, gradient_accumulation_steps=2)  # fmt: skip
+    assert again["global_step"] == 1
+    assert again["log_history"][0] == first["log_history"][0]  # it was not trained again
+
+
+def test_a_checkpoint_that_does_not_tell_the_settings_of_its_training_is_gone_on_from(judge, tmp_path):
+    trained(tmp_path)
+    made_of = checkpoint_made_of(tmp_path / "out" / "checkpoint-1")
+    del made_of["training"]
+    seal_checkpoint(tmp_path / "out" / "checkpoint-1", made_of)
+    assert trained(tmp_path, max_steps=2)["global_step"] == 2
 
 
 def test_training_starts_from_no_adapter(judge, tmp_path):

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from trl_tract import TRACTConfig
 from trl_tract.files.checkpoints import last_complete_checkpoint
-from trl_tract.training.resuming import checkpoint_of
+from trl_tract.training.resuming import checkpoint_of, training_settings
 
 TOKENIZER = make_tokenizer()
 STEPS = 12
@@ -171,6 +171,15 @@ def test_a_checkpoint_that_was_trained_towards_something_else_is_refused_by_name
             trainer.train(resume_from_checkpoint=resume)
         for value in (then, now):
             assert (", ".join(map(str, value)) if isinstance(value, list) else repr(value)) in str(caught.value)
+
+
+def test_how_the_checkpoint_is_chosen_is_a_setting_of_training_where_one_is():
+    def settings(**given):
+        return training_settings(TRACTConfig("out", use_cpu=True, bf16=False, eval_strategy="epoch", **given))
+
+    assert settings(judge_eval_settings={"seed": 1}) == settings()
+    chosen = {"load_best_model_at_end": True, "save_strategy": "epoch"}
+    assert settings(judge_eval_settings={"seed": 1}, **chosen) != settings(**chosen)
 
 
 @pytest.mark.parametrize("name", ["score_values", "score_marker", "drop_rationale", "normalize_grid"])

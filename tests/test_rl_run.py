@@ -11,6 +11,7 @@ from trl_tract.cli import main
 from trl_tract.files.journal import read_jsonl, write_jsonl
 from trl_tract.runs.spec import RunSpec
 from trl_tract.runs.step_names import steps_of
+from trl_tract.runs.train_steps import RLStep
 
 pytestmark = pytest.mark.usefixtures("without_matplotlib")
 TRAINING = {
@@ -70,6 +71,14 @@ def test_reinforcement_starts_from_the_tract_model(finished):
     assert step["model"] == str(out / "tract")
     saved = [json.loads((out / name / "tract_config.json").read_text()) for name in ("tract", "real")]
     assert saved[0] == saved[1]
+
+
+def test_reinforcement_does_not_go_on_with_other_settings(finished):
+    step = json.loads((finished[0] / "rl.json").read_text())
+    assert step.pop("kind") == "rl"
+    step["training"]["learning_rate"] = 0.5
+    with pytest.raises(FileExistsError, match=r"training.learning_rate: 1e-06 there, 0.5 now"):
+        RLStep(**step).run()
 
 
 def test_the_card_of_the_reinforced_judge_has_its_evaluation(finished):

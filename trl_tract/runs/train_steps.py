@@ -29,6 +29,7 @@ from trl_tract.training.config import TRACTConfig
 from trl_tract.training.log_lines import write_lines_in_logs
 from trl_tract.training.real_config import REALConfig
 from trl_tract.training.real_trainer import REALTrainer
+from trl_tract.training.resuming import training_settings
 from trl_tract.training.trainer import TRACTTrainer
 
 RECIPE = "tract_recipe.json"
@@ -70,14 +71,17 @@ class TrainStep:
 
     def run(self) -> None:
         """Train and save."""
+        args = self._arguments()
         template = self.training.get("chat_template_path")
         files = {"data": self.train_data, "eval_data": self.eval_data, "chat_template": template}
         aside = ("model_name_or_path", "attn_implementation")  # the place of the model, and how it is computed
         put_on = {name: value for name, value in self.model_args.items() if name not in aside}
         made_of = {"model": self.model, "contents": contents(files), "model_args": without_secrets(put_on)}
-        made_of |= made_by(None, self.model)
+        made_of |= {"training": training_settings(args), **made_by(None, self.model)}
+        if "chat_template" in made_of["contents"]:
+            del made_of["training"]["chat_template_path"]  # it may lie elsewhere now
         checkpoint = self._last_checkpoint(made_of)
-        trainer = self._trainer(checkpoint)
+        trainer = self._trainer(args, checkpoint)
         write_lines_in_logs(trainer)
         trainer.add_callback(_SealCheckpoints(made_of))
         trainer.train(resume_from_checkpoint=checkpoint is not None)
@@ -96,8 +100,10 @@ class TrainStep:
                 write_json(recipe, self.recipe)
             shutil.rmtree(Path(self.output_dir) / ROWS, ignore_errors=True)
 
-    def _trainer(self, checkpoint: Path | None) -> Any:
-        args = TRACTConfig(**{**self.training, "output_dir": self.output_dir})
+    def _arguments(self) -> Any:
+        return TRACTConfig(**{**self.training, "output_dir": self.output_dir})
+
+    def _trainer(self, args: Any, checkpoint: Path | None) -> Any:
         for judge in (checkpoint, self.asked_like):
             if judge is not None and (Path(judge) / FILE_NAME).is_file():
                 template = JudgeConfig.load(judge).template
@@ -126,10 +132,13 @@ class TrainStep:
         refuse_links(Path(self.output_dir))
         checkpoint = last_complete_checkpoint(self.output_dir)
         held = {} if checkpoint is None else checkpoint_made_of(checkpoint)
-        if held and (changed := differences(held, made_of)):
+        # Not told of by an earlier version, or of no meaning to a later one of the host: it cannot be compared.
+        known = [name for name in made_of["training"] if name in held.get("training", {})]
+        then, now = ({**each, "training": {name: each["training"][name] for name in known}} for each in (held, made_of))
+        if held and (changed := differences(then, now)):
             raise FileExistsError(
-                f"{checkpoint} belongs to another training run ({'; '.join(changed)}). Choose another output "
-                "directory, or delete the checkpoints to start over"
+                f"{checkpoint} belongs to another training run ({'; '.join(changed[:5])}). Choose another output "
+                "directory, restore the original settings, or delete the checkpoints to start over"
             )
         return checkpoint
 
@@ -148,13 +157,15 @@ class RLStep(TrainStep):
 
     kind: ClassVar[str] = "rl"
 
-    def _trainer(self, checkpoint: Path | None) -> Any:
+    def _arguments(self) -> Any:
         given = {**self.training, "output_dir": self.output_dir}
         if IntervalStrategy(given.get("eval_strategy", "no")) is IntervalStrategy.NO:
             steps = given.get("save_steps", 500)
             often = 0.2 if steps == 500 else steps  # a fifth of the training, unless the host's default was changed
             given |= {**ON_HELD_OUT, "eval_steps": often, "save_steps": often}
-        args = REALConfig.from_fields(given)
+        return REALConfig.from_fields(given)
+
+    def _trainer(self, args: Any, checkpoint: Path | None) -> Any:
         put_on = self._loaded_as(args)
         if adapter_config(self.model) is not None:
             del put_on["peft_config"]  # its own adapter is trained on

@@ -1,6 +1,7 @@
 """Which checkpoint a run goes on from, and whether it was trained towards the same. Knows nothing of models."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,44 @@ from trl_tract.rows.template import TemplateSettings
 from trl_tract.saved.judge_config import FILE_NAME as CONFIG_NAME
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.text import some_scores
-from trl_tract.training.config import TRACTConfig
+from trl_tract.text.secrets import without_secrets
+from trl_tract.training.config import TRACTConfig, field_values
+from trl_tract.training.real_config import REALConfig
 
 FILE_NAME = "tract_objective.json"
 _ADAPTER = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+# Of training arguments, those that leave the trained weights as they are, up to rounding.
+_ASIDE = re.compile(
+    # Where files go, and what is told.
+    r"output_dir|run_name|project|report_to|disable_tqdm|debug|skip_memory_metrics|num_completions_to_print"
+    r"|(log|logging|hub|push_to|trackio|include)_\w+"
+    # Checkpoints and evaluations.
+    r"|(do|save|eval|restore)_\w+|resume_from_checkpoint|ignore_data_skip|enable_jit_checkpoint|\w+_full_eval"
+    r"|per_device_eval_batch_size|batch_eval_metrics|prediction_loss_only|num_generations_eval|judge_eval_settings"
+    r"|metric_for_best_model|greater_is_better"
+    # What it is computed on, and how: memory, processes, batches that add up to the same update.
+    r"|use_cpu|local_rank|tf32|use_cache|torch_\w+|(gradient|activation)_(checkpointing|offloading)\w*|dataset_num_proc"
+    r"|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|multiprocessing_context)"
+    r"|ddp_\w+|ds3_\w+|fsdp\w*|deepspeed|parallelism_config"
+    r"|vllm_(mode|model_impl|enable_sleep_mode|server_\w+|group_port|gpu_\w+|max_model_length|tensor_parallel_size)"
+    r"|per_device_train_batch_size|gradient_accumulation_steps|steps_per_generation"
+)
+_CHOOSING = {
+    *("metric_for_best_model", "greater_is_better", "judge_eval_settings", "num_generations_eval"),
+    *("eval_strategy", "eval_steps", "eval_delay", "save_strategy", "save_steps"),
+}
+"""Those among them that choose a checkpoint, where a metric does."""
+_UPDATE = "per_device_train_batch_size x gradient_accumulation_steps x processes"
+
+
+def training_settings(args: TRACTConfig | REALConfig) -> dict[str, Any]:
+    """The training arguments that decide what the saved weights are; JSON-serialisable, without secrets."""
+    choosing = set() if args.metric_for_best_model is None else _CHOOSING
+    fields = {
+        name: value for name, value in field_values(args).items() if name in choosing or not _ASIDE.fullmatch(name)
+    }
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {**without_secrets(fields), _UPDATE: rows}
 
 
 def save_objective(checkpoint: Path, args: TRACTConfig, judge_config: JudgeConfig, adapter: PeftConfig | None) -> None:
