@@ -143,7 +143,7 @@ def trained_on(monkeypatch):
     found = []
 
     def look(step):
-        found.append((step, len(step._trainer(None).train_dataset)))
+        found.append((step, len(step._trainer(step._arguments(), None).train_dataset)))
 
     monkeypatch.setattr(TrainStep, "run", look)
     return found

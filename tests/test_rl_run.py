@@ -138,14 +138,16 @@ DEFAULTS = {
 )
 def test_what_is_given_of_saving_and_evaluation_is_done(given, besides, seed_model, rows, tmp_path):
     data = str(rows.with_name("scores.jsonl"))
-    trainer = RLStep(seed_model, data, str(tmp_path / "real"), training=ON_SCORES | given)._trainer(None)
+    step = RLStep(seed_model, data, str(tmp_path / "real"), training=ON_SCORES | given)
+    trainer = step._trainer(step._arguments(), None)
     assert {name: getattr(trainer.args, name) for name in DEFAULTS} == DEFAULTS | given | besides
     assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (15, 1)
 
 
 def test_without_an_evaluation_all_rows_are_trained_on(seed_model, rows, tmp_path):
     data, training = str(rows.with_name("scores.jsonl")), {**ON_SCORES, "eval_strategy": "no"}
-    trainer = RLStep(seed_model, data, str(tmp_path / "real"), training=training)._trainer(None)
+    step = RLStep(seed_model, data, str(tmp_path / "real"), training=training)
+    trainer = step._trainer(step._arguments(), None)
     assert len(trainer.train_dataset) == 16
     assert trainer.eval_dataset is None
 

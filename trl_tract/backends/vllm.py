@@ -79,20 +79,22 @@ class VLLMBackend(RequestBackend):
         revision = engine_args.get("revision") if adapter is None else adapter.revision
         _check_checkpoint(base_id, revision)
         tokenizer_from = tokenizer_id(model_id, base_id)
+        of_base = {} if revision is None else {"revision": revision}
+        if of_base and tokenizer_from == base_id:
+            of_base["tokenizer_revision"] = revision
         arguments = {
             "model": base_id,
-            "revision": revision,
             "tokenizer": tokenizer_from,
-            "tokenizer_revision": revision if tokenizer_from == base_id else None,
             "enable_prefix_caching": True,
             "disable_log_stats": True,
             **({} if adapter is None else _lora_arguments(model_id, adapter)),
+            **of_base,
             **engine_args,
         }
         tokenizer = (
             tokenizer
             if tokenizer is not None
-            else load_tokenizer(arguments["tokenizer"], arguments["tokenizer_revision"])
+            else load_tokenizer(arguments["tokenizer"], arguments.get("tokenizer_revision"))
         )
         try:
             engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
@@ -221,7 +223,7 @@ def _check_arguments(engine_args: Mapping[str, Any], known: list[str]) -> None:
         )
 
 
-def _check_checkpoint(base_id: str, revision: str | None) -> None:
+def _check_checkpoint(base_id: str, revision: str | None = None) -> None:
     config = AutoConfig.from_pretrained(base_id, revision=revision, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise ValueError(f"{base_id} is an encoder-decoder model. Only causal language models can be used")
