@@ -132,7 +132,7 @@ class TrainStep:
         checkpoint = last_complete_checkpoint(self.output_dir)
         held = {} if checkpoint is None else checkpoint_made_of(checkpoint)
         # Not told of by an earlier version, or of no meaning to a later one of the host: it cannot be compared.
-        known = held.get("training", {}).keys() & made_of["training"].keys()
+        known = [name for name in made_of["training"] if name in held.get("training", {})]
         then, now = ({**each, "training": {name: each["training"][name] for name in known}} for each in (held, made_of))
         if held and (changed := differences(then, now)):
             raise FileExistsError(
