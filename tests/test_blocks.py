@@ -1,17 +1,20 @@
 """Durable blocks: every record once and in order, whatever is killed, however many workers there are."""
 
+import contextlib
 import errno
 import os
 import random
 import shutil
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from trl_tract.files import blocks
 from trl_tract.files.blocks import BlockLog, Record, Report
 from trl_tract.files.journal import JsonlRows, KnownRows, read_json, read_jsonl, write_json, write_jsonl
 from trl_tract.files.shards import Shard
@@ -54,6 +57,32 @@ def final_rows(directory: Path) -> list[int]:
 def test_every_row_once_and_in_order(tmp_path, rows):
     assert run(make_log(tmp_path, rows))
     assert final_rows(tmp_path) == list(range(rows))
+
+
+def test_the_count_of_rows_never_goes_back(tmp_path, monkeypatch):
+    # That a block is on disk is seen when rows of the next one are done already.
+    seen = []
+
+    class Bar:
+        n = 0
+
+        def update(self, count):
+            self.n += count
+            seen.append(self.n)
+
+        def refresh(self):
+            seen.append(self.n)
+
+    def work(rows, first, report):
+        for _ in rows:
+            report(1)
+        time.sleep(0.05)  # for the block before to be written
+        return numbered(rows, first, report)
+
+    monkeypatch.setattr(blocks, "progress", lambda **settings: contextlib.nullcontext(Bar()))
+    run(make_log(tmp_path), work)
+    assert seen == sorted(seen)
+    assert seen[-1] == 10
 
 
 def test_a_finished_run_does_no_work_again(tmp_path):

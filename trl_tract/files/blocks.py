@@ -211,7 +211,7 @@ class BlockLog:
                 self._note(block)
                 if self.shard.count > 1:
                     self._refresh()
-                shown.n = self.finished_rows
+                shown.n = max(shown.n, self.finished_rows)  # rows of the next block are told of already
                 shown.refresh()
 
             under_way: deque[tuple[int, Future[None]]] = deque()
