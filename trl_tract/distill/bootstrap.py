@@ -246,12 +246,8 @@ class CoTBootstrap(RationaleRun):
         # A chat endpoint is sent the prompt with each request; a model of one's own reads it once.
         prompts = asked if isinstance(author, ChatAuthor) else rows * times
         read, written = round(prompts * float(np.mean(lengths))), asked * self.sampling.max_new_tokens
-        money = None
-        if self.prices is not None:
-            money = (read * self.prices[0] + written * self.prices[1]) / 1e6
-        seconds = None
-        if self.probe and rows:
-            seconds = self._seconds(author, pairs, prompts, written)
+        money = None if self.prices is None else (read * self.prices[0] + written * self.prices[1]) / 1e6
+        seconds = self._seconds(author, pairs, prompts, written) if self.probe and rows else None
         return BootstrapCost(rows, asked, read, written, seconds, money)
 
     def _seconds(self, author: Author, pairs: Sequence[Row], prompts: int, written: int) -> float:
@@ -261,7 +257,8 @@ class CoTBootstrap(RationaleRun):
         for limit in _PROBE_TOKENS:  # the longer first: what a first call takes besides is then taken for writing
             author.sampling = replace(self.sampling, max_new_tokens=min(limit, self.sampling.max_new_tokens))
             started = time.monotonic()
-            texts = author.write(drafts, self.num_generations, [self.seed, "probe"], shown=False, on_progress=_silent)
+            seed = [self.seed, "probe"]
+            texts = author.write(drafts, self.num_generations, seed, shown=False, on_progress=lambda count: None)
             tokens = sum(candidate.tokens for own in texts for candidate in own)
             measured.append((time.monotonic() - started, max(tokens, 1)))
         (longer, more), (shorter, fewer) = measured
@@ -398,7 +395,3 @@ class CoTBootstrap(RationaleRun):
                 score = dict(zip(names, one["scores"], strict=True)) if names[0] else one["scores"][0]
                 yield {**done, **provenance, "rationale_source": one["source"], "rationale_score": score}
         self.say(str(summary))
-
-
-def _silent(count: float) -> None:
-    pass
