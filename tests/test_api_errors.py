@@ -5,7 +5,7 @@ import datetime
 import numpy as np
 import pandas
 import pytest
-from conftest import make_rows, make_tokenizer, make_trainer, save_seed
+from conftest import make_model, make_rows, make_tokenizer, make_trainer, save_seed
 from datasets import Dataset
 
 from trl_tract import (
@@ -206,6 +206,16 @@ MISTAKES = {
         lambda _: make_author("gpt-x", "chat"),
         ValueError,
         "the chat backend needs base_url",
+    ),
+    "a table to run on": (
+        lambda folder: run_tract("seed", pandas.DataFrame(make_rows(6)), folder),
+        TypeError,
+        "data is a DataFrame. A run continues from what is on disk: save it and give the path",
+    ),
+    "a loaded model to run on": (
+        lambda folder: run_tract(make_model(), "rows.jsonl", folder),
+        TypeError,
+        "model is a LlamaForCausalLM",
     ),
     "rationales of an unknown kind": (
         lambda folder: run_tract("seed", "rows.jsonl", folder, rationales="some"),

@@ -44,8 +44,8 @@ def finished(seed_model, tmp_path_factory):
     write_jsonl(directory / "rows.jsonl", make_rows(12))
     said = []
     result = run_tract(
-        seed_model,
-        str(directory / "rows.jsonl"),
+        Path(seed_model),  # paths may be Path
+        directory / "rows.jsonl",
         directory / "out",
         eval_fraction=0.34,
         training=TRAINING,

@@ -63,7 +63,7 @@ def judges(tmp_path_factory) -> dict[str, Path]:
 def started(judge: Path, output_dir: Path, extra: Any = None, **settings: Any) -> Any:
     own = {name: value for name, value in REAL.items() if name not in ("score_values", "score_marker")}
     args = REALConfig(str(output_dir), **{**own, **settings})
-    return REALTrainer(str(judge), args, train_dataset=Dataset.from_list(PLAIN_ROWS), **(extra or {}))
+    return REALTrainer(judge, args, train_dataset=Dataset.from_list(PLAIN_ROWS), **(extra or {}))
 
 
 @pytest.mark.parametrize("kind", ["full", "adapter"])

@@ -64,7 +64,7 @@ def run_in_python(seed: Path, folder: Path, training: dict[str, Any]) -> list[An
     """What a judge says that went through both stages without a file of rows."""
 
     def train(name: str, rows: Dataset) -> Path:
-        trainer = TRACTTrainer(str(seed), TRACTConfig(str(folder / name), **training), train_dataset=rows)
+        trainer = TRACTTrainer(seed, TRACTConfig(str(folder / name), **training), train_dataset=rows)
         trainer.train()
         trainer.save_model()
         return folder / name

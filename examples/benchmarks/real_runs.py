@@ -82,7 +82,7 @@ def train_tract(args: argparse.Namespace, model: str, rows: Path, held_out: Path
         }
     else:
         options["training"] = {"seed": seed}
-    result = run_tract(model, rows, out, eval_data=held_out, backend=GENERATION, isolate=False, **options)
+    result = run_tract(model, str(rows), out, eval_data=str(held_out), backend=GENERATION, isolate=False, **options)
     return sum(result.seconds.values()) / 60
 
 
@@ -93,12 +93,12 @@ def lora(model: str) -> dict[str, Any]:
 
 def runs_of(args: argparse.Namespace, model: str, rows: Path, held_out: Path, seed: int) -> Iterator[dict[str, Any]]:
     """The figures of one seed, one after the other."""
-    out = Path(args.output_dir) / f"seed-{seed}"
-    minutes = {"TRACT": train_tract(args, model, rows, held_out, out / "tract-run", seed)}
-    rows, held_out = out / "tract-run" / "train.jsonl", out / "tract-run" / "eval.jsonl"
+    tract, out = Path(args.output_dir) / f"tract-{seed}", Path(args.output_dir) / f"real-{seed}"
+    minutes = {"TRACT": train_tract(args, model, rows, held_out, tract, seed)}
+    rows, held_out = tract / "train.jsonl", tract / "eval.jsonl"
     settings = {"rl": reinforcement(args, seed), "model": model}
     run = Run(out, settings, total=2 + 6)
-    judges = {"TRACT": out / "tract-run" / "tract", "TRACT, then REAL": out / "real", "REAL on scores": out / "scores"}
+    judges = {"TRACT": tract / "tract", "TRACT, then REAL": out / "real", "REAL on scores": out / "scores"}
     starts = {"TRACT, then REAL": str(judges["TRACT"]), "REAL on scores": model}
     for name, start in starts.items():
         training = reinforcement(args, seed) | ({} if start != model else GRID)

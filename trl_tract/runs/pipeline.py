@@ -1,6 +1,7 @@
 """Both stages in order, resumable: each step's result is on disk, and a run goes on at the first unfinished one."""
 
 from collections.abc import Callable, Mapping, Sequence
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,11 @@ from trl_tract.training.recipe import tell
 
 
 def run_tract(
-    model: str,
-    data: str,
+    model: str | PathLike[str],
+    data: str | PathLike[str],
     output_dir: str | Path,
     *,
-    eval_data: str | None = None,
+    eval_data: str | PathLike[str] | None = None,
     eval_fraction: float | None = None,
     rubric: str | Path | None = None,
     columns: Sequence[str] | Mapping[str, str] | None = None,
@@ -102,10 +103,15 @@ def run_tract(
         accelerate_config: Accelerate configuration file for training.
         say: Function that prints progress messages.
     """
+    for name, given in {"model": model, "data": data, "eval_data": eval_data}.items():
+        if given is not None and not isinstance(given, str | PathLike):
+            raise TypeError(
+                f"{name} is a {type(given).__name__}. A run continues from what is on disk: save it and give the path"
+            )
     spec = RunSpec(
-        model,
-        data,
-        eval_data=eval_data,
+        fspath(model),
+        fspath(data),
+        eval_data=None if eval_data is None else fspath(eval_data),
         eval_fraction=eval_fraction,
         own=OwnColumns.to_train_on(columns, rubric),
         training=dict(training or {}),

@@ -166,7 +166,7 @@ def _read_json(path: Path) -> Iterator[Record | ValueError]:
             if text[:1] != "[":
                 kind = type(_DECODER.decode(text + file.read())).__name__
                 raise _NotRowsError(
-                    f"{path} holds a JSON {kind}. Write a list of objects, as pandas does with orient='records'"
+                    f"{path} holds a JSON {kind}. Write a list of objects, as df.to_json(path, orient='records') does"
                 )
             at, number = 1, 0
             while True:

@@ -76,8 +76,10 @@ def as_options(text: str) -> str:
     Example:
         >>> as_options("set invalid_rows='drop' to continue")
         'set --invalid_rows drop to continue'
+        >>> as_options("write it with to_json(path, orient='records')")
+        "write it with to_json(path, orient='records')"
     """
-    return re.sub(r"\b([a-z]\w*)=(['\"])([\w.-]+)\2", r"--\1 \3", text)
+    return re.sub(r"(?<!, )\b([a-z]\w*)=(['\"])([\w.-]+)\2", r"--\1 \3", text)
 
 
 def hide_host_warnings() -> None:

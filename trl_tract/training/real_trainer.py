@@ -5,6 +5,7 @@ import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from os import PathLike, fspath
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | PathLike[str] | PreTrainedModel,
         args: GRPOConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Any = None,
@@ -87,15 +88,15 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
                 f"{min(unknown)} is not supported: REALTrainer's reward is the judge's own error, after one rationale "
                 "per turn. Leave it out"
             )
-        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+        name = fspath(model) if isinstance(model, str | PathLike) else getattr(model.config, "_name_or_path", "")
         args = REALConfig.from_args(args, name.rstrip("/").split("/")[-1] or "model")
         check_start(model, name, args, kwargs.get("peft_config"))
         if processing_class is None:
             processing_class = policy_tokenizer(name, (args.model_init_kwargs or {}).get("revision"))
         self._template, self.judge_config = find_judge(name, args, processing_class, train_dataset)
         (self.scale,) = self.judge_config.scales
-        if isinstance(model, str):
-            model = load_policy(model, processing_class, args, kwargs.get("quantization_config"))
+        if isinstance(model, str | PathLike):
+            model = load_policy(name, processing_class, args, kwargs.get("quantization_config"))
             if not isinstance(model, str):
                 # It was loaded with these; the host would say that they are ignored.
                 kwargs.pop("quantization_config", None)
@@ -154,8 +155,7 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
         base = self.accelerator.unwrap_model(self.model)
         base = base.get_base_model() if hasattr(base, "get_base_model") else base
         self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
-        grid = self.scale.grid
-        share = self.args.share_prompts
+        grid, share = self.scale.grid, self.args.share_prompts
         refusal = why_not_one_forward(base) if grid.paths or share else None
         add_score_head(base, [grid], one_forward=refusal is None, share=share)
         if grid.paths:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping
+from os import PathLike, fspath
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | PathLike[str] | PreTrainedModel,
         args: TrainingArguments | None = None,
         data_collator: DataCollator | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -94,6 +95,7 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         **kwargs: Any,
     ) -> None:
+        model = fspath(model) if isinstance(model, PathLike) else model
         check_arguments(model, **kwargs)
         model_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
         args = TRACTConfig.from_args(args, model_name.rstrip("/").split("/")[-1])
