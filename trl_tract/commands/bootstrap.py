@@ -1,6 +1,5 @@
 """`trl-tract bootstrap`: rationales for rows that have only scores. Imports nothing heavy: `--help` reads it."""
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from trl_tract.commands.options import (
     GenerationArguments,
     WorkerArguments,
 )
+from trl_tract.commands.training import is_first_process
 from trl_tract.text.options import option, required
 
 
@@ -129,6 +129,6 @@ def write_rationales(
     with rows_file(source.rows(chat, lambda item: item.training or [item.reference])) as data:
         options = rows.options(engine)
         written = BootstrapStep(rows.model, str(data), rows.output_dir, settings, options, shard=worker.shard).run()
-    if written is not None and os.environ.get("RANK", "0") == "0":
+    if written is not None and is_first_process():
         print(f"The rows and their rationales are in {written}")
     return 0

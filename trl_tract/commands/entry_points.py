@@ -97,6 +97,7 @@ def _say(line: str) -> None:
 
 def _run(arguments: Sequence[str]) -> int:
     from trl_tract.commands.parsing import names_given
+    from trl_tract.runs.launching import Launch
     from trl_tract.runs.pipeline import carry_out
     from trl_tract.runs.spec import RunSpec
     from trl_tract.training.config import field_values
@@ -116,7 +117,7 @@ def _run(arguments: Sequence[str]) -> int:
         backend=generation.engine(),
         given=frozenset(names_given("run", _option_groups("run"), arguments)),
     )
-    launch = deploying.planned(processes)
+    launch = Launch.planned(processes.num_processes, processes.accelerate_config)
     if run.dry_run:
         from trl_tract.commands.dry_run import dry_run
 
@@ -230,13 +231,11 @@ def _check(arguments: Sequence[str]) -> int:
 
 
 def _recalibrate(arguments: Sequence[str]) -> int:
-    (args,) = _parse("recalibrate", arguments, positional="--judgements")
-    return reporting.recalibrate(args)
+    return reporting.recalibrate(*_parse("recalibrate", arguments, positional="--judgements"))
 
 
 def _report(arguments: Sequence[str]) -> int:
-    (args,) = _parse("report", arguments, positional="--judgements")
-    return reporting.report(args)
+    return reporting.report(*_parse("report", arguments, positional="--judgements"))
 
 
 def _demo(arguments: Sequence[str]) -> int:
