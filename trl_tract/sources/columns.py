@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from trl_tract.backends.loading import file_of
 from trl_tract.files.journal import write_json
 from trl_tract.rows.golds import is_missing, mean_golds, read_golds
 from trl_tract.rows.row import RENDERED_WITH, Row
@@ -112,11 +111,14 @@ class OwnColumns:
         Raises:
             ValueError: It cannot be read.
         """
-        file = file_of(str(path), FILE_NAME, revision)
-        if file is None:
-            return None
+        from transformers.utils import cached_file
+
         try:
-            return cls.from_dict(json.loads(Path(file).read_text(encoding="utf-8")))
+            file = Path(str(cached_file(str(path), FILE_NAME, revision=revision)))
+        except OSError:
+            return None  # the judge's own file, which is looked for first, says what is wrong with a repository
+        try:
+            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} cannot be read: {error!r}. Save the model again, or delete the file") from error
 
