@@ -277,6 +277,24 @@ class RuleArguments:
 
 
 @dataclass
+class ScoreArguments:
+    """Scores and chat template, as in training."""
+
+    score_values: list[float] = option([1.0, 2.0, 3.0, 4.0, 5.0], "Possible scores: 0 1 2, or 0..100.")
+    score_texts: list[str] | None = option(None, "Text of each score, if scores are written as words.")
+    score_marker: str = option("[RESULT]", "Text that stands before the score.")
+    aspects: dict[str, Any] | str | None = option(
+        None,
+        "Aspects, for several scores in one completion: each name with its `marker`, `values` and `texts`. JSON or a "
+        "YAML mapping.",
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = option(None, "Variables for the chat template. JSON.")
+    thinking: str = option(
+        "auto", "How to use the thinking block of the chat template.", choices=["auto", "off", "rationale"]
+    )
+
+
+@dataclass
 class ColumnArguments:
     """Your own columns and rubric."""
 

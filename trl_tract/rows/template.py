@@ -147,6 +147,8 @@ class Template:
             ValueError: It is chat messages, and there is no template.
         """
         prompt: Prompt = row["prompt"]
+        if prompt == []:
+            raise ScoreNotFoundError("no prompt", "the prompt is missing")
         if isinstance(prompt, str):
             eos = self.tokenizer.eos_token or ""
             whole_characters(prompt)
