@@ -279,7 +279,7 @@ MISTAKES = {
     "settings of judging in training that are a list": (
         lambda _: TRACTConfig("out", judge_eval_settings="[5]"),
         ValueError,
-        "is not a mapping from a judge's arguments to values",
+        "judge_eval_settings='[5]' is not a mapping of names to values",
     ),
     "an unknown setting of judging in training": (
         lambda _: JudgeEvalCallback(max_tokens=5),

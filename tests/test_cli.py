@@ -347,6 +347,14 @@ def test_text_that_yaml_made_a_number_of_is_refused(tmp_path, capsys, line):
     assert "must be text, but YAML read it as the number" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["rl_args", "bootstrap", "engine_args"])
+def test_settings_in_a_yaml_file_that_are_a_list_are_refused_in_words(name, tmp_path, capsys):
+    given = {"model": "m", "data": "rows.jsonl", "output_dir": str(tmp_path), "bf16": False, "rl": True, name: ["a"]}
+    write_json(tmp_path / "run.yaml", given)
+    assert main(["run", "--config", str(tmp_path / "run.yaml")]) == 1
+    assert f"--{name}=['a'] is not a mapping of names to values" in capsys.readouterr().err
+
+
 def test_a_yaml_file_is_read_in_either_spelling(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(f"judgements: {tmp_path}\n")
     for config in (["--config", str(tmp_path / "run.yaml")], [f"--config={tmp_path / 'run.yaml'}"]):

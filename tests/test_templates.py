@@ -457,6 +457,11 @@ def test_a_date_is_rendered_again_however_a_template_asks_for_it(source: str) ->
     assert template.ask(row_of()).text.startswith("01 February 2026<")
 
 
+def test_a_prompt_without_messages_cannot_be_asked() -> None:
+    with pytest.raises(ScoreNotFoundError, match="the prompt is missing"):
+        template_from(CHATML).ask({"prompt": []})
+
+
 def test_a_template_that_needs_a_system_message_is_found_out_behind_one() -> None:
     needs = "{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}"
     template, row = template_from(needs + CHATML), behind_system("You judge.")

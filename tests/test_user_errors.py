@@ -126,6 +126,24 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
         {},
         ["Row 0: the last message does not have the role assistant"],
     ),
+    "a completion without messages": (
+        [
+            {"prompt": [{"role": "user", "content": "ask"}], "completion": answer, "score": 4}
+            for answer in ([{"role": "assistant", "content": "fine. [RESULT] 4"}], [])
+        ],
+        {},
+        {},
+        ["1 of 2 train rows refused (empty; first: row 1): the completion is missing", REST],
+    ),
+    "messages that begin with the assistant": (
+        [
+            {"messages": [{"role": role, "content": "fine. [RESULT] 4"} for role in roles]}
+            for roles in (["user", "assistant"], ["assistant"])
+        ],
+        {},
+        {},
+        ["1 of 2 train rows refused (no prompt; first: row 1): the prompt is missing", REST],
+    ),
     "a text prompt with a chat completion": (
         [{"prompt": "ask", "completion": [{"role": "assistant", "content": "fine. [RESULT] 4"}]}],
         {},

@@ -1,6 +1,5 @@
 """`trl-tract bootstrap`: rationales for rows that have only scores. Imports nothing heavy: `--help` reads it."""
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +9,10 @@ from trl_tract.commands.options import (
     ColumnArguments,
     EngineArguments,
     GenerationArguments,
+    ScoreArguments,
     WorkerArguments,
 )
+from trl_tract.commands.training import is_first_process
 from trl_tract.text.options import option, required
 
 
@@ -68,20 +69,6 @@ class BootstrapArguments:
         "Prices per million input tokens and per million output tokens. The maximum cost is then printed before "
         "the run.",
     )
-    score_values: list[float] = option([1.0, 2.0, 3.0, 4.0, 5.0], "Possible scores, as in training: 0 1 2, or 0..100.")
-    score_texts: list[str] | None = option(None, "Text of each score, if scores are written as words.")
-    score_marker: str = option("[RESULT]", "Text that stands before the score.")
-    aspects: dict[str, Any] | str | None = option(
-        None, "Aspects, for several scores in one completion, as in training. JSON or a YAML mapping."
-    )
-    chat_template_kwargs: dict[str, Any] | str | None = option(
-        None, "Variables for the chat template, as in training. JSON."
-    )
-    thinking: str = option(
-        "auto",
-        "How to use the thinking block of the chat template, as in training.",
-        choices=["auto", "off", "rationale"],
-    )
     invalid_rows: str = option(
         "raise",
         "What to do with rows that cannot be read or have no gold score: stop at once, or continue without them.",
@@ -94,11 +81,6 @@ class BootstrapArguments:
         sampling = ("temperature", "top_p", "repetition_penalty", "max_new_tokens")
         return {**{name: getattr(self, name) for name in (*kept, *sampling)}, "seed": self.generation_seed}
 
-    def training(self) -> dict[str, Any]:
-        """The fields of TRACTConfig among them."""
-        names = ("score_values", "score_texts", "score_marker", "aspects", "chat_template_kwargs", "thinking")
-        return {name: getattr(self, name) for name in names}
-
     def options(self, engine: EngineArguments) -> dict[str, Any]:
         """As arguments of `make_author`."""
         generation = GenerationArguments(
@@ -110,7 +92,11 @@ class BootstrapArguments:
 
 
 def write_rationales(
-    rows: BootstrapArguments, columns: ColumnArguments, engine: EngineArguments, worker: WorkerArguments
+    rows: BootstrapArguments,
+    scores: ScoreArguments,
+    columns: ColumnArguments,
+    engine: EngineArguments,
+    worker: WorkerArguments,
 ) -> int:
     """Do what the options say; the exit code."""
     from trl_tract.backends.loading import load_tokenizer
@@ -120,8 +106,8 @@ def write_rationales(
     from trl_tract.sources.columns import OwnColumns
     from trl_tract.sources.door import Source, rows_file
 
-    scales = read_scales(rows.training())
-    template = TemplateSettings.of_training(rows.training()).arguments
+    scales = read_scales(vars(scores))
+    template = TemplateSettings.of_training(vars(scores)).arguments
     settings = {**rows.settings(), **scale_arguments(scales), **template, "block_size": worker.block_size}
     own = OwnColumns.to_train_on(columns.columns, columns.rubric)
     source = Source(rows.data, scales, own, rows.invalid_rows, writes=not rows.rewrite)
@@ -129,6 +115,6 @@ def write_rationales(
     with rows_file(source.rows(chat, lambda item: item.training or [item.reference])) as data:
         options = rows.options(engine)
         written = BootstrapStep(rows.model, str(data), rows.output_dir, settings, options, shard=worker.shard).run()
-    if written is not None and os.environ.get("RANK", "0") == "0":
+    if written is not None and is_first_process():
         print(f"The rows and their rationales are in {written}")
     return 0

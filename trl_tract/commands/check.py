@@ -20,6 +20,7 @@ from trl_tract.backends.loading import tokenizer_to_train
 from trl_tract.backends.tree import distinct_share, placed
 from trl_tract.commands.template_view import template_words
 from trl_tract.commands.token_view import around_score, shown_prompt, view_row
+from trl_tract.evaluation.tables import aligned
 from trl_tract.rows.dataset import find_scales
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.golds import is_missing, read_golds
@@ -34,7 +35,7 @@ from trl_tract.sources.door import Bare, Source, group_of, written_rows
 from trl_tract.sources.prompts import ORDERS
 from trl_tract.sources.schemas import Item
 from trl_tract.text.display import visible
-from trl_tract.text.terminal import aligned, bars
+from trl_tract.text.terminal import bars
 
 _EXAMPLES = 5  # rows that are kept to be shown
 _LOOKED_AT = 1000  # records whose common tokens are counted
@@ -234,7 +235,7 @@ def lengths_table(report: RowsReport) -> list[str]:
         # Lengths that rows really have, not means of two.
         cuts = np.percentile(lengths, [0, 50, 95, 100], method="inverted_cdf")
         table.append([name, *(f"{int(cut):,}" for cut in cuts)])
-    return aligned(table)
+    return aligned(table).splitlines()
 
 
 def score_histogram(golds: Sequence[float], grid: ScoreGrid, *, mark: str = "█") -> list[str]:

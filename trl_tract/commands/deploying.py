@@ -90,13 +90,6 @@ class MergeArguments:
     )
 
 
-def planned(args: LaunchArguments) -> "Launch":
-    """The processes of a command."""
-    from trl_tract.runs.launching import Launch
-
-    return Launch.planned(args.num_processes, args.accelerate_config)
-
-
 def for_generation(
     args: LaunchArguments, cluster: ClusterArguments, backend: Mapping[str, Any], shard: str | None
 ) -> tuple[dict[str, Any], "Launch"]:

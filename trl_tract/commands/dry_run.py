@@ -4,7 +4,6 @@ Knows nothing of how steps are done; what is in a row, and what is refused, come
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from trl_tract.backends.loading import tokenizer_to_train
 from trl_tract.commands.check import RowsReport, contradictions, examine, what_is_refused
 from trl_tract.commands.token_view import labelled, legend, painted, view_row
 from trl_tract.files.journal import changed_settings
+from trl_tract.files.shards import Shard
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.refusals import Refusal
 from trl_tract.runs.facts import measured
@@ -135,7 +135,7 @@ def dry_run(spec: RunSpec, output_dir: str | Path, *, colour: bool, say: Say = p
     data = spec.source(spec.data)
     if spec.bootstraps:  # what is still to be written is left out
         data = replace(data, bare="lacking")
-    readable = replace(data, invalid_rows="drop", say=_silent)  # refusals are told below, all together
+    readable = replace(data, invalid_rows="drop", say=lambda _: None)  # refusals are told below, all together
     items, evaluated = _Items(data), None
     if spec.eval_data is None:
         items.split = spec.split(readable)
@@ -207,7 +207,7 @@ def _work(name: str, spec: RunSpec, report: RowsReport, items: _Items) -> list[s
         # The stage-one model's own rationales are taken to be as long as the annotated ones.
         times = spec.num_generations + spec.keep_annotated if name == "stage2" and spec.writes_rationales else 1
         lengths = [report.tokens[row] for row in _trained_on(report, spec.training, times)]
-        lines = [str(Plan.of(lengths * times, spec.training, _processes()))]
+        lines = [str(Plan.of(lengths * times, spec.training, Shard.from_launcher().count))]
         if times > 1 and spec.stage_two_training["share_prompts"]:
             lines.append(
                 f"share_prompts: the {times} rationales of a prompt share one micro-batch, so their prompt is "
@@ -237,10 +237,6 @@ def _to_train_on(report: RowsReport, training: Mapping[str, Any]) -> str:
     trained_on = len(_trained_on(report, training))
     judged = report.trained - trained_on
     return f"{trained_on:,} rows to train on" + (f", {judged:,} to judge during training" if judged else "")
-
-
-def _silent(_: str) -> None:
-    pass
 
 
 def _finished(directory: Path, settings: Mapping[str, Any]) -> dict[str, float]:
@@ -287,14 +283,10 @@ def dry_train(
     say(_to_train_on(report, counted))
     if report.tokens:
         lengths = [report.tokens[row] for row in _trained_on(report, counted)]
-        say(str(Plan.of(lengths, training, _processes())))
+        say(str(Plan.of(lengths, training, Shard.from_launcher().count)))
     _warn(training, output_dir, say)
     _warn_of_bfloat16(training, say)
     return _rest(report, encoder, training, colour, say) and taken
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _warn(training: Mapping[str, Any], output_dir: str | Path, say: Say) -> None:

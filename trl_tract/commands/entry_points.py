@@ -50,6 +50,7 @@ SENTENCES = {
 def _option_groups(command: str) -> list[type]:
     """The dataclasses of a command's options."""
     generation = [options.GenerationArguments, options.EngineArguments]
+    written = [options.ScoreArguments, options.ColumnArguments]
     workers = [options.WorkerArguments, deploying.LaunchArguments, deploying.ClusterArguments]
     if command in ("run", "train", "rl"):
         from trl import ModelConfig
@@ -68,8 +69,8 @@ def _option_groups(command: str) -> list[type]:
         return [options.TrainArguments, options.ColumnArguments, deploying.LaunchArguments, *trained]
     groups: dict[str, list[type]] = {
         "demo": [options.DemoArguments],
-        "check": [looking.CheckArguments, options.ColumnArguments],
-        "bootstrap": [bootstrap.BootstrapArguments, options.ColumnArguments, generation[1], options.WorkerArguments],
+        "check": [looking.CheckArguments, *written],
+        "bootstrap": [bootstrap.BootstrapArguments, *written, generation[1], options.WorkerArguments],
         "distill": [options.DistillArguments, options.ColumnArguments, *generation, *workers],
         "judge": [*(options.JudgeArguments, options.RuleArguments, options.ColumnArguments), *(*generation, *workers)],
         "serve": [deploying.ServeArguments, options.RuleArguments, *generation],
@@ -97,6 +98,7 @@ def _say(line: str) -> None:
 
 def _run(arguments: Sequence[str]) -> int:
     from trl_tract.commands.parsing import names_given
+    from trl_tract.runs.launching import Launch
     from trl_tract.runs.pipeline import carry_out
     from trl_tract.runs.spec import RunSpec
     from trl_tract.training.config import field_values
@@ -116,7 +118,7 @@ def _run(arguments: Sequence[str]) -> int:
         backend=generation.engine(),
         given=frozenset(names_given("run", _option_groups("run"), arguments)),
     )
-    launch = deploying.planned(processes)
+    launch = Launch.planned(processes.num_processes, processes.accelerate_config)
     if run.dry_run:
         from trl_tract.commands.dry_run import dry_run
 
@@ -224,19 +226,17 @@ def _merge(arguments: Sequence[str]) -> int:
 def _check(arguments: Sequence[str]) -> int:
     from trl_tract.commands.check import check
 
-    rows, columns = _parse("check", arguments, positional="--data")
-    mark = "█" if can_write(sys.stdout, "█") else "#"
-    return int(not check(rows.data, rows.model, rows.training(), own=own_columns(columns), rows=rows.rows, mark=mark))
+    rows, scores, columns = _parse("check", arguments, positional="--data")
+    training, mark = rows.training() | vars(scores), "█" if can_write(sys.stdout, "█") else "#"
+    return int(not check(rows.data, rows.model, training, own=own_columns(columns), rows=rows.rows, mark=mark))
 
 
 def _recalibrate(arguments: Sequence[str]) -> int:
-    (args,) = _parse("recalibrate", arguments, positional="--judgements")
-    return reporting.recalibrate(args)
+    return reporting.recalibrate(*_parse("recalibrate", arguments, positional="--judgements"))
 
 
 def _report(arguments: Sequence[str]) -> int:
-    (args,) = _parse("report", arguments, positional="--judgements")
-    return reporting.report(args)
+    return reporting.report(*_parse("report", arguments, positional="--judgements"))
 
 
 def _demo(arguments: Sequence[str]) -> int:

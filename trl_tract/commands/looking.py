@@ -28,31 +28,13 @@ class CheckArguments:
     model: str = required("Model that you want to train. Only its tokenizer is loaded.")
     rows: list[int] = option([0], "Numbers of the rows to show token by token, counting from 0.")
     max_length: int = option(3000, "Maximum length of a row in tokens, as in training.")
-    score_values: list[float] = option([1.0, 2.0, 3.0, 4.0, 5.0], "Possible scores, as in training: 0 1 2, or 0..100.")
-    score_texts: list[str] | None = option(None, "Text of each score, if scores are written as words.")
-    score_marker: str = option("[RESULT]", "Text that stands before the score.")
-    aspects: dict[str, Any] | str | None = option(
-        None,
-        "Aspects, for several scores in one completion: each name with its `marker`, `values` and `texts`, as in "
-        "training. JSON or a YAML mapping.",
-    )
     drop_rationale: bool = option(False, "Check rows without their rationales.")
     chat_template_path: str | None = option(None, "Jinja file or model whose chat template is used, as in training.")
-    chat_template_kwargs: dict[str, Any] | str | None = option(
-        None, "Variables for the chat template, as in training. JSON."
-    )
-    thinking: str = option(
-        "auto",
-        "How to use the thinking block of the chat template, as in training.",
-        choices=["auto", "off", "rationale"],
-    )
     template_date: str | None = option(None, "Date given to the chat template, as in training.")
 
     def training(self) -> dict[str, Any]:
         """The fields of TRACTConfig among them."""
-        scores = ("max_length", "score_values", "score_texts", "score_marker", "aspects", "drop_rationale")
-        templates = ("chat_template_path", "chat_template_kwargs", "thinking", "template_date")
-        return {name: getattr(self, name) for name in (*scores, *templates)}
+        return {name: value for name, value in vars(self).items() if name not in ("data", "model", "rows")}
 
 
 @dataclass

@@ -1,10 +1,9 @@
 """The options of the commands, one dataclass for each group of them. Imports nothing heavy: `--help` reads it."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
-from trl_tract.text.options import option, required
+from trl_tract.text.options import option, read_mapping, required
 
 ROWS = (
     "Rows with rationales and scores: a .jsonl, .json, .csv, .tsv or .parquet file, or a hub id. If your columns have "
@@ -48,12 +47,7 @@ class GenerationArguments:
     def engine(self) -> dict[str, Any]:
         """As arguments of `make_backend`."""
         options: dict[str, Any] = {"batch_size": self.generation_batch_size} if self.backend == "transformers" else {}
-        if self.engine_args:
-            try:
-                options |= json.loads(self.engine_args)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"--engine_args is not a JSON object: {error}") from error
-        return {"name": self.backend, **options}
+        return {"name": self.backend, **options, **read_mapping("--engine_args", self.engine_args)}
 
 
 @dataclass
@@ -170,32 +164,19 @@ class RunArguments:
 
     def bootstrap_settings(self) -> dict[str, Any]:
         """`bootstrap` as a mapping."""
-        settings: Any = self.bootstrap or {}
-        if isinstance(settings, str):
-            try:
-                settings = json.loads(settings)
-            except ValueError as error:
-                raise ValueError(f"--bootstrap is not JSON: {error}") from error
-        if not isinstance(settings, dict):
-            raise ValueError(f"--bootstrap is {type(settings).__name__}. Give a mapping of settings")
-        return settings
+        return read_mapping("--bootstrap", self.bootstrap)
 
     def rl_settings(self) -> dict[str, Any] | None:
         """Fields of REALConfig; None where the judge is not trained on its own errors.
 
         Raises:
-            ValueError: They are no JSON object, or given without `rl`.
+            ValueError: They are no mapping, or given without `rl`.
         """
-        if not self.rl:
-            if self.rl_args:
-                raise ValueError("--rl_args needs --rl true. Add --rl true, or leave --rl_args out")
-            return None
-        if not isinstance(self.rl_args, str):
-            return dict(self.rl_args or {})
-        try:
-            return dict(json.loads(self.rl_args))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"--rl_args is not a JSON object: {error}") from error
+        if self.rl:
+            return read_mapping("--rl_args", self.rl_args)
+        if self.rl_args:
+            raise ValueError("--rl_args needs --rl true. Add --rl true, or leave --rl_args out")
+        return None
 
 
 @dataclass
@@ -293,6 +274,24 @@ class RuleArguments:
         if self.normalize_grid is not None:
             rules["normalize_grid"] = self.normalize_grid
         return rules if self.recalibrate is None else rules | {"recalibrate": self.recalibrate}
+
+
+@dataclass
+class ScoreArguments:
+    """Scores and chat template, as in training."""
+
+    score_values: list[float] = option([1.0, 2.0, 3.0, 4.0, 5.0], "Possible scores: 0 1 2, or 0..100.")
+    score_texts: list[str] | None = option(None, "Text of each score, if scores are written as words.")
+    score_marker: str = option("[RESULT]", "Text that stands before the score.")
+    aspects: dict[str, Any] | str | None = option(
+        None,
+        "Aspects, for several scores in one completion: each name with its `marker`, `values` and `texts`. JSON or a "
+        "YAML mapping.",
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = option(None, "Variables for the chat template. JSON.")
+    thinking: str = option(
+        "auto", "How to use the thinking block of the chat template.", choices=["auto", "off", "rationale"]
+    )
 
 
 @dataclass

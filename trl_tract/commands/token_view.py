@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from trl_tract.evaluation.tables import aligned
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.rendering import RenderedRow
 from trl_tract.rows.tokens import encode
 from trl_tract.text.display import visible
-from trl_tract.text.terminal import aligned, paint
+from trl_tract.text.terminal import paint
 
 Part = Literal["prompt", "rationale", "marker", "separator", "score", "after"]
 PARTS: Mapping[Part, str] = {
@@ -140,7 +141,7 @@ def labelled(tokens: Sequence[Token]) -> str:
         shown = _shortened(part, text)
         # Where a space more or less makes another token, it has to be seen.
         table.append([part, str(count), terms, shown.replace("\n", "⏎ ") if len(shown) > 40 else repr(shown)])
-    return "\n".join(aligned(table, left=4))
+    return aligned(table, left=4)
 
 
 def shown_prompt(tokens: Sequence[Token]) -> str:
@@ -156,7 +157,7 @@ def around_score(tokens: Sequence[Token], *, before: int = 3) -> str:
     for token in tokens[max(0, first - before) :]:
         terms = token.terms + ("" if token.gold is None else f", gold {token.gold:g}")
         table.append([str(token.index), str(token.id), repr(visible(token.text)), token.part, terms])
-    return "\n".join(aligned(table, left=5))
+    return aligned(table, left=5)
 
 
 def _runs(tokens: Sequence[Token]) -> list[tuple[Part, str, str]]:

@@ -16,6 +16,7 @@ from trl_tract.text.terminal import uses_colour
 def train(arguments: Sequence[str], rows: Any, columns: Any, processes: Any, training: Any, model: Any) -> int:
     """`trl-tract train`."""
     from trl_tract.backends.loading import tokenizer_to_train
+    from trl_tract.runs.launching import Launch
     from trl_tract.runs.train_steps import TrainStep
     from trl_tract.sources.door import Bare, Source, rows_file
     from trl_tract.training.config import field_values
@@ -25,7 +26,7 @@ def train(arguments: Sequence[str], rows: Any, columns: Any, processes: Any, tra
         raise ValueError(
             "--eval_data is given, but evaluation is off. Set --eval_strategy to epoch or steps, or leave the data out"
         )
-    launch = deploying.planned(processes)
+    launch = Launch.planned(processes.num_processes, processes.accelerate_config)
     if launch.starts:
         print(f"Training in {launch}: {launch.update(fields)}", flush=True)
     if rows.dry_run:

@@ -16,7 +16,7 @@ from trl_tract.demo.task import ONE_TO_FIVE, SCALES, Scale, make_rows
 from trl_tract.evaluation.pairs import Floats
 from trl_tract.evaluation.report import ScoreReport, comparison_table, score_report
 from trl_tract.files.fingerprint import made_by
-from trl_tract.files.journal import write_jsonl
+from trl_tract.files.journal import read_jsonl, write_jsonl
 from trl_tract.runs.judged import Judged
 from trl_tract.runs.results import write_run_page
 from trl_tract.runs.run import Run
@@ -220,7 +220,7 @@ def _report(directory: Path, run: Run, scale: Scale) -> dict[str, ScoreReport]:
 
 def _worked_examples(directory: Path, records: Sequence[dict[str, Any]]) -> None:
     """Print an ordinary and a hostile item: the text, the judge's rationale, its score and the gold score."""
-    rows = [json.loads(line) for line in (directory / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = list(read_jsonl(directory / "eval.jsonl"))
     for hostile in (False, True):
         shown = next(
             ((row, record) for row, record in zip(rows, records, strict=True) if row["hostile"] is hostile), None

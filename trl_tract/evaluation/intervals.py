@@ -29,6 +29,8 @@ KINDS: Mapping[str, Kind] = {
     "qwk": "correlation",  # it is a concordance correlation of the rounded scores
     "accuracy": "share",
 }
+_FARTHEST: Mapping[Kind, float] = {"correlation": 2.0, "share": 1.0, "error": math.inf}
+"""How far two judges' metrics can be apart."""
 
 MIN_UNITS = 5
 """Fewer items or groups than this have no interval: of four groups, that of a difference is as wide as the scale."""
@@ -103,6 +105,24 @@ def bootstrap(
     else:
         chunks = [resample(size, stream) for size, stream in zip(sizes, streams, strict=True)]
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def intervals(
+    statistics: Callable[[Floats], dict[str, Floats]],
+    n: int,
+    codes: Ints | None,
+    n_bootstrap: int,
+    seed: int,
+    kinds: Mapping[str, Kind],
+) -> dict[str, Interval]:
+    """Each number of all `n` items, with its interval: see `bootstrap` and, for `kinds`, `interval`."""
+    n_units = n if codes is None else int(codes.max()) + 1
+    resampled = bootstrap(statistics, n, codes, n_bootstrap if n_units > 1 else 0, seed)
+    farthest = {name: _FARTHEST[kind] for name, kind in KINDS.items()}
+    return {
+        name: interval(float(value[0]), resampled[name], n_units, kinds[name], farthest.get(name, math.inf))
+        for name, value in statistics(np.ones((1, n))).items()
+    }
 
 
 def interval(value: float, resampled: Floats, n_units: int, kind: Kind, limit: float = math.inf) -> Interval:

@@ -133,9 +133,15 @@ class Recalibration:
 
         Raises:
             FileNotFoundError: There is none: nobody has fitted and saved one.
+            OSError: The hub cannot be reached.
             ValueError: It cannot be read, or has none for the aspect `scale`.
         """
         file = _find(path, revision)
+        if file is None:
+            raise FileNotFoundError(
+                f"no {FILE_NAME} at {path}. Fit one on held-out judgements and save it there: "
+                "Recalibration.fit(...).save(directory)"
+            )
         try:
             saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             saved.pop("always", None)
@@ -157,26 +163,9 @@ def applied_by_default(path: str | Path, revision: str | None = None) -> bool:
         OSError: The hub cannot be reached.
         ValueError: It has one that cannot be read.
     """
-    if Path(path).is_dir():
-        file = Path(path) / FILE_NAME
-        if not file.is_file():
-            return False
-    else:
-        from transformers.utils.hub import cached_file, is_offline_mode
-
-        found = cached_file(
-            str(path),
-            FILE_NAME,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            # Without a network, what is not in the cache is not known to be there either.
-            _raise_exceptions_for_connection_errors=not is_offline_mode(),
-        )
-        if found is None:
-            return False
-        file = Path(str(found))
+    file = _find(path, revision)
     try:
-        return bool(json.loads(file.read_text(encoding="utf-8")).get("always"))
+        return file is not None and bool(json.loads(file.read_text(encoding="utf-8")).get("always"))
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} cannot be read as {FILE_NAME}: {error!r}. Fit and save it again") from error
 
@@ -300,16 +289,19 @@ def _least_squares(predicted: Floats, gold: Floats, least_spread: float = 0.0) -
     return slope, float(gold.mean() - slope * predicted.mean())
 
 
-def _find(path: str | Path, revision: str | None) -> Path:
-    advice = "Fit one on held-out judgements and save it there: Recalibration.fit(...).save(directory)"
+def _find(path: str | Path, revision: str | None) -> Path | None:
+    """The recalibration of a judge's directory or hub id; None where there is none."""
     if Path(path).is_dir():
         file = Path(path) / FILE_NAME
-        if file.is_file():
-            return file
-        raise FileNotFoundError(f"{file} is missing. {advice}")
-    from transformers.utils import cached_file
+        return file if file.is_file() else None
+    from transformers.utils.hub import cached_file, is_offline_mode
 
-    try:
-        return Path(str(cached_file(str(path), FILE_NAME, revision=revision)))
-    except OSError as error:
-        raise FileNotFoundError(f"no {FILE_NAME} at {path}. {advice}") from error
+    found = cached_file(
+        str(path),
+        FILE_NAME,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        # Without a network, what is not in the cache is not known to be there either.
+        _raise_exceptions_for_connection_errors=not is_offline_mode(),
+    )
+    return None if found is None else Path(str(found))

@@ -12,17 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trl_tract.evaluation.intervals import KINDS, MIN_UNITS, Interval, Kind, bootstrap, interval
+from trl_tract.evaluation.intervals import KINDS, MIN_UNITS, Interval, Kind, intervals
 from trl_tract.evaluation.pairs import METRICS, Floats, Ints, JudgedPairs, as_pairs, numbered
 from trl_tract.evaluation.standing import Standing, standing
 from trl_tract.evaluation.tables import aligned, markdown, number
 from trl_tract.evaluation.verdict import Finding, verdict
 
 __all__ = ["Comparison", "Interval", "ScoreReport", "compare", "comparison_table", "score_report"]
-
-
-_FARTHEST: Mapping[Kind, float] = {"correlation": 2.0, "share": 1.0, "error": np.inf}
-"""How far two judges' metrics can be apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,9 +195,8 @@ def score_report(
         raise ValueError(f"raters has {len(raters)} items and references has {len(gold)}. Pass one list per item.")
     if raters is not None:
         raters = [None if scores is None else [each for each in scores if not _missing(each)] for scores in raters]
-    intervals = _intervals(pairs, KINDS, int(given.sum()), codes, n_bootstrap, seed)
     return ScoreReport(
-        **intervals,
+        **_intervals(pairs, KINDS, int(given.sum()), codes, n_bootstrap, seed),
         standing=None
         if pairs is None
         else standing(
@@ -382,13 +377,7 @@ def _intervals(
         raise ValueError(f"n_bootstrap is {n_bootstrap}. Pass 1000 for intervals, or 0 for none.")
     if statistics is None:
         return dict.fromkeys(METRICS, Interval(np.nan, np.nan, np.nan))
-    values = statistics(np.ones((1, n)))
-    n_units = n if codes is None else int(codes.max()) + 1
-    resampled = bootstrap(statistics, n, codes, n_bootstrap if n_units > 1 else 0, seed)
-    return {
-        name: interval(float(values[name][0]), resampled[name], n_units, kinds[name], _FARTHEST[KINDS[name]])
-        for name in METRICS
-    }
+    return intervals(statistics, n, codes, n_bootstrap, seed, kinds)
 
 
 def _nan_if_none(number: float | None) -> float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trl_tract.evaluation.intervals import Interval, bootstrap, interval
+from trl_tract.evaluation.intervals import Interval, Kind, intervals
 from trl_tract.evaluation.metrics import spread as _spread_beside
 from trl_tract.evaluation.pairs import Floats, Ints, JudgedPairs
 
@@ -96,19 +96,15 @@ def standing(
                 found["minus_rater"] = np.sqrt(counts @ pooled.judge / rated) - np.sqrt(counts @ pooled.rater / rated)
         return found
 
-    n_units = len(gold) if codes is None else int(codes.max()) + 1
-    resampled = bootstrap(statistics, len(gold), codes, n_bootstrap, seed)
-    estimates = statistics(np.ones((1, len(gold))))
-    intervals = {
-        name: interval(float(value[0]), resampled[name], n_units, "difference") for name, value in estimates.items()
-    }
+    kinds: dict[str, Kind] = dict.fromkeys(("minus_mean", "shift", "minus_rater"), "difference")
+    found = intervals(statistics, len(gold), codes, n_bootstrap, seed, kinds)
     written = None if rationales is None else list(rationales)
     return Standing(
         mean=_point(
             JudgedPairs(np.full_like(gold, gold.mean()), gold, grid), np.ones_like(gold), ("rmse", "mae", "accuracy")
         ),
-        minus_mean=intervals["minus_mean"],
-        shift=intervals["shift"],
+        minus_mean=found["minus_mean"],
+        shift=found["shift"],
         spread=_spread_beside(predicted, gold),
         rationales=len(written) if written else None,
         distinct=len(set(written)) if written else None,
@@ -118,7 +114,7 @@ def standing(
             n=int(several.sum()),
             rater=_weighted(pooled.scores, pooled),
             judge=_weighted(pooled.predicted, pooled),
-            minus_rater=intervals["minus_rater"],
+            minus_rater=found["minus_rater"],
         ),
     )
 

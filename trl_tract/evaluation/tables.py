@@ -10,11 +10,20 @@ def number(value: float) -> str:
     return "undefined" if np.isnan(value) else f"{value:.3f}"
 
 
-def aligned(rows: Sequence[Sequence[str]], separator: str = "  ") -> str:
-    """Names to the left, numbers to the right."""
+def aligned(rows: Sequence[Sequence[str]], separator: str = "  ", *, left: int = 1) -> str:
+    """The first `left` columns to the left, the others, which are numbers, to the right.
+
+    Example:
+        >>> print(aligned([["score", "n"], ["1", "10"]]))
+        score   n
+        1      10
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        separator.join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        separator.join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
     )
 

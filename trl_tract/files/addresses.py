@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -89,5 +90,4 @@ def deliver(file: Path, target: str) -> None:
     path = Path(target.removeprefix("file://"))
     path.parent.mkdir(parents=True, exist_ok=True)
     with file.open("rb") as content, whole_file(path) as written:
-        while chunk := content.read(2**20):
-            written.write(chunk)
+        shutil.copyfileobj(content, written)

@@ -264,8 +264,7 @@ class BlockLog:
         return OSError(error.errno, f"{error.strerror} with {rows}. {kept}", str(path))
 
     def _to_do(self) -> Iterator[int]:
-        mine = (block for block in range(len(self)) if self.shard.owns(block))
-        yield from filter(self._take, mine)
+        yield from filter(self._take, range(self.shard.index, len(self), self.shard.count))
         if self.shard.helps:
             left = [block for block in range(len(self)) if not self._done[block]]
             # Each helper starts elsewhere, and at the far end of what the owner has before it.

@@ -6,7 +6,7 @@ different keys, its cells are JSON; `rows.json_columns` in the file's metadata n
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,8 @@ def _write_parquet(rows: Path, file: Path) -> None:
     fields = [(name, _arrow(pyarrow, "string" if name in as_json else kind)) for name, kind in kinds.items()]
     schema = pyarrow.schema(fields, metadata={_JSON_COLUMNS: json.dumps(as_json)})
     with ParquetWriter(file, schema) as writer:
-        for batch in _batches(read_jsonl(rows)):
+        left = read_jsonl(rows)
+        while batch := list(islice(left, _BATCH)):
             for row in batch:
                 row |= {name: json.dumps(row[name]) for name in as_json if row.get(name) is not None}
             writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))
@@ -107,8 +108,3 @@ def _arrow(pyarrow: Any, kind: Kind) -> Any:
         return pyarrow.struct([(name, _arrow(pyarrow, each)) for name, each in kind.items()])
     types = {"null": pyarrow.null, "bool": pyarrow.bool_, "int64": pyarrow.int64, "double": pyarrow.float64}
     return types.get(kind, pyarrow.string)()
-
-
-def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    while batch := list(islice(rows, _BATCH)):
-        yield batch

@@ -39,9 +39,5 @@ class Shard:
         count = int(os.environ.get("WORLD_SIZE", "1"))
         return cls(int(os.environ.get("RANK", "0")), count, helps=count > 1)
 
-    def owns(self, block: int) -> bool:
-        """Whether the block is in this worker's share."""
-        return block % self.count == self.index
-
     def __str__(self) -> str:
         return f"{self.index + 1}/{self.count}"

@@ -140,9 +140,9 @@ def render_row(template: Template, row: Mapping[str, Any], scales: Sequence[Scal
         ScoreNotFoundError: A score is missing, ambiguous or out of order; or the chat template refuses the prompt.
     """
     prompt, completion = row.get("prompt"), row.get("completion")
-    if prompt is None:
+    if prompt in (None, []):
         raise ScoreNotFoundError("no prompt", "the prompt is missing")
-    if completion is None:
+    if completion in (None, []):
         raise ScoreNotFoundError("empty", "the completion is missing")
     if is_conversational({"prompt": prompt}) != is_conversational({"completion": completion}):
         raise ScoreNotFoundError("mixed types", "prompt and completion must both be text, or both chat messages")
@@ -225,14 +225,6 @@ def written_formats(
     """
     frame = Frame() if isinstance(row.get("prompt"), str) else template.frame(row)
     return _written(row.get("completion"), frame, scales, template.thinks).formats
-
-
-def brings_thinking(template: Template, row: Mapping[str, Any]) -> bool:
-    """Whether a prompt-completion row of chat messages brings thinking of its own."""
-    completion = row.get("completion")
-    if isinstance(row.get("prompt"), str) or not completion or isinstance(completion, str):
-        return False
-    return bool(thought_and_answer(completion, template.frame(row))[0])
 
 
 @dataclass(frozen=True)
@@ -340,7 +332,12 @@ def asks_in_chat(rows: Iterable[Mapping[str, Any]]) -> bool | None:
 
 
 def _brings(template: Template, row: Mapping[str, Any]) -> bool:
+    """Whether a row of chat messages brings thinking of its own."""
     try:
-        return brings_thinking(template, as_prompt_completion(row))
+        row = as_prompt_completion(row)
+        completion = row.get("completion")
+        if isinstance(row.get("prompt"), str) or not completion or isinstance(completion, str):
+            return False
+        return bool(thought_and_answer(completion, template.frame(row))[0])
     except ScoreNotFoundError:
         return False  # refused by its number later

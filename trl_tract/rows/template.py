@@ -147,6 +147,8 @@ class Template:
             ValueError: It is chat messages, and there is no template.
         """
         prompt: Prompt = row["prompt"]
+        if prompt == []:
+            raise ScoreNotFoundError("no prompt", "the prompt is missing")
         if isinstance(prompt, str):
             eos = self.tokenizer.eos_token or ""
             whole_characters(prompt)
@@ -269,7 +271,8 @@ class Template:
         variables = self._variables(row)
         frame = self._found(variables)
         prompt = row.get("prompt")
-        head = prompt[:1] if isinstance(prompt, list) and _role(prompt[0]) in _HEADS else ()
+        first = prompt[0] if isinstance(prompt, list) and prompt else None
+        head = [first] if isinstance(first, Mapping) and first.get("role") in _HEADS else []
         if head and (isinstance(frame, ScoreNotFoundError) or frame.block is not None or frame.opening):
             # Some templates need a system message, and in some it switches thinking.
             own, parts = ({}, False) if isinstance(frame, ScoreNotFoundError) else (frame.variables, frame.parts)
@@ -369,7 +372,3 @@ def _on(source: str, date: str | None) -> str:
             told.append(f"replace({json.dumps(form)}, {json.dumps(day.strftime(form))})")
     # The environment takes one newline off behind a tag.
     return f"{{%- macro strftime_now(format) -%}}{{{{ format | {' | '.join(told)} }}}}{{%- endmacro %}}\n{source}"
-
-
-def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, Mapping) else None

@@ -1,7 +1,6 @@
 """What a run's settings are derived from: its rows, its model and what it trains on, looked at."""
 
 import math
-import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from trl_tract.backends.device import count_parameters, fastest_dtype
 from trl_tract.backends.loading import tokenizer_to_train
 from trl_tract.backends.tree import distinct_share, placed
 from trl_tract.files.journal import write_json
+from trl_tract.files.shards import Shard
 from trl_tract.rows.dataset import find_scales
 from trl_tract.rows.encoding import RowEncoder
 from trl_tract.rows.rendering import settled
@@ -125,5 +125,5 @@ def this_device() -> Device:
         kind="cpu" if accelerator is None else accelerator.type,
         memory=int(memory),
         bfloat16=fastest_dtype() == torch.bfloat16,
-        processes=int(os.environ.get("WORLD_SIZE", "1")),
+        processes=Shard.from_launcher().count,
     )

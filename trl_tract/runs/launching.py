@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
+from trl_tract.files.shards import Shard
+
 _STARTED = "TRL_TRACT_STARTED"
 _BATCH, _STEPS = "per_device_train_batch_size", "gradient_accumulation_steps"
 
 
 def is_launched() -> bool:
     """Whether a launcher, or another process of this package, started this process already."""
-    return _STARTED in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return _STARTED in os.environ or Shard.from_launcher().count > 1
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,10 @@ def ray_crew(
         )
     if Shard.from_launcher().count > 1:
         raise RuntimeError("--engine ray starts its own workers. Start the command once, without a launcher")
-    ray = _import_ray()
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError('--engine ray needs Ray: pip install "trl-tract[ray]"') from error
     with _connected(ray) as here:
         resources, count = _shares([node for node in ray.nodes() if node["Alive"]], workers, _cards(backend), here)
         actor = ray.remote(_Worker).options(
@@ -195,14 +198,6 @@ def ray_crew(
             yield team.crew()
         finally:
             team.dismiss()
-
-
-def _import_ray() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError('--engine ray needs Ray: pip install "trl-tract[ray]"') from error
-    return ray
 
 
 def _cards(backend: Mapping[str, Any]) -> int:

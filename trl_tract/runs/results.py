@@ -1,6 +1,5 @@
 """Judgements and runs -> pages, cards and recalibrations. Knows where a run keeps things, nothing of HTML or models."""
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import Any
 from trl_tract.evaluation.recalibration import FILE_NAME as CALIBRATION_FILE
 from trl_tract.evaluation.recalibration import Recalibration, applied_by_default
 from trl_tract.evaluation.report import ScoreReport
-from trl_tract.files.journal import digest, write_json
+from trl_tract.files.journal import digest, read_json, write_json
 from trl_tract.page import JudgedItems, OtherJudge, write_page
 from trl_tract.runs.judged import Judged, JudgedScale, Lazy
 from trl_tract.saved.judge_config import JudgeConfig
@@ -132,9 +131,7 @@ def finish_card(
     """
     summary = run / "self-generated" / "summary.json"
     if summary.is_file() and card.parent.name == STAGES["stage two"]:
-        add_training_run(
-            card, run / "stage1" / "README.md", data=data, summary=json.loads(summary.read_text(encoding="utf-8"))
-        )
+        add_training_run(card, run / "stage1" / "README.md", data=data, summary=read_json(summary))
     on_disk = Path(held_out).exists()
     settings = {name: value for name, value in judged.folder.shown_settings.items() if name != "model"}
     sampling = ", ".join(f"{name} {value}" for name, value in settings.items())
@@ -244,16 +241,12 @@ def _about(folder: Judged, data: str | Path | None) -> dict[str, str]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _curves(run: Path) -> dict[str, list[dict[str, Any]]]:
     states = {stage: run / folder / "trainer_state.json" for stage, folder in STAGES.items()}
-    return {
-        stage: json.loads(file.read_text(encoding="utf-8"))["log_history"]
-        for stage, file in states.items()
-        if file.is_file()
-    }
+    return {stage: read_json(file)["log_history"] for stage, file in states.items() if file.is_file()}
 
 
 def summarise(directory: Path, judges: Mapping[str, Judged], seconds: dict[str, float]) -> RunResult:

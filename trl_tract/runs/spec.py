@@ -16,8 +16,8 @@ from trl_tract.scale.scale import Scale, read_scales, scale_arguments
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.door import Source, held_out
 from trl_tract.sources.schemas import Item
+from trl_tract.text.options import read_mapping
 from trl_tract.text.secrets import without_secrets
-from trl_tract.training.config import read_settings
 from trl_tract.training.recipe import ALIASES, CONSIDERED, OBJECTIVES, calibration_share, overridden
 
 RATIONALES = ("auto", "given", "bootstrap", "none")
@@ -259,7 +259,7 @@ class RunSpec:
         if not self.training.get("judge_eval_items"):
             return {}
         batch = {"batch_size": self.backend["batch_size"]} if "batch_size" in self.backend else {}
-        given = read_settings(self.training.get("judge_eval_settings")) or {}
+        given = read_mapping("judge_eval_settings", self.training.get("judge_eval_settings"))
         return {"judge_eval_settings": {**self.generation, **batch, **given}}
 
     @property

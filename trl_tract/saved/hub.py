@@ -4,7 +4,6 @@ Private unless said otherwise. Knows files and huggingface_hub, and of models th
 generation or training.
 """
 
-import json
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -104,7 +103,7 @@ def push_rows(
         check_result(path)
     with TemporaryDirectory() as made:
         card = rows_card(
-            _json(files["summary.json"]),
+            read_json(files["summary.json"]),
             read_json(directory / "settings.json"),
             repo_id=repo_id,
             source=source,
@@ -130,7 +129,7 @@ def _saved(backend: Any, directory: Path) -> Path:
 
 def _base_on_hub(files: dict[str, Path], made: Path, base_model: str | None) -> str:
     """The hub id of an adapter's base, written into the uploaded adapter configuration."""
-    settings = _json(files["adapter_config.json"])
+    settings = read_json(files["adapter_config.json"])
     base = base_model or str(settings["base_model_name_or_path"])
     if Path(base).exists() or base.startswith((".", "/", "~")):
         raise ValueError(
@@ -189,8 +188,3 @@ def _push(
         revision=revision,
     )
     return str(address)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return content

@@ -82,7 +82,7 @@ class JudgeConfig:
             FileNotFoundError: There is none: the model was not trained by TRACTTrainer, or is somewhere else.
             ValueError: It cannot be read.
         """
-        file = find_config(path, revision)
+        file = _find(path, revision)
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
             scales = tuple(_read_scale(name, each) for name, each in saved.get("aspects", {"": saved}).items())
@@ -127,12 +127,13 @@ def _read_scale(name: str, saved: Mapping[str, Any]) -> Scale:
     return Scale(name, grid, CompletionFormat(**saved["completion_format"]), saved.get("raft_weight"))
 
 
-def find_config(path: str | Path, revision: str | None = None) -> Path:
+def _find(path: str | Path, revision: str | None) -> Path:
     """The `tract_config.json` of a model directory or hub id, there at `revision`."""
+    file = Path(path) / FILE_NAME
+    cause: OSError | None = None
+    if file.is_file():
+        return file
     if Path(path).is_dir():
-        file = Path(path) / FILE_NAME
-        if file.is_file():
-            return file
         missing = f"{file} is missing"
     elif Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
         missing = f"{path} is not a model directory"
@@ -140,18 +141,11 @@ def find_config(path: str | Path, revision: str | None = None) -> Path:
         from transformers.utils import cached_file
 
         try:
-            found = cached_file(str(path), FILE_NAME, revision=revision)
+            return Path(str(cached_file(str(path), FILE_NAME, revision=revision)))
         except OSError as error:
-            raise FileNotFoundError(
-                _no_config(f"no {FILE_NAME} at {path}{f', revision {revision}' if revision else ''}")
-            ) from error
-        return Path(str(found))
-    raise FileNotFoundError(_no_config(missing))
-
-
-def _no_config(what: str) -> str:
-    return (
-        f"{what}. It is saved by TRACTTrainer.save_model() beside the weights or the adapter. For a model that was "
+            missing, cause = f"no {FILE_NAME} at {path}{f', revision {revision}' if revision else ''}", error
+    raise FileNotFoundError(
+        f"{missing}. It is saved by TRACTTrainer.save_model() beside the weights or the adapter. For a model that was "
         "trained with other code, give the grid and the marker: CoTRAILJudge(backend, score_values=[...], "
         "score_marker=...)"
-    )
+    ) from cause

@@ -104,31 +104,6 @@ class CompletionFormat:
         return asdict(self)
 
 
-def locate_scores(completion: str, marker: str, score_texts: Sequence[str], count: int) -> tuple[ScoreSpan, ...]:
-    """Find the scores of a completion that has several, one behind each marker, in their order.
-
-    Args:
-        completion: For each aspect of the rubric a rationale, the marker and a score.
-        marker: Text that stands before every score.
-        score_texts: The admissible scores as they are written.
-        count: Scores there have to be.
-
-    Raises:
-        ScoreNotFoundError: A marker without an admissible score, or another number of markers than `count`.
-
-    Example:
-        >>> [span.text for span in locate_scores("Clear. [RESULT] 4 Rude. [RESULT] 1", "[RESULT]", ["1", "4"], 2)]
-        ['4', '1']
-    """
-    starts = [found.start() for found in re.finditer(re.escape(marker), completion)]
-    if len(starts) != count:
-        raise ScoreNotFoundError(
-            "number of scores",
-            f"the completion holds the marker {marker!r} {len(starts)} time(s), but `scores` has {count} gold score(s)",
-        )
-    return tuple(span_at(completion, start, marker, score_texts) for start in starts)
-
-
 def span_at(completion: str, marker_start: int, marker: str, score_texts: Sequence[str]) -> ScoreSpan:
     """The score behind the marker that begins at `marker_start`."""
     after = completion[marker_start + len(marker) :]

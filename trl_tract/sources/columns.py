@@ -111,16 +111,12 @@ class OwnColumns:
         Raises:
             ValueError: It cannot be read.
         """
-        file = Path(path) / FILE_NAME
-        if not Path(path).is_dir():
-            from transformers.utils import cached_file
+        from transformers.utils import cached_file
 
-            try:
-                file = Path(str(cached_file(str(path), FILE_NAME, revision=revision)))
-            except OSError:
-                return None  # the judge's own file, which is looked for first, says what is wrong with the repository
-        if not file.is_file():
-            return None
+        try:
+            file = Path(str(cached_file(str(path), FILE_NAME, revision=revision)))
+        except OSError:
+            return None  # the judge's own file, which is looked for first, says what is wrong with a repository
         try:
             return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError) as error:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,12 +167,8 @@ class Source:
             self.say(what)
 
 
-def _group(item: Item) -> str:
-    return item.group
-
-
 def held_out(
-    items: Iterable[Item], fraction: float, seed: int, by: Callable[[Item], str] = _group, fewest: int = 1
+    items: Iterable[Item], fraction: float, seed: int, by: Callable[[Item], str] = attrgetter("group"), fewest: int = 1
 ) -> Callable[[Item], bool]:
     """Whether an item is held out, if about `fraction` of the groups are; a group is never split.
 

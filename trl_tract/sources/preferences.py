@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from trl_tract.evaluation.intervals import Interval, bootstrap, interval
-from trl_tract.evaluation.pairs import METRICS, Floats, numbered
+from trl_tract.evaluation.intervals import Interval, intervals
+from trl_tract.evaluation.pairs import Floats, numbered
 from trl_tract.rows.messages import no_spelled_messages, text_of
 from trl_tract.rows.row import Row
 from trl_tract.sources.prompts import cleaned_instruction, prometheus_question
@@ -168,11 +168,9 @@ def pair_report(records: Sequence[Mapping[str, Any]], *, n_bootstrap: int = 1000
 def _share(wins: Floats, groups: Sequence[Any], n_bootstrap: int, seed: int) -> Interval:
     if not len(wins):
         return Interval(np.nan, np.nan, np.nan)
-    codes = numbered(map(json.dumps, groups))
-    count = int(codes.max()) + 1
 
     def statistics(counts: Floats) -> dict[str, Floats]:
-        return dict.fromkeys(METRICS, counts @ wins / counts.sum(axis=1))
+        return {"accuracy": counts @ wins / counts.sum(axis=1)}
 
-    resampled = bootstrap(statistics, len(wins), codes, n_bootstrap if count > 1 else 0, seed)["accuracy"]
-    return interval(float(wins.mean()), resampled, count, "share")
+    codes = numbered(map(json.dumps, groups))
+    return intervals(statistics, len(wins), codes, n_bootstrap, seed, {"accuracy": "share"})["accuracy"]

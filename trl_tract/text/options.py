@@ -4,7 +4,8 @@ Knows no option. (`transformers.HfArg` does the same, but importing it takes lon
 """
 
 import copy
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, field
 from typing import Any
 
@@ -20,3 +21,21 @@ def option(default: Any, help: str, *, choices: Sequence[str] | None = None) -> 
 def required(help: str) -> Any:
     """The same where the user has to say something."""
     return option(MISSING, help)
+
+
+def read_mapping(name: str, given: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """An option that is a mapping, on the command line as JSON; empty where nothing is given.
+
+    Args:
+        name: What a message calls it.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    try:
+        found = json.loads(given) if isinstance(given, str) and given else given or {}
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{name}={given!r} is not a mapping of names to values")
+    return dict(found)

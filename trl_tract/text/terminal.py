@@ -1,10 +1,10 @@
-"""Text for a terminal or a log file: colour where it is wanted, bars, tables. Knows nothing of rows or models."""
+"""Text for a terminal or a log file: colour where it is wanted, bars. Knows nothing of rows or models."""
 
 import logging
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TextIO
 
 STYLES: Mapping[str, str] = {
@@ -18,13 +18,11 @@ STYLES: Mapping[str, str] = {
 }
 
 
-def uses_colour(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
+def uses_colour(stream: TextIO) -> bool:
     """Whether colour is wanted: on a terminal, or with FORCE_COLOR; never with NO_COLOR (https://no-color.org)."""
-    if environment.get("NO_COLOR"):
+    if os.environ.get("NO_COLOR"):
         return False
-    if environment.get("FORCE_COLOR"):
-        return True
-    return stream.isatty() and environment.get("TERM") != "dumb"
+    return bool(os.environ.get("FORCE_COLOR")) or (stream.isatty() and os.environ.get("TERM") != "dumb")
 
 
 def paint(text: str, style: str) -> str:
@@ -51,23 +49,6 @@ def bars(counts: Mapping[str, int], *, width: int = 40, mark: str = "█") -> li
         length = max(1, round(width * count / highest)) if count else 0  # the least of counts is still seen
         lines.append(f"{name:>{names}} {mark * length:<{width}} {count:>{numbers},}")
     return lines
-
-
-def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
-    """A table's lines: the first `left` columns to the left, the others, which are numbers, to the right.
-
-    Example:
-        >>> aligned([["", "min"], ["prompt", "7"]])
-        ['        min', 'prompt    7']
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def as_options(text: str) -> str:

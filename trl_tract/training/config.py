@@ -1,7 +1,6 @@
 """TRACTConfig: the fields that TRACT adds to SFTConfig, and what it refuses. Knows nothing else."""
 
 import copy
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from trl import SFTConfig
 from trl_tract.rows.template import TemplateSettings
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import DEFAULT_MARKER, DEFAULT_VALUES, Scale, read_scales
-from trl_tract.text.options import option
+from trl_tract.text.options import option, read_mapping
 from trl_tract.text.secrets import without_secrets
 
 
@@ -214,7 +213,7 @@ class TRACTConfig(KeepsSecrets, SFTConfig):
         settings = self.template_settings
         self.chat_template_kwargs = dict(settings.chat_template_kwargs) or None
         self.thinking, self.template_date = self.thinking or settings.thinking, settings.date
-        self.judge_eval_settings = read_settings(self.judge_eval_settings)
+        self.judge_eval_settings = read_mapping("judge_eval_settings", self.judge_eval_settings) or None
         if self.judge_eval_items < 0:
             raise ValueError(f"judge_eval_items={self.judge_eval_items} must be 0 (none) or more")
         if self.judge_eval_items and self.eval_strategy == "no":
@@ -314,17 +313,6 @@ def greater_is_better(metric: str) -> bool | None:
     if found is None:
         return None
     return not found[1] and found[2] not in ("mae", "rmse", "failed")
-
-
-def read_settings(settings: Mapping[str, Any] | str | None) -> dict[str, Any] | None:
-    """`judge_eval_settings` as a mapping; JSON on the command line."""
-    try:
-        read = json.loads(settings) if isinstance(settings, str) else settings
-    except ValueError as error:
-        raise ValueError(f"judge_eval_settings is not JSON: {error}") from error
-    if read is not None and not isinstance(read, Mapping):
-        raise ValueError(f"judge_eval_settings={settings!r} is not a mapping from a judge's arguments to values")
-    return dict(read) if read else None
 
 
 def field_values(args: TrainingArguments) -> dict[str, Any]:

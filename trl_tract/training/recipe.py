@@ -4,13 +4,13 @@ Where they come from, and the runs behind them: docs/defaults.md. Knows nothing 
 of how facts are found.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from trl_tract.scale.scale import read_scales
+from trl_tract.text.options import read_mapping
 
 OBJECTIVES = ("auto", "paper")
 """`auto`: what is not set is derived here. `paper`: the objective and the defaults of TRACT's authors and of TRL."""
@@ -128,8 +128,7 @@ def derive(facts: Facts, given: Mapping[str, Any] | None = None) -> Recipe:
         ValueError: The model does not fit into the device's memory.
     """
     given = {ALIASES.get(name, name): value for name, value in (given or {}).items()}
-    init = given.get("model_init_kwargs") or {}  # JSON on the command line; counts before model_args
-    given |= json.loads(init) if isinstance(init, str) else init
+    given |= read_mapping("model_init_kwargs", given.get("model_init_kwargs"))  # counts before model_args
     settings = [*_score_terms(facts, given), *_adapter(facts, given), *_schedule(facts, given), *_numbers(facts, given)]
     return Recipe(facts, tuple(setting for setting in settings if setting.name not in given))
 
