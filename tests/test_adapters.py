@@ -91,6 +91,48 @@ def test_an_unloaded_model_is_the_seed_or_refused(tmp_path, name):
         torch.testing.assert_close(logits(trained(tmp_path, unloaded, extra=settings).model), wanted, rtol=0, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # PEFT's
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT:UserWarning")  # likewise
+@pytest.mark.parametrize("again", [None, lora(target_modules=["gate_proj"])])
+def test_a_model_with_layers_of_an_earlier_adapter_is_refused(tmp_path, seed, again):
+    model = AutoModelForCausalLM.from_pretrained(seed)
+    trained(tmp_path, model, extra={"peft_config": lora(target_modules=["q_proj"])})
+    wanted = "holds the layers of an adapter" if again is None else r"where the new one has none \(.*q_proj\)"
+    with pytest.raises(ValueError, match=wanted):
+        trained(tmp_path, model, extra={"peft_config": again})
+
+
+@pytest.mark.parametrize("again", [None, lora()])
+def test_an_adapter_that_transformers_loaded_is_refused(tmp_path, seed, again):
+    get_peft_model(AutoModelForCausalLM.from_pretrained(seed), lora()).save_pretrained(tmp_path / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="holds the layers of an adapter, but is no PeftModel"):
+        trained(tmp_path, model, extra={"peft_config": again})
+
+
+def test_an_adapter_beside_an_older_full_model_is_no_seed(tmp_path, seed):
+    get_peft_model(AutoModelForCausalLM.from_pretrained(seed), lora()).save_pretrained(seed)
+    with pytest.raises(ValueError, match="seed is an adapter, but training starts from a full model"):
+        trained(tmp_path, str(seed))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("shards", ["5GB", "20KB"])
+def test_an_adapter_on_weights_that_were_not_saved_is_refused(tmp_path, seed, wrapped, shards):
+    def on(model: Any, adapter: LoraConfig) -> Any:
+        if wrapped:
+            return trained(tmp_path, get_peft_model(model, adapter))
+        return trained(tmp_path, model, extra={"peft_config": adapter})
+
+    first = on(AutoModelForCausalLM.from_pretrained(seed), lora())
+    first.train()
+    merged = first.model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged", max_shard_size=shards)
+    with pytest.raises(ValueError, match=r"of this model is not what it is in .*seed.*save_pretrained"):
+        on(merged, lora())
+    on(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16), lora())
+
+
 @pytest.mark.parametrize("start", ["pissa_niter_4", "corda", "lora_ga"])
 @pytest.mark.filterwarnings("ignore:`init_lora_weights` is 'corda':UserWarning")  # PEFT's
 def test_a_start_that_loading_does_not_repeat_is_refused(tmp_path, start):

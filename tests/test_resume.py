@@ -192,6 +192,22 @@ def test_an_older_checkpoint_is_refused_by_what_it_says(tmp_path, halfway, name)
     assert checkpoint_of(True, trainer_of(tmp_path).args, None) == str(tmp_path / "checkpoint-4")
 
 
+def test_a_checkpoint_of_another_trainer_is_refused(tmp_path, halfway):
+    shutil.copytree(halfway, tmp_path, dirs_exist_ok=True)
+    for name in ("tract_objective.json", "tract_config.json"):  # as SFTTrainer leaves it
+        (tmp_path / "checkpoint-4" / name).unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-4 is not a checkpoint of this trainer.*another output_dir"):
+        trainer_of(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_the_model_alone_is_refused(tmp_path, halfway):
+    shutil.copytree(halfway, tmp_path, dirs_exist_ok=True)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):  # as save_only_model leaves it
+        (tmp_path / "checkpoint-4" / name).unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-4 has no optimizer state.*save_only_model"):
+        trainer_of(tmp_path).train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("steps", [4, 6])  # at the end of an epoch, and within one
 def test_a_run_that_has_its_last_checkpoint_trains_no_further_step(tmp_path, steps):
     trainer = trainer_of(tmp_path, steps)

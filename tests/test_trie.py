@@ -308,7 +308,7 @@ def test_a_tokenised_row_tells_the_paths_that_its_text_tells(vocabularies, vocab
         found, found_form = told.grid, told.format
         assert (found.token_ids, found.paths) == (grid.token_ids, grid.paths)
         assert (found_form.lead, found_form.separator) == (form.lead, form.separator)
-        assert not TokenisedRowEncoder((told,), None)(row)["refusal_kind"]
+        assert not TokenisedRowEncoder((told,), None, tokenizer=tokenizer)(row)["refusal_kind"]
 
 
 def test_a_tokenised_row_in_another_spelling_is_refused(vocabularies):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_model, make_rows, make_tokenizer, make_trainer
+from conftest import ASPECTS, make_aspect_rows, make_model, make_rows, make_tokenizer, make_trainer
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from transformers import ByT5Tokenizer, TrainingArguments
@@ -14,6 +14,7 @@ from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trl_tract import TRACTConfig, TRACTTrainer
+from trl_tract.rows.dataset import ScoreCollator
 from trl_tract.saved.judge_config import JudgeConfig
 
 TOKENS = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
@@ -302,6 +303,36 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
         {"raft_weight": 0.0, "rationale_weight": 0.0},
         {},
         ["raft_weight and rationale_weight are both 0"],
+    ),
+    "no weight in any aspect": (
+        make_aspect_rows(3),
+        {"aspects": {name: {**scale, "raft_weight": 0} for name, scale in ASPECTS.items()}, "rationale_weight": 0.0},
+        {},
+        ["raft_weight and rationale_weight are both 0"],
+    ),
+    "packing without a length": (
+        make_rows(3),
+        {"packing": True, "max_length": None},
+        {},
+        ["packing needs max_length"],
+    ),
+    "a conversation beside a completion": (
+        [row | {"messages": [{"role": "assistant", "content": "no [RESULT] 1"}]} for row in make_rows(3)],
+        {},
+        {},
+        ["the train dataset has `messages` and `completion`", "dataset.remove_columns(...)"],
+    ),
+    "a transform": (
+        Dataset.from_list(make_rows(3)).with_transform(dict),
+        {},
+        {},
+        ["the train dataset has a transform", "only once", "dataset.map(...)", "dataset.reset_format()"],
+    ),
+    "packing for evaluation with a collator": (
+        make_rows(3),
+        {"eval_packing": True},
+        {"extra": {"data_collator": ScoreCollator(pad_token_id=3)}},
+        ["eval_packing=True needs the default collator"],
     ),
     "an unknown way with invalid rows": (
         make_rows(3),

@@ -9,7 +9,7 @@ Knows nothing of losses, heads or trainers.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ _LAYERS = {"full_attention", "sliding_attention"}
 # Largest difference of the two ways, relative to the hidden states: far above the rounding of 16 bits, far below that
 # of a branch that sees what it must not.
 _SAME = 0.1
+# Likewise between a row behind one row and behind another; here the tokens are computed alike.
+_APART = 0.01
 
 
 @dataclass(frozen=True)
@@ -310,6 +312,34 @@ def why_not_one_forward(model: PreTrainedModel) -> str | None:
     if not difference <= _SAME:  # NaN is no agreement
         return f"{type(model).__name__} ignores the mask (its hidden states differ by {difference:.0%})"
     return None
+
+
+@torch.no_grad()
+def keeps_apart(model: PreTrainedModel, flatten: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> bool:
+    """Whether rows that stand one behind another in a sequence do not see each other; tried out on a few tokens.
+
+    Args:
+        flatten: Makes a batch of one sequence of rows of `input_ids`.
+    """
+    weights = list(model.parameters())
+    if any(weight.device.type == "meta" or hasattr(weight, "ds_id") for weight in weights):
+        return True  # not here yet, or in pieces: nothing to try
+    ids = [[(place * 7 + first) % model.config.get_text_config().vocab_size for place in range(8)] for first in (2, 5)]
+    device = model.get_input_embeddings().weight.device
+    backbone: Any = model.base_model
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    states = []
+    try:
+        for rows in ([ids[0], ids[1]], [ids[1], ids[1]]):
+            batch = flatten([{"input_ids": row} for row in rows])
+            del batch["labels"]
+            inputs = {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
+            states.append(backbone(**inputs, use_cache=False).last_hidden_state[:, 8:].float())
+    finally:
+        for module, training in modes:
+            module.training = training
+    return bool((states[0] - states[1]).norm() <= _APART * states[1].norm())
 
 
 def several_tokens(trie: TokenTrie, refusal: str | None) -> str:

@@ -19,6 +19,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_tract.backends.device import dtype_to_compute_in
 
+_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _SAMPLED = 256  # numbers of each parameter that a fingerprint looks at
 
 
@@ -115,6 +116,46 @@ def _untie(model: Any) -> None:
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
+def changed_weight(model: Any, revision: str | None = None) -> str | None:
+    """Name of a weight that is not, in memory, what it is in the files that the model was loaded from; None without.
+
+    The first rows of each are compared, up to the rounding of 16 bits. What is quantised, or named otherwise in the
+    files, is passed over, and so are files that are not here.
+    """
+    weights = {name.replace(".base_layer", ""): weight for name, weight in model.named_parameters()}
+    for file in _weight_files(getattr(model.config, "_name_or_path", ""), revision):
+        with safe_open(file, "pt") as saved:
+            for name in sorted(weights.keys() & set(saved.keys())):
+                weight, slices = weights[name].detach(), saved.get_slice(name)
+                if weight.is_meta or not weight.dim() or list(weight.shape) != slices.get_shape():
+                    continue
+                wanted, found = slices[:4], weight[:4]
+                if {wanted.dtype, found.dtype} <= _FLOATS and not torch.allclose(
+                    found.cpu().double(), wanted.double(), rtol=2**-7, atol=1e-6
+                ):
+                    return name
+    return None
+
+
+def _weight_files(model_id: str, revision: str | None) -> list[str]:
+    """The files with the weights of a directory or hub id, as far as they are here."""
+
+    def here(name: str) -> str | None:
+        try:
+            found: str | None = cached_file(model_id, name, revision=revision, local_files_only=True)
+        except OSError:
+            found = None
+        return found
+
+    if not model_id:
+        return []
+    index = here("model.safetensors.index.json")
+    names = ["model.safetensors"]
+    if index is not None:
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    return [file for file in map(here, names) if file is not None]
+
+
 def loaded_fingerprint(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Name of a part -> its digest, of a model in memory: samples of every parameter, its settings, its tokenizer.
 
@@ -172,8 +213,7 @@ def check_model(model_id: str) -> None:
 def check_seed(model_id: str) -> None:
     """Refuse what training cannot start from: a path that leads nowhere, and an adapter."""
     check_model(model_id)
-    path = Path(model_id)
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+    if (Path(model_id) / "adapter_config.json").is_file():  # a full model of an earlier training may stand beside it
         raise ValueError(
             f"{model_id} is an adapter, but training starts from a full model. Give its base model, or merge the "
             "adapter: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"

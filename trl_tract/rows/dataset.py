@@ -141,6 +141,11 @@ def check_dataset(dataset: Any, dataset_name: str) -> None:
         raise TypeError(f"the {dataset_name} dataset is a {kind}. Make it a Dataset, as in Dataset.from_list(rows)")
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"the {dataset_name} dataset is empty")
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        raise ValueError(
+            f"the {dataset_name} dataset has a transform, which would be applied only once, before training. Apply it "
+            "with dataset.map(...), or remove it with dataset.reset_format()"
+        )
     check_labels(dataset)
 
 
@@ -159,11 +164,30 @@ def check_columns(columns: Sequence[str], needed: Sequence[str], dataset_name: s
                 "annotators_ column holds, at the same token, the fraction of annotators who gave that score. Or pass "
                 f"{understood}"
             )
-    elif "messages" not in columns and "conversations" not in columns and not {"prompt", "completion"} <= set(columns):
+        return
+    sources = [name for name in ("messages", "conversations", "completion") if name in columns]
+    if not sources or (sources == ["completion"] and "prompt" not in columns):
         raise ValueError(
             f"the {dataset_name} dataset has the columns {found}; TRACT needs to know where the prompt ends and the "
             f"completion begins. Pass {understood}"
         )
+    if len(sources) > 1:
+        raise ValueError(
+            f"the {dataset_name} dataset has {' and '.join(f'`{name}`' for name in sources)}, and only one of them can "
+            "be what the judge learns to write. Remove the others with dataset.remove_columns(...)"
+        )
+
+
+def check_scored(rows: Dataset | IterableDataset, scales: Sequence[Scale]) -> None:
+    """Refuse prepared rows whose predictions could not be told apart: packed ones, and one that has no score."""
+    for number, row in enumerate(rows):
+        if "seq_lengths" in row:
+            raise ValueError("the test dataset is packed, which changes the order of rows. Pass the rows themselves")
+        if not score_indices(row, scales):
+            raise ValueError(
+                f"row {number} of the test dataset has no score in score_labels, so nothing is predicted for it, and "
+                "later predictions would be those of other rows. Remove such rows"
+            )
 
 
 def prepare_rows(
@@ -226,6 +250,9 @@ class ScoreCollator(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows of `input_ids`, `labels`, `score_labels` and the annotator columns."""
+        if "seq_lengths" in examples[0] and not self.padding_free:
+            # Packed for evaluation alone: padded, the rows of a pack would see each other.
+            return replace(self, padding_free=True).torch_call(examples)
         batch: dict[str, Any] = super().torch_call(examples)
         batch["score_labels"] = self._floats(examples, "score_labels")
         if self.annotator_columns:
@@ -242,11 +269,16 @@ class ScoreCollator(DataCollatorForLanguageModeling):
         return pad(rows, padding_value=math.nan, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)  # type: ignore[no-any-return]
 
 
-def score_mask(batch: dict[str, Any]) -> torch.Tensor:
-    """Where the batch's scores stand, bool `(B, L - 1)`, aligned with labels that are shifted by one."""
-    if "score_labels" not in batch:
-        raise ValueError(
-            "the batch has no score_labels, so the score loss cannot be computed. Leave data_collator out, or make it "
-            "pad that column with NaN to the shape of input_ids"
-        )
+def score_mask(batch: dict[str, Any], also: Sequence[str] = ()) -> torch.Tensor:
+    """Where the batch's scores stand, bool `(B, L - 1)`, aligned with labels that are shifted by one.
+
+    Args:
+        also: What else the loss needs of a batch.
+    """
+    for name in ("score_labels", *also):
+        if name not in batch:
+            raise ValueError(
+                f"the batch has no {name}, so the score loss cannot be computed. Leave data_collator out, or make it "
+                "return what trl_tract.rows.dataset.ScoreCollator returns"
+            )
     return ~batch["score_labels"][:, 1:].isnan()  # type: ignore[no-any-return]

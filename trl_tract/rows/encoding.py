@@ -8,7 +8,7 @@ truncation ate is seen to be missing. Knows nothing of datasets or models.
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Features, List, Value
@@ -18,10 +18,11 @@ from trl_tract.rows.golds import annotator_shares, read_golds
 from trl_tract.rows.rendering import RenderedRow, as_prompt_completion, render_row, without_rationales
 from trl_tract.rows.row import ROW_NUMBER
 from trl_tract.rows.template import NO_SETTINGS, Template, TemplateSettings
-from trl_tract.rows.tokens import tokenise
+from trl_tract.rows.tokens import format_from_ids, tokenise
 from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale
 from trl_tract.scale.text import ScoreNotFoundError, some_scores
+from trl_tract.scale.trie import ScorePath
 
 MODEL_COLUMNS = ["input_ids", "labels", "score_labels"]
 ASPECT_COLUMN = "score_aspects"
@@ -57,11 +58,15 @@ class Encoder:
         scales: In the order in which completions have them, their tokens resolved.
         max_length: Tokens a row may have; None: no limit.
         annotators: Whether to make `annotator_columns`.
+        tokenizer: Of the model.
+        score_in_ce: Whether the scores are left in the cross-entropy.
     """
 
     scales: tuple[Scale, ...]
     max_length: int | None
     annotators: bool = False
+    tokenizer: PreTrainedTokenizerBase = field(kw_only=True)
+    score_in_ce: bool = field(default=False, kw_only=True)
 
     @property
     def columns(self) -> list[str]:
@@ -109,13 +114,10 @@ class RowEncoder(Encoder):
 
     Attributes:
         completion_only: Whether the prompt is left out of the cross-entropy.
-        score_in_ce: Whether the scores are left in it.
     """
 
-    tokenizer: PreTrainedTokenizerBase
     settings: TemplateSettings = NO_SETTINGS
     completion_only: bool = True
-    score_in_ce: bool = False
     drop_rationale: bool = False
 
     @functools.cached_property
@@ -155,13 +157,17 @@ class RowEncoder(Encoder):
 
 @dataclass(frozen=True)
 class TokenisedRowEncoder(Encoder):
-    """Checks a row that came as `input_ids`, `labels`, `score_labels` and the other columns, and cuts it."""
+    """Checks a row that came as `input_ids`, `labels`, `score_labels` and the other columns, and cuts it.
+
+    Of its labels, those of the scores alone are set: `score_in_ce` decides on them.
+    """
 
     def _encode(self, row: Mapping[str, Any]) -> tuple[dict[str, list[Any]], int]:
         lengths = {name: len(row[name]) for name in self.columns}
         if len(set(lengths.values())) > 1:
             shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
             raise ScoreNotFoundError("unequal lengths", f"its columns have unequal lengths: {shown}")
+        ids, columns = row["input_ids"], {name: list(row[name]) for name in self.columns}
         indices = score_indices(row, self.scales)
         for scale, index in zip(self.scales, indices, strict=False):
             score = row["score_labels"][index]
@@ -170,19 +176,23 @@ class TokenisedRowEncoder(Encoder):
                 raise ScoreNotFoundError(
                     "off the range", f"{scale.about}the score {score:g} is not between {low} and {high}"
                 )
-            _check_score_tokens(row["input_ids"], index, scale.grid)
-        return {name: list(row[name]) for name in self.columns}, max(indices, default=-1)
+            written = _written_tokens(ids, index, scale.grid)
+            format_from_ids(self.tokenizer, ids, index, scale)  # raises where no marker stands before the score
+            columns["labels"][index : index + len(written)] = written if self.score_in_ce else [-100] * len(written)
+        return columns, max(indices, default=-1)
 
 
-def _check_score_tokens(ids: Sequence[int], index: int, grid: ScoreGrid) -> None:
-    """Refuse a tokenised row where no score of the grid begins at `index`."""
-    known = [path.token_ids for path in grid.paths] or [(token,) for token in grid.token_ids]
-    if not any(tuple(ids[index : index + len(path)]) == path for path in known):
-        shown = some_scores([str(path if grid.paths else path[0]) for path in known])
-        raise ScoreNotFoundError(
-            "other tokens",
-            f"score_labels marks token {index} (id {ids[index]}), which is none of the scores' tokens {shown}",
-        )
+def _written_tokens(ids: Sequence[int], index: int, grid: ScoreGrid) -> tuple[int, ...]:
+    """The tokens of the score that begins at `index`; refuses a tokenised row where none of the grid does."""
+    known: Sequence[ScorePath] = grid.paths or [ScorePath((token,)) for token in grid.token_ids]
+    for path in known:
+        if tuple(ids[index : index + len(path.token_ids)]) == path.token_ids:
+            return path.written
+    shown = some_scores([str(path.token_ids if grid.paths else path.token_ids[0]) for path in known])
+    raise ScoreNotFoundError(
+        "other tokens",
+        f"score_labels marks token {index} (id {ids[index]}), which is none of the scores' tokens {shown}",
+    )
 
 
 def score_indices(row: Mapping[str, Any], scales: Sequence[Scale]) -> list[int]:

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from trl_tract.backends.loading import changed_weight
 
 # Ways of starting LoRA that begin at the seed model, and whose adapters load as they were saved. The base weights that
 # `pissa` and `olora` change in memory are changed alike when the adapter is loaded.
@@ -24,7 +27,7 @@ _CHANGES: dict[str, tuple[Any, ...]] = {
 }
 # With these, a second adapter would not start anew from a loaded model from which the first was not unloaded.
 _LEFT: dict[str, tuple[Any, ...]] = {"target_parameters": (), "trainable_token_indices": ()}
-_MARK = "_trl_tract_changed_by"
+_MARK, _HELD = "_trl_tract_changed_by", "_trl_tract_held"
 
 
 def check_adapters(model: Any, peft_config: PeftConfig | None) -> None:
@@ -69,6 +72,34 @@ def check_adapters(model: Any, peft_config: PeftConfig | None) -> None:
                 f"this model was already changed by training with {changed}, so it is no longer the seed model. Load "
                 "the seed model again, or give its directory or hub id"
             )
+    if not isinstance(model, str):
+        _check_loaded(model, peft_config)
+
+
+def _check_loaded(model: Any, peft_config: PeftConfig | None) -> None:
+    """Refuse a model in memory that would not be loaded as it is trained."""
+    if isinstance(model, PeftModel):
+        peft_config, base = model.active_peft_config, model.get_base_model()
+        unknown = _change(peft_config, _CHANGES) is not None
+    else:
+        base, unknown = model, False
+        held = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+        # A new adapter takes the place of what it replaces; see `mark_base`.
+        setattr(model, _HELD, held)
+        if held and (peft_config is None or getattr(model, "_hf_peft_config_loaded", False)):
+            raise ValueError(
+                "this model holds the layers of an adapter, but is no PeftModel, so it would not be saved as it is "
+                "trained. Load the seed model again, or load the adapter with PeftModel.from_pretrained(base, "
+                "directory, is_trainable=True)"
+            )
+    # The adapter alone is saved.
+    if peft_config is not None and not unknown and (name := changed_weight(base, peft_config.revision)):
+        source = base.config._name_or_path
+        raise ValueError(
+            f"{name} of this model is not what it is in {source}, and the saved adapter would be loaded on {source}. "
+            "Save the model with save_pretrained and give that directory, or, for another revision on the hub, set "
+            "revision in the adapter's configuration"
+        )
 
 
 def on_revision(peft_config: PeftConfig | None, init: Mapping[str, Any] | None) -> PeftConfig | None:
@@ -89,6 +120,13 @@ def mark_base(model: Any) -> None:
     """Let `check_adapters` recognise a base model whose weights an adapter changed, also when that is unloaded."""
     _check_head(model)
     if isinstance(model, PeftModel):
+        held = getattr(model.get_base_model(), _HELD, [])
+        if left := set(held) - set(model.base_model.targeted_module_names):
+            raise ValueError(
+                f"this model still holds layers of an earlier adapter where the new one has none ({min(left)}), so "
+                "training would not start from the seed model. Load the seed model again, or give its directory or "
+                "hub id"
+            )
         changes = [_change(config, _CHANGES) for config in model.peft_config.values()]
         setattr(model.get_base_model(), _MARK, next((change for change in changes if change), None))
 

@@ -199,7 +199,8 @@ class TRACTConfig(KeepsSecrets, SFTConfig):
             weight = getattr(self, name)
             if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
                 raise ValueError(f"{name}={weight!r} must be a number, 0 or greater")
-        if self.raft_weight == self.rationale_weight == self.annotator_weight == 0:
+        raft_weights = [self.raft_weight if scale.raft_weight is None else scale.raft_weight for scale in scales]
+        if not any([*raft_weights, self.rationale_weight, self.annotator_weight]):
             raise ValueError(
                 "raft_weight and rationale_weight are both 0, so there is no loss to train on. Set one of them above 0"
             )
@@ -245,7 +246,9 @@ class TRACTConfig(KeepsSecrets, SFTConfig):
                 "activation_offloading=True moves activations from an accelerator to main memory, but there is no "
                 "accelerator here. Leave it out"
             )
-        if self.packing and self.packing_strategy != "bfd":
+        if (self.packing or self.eval_packing) and self.max_length is None:
+            raise ValueError("packing needs max_length, the number of tokens in a pack. Set it, or leave packing out")
+        if (self.packing or self.eval_packing) and self.packing_strategy != "bfd":
             raise ValueError(
                 f"packing_strategy={self.packing_strategy!r} may cut a row in two, which separates a score from its "
                 "rationale. Use packing_strategy='bfd'"

@@ -142,14 +142,6 @@ class JudgeEvalCallback(TrainerCallback):
             "early stopping. Raise max_new_tokens in judge_eval_settings, or start evaluating later (eval_delay)"
         )
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say so where no checkpoint was the best, and the last one therefore stays."""
-        metric = args.metric_for_best_model or ""
-        if args.load_best_model_at_end and is_judged(metric) and state.best_model_checkpoint is None:
-            logger.warning(
-                f"{metric} was NaN at every evaluation. The saved model is from the last step, not the best checkpoint"
-            )
-
     def _part_of(self, rows: Any, trainer: Any, name: str) -> Any:
         """Some rows of an evaluation set: evenly spaced, or the first of a stream."""
         if hasattr(rows, "__len__"):

@@ -48,7 +48,12 @@ class KeepsJudge:
         """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end."""
         checkpoint = checkpoint_of(resume_from_checkpoint, self.args, self.judge_config, self._adapter)
         self._began, self._best_step = time.time(), None
-        return super().train(checkpoint, *args, **kwargs)  # type: ignore[misc]
+        done = super().train(checkpoint, *args, **kwargs)  # type: ignore[misc]
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
+            told = "never evaluated" if self.state.best_metric is None else "NaN at every evaluation"
+            metric = self.args.metric_for_best_model
+            self._warn([f"{metric} was {told}. The saved model is from the last step, not the best checkpoint"])
+        return done
 
     def _warn(self, warnings: list[str]) -> None:
         if self.is_world_process_zero():  # type: ignore[attr-defined]

@@ -92,6 +92,12 @@ def checkpoint_of(
     if last is None:
         raise ValueError(f"no complete checkpoint in {args.output_dir}. Start without resume_from_checkpoint")
     found = Path(last)
+    # Under FSDP and DeepSpeed it is a directory.
+    if found.is_dir() and not [*found.glob("optimizer*"), *found.glob("global_step*")]:
+        raise ValueError(
+            f"{found} has no optimizer state, as with save_only_model=True, so training cannot continue from it. Start "
+            "without resume_from_checkpoint, or delete the checkpoints to train again"
+        )
     then, now = _objective_of(found), json.loads(json.dumps(_objective(args, judge_config, adapter)))
     changed = [name for name, value in then.items() if value != now.get(name)]
     if changed:
@@ -104,7 +110,11 @@ def checkpoint_of(
 
 
 def _objective_of(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint was trained towards, as far as it says."""
+    """What a checkpoint was trained towards, as far as it says.
+
+    Raises:
+        ValueError: Another trainer wrote it, or a file of it is damaged.
+    """
     file = checkpoint / FILE_NAME
     if file.is_file():
         try:
@@ -112,7 +122,10 @@ def _objective_of(checkpoint: Path) -> dict[str, Any]:
         except ValueError as error:
             raise ValueError(f"{error}, or continue from an earlier checkpoint") from error
     if not (checkpoint / CONFIG_NAME).is_file():
-        return {}
+        raise ValueError(
+            f"{checkpoint} is not a checkpoint of this trainer: it has no {CONFIG_NAME}. Start without "
+            "resume_from_checkpoint, or use another output_dir"
+        )
     config = JudgeConfig.load(checkpoint)
     saved: dict[str, Any] = {"normalize_grid": config.normalize_grid, "drop_rationale": not config.writes_rationale}
     if len(config.scales) > 1:

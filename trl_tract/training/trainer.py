@@ -1,7 +1,7 @@
 """TRACTTrainer: what SFTTrainer does differently for TRACT, and nothing else. Knows nothing of generation."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from os import PathLike, fspath
 from typing import Any
 
@@ -17,7 +17,15 @@ from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names, pack_dataset
 
 from trl_tract.backends.branches import attention_cost, several_tokens, why_not_one_forward
-from trl_tract.rows.dataset import ScoreCollator, check_columns, check_dataset, find_scales, prepare_rows, score_mask
+from trl_tract.rows.dataset import (
+    ScoreCollator,
+    check_columns,
+    check_dataset,
+    check_scored,
+    find_scales,
+    prepare_rows,
+    score_mask,
+)
 from trl_tract.rows.encoding import (
     ASPECT_COLUMN,
     Encoder,
@@ -32,7 +40,7 @@ from trl_tract.rows.template import Template
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.scale.trie import TokenTrie
 from trl_tract.training.adapters import mark_base, on_revision
-from trl_tract.training.arguments import check_arguments
+from trl_tract.training.arguments import check_arguments, check_data, check_made
 from trl_tract.training.config import TRACTConfig
 from trl_tract.training.early_warnings import EarlyWarnings
 from trl_tract.training.judge_eval import check_metric, judged_now, prepare_judging
@@ -99,16 +107,7 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
         check_arguments(model, **kwargs)
         model_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
         args = TRACTConfig.from_args(args, model_name.rstrip("/").split("/")[-1])
-        if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-            raise ValueError(
-                "skip_prepare_dataset in dataset_kwargs would skip the step that finds the scores. Leave it out"
-            )
-        if train_dataset is not None:
-            check_dataset(train_dataset, "train")
-        several = isinstance(eval_dataset, Mapping) and not isinstance(eval_dataset, Dataset)
-        for name, rows in (eval_dataset if several else {"eval": eval_dataset}).items():
-            if rows is not None:
-                check_dataset(rows, name)
+        check_data(args, train_dataset, eval_dataset, data_collator)
         if isinstance(model, str) and "peft_config" in kwargs:
             kwargs["peft_config"] = on_revision(kwargs["peft_config"], args.model_init_kwargs)
         self._trained_rows, self.given_eval_rows = train_dataset, eval_dataset
@@ -125,17 +124,13 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
             **kwargs,
         )
         mark_base(self.model)
-        if self._is_vision_dataset:
-            raise ValueError("the rows contain images, but TRACTTrainer trains only on text")
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError(
-                "context and sequence parallelism separate a rationale from its score. Set both sizes to 1"
-            )
+        check_made(self)
         if data_collator is None:
             # SFTTrainer refuses a custom collator with padding-free batches, so its own is replaced afterwards.
             annotators = annotator_columns(self.scales) if args.annotator_loss != "none" else []
             self.data_collator = ScoreCollator(**vars(self.data_collator), annotator_columns=annotators)
+        self._also = ["annotator_labels"] if args.annotator_loss != "none" else []
+        self._also += [ASPECT_COLUMN] if len(self.scales) > 1 else []
         self._add_score_head()
         self._num_scores: torch.Tensor | None = None
         names = [scale.name for scale in self.scales]
@@ -188,7 +183,7 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
                 dataset_name=dataset_name,
                 warn=logger.warning,
             )
-        if dataset_name == "train" and kept is not None and len(kept) < len(dataset):
+        if dataset is self._trained_rows and kept is not None and len(kept) < len(dataset):
             self._trained_rows = dataset.select(kept)
         dataset = prepared
         if args.shuffle_dataset:
@@ -208,17 +203,15 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
         return JudgeConfig(self.scales, args.normalize_grid, not args.drop_rationale, settings, asks_in_chat(rows))
 
     def _encoder(self, columns: list[str], args: TRACTConfig) -> Encoder:
-        annotators = args.annotator_loss != "none"
+        told = (self.scales, args.max_length, args.annotator_loss != "none")
+        named: dict[str, Any] = {"tokenizer": self._tokenizer, "score_in_ce": args.score_in_ce}
         if "input_ids" in columns:
-            return TokenisedRowEncoder(self.scales, args.max_length, annotators)
+            return TokenisedRowEncoder(*told, **named)
         return RowEncoder(
-            self.scales,
-            args.max_length,
-            annotators,
-            tokenizer=self._tokenizer,
+            *told,
+            **named,
             settings=self._template.settings,
-            completion_only=self.completion_only_loss or "prompt" not in columns,
-            score_in_ce=args.score_in_ce,
+            completion_only=args.completion_only_loss is not False,
             drop_rationale=args.drop_rationale,
         )
 
@@ -256,7 +249,7 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
     ) -> Any:
         """CoT-RAFT: TRL's own cross-entropy, and the squared error of the expected score, from one forward pass."""
         inputs = dict(inputs)
-        score_positions = score_mask(inputs)  # (B, L - 1), aligned with the shifted labels
+        score_positions = score_mask(inputs, self._also)  # (B, L - 1), aligned with the shifted labels
         gold = inputs.pop("score_labels")[:, 1:][score_positions]  # (S,)
         annotators = inputs.pop("annotator_labels", None)  # (B, L, K)
         values, raft_weight, numbers = self._values[0], self._raft_weights[0], None
@@ -333,6 +326,9 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
         """
         check_metric(self)
         self._warn(self._early_warnings.at_start())
+        # Steps of an earlier training that were never logged.
+        self._score_metrics["train"].clear()
+        self._metrics["train"].clear()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def evaluate(
@@ -354,7 +350,7 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
         values = {**self._shown(seen.means()), **seen.correlations()}
         output.metrics.update({f"{prefix}_{name}": value for name, value in values.items()} | self._judged)
         self._judged = {}
-        if seen.pairs and self.compute_metrics is None:
+        if seen.pairs:
             expected, gold = seen.predictions()
             output = output._replace(predictions=expected, label_ids=gold)
         return output
@@ -375,17 +371,21 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
 
         Raises:
             ValueError: The score of a row cannot be found, regardless of `invalid_rows`: a missing prediction would
-                shift the others.
+                shift the others. Or the rows are packed.
         """
         args = copy.copy(self.args)
         args.invalid_rows, args.shuffle_dataset = "raise", False
         rows = self._prepare_dataset(test_dataset, self.processing_class, args, False, None, "test")
-        strategy = self.args.train_sampling_strategy
+        if "input_ids" in get_dataset_column_names(test_dataset):
+            check_scored(rows, self.scales)
+        own = self.args
         try:
-            self.args.train_sampling_strategy = "sequential"  # the host also groups evaluation rows by length
+            self.args = copy.copy(own)
+            # The host also groups evaluation rows by length, and drops the last of them.
+            self.args.train_sampling_strategy, self.args.dataloader_drop_last = "sequential", False
             return super().predict(rows, ignore_keys, metric_key_prefix)
         finally:
-            self.args.train_sampling_strategy = strategy
+            self.args = own
 
     def _rendered(self, row: Row) -> RenderedRow:
         return render_row(self._template, row, self.scales)
