@@ -133,7 +133,7 @@ def changed_weight(model: Any, revision: str | None = None) -> str | None:
                 if {wanted.dtype, found.dtype} <= _FLOATS and not torch.allclose(
                     found.cpu().double(), wanted.double(), rtol=2**-7, atol=1e-6
                 ):
-                    return name
+                    return str(name)
     return None
 
 

@@ -252,7 +252,7 @@ class ScoreCollator(DataCollatorForLanguageModeling):
         """Collate rows of `input_ids`, `labels`, `score_labels` and the annotator columns."""
         if "seq_lengths" in examples[0] and not self.padding_free:
             # Packed for evaluation alone: padded, the rows of a pack would see each other.
-            return replace(self, padding_free=True).torch_call(examples)
+            return replace(self, padding_free=True).torch_call(examples)  # type: ignore[call-arg]
         batch: dict[str, Any] = super().torch_call(examples)
         batch["score_labels"] = self._floats(examples, "score_labels")
         if self.annotator_columns:
