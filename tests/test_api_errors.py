@@ -124,6 +124,43 @@ MISTAKES = {
         ValueError,
         "Set epsilon_high to 1 or more",
     ),
+    "a sampling setting that the loss does not see": (
+        lambda _: REALConfig("out", generation_kwargs={"top_p": 0.9}),
+        ValueError,
+        "generation_kwargs sets top_p, which the loss would not know of. Set top_p in REALConfig instead",
+    ),
+    "another distribution than the model's": (
+        lambda _: REALConfig("out", generation_kwargs={"typical_p": 0.9}),
+        ValueError,
+        "Leave typical_p out of generation_kwargs, or set advantages='normalised'",
+    ),
+    "a ratio that is cut below an unchanged model's": (
+        lambda _: REALConfig("out", delta=0.5),
+        ValueError,
+        "delta=0.5 would clip the ratio 1 of an unchanged model",
+    ),
+    "weights of a single reward": (
+        lambda _: REALConfig("out", reward_weights=[2.0]),
+        ValueError,
+        "reward_weights=[2.0] has no effect, because the only reward is the judge's own error. Leave it out",
+    ),
+    "scaling of advantages by a batch": (
+        lambda _: REALConfig("out", scale_rewards="batch"),
+        ValueError,
+        "scale_rewards='batch' has no effect, with advantages='unbiased'. Leave it out",
+    ),
+    "images for a trainer of text": (
+        lambda folder: REALTrainer(
+            seed(folder), REALConfig("out"), Dataset.from_list([{"prompt": "a", "score": 1, "image": "a.png"}])
+        ),
+        ValueError,
+        "the train dataset has the column image, but REALTrainer trains only on text",
+    ),
+    "the configuration of another trainer": (
+        lambda folder: REALTrainer(seed(folder), TRACTConfig("out"), Dataset.from_list(make_rows(2))),
+        TypeError,
+        "args is a TRACTConfig. Pass a REALConfig, or a GRPOConfig",
+    ),
     "whole turns for rationales that end none": (
         lambda _: REALConfig("out", mask_truncated_completions=True),
         ValueError,

@@ -177,12 +177,23 @@ def checked_rows(
             "gradient_accumulation_steps or steps_per_generation, or raise num_generations"
         )
     refuse([problem for problem in found if problem], len(found), dataset_name, **told)
+    if together and (rest := len(kept) % together):
+        logger.warning(
+            f"each epoch leaves {rest} of the {len(kept)} training rows out"
+            f"{', others each time' if args.shuffle_dataset else ', the last ones'}: rationales are written for "
+            f"{together} rows at once"
+        )
     return rows if len(kept) == len(found) else rows.select(kept)
 
 
 def _check_columns(rows: _Rows, dataset_name: str) -> None:
     check_dataset(rows, dataset_name)
     columns = get_dataset_column_names(rows) or []
+    if images := {"image", "images"} & set(columns):
+        raise ValueError(
+            f"the {dataset_name} dataset has the column {min(images)}, but REALTrainer trains only on text. Remove the "
+            "column if the prompts are complete without it"
+        )
     if columns and not ({"prompt"} <= set(columns) and {"score", "completion"} & set(columns)):
         raise ValueError(
             f"the {dataset_name} dataset has the columns {', '.join(sorted(columns))}. Pass rows with `prompt` and "
