@@ -13,7 +13,7 @@ from trl.data_utils import get_dataset_column_names
 
 from trl_tract.backends.loading import adapter_config, check_model, load, load_tokenizer, tokenizer_id
 from trl_tract.rows.dataset import check_dataset, find_scales
-from trl_tract.rows.golds import mean_golds
+from trl_tract.rows.golds import is_missing, mean_golds
 from trl_tract.rows.refusals import Refusal, kept_of_stream, refuse
 from trl_tract.rows.rendering import asks_in_chat, settled
 from trl_tract.rows.row import ROW_NUMBER
@@ -206,7 +206,7 @@ def problem_of(
 ) -> tuple[str, str] | None:
     """Kind of what is wrong with a row, and the message; None where nothing is."""
     try:
-        if row.get("prompt") is None:
+        if is_missing(row.get("prompt")):
             raise ScoreNotFoundError("no prompt", "the prompt is missing")
         if judge.chat is not None and judge.chat is isinstance(row["prompt"], str):
             trained, given = ("chat messages", "plain text")[:: 1 if judge.chat else -1]
