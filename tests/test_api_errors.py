@@ -5,7 +5,7 @@ import datetime
 import numpy as np
 import pandas
 import pytest
-from conftest import make_model, make_rows, make_tokenizer, make_trainer, save_seed
+from conftest import ASPECTS, make_model, make_rows, make_tokenizer, make_trainer, save_seed
 from datasets import Dataset
 
 from trl_tract import (
@@ -24,8 +24,12 @@ from trl_tract import (
     rubric_prompt,
     run_tract,
 )
-from trl_tract.backends import ScriptedBackend, make_author
+from trl_tract.backends import ChatBackend, ScriptedBackend, make_author
+from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.files.journal import write_jsonl
+from trl_tract.saved.judge_config import JudgeConfig
+from trl_tract.scale.scale import read_scales
+from trl_tract.scale.text import CompletionFormat
 from trl_tract.sources.door import group_of, held_out_rows
 from trl_tract.sources.rubric import Rubric
 
@@ -45,10 +49,15 @@ def judge(**settings):
     return CoTRAILJudge(scripted(), **settings)
 
 
-def with_rubric():
+def with_rubric(template=None):
     made = judge()
-    made.rubric = Rubric("Is it polite?", {str(score): "so" for score in range(1, 6)})
+    made.rubric = Rubric("Is it polite?", {str(score): "so" for score in range(1, 6)}, template)
     return made
+
+
+def configured(folder):
+    JudgeConfig(read_scales({})).save(folder)
+    return folder
 
 
 def run(folder, **settings):
@@ -101,6 +110,75 @@ MISTAKES = {
     ),
     "no rationale": (lambda _: judge(num_generations=0), ValueError, "num_generations=0 must be 1 or more"),
     "no attempt": (lambda _: judge(max_attempts=0), ValueError, "max_attempts=0 must be 1 or more"),
+    "several rationales of a judge that writes none": (
+        lambda _: judge(writes_rationale=False, num_generations=4),
+        ValueError,
+        "num_generations=4, but this judge writes no rationales, so it has one score for each item",
+    ),
+    "several rationales for a stage that is not there": (
+        lambda folder: run(folder, rationales="none", num_generations=4),
+        ValueError,
+        "without rationales there are no such stages. Leave num_generations out",
+    ),
+    "a quantile of another decision": (
+        lambda _: judge(quantile=0.9),
+        ValueError,
+        "quantile=0.9 has no effect with decision='mean'. Set decision='quantile'",
+    ),
+    "a marker beside a format": (
+        lambda _: judge(score_marker="#", completion_format=CompletionFormat("[RESULT]")),
+        ValueError,
+        "score_marker='#', but completion_format has the marker '[RESULT]'",
+    ),
+    "a grid beside aspects": (
+        lambda _: judge(score_values=[1, 2], aspects=ASPECTS),
+        ValueError,
+        "aspects replaces score_values, score_texts, score_marker and completion_format",
+    ),
+    "a grid beside aspects in training": (
+        lambda _: TRACTConfig("out", score_values=[1, 2], aspects=ASPECTS),
+        ValueError,
+        "Leave them out, and give each aspect its own `marker`",
+    ),
+    "another marker than in training": (
+        lambda folder: CoTRAILJudge.from_pretrained(configured(folder), scripted(), score_marker="#"),
+        ValueError,
+        "score_marker is read from tract_config.json, as in training. Leave it out",
+    ),
+    "other aspects than in training": (
+        lambda folder: CoTSelfDistill.from_pretrained(configured(folder), scripted(), aspects=ASPECTS),
+        ValueError,
+        "aspects is read from tract_config.json",
+    ),
+    "two recalibrations": (
+        lambda folder: CoTRAILJudge.from_pretrained(
+            configured(folder), scripted(), recalibrate=True, recalibration=Recalibration(1, 0, 1, 5, 9, 1, 1)
+        ),
+        ValueError,
+        "recalibrate=True would replace the given recalibration",
+    ),
+    "a response that is none": (
+        lambda _: with_rubric().judge_response(response=["a", None]),
+        TypeError,
+        "response 1 is None, not text",
+    ),
+    "a reference without a place": (
+        lambda _: with_rubric("{criterion} {descriptions} {response}").judge_response(response="a", reference="b"),
+        ValueError,
+        "the rubric's template has no {reference}",
+    ),
+    "a rubric of another grid": (
+        lambda _: setattr(judge(), "rubric", Rubric("Is it polite?", {"1": "no", "2": "yes"})),
+        ValueError,
+        "the rubric describes the scores 1, 2, but the grid is 1, 2, 3, 4, 5",
+    ),
+    "descriptions without a place": (
+        lambda _: make_reward_func(with_rubric("{criterion} {response}"))(
+            ["a"], ["b"], criterion=["Is it polite?"], descriptions=[{str(score): "so" for score in range(1, 6)}]
+        ),
+        ValueError,
+        "the column descriptions would have no effect, because the template of the judge's rubric has no",
+    ),
     "an unknown decision": (lambda _: judge(decision="meen"), ValueError, "choose one of mean, median, mode, sampled"),
     "an unknown pool": (lambda _: judge(pool="both"), ValueError, "choose one of scores, distributions"),
     "a grid as text": (
@@ -123,6 +201,43 @@ MISTAKES = {
         lambda _: REALConfig("out", loss_type="cispo"),
         ValueError,
         "Set epsilon_high to 1 or more",
+    ),
+    "a sampling setting that the loss does not see": (
+        lambda _: REALConfig("out", generation_kwargs={"top_p": 0.9}),
+        ValueError,
+        "generation_kwargs sets top_p, which the loss would not know of. Set top_p in REALConfig instead",
+    ),
+    "another distribution than the model's": (
+        lambda _: REALConfig("out", generation_kwargs={"typical_p": 0.9}),
+        ValueError,
+        "Leave typical_p out of generation_kwargs, or set advantages='normalised'",
+    ),
+    "a ratio that is cut below an unchanged model's": (
+        lambda _: REALConfig("out", delta=0.5),
+        ValueError,
+        "delta=0.5 would clip the ratio 1 of an unchanged model",
+    ),
+    "weights of a single reward": (
+        lambda _: REALConfig("out", reward_weights=[2.0]),
+        ValueError,
+        "reward_weights=[2.0] has no effect, because the only reward is the judge's own error. Leave it out",
+    ),
+    "scaling of advantages by a batch": (
+        lambda _: REALConfig("out", scale_rewards="batch"),
+        ValueError,
+        "scale_rewards='batch' has no effect, with advantages='unbiased'. Leave it out",
+    ),
+    "images for a trainer of text": (
+        lambda folder: REALTrainer(
+            seed(folder), REALConfig("out"), Dataset.from_list([{"prompt": "a", "score": 1, "image": "a.png"}])
+        ),
+        ValueError,
+        "the train dataset has the column image, but REALTrainer trains only on text",
+    ),
+    "the configuration of another trainer": (
+        lambda folder: REALTrainer(seed(folder), TRACTConfig("out"), Dataset.from_list(make_rows(2))),
+        TypeError,
+        "args is a TRACTConfig. Pass a REALConfig, or a GRPOConfig",
     ),
     "whole turns for rationales that end none": (
         lambda _: REALConfig("out", mask_truncated_completions=True),
@@ -194,6 +309,11 @@ MISTAKES = {
         lambda _: CoTBootstrap(scripted(), tolerance=-1),
         ValueError,
         "tolerance=-1 must be 0 or more",
+    ),
+    "a penalty that a chat endpoint does not know": (
+        lambda _: CoTBootstrap(ChatBackend("http://localhost:1/v1", "model"), repetition_penalty=1.2),
+        ValueError,
+        "repetition_penalty=1.2 has no effect on a chat endpoint",
     ),
     "one price": (lambda _: CoTBootstrap(scripted(), prices=[1.0]), ValueError, "prices per million input tokens"),
     "no rationale to keep": (lambda _: CoTBootstrap(scripted(), keep=0), ValueError, "keep=0 must be 1 or more"),
@@ -350,7 +470,8 @@ def test_a_mistake_is_an_error_that_says_what_to_do(name, tmp_path):
     [
         ({"text": "a"}, "the row has no `prompt`; its columns are text"),
         (3, "it is int, not text or a list of chat messages"),
-        ({"prompt": None}, "it is NoneType, not text"),
+        ({"prompt": None}, "the prompt cannot be read: it is missing"),
+        ("", "the prompt cannot be read: it is missing"),
         ({"prompt": [{"rol": "user", "content": "a"}]}, "a chat message needs `role` and `content`"),
     ],
 )

@@ -231,7 +231,7 @@ def test_a_reward_of_aspects_that_cannot_be_made_is_refused(settings):
 
 def test_scores_without_a_rationale_stand_behind_each_other():
     backend = scripted()
-    (judgement,) = CoTRAILJudge(backend, aspects=TWO, writes_rationale=False, num_generations=3).judge(["a prompt ->"])
+    (judgement,) = CoTRAILJudge(backend, aspects=TWO, writes_rationale=False).judge(["a prompt ->"])
     assert not backend.generate_calls
     read = [TOKENIZER.decode(ids) for (ids,) in backend.logprob_calls]
     assert read == ["a prompt -> [TONE] ", "a prompt -> [TONE] 3 [FACTS] "]

@@ -214,6 +214,17 @@ def test_judge_options_reach_the_judge(folder, tmp_path):
     assert {name: settings[name] for name in wanted} == wanted
 
 
+def test_options_without_an_effect_are_refused(folder, tmp_path, capsys):
+    assert judge(folder, tmp_path / "out", "--quantile", "0.9") == 1
+    assert "--quantile 0.9 needs --decision quantile" in capsys.readouterr().err
+    shutil.copytree(folder / "judge", tmp_path / "judge")
+    config = json.loads((tmp_path / "judge" / "tract_config.json").read_text())
+    write_json(tmp_path / "judge" / "tract_config.json", config | {"writes_rationale": False})
+    paths = ["--model", str(tmp_path / "judge"), "--data", str(folder / "rows.csv")]
+    assert main(["judge", *paths, "--output_dir", str(tmp_path / "out"), "--num_generations", "4"]) == 1
+    assert "num_generations=4, but this judge writes no rationales" in capsys.readouterr().err
+
+
 def test_options_at_their_defaults_leave_older_directories_valid(folder, tmp_path):
     judge(folder, tmp_path / "out")
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())

@@ -245,8 +245,10 @@ def test_how_rationales_are_sampled_is_no_setting_of_a_judge_without_any(judge, 
     edit_json(judge / "tract_config.json", writes_rationale=False)
     write_jsonl(tmp_path / "rows.jsonl", make_rows(2))
     for temperature in (0.5, 0.7):  # the second time it is the same judging
-        settings = {"temperature": temperature, "num_generations": 4, "max_attempts": 3, "seed": 1}
+        settings = {"temperature": temperature, "num_generations": 1, "max_attempts": 3, "seed": 1}
         JudgeStep(str(judge), str(tmp_path / "rows.jsonl"), str(tmp_path / "out"), settings).run()
+    with pytest.raises(ValueError, match="num_generations=4"):  # also where all is judged already
+        JudgeStep(str(judge), str(tmp_path / "rows.jsonl"), str(tmp_path / "out"), {"num_generations": 4}).run()
     assert read_json(tmp_path / "out" / "settings.json").keys() & settings.keys() == {"seed"}
 
 

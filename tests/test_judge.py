@@ -55,6 +55,15 @@ def test_a_backend_that_scores_token_by_token_alone_scores_numbers_of_several_di
     assert judgement.probs == pytest.approx(np.full((1, 10), 0.01))
 
 
+def test_what_cannot_have_an_effect_on_a_judge_without_rationales_is_told_of(caplog):
+    judge(writes_rationale=False, seed=1, decision="sampled")
+    assert not caplog.records
+    judge(writes_rationale=False, temperature=0.5, max_attempts=2, append_marker=True)
+    assert caplog.messages == [
+        "this judge writes no rationales, so temperature, max_attempts, append_marker cannot have an effect"
+    ]
+
+
 def test_normalised_scores_divide_by_the_mass_on_the_grid():
     assert judge(normalize_grid=True).judge(["a"])[0].score == pytest.approx(3.35 / 0.95)
 

@@ -168,10 +168,33 @@ def test_an_evaluation_has_the_error_over_all_its_rationales(tmp_path):
     assert metrics["eval_loss"] == pytest.approx(float(table[:, 0].mean()), abs=1e-5)
 
 
+def test_evaluation_sets_of_uneven_size_have_the_error_over_their_own_rationales(tmp_path):
+    sets = {"few": PLAIN_ROWS[:3], "many": PLAIN_ROWS[3:]}
+    trainer = REALTrainer(
+        enumerable_model(),
+        REALConfig(str(tmp_path), **{**REAL, "per_device_eval_batch_size": 4, "num_generations_eval": 2}),
+        train_dataset=Dataset.from_list(PLAIN_ROWS),
+        eval_dataset={name: Dataset.from_list(rows) for name, rows in sets.items()},
+        processing_class=TOKENIZER,
+    )
+    trainer.predict(Dataset.from_list([{"prompt": "a", "score": 1.0}] * 8))  # of no evaluation
+    tables = []
+    add = trainer._rollout_metrics["eval"].add
+    trainer._rollout_metrics["eval"].add = lambda table, count: (tables.append(table), add(table, count))
+    metrics = trainer.evaluate()
+    assert [len(table) for table in tables] == [4, 2, 4, 4, 2]
+    for name, table in {"few": torch.cat(tables[:2]), "many": torch.cat(tables[2:])}.items():
+        for figure in ("loss", "loss/expected"):
+            assert metrics[f"eval_{name}_{figure}"] == pytest.approx(float(table[:, 0].mean()), abs=1e-6)
+        assert metrics[f"eval_{name}_rationale/no_score"] == pytest.approx(float(1 - table[:, 5].mean()))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {"advantages": "normalised", "num_iterations": 2, "top_p": 0.9},
+        {"advantages": "normalised", "generation_kwargs": {"typical_p": 0.9}},
+        {"generation_kwargs": {"use_cache": True}, "delta": 2.0, "epsilon": 0.0},
         {"advantages": "normalised", "steps_per_generation": 2},
         {"advantages": "normalised", "loss_type": "vespo"},
         {"direct_weight": 0.01, "gold_weight": 0.5, "beta": 0.1},
@@ -201,6 +224,22 @@ def test_what_is_not_refused_trains(tmp_path, settings):
         {"steps_per_generation": 2},
         {"loss_type": "vespo"},
         {"loss_type": "cispo"},
+        {"neftune_noise_alpha": 5.0},
+        {"vllm_structured_outputs_regex": "a+"},
+        {"generation_kwargs": {"typical_p": 0.9}},
+        {"generation_kwargs": {"do_sample": False}},
+        {"advantages": "normalised", "generation_kwargs": {"temperature": 0.5}},
+        {"advantages": "normalised", "generation_kwargs": {"max_new_tokens": 2}},
+        {"epsilon": -0.1},
+        {"epsilon_high": -0.1},
+        {"delta": 0.9},
+        {"reward_weights": [0.5]},
+        {"multi_objective_aggregation": "normalize_then_sum"},
+        {"scale_rewards": "batch"},
+        {"advantages": "normalised", "scale_rewards": False},
+        {"label_smoothing_factor": 0.1},
+        {"train_sampling_strategy": "sequential"},
+        {"max_completion_length": None},
         {"mask_truncated_completions": True},
         {"use_transformers_continuous_batching": True},
         {"advantages": "ranked"},
@@ -225,6 +264,17 @@ def test_fewer_rows_than_an_update_takes_are_refused(tmp_path):
     # 8 rationales an update, 4 of each prompt: two prompts.
     with pytest.raises(ValueError, match="1 training rows"):
         make(tmp_path, rows=PLAIN_ROWS[:1])
+
+
+@pytest.mark.parametrize(("shuffled", "which"), [(True, "others each time"), (False, "the last ones")])
+def test_rows_that_fill_no_update_are_told_of(tmp_path, monkeypatch, shuffled, which):
+    said = []
+    monkeypatch.setattr("trl_tract.training.starting.logger.warning", said.append)
+    make(tmp_path, rows=PLAIN_ROWS[:7], shuffle_dataset=shuffled)
+    make(tmp_path, shuffle_dataset=shuffled)
+    assert said == [
+        f"each epoch leaves 1 of the 7 training rows out, {which}: rationales are written for 2 rows at once"
+    ]
 
 
 def test_rows_of_messages_are_told_what_is_needed(tmp_path):

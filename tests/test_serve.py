@@ -12,8 +12,11 @@ from serving import Served, served, wait_until
 
 from trl_tract import CoTRAILJudge, TransformersBackend
 from trl_tract.backends import ScriptedBackend
+from trl_tract.cli import main
 from trl_tract.integrations.batcher import Batcher, Closed, QueueFull
 from trl_tract.integrations.serving import is_loopback, open_socket
+from trl_tract.saved.judge_config import JudgeConfig
+from trl_tract.scale.scale import read_scales
 from trl_tract.sources.rubric import Rubric
 
 TOKENIZER = make_tokenizer()
@@ -447,3 +450,9 @@ def test_an_idle_judge_waits_while_callers_come_one_after_the_other(monkeypatch)
     monkeypatch.setattr(batcher._changed, "wait", comes)
     batcher.submit(["a"], [None])
     assert len(batcher._next_batch()) == 4
+
+
+def test_options_without_an_effect_are_refused_before_weights_are_loaded(tmp_path, capsys):
+    JudgeConfig(read_scales({}), writes_rationale=False).save(tmp_path)  # and there are no weights
+    assert main(["serve", "--model", str(tmp_path), "--port", "0", "--num_generations", "4"]) == 1
+    assert "num_generations=4, but this judge writes no rationales" in capsys.readouterr().err

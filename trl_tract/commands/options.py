@@ -267,6 +267,8 @@ class RuleArguments:
         rules: dict[str, Any] = {"decision": self.decision}
         if self.decision == "quantile":
             rules["quantile"] = self.quantile
+        elif self.quantile != 0.5:
+            raise ValueError(f"--quantile {self.quantile} needs --decision quantile. Add it, or leave --quantile out")
         if self.pool != "scores":
             rules["pool"] = self.pool
         if self.score_temperature != 1:

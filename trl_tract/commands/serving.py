@@ -8,6 +8,7 @@ from trl_tract.commands.deploying import ServeArguments
 from trl_tract.commands.options import EngineArguments, GenerationArguments, RuleArguments
 from trl_tract.integrations.serving import KEY_VARIABLE, check_installed, is_loopback, make_server, open_socket
 from trl_tract.judge.judge import CoTRAILJudge
+from trl_tract.judge.scoring import check_without_rationales
 from trl_tract.saved.judge_config import JudgeConfig
 from trl_tract.sources.rubric import Rubric
 from trl_tract.text.secrets import key_of
@@ -16,7 +17,10 @@ from trl_tract.text.secrets import key_of
 def serve(args: ServeArguments, rules: RuleArguments, generation: GenerationArguments, engine: EngineArguments) -> int:
     """Answer requests until SIGTERM or Ctrl-C."""
     check_installed()
-    scales = JudgeConfig.load(args.model).scales
+    config = JudgeConfig.load(args.model)
+    scales = config.scales
+    if not config.writes_rationale:
+        check_without_rationales(generation.num_generations)
     rubric = Rubric.load(args.rubric) if args.rubric else None
     if rubric is not None:
         rubric.check(scales[0].grid)

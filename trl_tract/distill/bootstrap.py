@@ -127,10 +127,14 @@ class CoTBootstrap(RationaleRun):
             raise ValueError(f"tolerance={tolerance} must be 0 or more")
         if prices is not None and (len(prices) != 2 or min(prices) < 0):
             raise ValueError(
-                f"prices={prices!r} must be two numbers: the prices per million input tokens and per "
-                "million output tokens"
+                f"prices={prices!r} must be two numbers: prices per million input tokens and output tokens"
             )
-        scales = given_scales(score_values, completion_format or CompletionFormat(score_marker), aspects)
+        if backend.tokenizer is None and repetition_penalty not in (1.0, 1.03):
+            raise ValueError(
+                f"repetition_penalty={repetition_penalty} has no effect on a chat endpoint: its API has no such field. "
+                "Leave it out, or pass frequency_penalty in the options of ChatBackend"
+            )
+        scales = given_scales(score_values, score_marker, completion_format, aspects)
         super().__init__(
             backend,
             scales,

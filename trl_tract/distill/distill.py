@@ -104,7 +104,7 @@ class CoTSelfDistill(RationaleRun):
             raise ValueError(f"max_attempts={max_attempts} must be 1 or more")
         super().__init__(
             backend,
-            given_scales(score_values, completion_format or CompletionFormat(score_marker), aspects),
+            given_scales(score_values, score_marker, completion_format, aspects),
             Sampling(max_new_tokens, temperature, top_p, repetition_penalty),
             num_generations=num_generations,
             seed=seed,
@@ -134,8 +134,8 @@ class CoTSelfDistill(RationaleRun):
                 f"{path} was trained with drop_rationale=True, so it writes no rationales. Use a model "
                 "trained with rationales"
             )
-        trained = {**config.arguments, **config.template.arguments}
-        distiller = cls(backend or TransformersBackend(str(path), revision=revision), **{**trained, **settings})
+        arguments = config.with_settings(settings)
+        distiller = cls(backend or TransformersBackend(str(path), revision=revision), **arguments)
         distiller.scales, distiller._tokens_found = config.scales, True
         return distiller
 

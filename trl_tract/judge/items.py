@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trl_tract.rows.golds import is_missing
 from trl_tract.rows.row import Row
 
 
@@ -30,6 +31,8 @@ def read_item(row: Any, chat: bool | None) -> Row:
         raise ValueError(f"the row has no `prompt`; its columns are {', '.join(sorted(map(str, row)))}")
     item: Row = dict(row) if isinstance(row, Mapping) else {"prompt": row}
     prompt = item["prompt"]
+    if is_missing(prompt):
+        raise ValueError("it is missing")
     if isinstance(prompt, str) and chat:
         raise TypeError(
             "it is plain text, but the judge was trained on chat messages. Pass "

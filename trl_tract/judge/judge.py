@@ -1,5 +1,6 @@
 """CoTRAILJudge: sample a rationale, then report the expected score (CoT-RAIL). Knows nothing of training."""
 
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -111,7 +112,7 @@ class CoTRAILJudge:
             if count < 1:
                 raise ValueError(f"{name}={count} must be 1 or more")
         self.backend = backend
-        self.scales = given_scales(score_values, completion_format or CompletionFormat(score_marker), aspects)
+        self.scales = given_scales(score_values, score_marker, completion_format, aspects)
         self.recalibration = recalibration
         self._recalibrations()  # of another scale: refused now
         self.normalize_grid = normalize_grid
@@ -119,10 +120,9 @@ class CoTRAILJudge:
         self._rule = Rule(decision, quantile, normalize_grid, score_temperature, pool)
         self.seed = seed
         sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty)
-        if writes_rationale:
-            sampling.check(num_generations, self.scales[0].marker)
         self._sampler = Sampler(backend, asdict(sampling), max_attempts, append_marker, writes_rationale)
-        self._num_generations = num_generations if writes_rationale else 1  # without one all would be the same
+        self._sampler.check(num_generations, self.scales[0].marker, inspect.signature(CoTRAILJudge).parameters)
+        self._num_generations = num_generations
         self.template_settings = TemplateSettings(chat_template_kwargs or {}, thinking, template_date)
         self.chat: bool | None = None
         self._rubric: Rubric | None = None
@@ -164,15 +164,15 @@ class CoTRAILJudge:
         if recalibrate is None and "recalibration" not in settings:
             recalibrate = applied_by_default(path, revision)
         if recalibrate:
+            if settings.get("recalibration") is not None:
+                raise ValueError("recalibrate=True would replace the given recalibration. Use only one of the two")
             settings["recalibration"] = {
                 scale.name: Recalibration.load(path, revision, scale=scale.name) for scale in config.scales
             }
         if isinstance(backend, str):
             if backend != "transformers":
-                raise ValueError(
-                    f"backend={backend!r}is not supported. Pass 'transformers', or a backend object such "
-                    "as VLLMBackend(path)"
-                )
+                one = "Pass 'transformers', or a backend object such as VLLMBackend(path)"
+                raise ValueError(f"backend={backend!r} is not supported. {one}")
             backend = TransformersBackend(str(path), revision=revision)
         judge = cls.from_config(config, backend, **settings)
         saved = OwnColumns.load(path, revision)
@@ -188,12 +188,8 @@ class CoTRAILJudge:
             backend: The judge model.
             **settings: Other arguments of the class.
         """
-        trained = {
-            "normalize_grid": config.normalize_grid,
-            "writes_rationale": config.writes_rationale,
-            **config.template.arguments,
-        }
-        judge = cls(backend, **config.arguments, **{**trained, **settings})
+        trained = {"normalize_grid": config.normalize_grid, "writes_rationale": config.writes_rationale}
+        judge = cls(backend, **{**trained, **config.with_settings(settings)})
         judge.scales, judge.chat = config.scales, config.chat
         return judge
 
@@ -215,12 +211,16 @@ class CoTRAILJudge:
             One judgement for one text, a list for a list.
 
         Raises:
-            ValueError: There is no rubric, or a list differs in length from `response`.
+            TypeError: A response is not text.
+            ValueError: There is no rubric, it has no place for the reference, or a list differs in length from
+                `response`.
 
         Example:
             `judge.judge_response(instruction="Where is my order?", response="On its way.").score`
         """
         responses = [response] if isinstance(response, str) else list(response)
+        if others := [(number, each) for number, each in enumerate(responses) if not isinstance(each, str)]:
+            raise TypeError("response {} is {!r}, not text".format(*others[0]))
         fields: dict[str, list[Any]] = {}
         for name, given in (("instruction", instruction), ("reference", reference)):
             fields[name] = [given] * len(responses) if given is None or isinstance(given, str) else list(given)
@@ -240,20 +240,24 @@ class CoTRAILJudge:
 
     @rubric.setter
     def rubric(self, rubric: Rubric | None) -> None:
+        if rubric is not None and len(self.scales) == 1:
+            rubric.check(self.grid)
         self._rubric = None if rubric is None else rubric.asked_of(self._rubric)
 
-    def response_row(self, response: str, instruction: str = "", reference: str | None = None) -> Row:
+    def response_row(self, response: str, instruction: str | None = "", reference: str | None = None) -> Row:
         """Build the row for `judge` from a response and the rubric.
 
         Raises:
-            ValueError: There is no rubric.
+            ValueError: There is no rubric, or it has no place for the reference.
         """
         if self.rubric is None:
             raise ValueError(
                 "no rubric was saved with this judge. Build the prompts as in training and use judge(), or set "
                 'judge.rubric = Rubric.load("rubric.yaml") (trl_tract.sources.rubric)'
             )
-        row: Row = {"prompt": self.rubric.prompt(instruction, response, reference, self.scales[0].marker)}
+        if reference is not None and not self.rubric.shows("reference"):
+            raise ValueError("the rubric's template has no {reference}. Leave the reference out, or add it there")
+        row: Row = {"prompt": self.rubric.prompt(instruction or "", response, reference, self.scales[0].marker)}
         return as_text(row, self.asks_chat)
 
     @property

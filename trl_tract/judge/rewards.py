@@ -31,7 +31,8 @@ def make_reward_func(
     """Make a reward function from a judge: `GRPOTrainer(policy, reward_funcs=make_reward_func(judge), ...)`.
 
     A completion that the judge cannot score gets None, which TRL reads as "this reward does not apply": it is left out
-    of the group's mean and has no effect. TRL's log shows `rewards/tract_judge/mean` and `std`, and
+    of the group's mean and has no effect. With other reward functions in the same trainer, TRL adds up the others, so
+    None counts as 0; set `failed` there. TRL's log shows `rewards/tract_judge/mean` and `std`, and
 
     - `rewards/tract_judge/failed`: fraction of judged completions without a score, 0 to 1;
     - `rewards/tract_judge/grid_mass`: mean probability mass on the score grid. A policy can learn to raise or lower it;
@@ -199,6 +200,12 @@ class _JudgeReward:
             )
         # In the words and the order of the rubric that the judge was trained with, if there was one.
         asked = own or Rubric("", {})
+        if idle := [column for column in ("criterion", "descriptions") if not asked.shows(column)]:
+            raise ValueError(
+                f"the column {idle[0]} would have no effect, because the template of the judge's rubric has no "
+                f"{{{idle[0]}}}. Remove the columns criterion and descriptions, or write the prompt yourself with "
+                "make_reward_func(judge, prompt=...)"
+            )
         described = {score: texts[score] for score in grid}
         return self._asked(replace(asked, criterion=row["criterion"], descriptions=described, scale=None), row)
 

@@ -3,6 +3,8 @@
 Knows backends and grids; knows nothing of prompts, of how a row is written, or of how many scores a completion has.
 """
 
+import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trl_tract.backends import Backend, Generation, Stop
+from trl_tract.backends import Backend, Generation, Sampling, Stop
 from trl_tract.evaluation.recalibration import Recalibration
 from trl_tract.files.journal import seed_of
 from trl_tract.judge.judgement import Judgement
@@ -20,8 +22,19 @@ from trl_tract.scale.grid import ScoreGrid
 from trl_tract.scale.scale import Scale
 from trl_tract.scale.trie import GridProbabilities
 
+logger = logging.getLogger(__name__)
+
 Key = TypeVar("Key")
 NO_ROOM = "prompt and rationale leave no room in the model's context window"
+
+
+def check_without_rationales(num_generations: int) -> None:
+    """Refuse several rationales of a judge that writes none: its probabilities are the same each time."""
+    if num_generations > 1:
+        raise ValueError(
+            f"num_generations={num_generations}, but this judge writes no rationales, so it has one score for each "
+            "item. Leave num_generations out"
+        )
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,23 @@ class Sampler:
     max_attempts: int
     append_marker: bool
     writes: bool
+
+    def check(self, num_generations: int, marker: str, known: Mapping[str, inspect.Parameter]) -> None:
+        """Check settings against each other, and say which have no effect.
+
+        Args:
+            known: All settings with their defaults.
+
+        Raises:
+            ValueError: The same rationale, or the same score without any, would come several times.
+        """
+        if self.writes:
+            Sampling(**self.options).check(num_generations, marker)
+            return
+        check_without_rationales(num_generations)
+        given = {**self.options, "max_attempts": self.max_attempts, "append_marker": self.append_marker}
+        if idle := [name for name, value in given.items() if value != known[name].default]:
+            logger.warning("this judge writes no rationales, so %s cannot have an effect", ", ".join(idle))
 
     def sample(
         self,
@@ -126,6 +156,11 @@ class Rule:
         if self.pool not in POOLS:
             raise ValueError(f"pool={self.pool!r} is unknown: choose one of {', '.join(POOLS)}")
         check_quantile(self.quantile)
+        if self.decision != "quantile" and self.quantile != 0.5:
+            raise ValueError(
+                f"quantile={self.quantile} has no effect with decision={self.decision!r}. Set decision='quantile', or "
+                "leave quantile out"
+            )
         temper(torch.ones(1), self.score_temperature)
 
     def fill(

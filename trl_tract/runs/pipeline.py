@@ -24,7 +24,7 @@ from trl_tract.runs.results import (
 from trl_tract.runs.run import Run
 from trl_tract.runs.spec import RunSpec, too_few_groups
 from trl_tract.runs.step_names import steps_of
-from trl_tract.runs.steps import BootstrapStep, DistillStep, JudgeStep, Step, say_now
+from trl_tract.runs.steps import OF_RATIONALES, BootstrapStep, DistillStep, JudgeStep, Step, say_now
 from trl_tract.runs.train_steps import RLStep, TrainStep
 from trl_tract.sources.columns import OwnColumns
 from trl_tract.sources.door import write_rows
@@ -306,6 +306,8 @@ class _Pipeline:
 
     def _judging(self, model: str, rows: Path, folder: str, **settings: Any) -> JudgeStep:
         settings = {**self.chosen.generation, **settings}
+        if not self.spec.writes_rationales:
+            settings = {name: value for name, value in settings.items() if name not in OF_RATIONALES}
         return JudgeStep(model, str(rows), str(self.directory / folder), settings, dict(self.spec.backend))
 
     def _judge(self, stage: str, name: str) -> None:

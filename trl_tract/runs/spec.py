@@ -119,6 +119,12 @@ class RunSpec:
             object.__setattr__(self, "training", {**self.training, "drop_rationale": True})
         elif self.training.get("drop_rationale"):
             object.__setattr__(self, "rationales", "none")
+        for name, idle in (("num_generations", 1), ("keep_annotated", False)):
+            if not self.stages and (value := getattr(self, name)) != idle:
+                raise ValueError(
+                    f"{name}={value} is about the rationales that stage one writes for stage two, but without "
+                    f"rationales there are no such stages. Leave {name} out"
+                )
 
     def settled(self, say: Callable[[str], None] = print) -> "RunSpec":
         """With `auto` decided by the rows, and what is decided said."""
@@ -260,7 +266,8 @@ class RunSpec:
             return {}
         batch = {"batch_size": self.backend["batch_size"]} if "batch_size" in self.backend else {}
         given = read_mapping("judge_eval_settings", self.training.get("judge_eval_settings"))
-        return {"judge_eval_settings": {**self.generation, **batch, **given}}
+        generation = self.generation if self.writes_rationales else {}
+        return {"judge_eval_settings": {**generation, **batch, **given}}
 
     @property
     def stage_two_training(self) -> dict[str, Any]:

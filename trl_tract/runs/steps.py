@@ -28,6 +28,7 @@ from trl_tract.files.journal import JsonlRows, KnownRows, write_json, write_json
 from trl_tract.files.shards import Shard
 from trl_tract.judge.judge import CoTRAILJudge
 from trl_tract.judge.judgement import Judgement
+from trl_tract.judge.scoring import check_without_rationales
 from trl_tract.rows.golds import read_golds
 from trl_tract.rows.row import REFUSED
 from trl_tract.runs.away import AwayBackend, AwayDistill
@@ -137,7 +138,7 @@ class BootstrapStep(_BlockStep):
         return writer.bootstrap_file(self.data, self.output_dir, shard=self.share)
 
 
-_OF_RATIONALES = {each.name for each in fields(Sampling)} | {"num_generations", "max_attempts", "append_marker"}
+OF_RATIONALES = {each.name for each in fields(Sampling)} | {"num_generations", "max_attempts", "append_marker"}
 """Settings of judging that change nothing where no rationale is written."""
 
 
@@ -162,6 +163,8 @@ class JudgeStep(_BlockStep):
     def run(self) -> Path | None:
         """Judge, or go on judging; the judgements, or None if other shards still have to be done."""
         # Files are looked at before they are loaded, and a finished result without loading them; a server can be asked.
+        if not self._writes:
+            check_without_rationales(self.settings.get("num_generations", 1))
         is_server = self.backend.get("name") == "server"
         backend = self.make_backend() if is_server and self.engine == "local" else None
         scales, made_with = self._config().scales, self._made_with(backend)
@@ -211,6 +214,10 @@ class JudgeStep(_BlockStep):
 
         return Crew(do, made_with, backend.max_calls, backend.cancel)
 
+    @property
+    def _writes(self) -> bool:
+        return bool(self.settings.get("writes_rationale", self._config().writes_rationale))
+
     def _config(self) -> JudgeConfig:
         if self.untrained:
             return JudgeConfig(read_scales(self.settings))
@@ -219,9 +226,8 @@ class JudgeStep(_BlockStep):
 
     def _made_with(self, backend: Backend | None) -> dict[str, Any]:
         """All that judgements depend on, as settings; of a backend whose files tell, the files are asked."""
-        config, revision = self._config(), self.backend.get("revision")
-        scales, writes = config.scales, self.settings.get("writes_rationale", config.writes_rationale)
-        settings = {name: value for name, value in self.settings.items() if writes or name not in _OF_RATIONALES}
+        scales, revision, writes = self._config().scales, self.backend.get("revision"), self._writes
+        settings = {name: value for name, value in self.settings.items() if writes or name not in OF_RATIONALES}
         if not self.untrained and scales[0].name:
             settings.setdefault("aspects", {scale.name: scale.to_dict() for scale in scales})
         elif not self.untrained:

@@ -14,6 +14,7 @@ from trl_tract.scale.text import CompletionFormat
 from trl_tract.scale.trie import ScorePath
 
 FILE_NAME = "tract_config.json"
+_DECIDED = ("score_values", "score_marker", "completion_format", "aspects")  # by the training
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,16 @@ class JudgeConfig:
             return {"aspects": {scale.name: scale.to_dict() for scale in self.scales}}
         grid = self.scales[0].grid
         return {"score_values": dict(zip(grid.texts, grid.values, strict=True)), "completion_format": self.format}
+
+    def with_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of who asks the model that was trained: as in training, but for the settings.
+
+        Raises:
+            ValueError: A setting that the training has decided.
+        """
+        if decided := [name for name in _DECIDED if name in settings]:
+            raise ValueError(f"{decided[0]} is read from {FILE_NAME}, as in training. Leave it out")
+        return {**self.arguments, **self.template.arguments, **settings}
 
     def asks_chat(self, tokenizer: Any) -> bool:
         """Whether prompts are chat messages: as in training or, where that is not known, as the tokenizer has it."""

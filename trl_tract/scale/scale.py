@@ -78,9 +78,10 @@ def read_scales(training: Mapping[str, Any]) -> tuple[Scale, ...]:
         >>> read_scales({"score_values": [1, 2, 3]})[0].grid.texts
         ('1', '2', '3')
     """
-    if training.get("aspects"):
-        return read_aspects(training["aspects"])
     marker = training.get("score_marker", DEFAULT_MARKER)
+    if training.get("aspects"):
+        check_alone(training.get("score_values", DEFAULT_VALUES), marker, training.get("score_texts"))
+        return read_aspects(training["aspects"])
     if not isinstance(marker, str) or not marker.strip():
         raise ValueError(f"score_marker={marker!r} must be text, and not empty. {_QUOTE}")
     grid = ScoreGrid.from_values(training.get("score_values", DEFAULT_VALUES), training.get("score_texts"))
@@ -89,13 +90,33 @@ def read_scales(training: Mapping[str, Any]) -> tuple[Scale, ...]:
 
 def given_scales(
     values: Sequence[float] | Mapping[str, float] | str,
-    completion_format: CompletionFormat,
+    marker: str,
+    completion_format: CompletionFormat | None,
     aspects: Mapping[str, Mapping[str, Any]] | str | None,
 ) -> tuple[Scale, ...]:
-    """The scales of a judge's arguments: the aspects, or the only one."""
+    """The scales of a judge's arguments: the aspects, or the only one.
+
+    Raises:
+        ValueError: An argument would not count, since another one stands for it.
+    """
     if aspects is not None:
+        check_alone(values, marker, completion_format)
         return read_aspects(aspects)
-    return (Scale("", ScoreGrid.from_values(values), completion_format),)
+    if completion_format is not None and marker not in (DEFAULT_MARKER, completion_format.marker):
+        raise ValueError(
+            f"score_marker={marker!r}, but completion_format has the marker {completion_format.marker!r}. Leave "
+            "score_marker out"
+        )
+    return (Scale("", ScoreGrid.from_values(values), completion_format or CompletionFormat(marker)),)
+
+
+def check_alone(values: Any, marker: str, others: Any = None) -> None:
+    """Refuse, beside aspects, what is said of a single scale."""
+    if others is not None or marker != DEFAULT_MARKER or tuple(values) != DEFAULT_VALUES:
+        raise ValueError(
+            "aspects replaces score_values, score_texts, score_marker and completion_format, which would have no "
+            "effect. Leave them out, and give each aspect its own `marker`, `values` and `texts`"
+        )
 
 
 def scale_arguments(scales: Sequence[Scale]) -> dict[str, Any]:

@@ -151,6 +151,10 @@ class Rubric:
                     raise ValueError(f"the rubric describes {text!r} after a higher score. Put the lowest score first")
                 before = place
 
+    def shows(self, place: str) -> bool:
+        """Whether prompts have a place, such as `reference`."""
+        return self.template is None or f"{{{place}}}" in self.template
+
     def prompt(self, instruction: str, response: str, reference: str | None, marker: str) -> str:
         """The judge's prompt of one response.
 

@@ -186,7 +186,7 @@ class RolloutWarnings:
         if length < min(self.first_length, max(LEAST_TOKENS, LEAST_SHARE * self.first_length)):
             said += self._once(
                 "length",
-                f"rationales are getting shorter: {self.first_length:.0f} tokens at the start, {length:.1f} at step "
+                f"rationales are getting shorter: {self.first_length:.1f} tokens at the start, {length:.1f} at step "
                 f"{step}. The model can score without them. If you want rationales, lower the learning rate or set "
                 "beta above 0",
             )

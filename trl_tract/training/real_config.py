@@ -26,6 +26,30 @@ _TRUE_GRADIENT: dict[str, tuple[Any, ...]] = {
     "top_entropy_quantile": (1.0,),
     "off_policy_mask_threshold": (None,),
     "num_iterations": (1,),
+    "neftune_noise_alpha": (None,),
+    "vllm_structured_outputs_regex": (None,),
+}
+# Of generation_kwargs: what has a field of its own, which the loss knows of, and what changes no sample.
+_OWN_FIELD = {"max_new_tokens": "max_completion_length", "max_tokens": "max_completion_length"} | {
+    name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+}
+_HARMLESS = {
+    "cache_config",
+    "cache_implementation",
+    "use_cache",
+    "prefill_chunk_size",
+    "seed",
+    "stop",
+    "stop_token_ids",
+}
+
+_ONE_REWARD = "because the only reward is the judge's own error"
+# What this stage has no use for: the values that say nothing, and why.
+_NO_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {
+    "reward_weights": ((None,), _ONE_REWARD),
+    "multi_objective_aggregation": (("sum_then_normalize",), _ONE_REWARD),
+    "label_smoothing_factor": ((0.0,), "because rationales are sampled and not copied"),
+    "train_sampling_strategy": (("random",), "because each row is drawn num_generations times; see shuffle_dataset"),
 }
 
 
@@ -113,7 +137,12 @@ class REALConfig(KeepsSecrets, GRPOConfig):
         if self.invalid_rows not in ("raise", "drop"):
             raise ValueError(f"invalid_rows={self.invalid_rows!r} is unknown: choose 'raise' or 'drop'")
         # For what GRPOTrainer logs; advantages are formed here.
-        self.scale_rewards = "group" if self.advantages == "normalised" else "none"
+        scale = "group" if self.advantages == "normalised" else "none"
+        no_effect = {**_NO_EFFECT, "scale_rewards": (("group", scale), f"with advantages={self.advantages!r}")}
+        for name, (allowed, why) in no_effect.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name}={value!r} has no effect, {why}. Leave it out")
+        self.scale_rewards = scale
         self._check_sampling()
 
     def _check_template(self) -> None:
@@ -124,6 +153,8 @@ class REALConfig(KeepsSecrets, GRPOConfig):
             self.template_date, self.chat_template_kwargs = settings.date, dict(settings.chat_template_kwargs) or None
 
     def _check_sampling(self) -> None:
+        if not self.max_completion_length or self.max_completion_length < 1:
+            raise ValueError(f"max_completion_length={self.max_completion_length} must be 1 or more")
         if self.mask_truncated_completions:
             raise ValueError(
                 "mask_truncated_completions=True would mask every rationale, because a rationale ends at its marker "
@@ -140,8 +171,25 @@ class REALConfig(KeepsSecrets, GRPOConfig):
                 "1 of an unchanged model, so the policy term would be too small for the direct term. Set epsilon_high "
                 "to 1 or more; its paper uses 5"
             )
+        for name, least in (("epsilon", 0), ("epsilon_high", 0), ("delta", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(
+                    f"{name}={value} would clip the ratio 1 of an unchanged model, so part of the policy term would "
+                    f"have no gradient. Set {name} to {least} or more"
+                )
+        for name in self.generation_kwargs or {}:
+            if own := _OWN_FIELD.get(name):
+                raise ValueError(
+                    f"generation_kwargs sets {name}, which the loss would not know of. Set {own} in REALConfig instead"
+                )
         if self.advantages == "normalised":
             return
+        if others := sorted(set(self.generation_kwargs or {}) - _HARMLESS):
+            raise ValueError(
+                "advantages='unbiased' gives the gradient of the expected squared error, but only if rationales are "
+                f"sampled from the model as it is. Leave {others[0]} out of generation_kwargs, or set "
+                "advantages='normalised'"
+            )
         for name, allowed in _TRUE_GRADIENT.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -187,6 +235,8 @@ class REALConfig(KeepsSecrets, GRPOConfig):
             return cls(f"{model_name}-REAL")
         if isinstance(args, cls):
             return args
+        if not isinstance(args, GRPOConfig):
+            raise TypeError(f"args is a {type(args).__name__}. Pass a REALConfig, or a GRPOConfig")
         private = True if args.hub_private_repo is None else args.hub_private_repo
         return cls.from_fields({**field_values(args), "hub_private_repo": private})
 

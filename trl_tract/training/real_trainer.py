@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
@@ -141,15 +142,11 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
         self._golds: list[float] = []
         self._rollout_metrics = {mode: RolloutMetrics() for mode in ("train", "eval")}
         self._warnings = RolloutWarnings(self.scale.grid.values, self._penalty)
-        if self.use_vllm and not self._template_thinks:
+        # A marker inside the thinking does not count, but an engine would stop there.
+        if self.use_vllm and self._template.settings.thinking != "rationale":
             given = (own := self.vllm_generation.generation_kwargs).get("stop") or []
             stops = [given] if isinstance(given, str) else list(given)
             self.vllm_generation.generation_kwargs = {**own, "stop": [*stops, self.scale.marker]}
-
-    @property
-    def _template_thinks(self) -> bool:
-        """Whether a marker may stand inside the thinking, where it does not count; an engine would stop there."""
-        return self._template.settings.thinking == "rationale"
 
     def _add_score_head(self) -> None:
         base = self.accelerator.unwrap_model(self.model)
@@ -247,17 +244,9 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
         gold = torch.tensor(self._golds, dtype=logprobs.dtype, device=device)
         loss, terms = self._losses(logprobs, gold)
         loss = loss.where(scored, torch.full_like(loss, self._penalty))
-        sizes = [[each.sampled, each.rewritten] for each in self._rollouts]
-        own = torch.cat(
-            [
-                torch.stack(
-                    [loss, gold, terms.expected, terms.squared_error, logprobs.exp().sum(dim=1), scored], dim=1
-                ),
-                torch.tensor(sizes, dtype=loss.dtype, device=device),
-            ],
-            dim=1,
-        )
-        table: torch.Tensor = self.accelerator.gather(own)  # of all ranks
+        scores = [loss, gold, terms.expected, terms.squared_error, logprobs.exp().sum(dim=1), scored]
+        sizes = loss.new_tensor([[each.sampled, each.rewritten] for each in self._rollouts])
+        table = self.accelerator.gather(torch.cat([torch.stack(scores, dim=1), sizes], dim=1))  # of all ranks
         num_generations = self.num_generations if self._mode == "train" else self.num_generations_eval
         self._rollout_metrics[self._mode].add(table, num_generations)
         rewards = -table[:, 0]
@@ -370,10 +359,9 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
             policy_loss: torch.Tensor = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
             self._scored = None
-        loss, _ = self._losses(self._outputs, gold[scored])
         if not training:
-            mean: torch.Tensor = (loss.sum() + self._penalty * (~scored).sum()) / len(scored)
-            return mean
+            return policy_loss  # `evaluation_loop` knows the loss of all rationales
+        loss, _ = self._losses(self._outputs, gold[scored])
         ratio = sequence_ratio(
             self._logps,
             inputs.get("old_per_token_logps"),
@@ -386,11 +374,21 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
         weight = self.args.direct_weight / self.current_gradient_accumulation_steps
         return torch.add(policy_loss, direct_loss, alpha=weight)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Add means over all rationales; TRL's own loss would be a mean over batches of unequal sizes."""
+        seen, prefix = self._rollout_metrics["eval"], kwargs.get("metric_key_prefix", "eval")
+        self._metrics["eval"].clear()  # of `predict`, which logs nothing
+        output = super().evaluation_loop(*args, **kwargs)
+        means = seen.means()
+        means |= {"loss": means["loss/expected"]} if means else {}
+        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        return output
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log what became of the rationales beside TRL's own means."""
-        means = self._rollout_metrics[self._mode].means()
-        self._metrics[self._mode].update({name: [value] for name, value in means.items()})
         if self._mode == "train":
+            means = self._rollout_metrics["train"].means()
+            self._metrics["train"].update({name: [value] for name, value in means.items()})
             entropy = self._metrics["train"].get("entropy") or [float("nan")]
             self._warn(self._warnings.after_log(means, sum(entropy) / len(entropy), self.state.global_step))
         super().log(logs, start_time)

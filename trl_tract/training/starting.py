@@ -13,7 +13,7 @@ from trl.data_utils import get_dataset_column_names
 
 from trl_tract.backends.loading import adapter_config, check_model, load, load_tokenizer, tokenizer_id
 from trl_tract.rows.dataset import check_dataset, find_scales
-from trl_tract.rows.golds import mean_golds
+from trl_tract.rows.golds import is_missing, mean_golds
 from trl_tract.rows.refusals import Refusal, kept_of_stream, refuse
 from trl_tract.rows.rendering import asks_in_chat, settled
 from trl_tract.rows.row import ROW_NUMBER
@@ -177,12 +177,23 @@ def checked_rows(
             "gradient_accumulation_steps or steps_per_generation, or raise num_generations"
         )
     refuse([problem for problem in found if problem], len(found), dataset_name, **told)
+    if together and (rest := len(kept) % together):
+        logger.warning(
+            f"each epoch leaves {rest} of the {len(kept)} training rows out"
+            f"{', others each time' if args.shuffle_dataset else ', the last ones'}: rationales are written for "
+            f"{together} rows at once"
+        )
     return rows if len(kept) == len(found) else rows.select(kept)
 
 
 def _check_columns(rows: _Rows, dataset_name: str) -> None:
     check_dataset(rows, dataset_name)
     columns = get_dataset_column_names(rows) or []
+    if images := {"image", "images"} & set(columns):
+        raise ValueError(
+            f"the {dataset_name} dataset has the column {min(images)}, but REALTrainer trains only on text. Remove the "
+            "column if the prompts are complete without it"
+        )
     if columns and not ({"prompt"} <= set(columns) and {"score", "completion"} & set(columns)):
         raise ValueError(
             f"the {dataset_name} dataset has the columns {', '.join(sorted(columns))}. Pass rows with `prompt` and "
@@ -195,7 +206,7 @@ def problem_of(
 ) -> tuple[str, str] | None:
     """Kind of what is wrong with a row, and the message; None where nothing is."""
     try:
-        if row.get("prompt") is None:
+        if is_missing(row.get("prompt")):
             raise ScoreNotFoundError("no prompt", "the prompt is missing")
         if judge.chat is not None and judge.chat is isinstance(row["prompt"], str):
             trained, given = ("chat messages", "plain text")[:: 1 if judge.chat else -1]
