@@ -126,9 +126,7 @@ class CoTBootstrap(RationaleRun):
         if tolerance is not None and not tolerance >= 0:
             raise ValueError(f"tolerance={tolerance} must be 0 or more")
         if prices is not None and (len(prices) != 2 or min(prices) < 0):
-            raise ValueError(
-                f"prices={prices!r} must be two numbers: prices per million input tokens and output tokens"
-            )
+            raise ValueError(f"prices={prices!r} must be two numbers: prices per million input and output tokens")
         if backend.tokenizer is None and repetition_penalty not in (1.0, 1.03):
             raise ValueError(
                 f"repetition_penalty={repetition_penalty} has no effect on a chat endpoint: its API has no such field. "

@@ -249,7 +249,7 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
         table = self.accelerator.gather(torch.cat([torch.stack(scores, dim=1), sizes], dim=1))  # of all ranks
         num_generations = self.num_generations if self._mode == "train" else self.num_generations_eval
         self._rollout_metrics[self._mode].add(table, num_generations)
-        rewards = -table[:, 0]
+        rewards: torch.Tensor = -table[:, 0]
         self._new_advantages = torch.zeros_like(rewards)
         if num_generations > 1:
             normalised = self.args.advantages == "normalised"
