@@ -311,9 +311,9 @@ def test_a_bad_row_of_a_stream_is_named_when_its_turn_comes():
         list(stream)
 
 
-def test_rows_without_a_gold_score_are_dropped_if_asked_to(tmp_path):
-    rows = [*PLAIN_ROWS, {"prompt": "a", "score": None}, {"prompt": "a", "score": 7.0}]
-    with pytest.raises(ValueError, match="of 10"):
+def test_rows_without_a_gold_score_or_a_prompt_are_dropped_if_asked_to(tmp_path):
+    rows = [*PLAIN_ROWS, {"prompt": "a", "score": None}, {"prompt": "a", "score": 7.0}, {"prompt": "", "score": 1.0}]
+    with pytest.raises(ValueError, match=r"of 11 train rows refused \(no prompt"):
         make(tmp_path, rows=rows)
     trainer = make(tmp_path, rows=rows, invalid_rows="drop")
     assert len(trainer.train_dataset) == len(PLAIN_ROWS)

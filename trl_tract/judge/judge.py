@@ -255,7 +255,7 @@ class CoTRAILJudge:
                 "no rubric was saved with this judge. Build the prompts as in training and use judge(), or set "
                 'judge.rubric = Rubric.load("rubric.yaml") (trl_tract.sources.rubric)'
             )
-        if reference is not None and not self.rubric.shows("reference"):
+        if reference and not self.rubric.shows("reference"):
             raise ValueError("the rubric's template has no {reference}. Leave the reference out, or add it there")
         row: Row = {"prompt": self.rubric.prompt(instruction or "", response, reference, self.scales[0].marker)}
         return as_text(row, self.asks_chat)

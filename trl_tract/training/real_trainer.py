@@ -246,7 +246,8 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
         loss = loss.where(scored, torch.full_like(loss, self._penalty))
         scores = [loss, gold, terms.expected, terms.squared_error, logprobs.exp().sum(dim=1), scored]
         sizes = loss.new_tensor([[each.sampled, each.rewritten] for each in self._rollouts])
-        table = self.accelerator.gather(torch.cat([torch.stack(scores, dim=1), sizes], dim=1))  # of all ranks
+        # Of all ranks.
+        table: torch.Tensor = self.accelerator.gather(torch.cat([torch.stack(scores, dim=1), sizes], dim=1))
         num_generations = self.num_generations if self._mode == "train" else self.num_generations_eval
         self._rollout_metrics[self._mode].add(table, num_generations)
         rewards: torch.Tensor = -table[:, 0]
