@@ -394,6 +394,12 @@ def test_a_dtype_for_a_server_is_refused(folder, tmp_path, capsys):
     assert "--dtype" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", [["--base_url", "http://localhost:1/v1"], ["--served_model", "judge"]])
+def test_options_of_a_server_need_a_server(folder, tmp_path, capsys, option):
+    assert judge(folder, tmp_path / "out", *option) == 1
+    assert option[0] in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [

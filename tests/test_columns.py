@@ -117,6 +117,13 @@ def test_a_record_that_does_not_fit_its_columns_is_named(columns, record, wanted
         read_item(record, SCALES, OwnColumns.parse(columns, rubric))
 
 
+@pytest.mark.parametrize("role", ["instruction", "response", "reference"])
+def test_a_column_that_only_a_rubric_reads_is_not_left_out_unseen(role):
+    own = OwnColumns.parse(["prompt=question", f"{role}=answer", "score=stars"], None)
+    with pytest.raises(ValueError, match=rf"the column answer \({role}\)"):
+        read_item(RECORD, SCALES, own)
+
+
 def test_a_rubric_says_what_stands_in_it_whatever_yaml_makes_of_it(tmp_path):
     (tmp_path / "rubric.yaml").write_text("criterion: no\nscale: on\nscores:\n  1: yes\n  2: 2.50\n")
     rubric = Rubric.load(tmp_path / "rubric.yaml")

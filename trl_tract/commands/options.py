@@ -75,13 +75,13 @@ class EngineArguments:
                     "--dtype has no effect on a server, which has loaded its weights already. Leave it out"
                 )
             options["dtype"] = self.dtype
+        server = {name: getattr(self, name) for name in ("base_url", "served_model", "max_concurrency")}
         if generation.backend == "server":
-            options = {
-                "base_url": self.base_url,
-                "served_model": self.served_model,
-                "max_concurrency": self.max_concurrency,
-                **options,
-            }
+            return {**server, **options}
+        if given := [name for name, value in server.items() if value != getattr(EngineArguments, name)]:
+            raise ValueError(
+                f"--{given[0]} has no effect with --backend {generation.backend}. Add --backend server, or leave it out"
+            )
         return options
 
 

@@ -181,6 +181,13 @@ class OwnColumns:
             return row | {"prompt": found.get("instruction", found.get("prompt"))}
         if self.rubric is None:
             row["prompt"] = self._need(found, "prompt", record)
+            named = self.columns.keys() - self.optional
+            if idle := [role for role in ("instruction", "response", "reference") if role in named]:
+                raise ScoreNotFoundError(
+                    "no rubric",
+                    f"the column {self.columns[idle[0]]} ({idle[0]}) would not be read: without a rubric, the judge "
+                    f"reads the prompt column alone. Give a rubric, or leave {idle[0]} out of the columns",
+                )
         else:
             self._need(found, "response", record)
             asked = next((role for role in ("instruction", "prompt") if role in found), None)
