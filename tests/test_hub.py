@@ -27,7 +27,7 @@ from trl_tract.sources.rubric import Rubric
 # huggingface_hub 2.4 hands a file to its HTTP client's old argument where it uploads LFS objects.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 
-RUBRIC = Rubric("Is it polite?", {"1": "no", "5": "yes"})
+RUBRIC = Rubric("Is it polite?", {"1": "no", "5": "yes"}, scale="any score from 1 to 5")
 
 
 @pytest.fixture
