@@ -89,15 +89,16 @@ class REALTrainer(KeepsJudge, GRPOTrainer):
                 f"{min(unknown)} is not supported: REALTrainer's reward is the judge's own error, after one rationale "
                 "per turn. Leave it out"
             )
-        name = fspath(model) if isinstance(model, str | PathLike) else getattr(model.config, "_name_or_path", "")
+        model = fspath(model) if isinstance(model, PathLike) else model
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
         args = REALConfig.from_args(args, name.rstrip("/").split("/")[-1] or "model")
         check_start(model, name, args, kwargs.get("peft_config"))
         if processing_class is None:
             processing_class = policy_tokenizer(name, (args.model_init_kwargs or {}).get("revision"))
         self._template, self.judge_config = find_judge(name, args, processing_class, train_dataset)
         (self.scale,) = self.judge_config.scales
-        if isinstance(model, str | PathLike):
-            model = load_policy(name, processing_class, args, kwargs.get("quantization_config"))
+        if isinstance(model, str):
+            model = load_policy(model, processing_class, args, kwargs.get("quantization_config"))
             if not isinstance(model, str):
                 # It was loaded with these; the host would say that they are ignored.
                 kwargs.pop("quantization_config", None)
