@@ -92,12 +92,6 @@ def checkpoint_of(
     if last is None:
         raise ValueError(f"no complete checkpoint in {args.output_dir}. Start without resume_from_checkpoint")
     found = Path(last)
-    # Under FSDP and DeepSpeed it is a directory.
-    if found.is_dir() and not [*found.glob("optimizer*"), *found.glob("global_step*")]:
-        raise ValueError(
-            f"{found} has no optimizer state, as with save_only_model=True, so training cannot continue from it. Start "
-            "without resume_from_checkpoint, or delete the checkpoints to train again"
-        )
     then, now = _objective_of(found), json.loads(json.dumps(_objective(args, judge_config, adapter)))
     changed = [name for name, value in then.items() if value != now.get(name)]
     if changed:
@@ -105,6 +99,12 @@ def checkpoint_of(
         raise ValueError(
             f"{found} was trained with other settings: {values}. Restore them to continue from it, or use another "
             "output_dir"
+        )
+    # Under FSDP and DeepSpeed it is a directory.
+    if found.is_dir() and not [*found.glob("optimizer*"), *found.glob("global_step*")]:
+        raise ValueError(
+            f"{found} has no optimizer state, as with save_only_model=True, so training cannot continue from it. Start "
+            "without resume_from_checkpoint, or delete the checkpoints to train again"
         )
     return str(found)
 
