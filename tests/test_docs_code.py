@@ -62,7 +62,7 @@ NOT_RUN = {
     "docs/large_runs.md": 1,
     "docs/many_machines.md": 3,
     "docs/multi_gpu.md": 1,
-    "docs/real.md": 2,
+    "docs/real.md": 3,
     "docs/recipes.md": 2,
     "docs/replication.md": 6,
     "docs/training_options.md": 0,
