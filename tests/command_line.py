@@ -23,8 +23,9 @@ from trl import TrlParser
 from trl_tract.cli import main
 
 # In one write: the commands of a pipe are recorded at the same time.
+# The end of a command is no newline: bash would write what stands behind it apart, amid another command of a pipe.
 _RECORDER = """#!/bin/bash
-printf '%s\\0' "$(basename "$0")" "$@" $'\\n' >> "$RECORD"
+printf '%s\\0' "$(basename "$0")" "$@" $'\\036' >> "$RECORD"
 """
 _VENV = re.compile(r"(?<![\w/])(\.venv[\w-]*/bin)/")
 
@@ -50,7 +51,7 @@ def commands_of(code: str, directory: Path) -> list[list[str]]:
     assert done.returncode == 0, f"bash on\n{code}\n{done.stderr}"
     commands: list[list[str]] = [[]]
     for word in record.read_text().split("\0")[:-1]:
-        if word == "\n":
+        if word == "\x1e":
             commands.append([])
         else:
             commands[-1].append(word)

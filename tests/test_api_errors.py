@@ -315,7 +315,7 @@ MISTAKES = {
         ValueError,
         "repetition_penalty=1.2 has no effect on a chat endpoint",
     ),
-    "one price": (lambda _: CoTBootstrap(scripted(), prices=[1.0]), ValueError, "prices per million input and output tokens"),
+    "one price": (lambda _: CoTBootstrap(scripted(), prices=[1.0]), ValueError, "prices per million input"),
     "no rationale to keep": (lambda _: CoTBootstrap(scripted(), keep=0), ValueError, "keep=0 must be 1 or more"),
     "keep_gold for rows that have none": (
         lambda _: CoTBootstrap(scripted(), on_failure="keep_gold"),
