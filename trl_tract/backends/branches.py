@@ -9,7 +9,8 @@ Knows nothing of losses, heads or trainers.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -314,7 +315,19 @@ def why_not_one_forward(model: PreTrainedModel) -> str | None:
     return None
 
 
-@torch.no_grad()
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """A model in evaluation mode and without gradients; afterwards each module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def keeps_apart(model: PreTrainedModel, flatten: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> bool:
     """Whether rows that stand one behind another in a sequence do not see each other; tried out on a few tokens.
 
@@ -327,18 +340,13 @@ def keeps_apart(model: PreTrainedModel, flatten: Callable[[list[dict[str, Any]]]
     ids = [[(place * 7 + first) % model.config.get_text_config().vocab_size for place in range(8)] for first in (2, 5)]
     device = model.get_input_embeddings().weight.device
     backbone: Any = model.base_model
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     states = []
-    try:
+    with evaluating(model):
         for rows in ([ids[0], ids[1]], [ids[1], ids[1]]):
             batch = flatten([{"input_ids": row} for row in rows])
             del batch["labels"]
             inputs = {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
             states.append(backbone(**inputs, use_cache=False).last_hidden_state[:, 8:].float())
-    finally:
-        for module, training in modes:
-            module.training = training
     return bool((states[0] - states[1]).norm() <= _APART * states[1].norm())
 
 
@@ -354,7 +362,6 @@ def several_tokens(trie: TokenTrie, refusal: str | None) -> str:
     )
 
 
-@torch.no_grad()
 def _tried_out(model: PreTrainedModel, config: Any) -> float:
     """How far the hidden states of branches are from those of further forward passes, relative to their size."""
     trie = TokenTrie.from_paths([(0, 0, 0), (0, 0, 1), (0, 1), (1, 0)])
@@ -364,9 +371,7 @@ def _tried_out(model: PreTrainedModel, config: Any) -> float:
     score_positions = torch.zeros(2, 11, dtype=torch.bool, device=device)
     score_positions[0, [4, 8]] = score_positions[1, 6] = True
     backbone: Any = model.base_model
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
         wanted = further_forwards(backbone, inputs, score_positions, trie)
         tree = TreePass(trie, score_positions, config, share=True)
@@ -375,7 +380,4 @@ def _tried_out(model: PreTrainedModel, config: Any) -> float:
             found: Any = tree.split(backbone(**extended))
         except (TypeError, ValueError, RuntimeError, KeyError, IndexError):
             return float("inf")
-    finally:
-        for module, training in modes:
-            module.training = training
     return float((found - wanted).norm() / wanted.norm())

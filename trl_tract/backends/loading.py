@@ -139,21 +139,13 @@ def changed_weight(model: Any, revision: str | None = None) -> str | None:
 
 def _weight_files(model_id: str, revision: str | None) -> list[str]:
     """The files with the weights of a directory or hub id, as far as they are here."""
-
-    def here(name: str) -> str | None:
-        try:
-            found: str | None = cached_file(model_id, name, revision=revision, local_files_only=True)
-        except OSError:
-            found = None
-        return found
-
     if not model_id:
         return []
-    index = here("model.safetensors.index.json")
+    index = file_of(model_id, "model.safetensors.index.json", revision, local=True)
     names = ["model.safetensors"]
     if index is not None:
         names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    return [file for file in map(here, names) if file is not None]
+    return [file for name in names if (file := file_of(model_id, name, revision, local=True)) is not None]
 
 
 def loaded_fingerprint(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -290,12 +282,17 @@ def tokenizer_id(model_id: str, base_id: str, revision: str | None = None) -> st
     return model_id if own else base_id
 
 
-def file_of(model_id: str, name: str, revision: str | None = None) -> str | None:
-    """A file of a directory or hub id; None where there is none, or nothing can be had from the hub."""
+def file_of(model_id: str, name: str, revision: str | None = None, *, local: bool = False) -> str | None:
+    """A file of a directory or hub id; None where there is none, or nothing can be had from the hub.
+
+    Args:
+        local: Whether nothing is downloaded.
+    """
     found: str | None = cached_file(
         model_id,
         name,
         revision=revision,
+        local_files_only=local,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,

@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_tract.backends.base import Backend, Generation, Sampling, SamplingOptions, prompt_seeds
-from trl_tract.backends.branches import why_not_one_forward
+from trl_tract.backends.branches import evaluating, why_not_one_forward
 from trl_tract.backends.continuation import Continuation
 from trl_tract.backends.decoding import Decoding
 from trl_tract.backends.drawing import Drawing, random_numbers
@@ -338,17 +338,13 @@ class TransformersBackend(Backend):
         head = owner.get_output_embeddings()
         hook = None if head is None else head.register_forward_pre_hook(_contiguous)
         checkpoint_settings = owner.generation_config
-        modes = [(module, module.training) for module in self.model.modules()]
         try:
             # Set aside rather than overridden: fields such as `suppress_tokens` have no neutral value to pass.
             owner.generation_config = no_settings()
-            self.model.eval()
-            with torch.no_grad():
+            with evaluating(self.model):
                 yield
         finally:
             owner.generation_config = checkpoint_settings
-            for module, training in modes:
-                module.training = training
             if hook is not None:
                 hook.remove()
 

@@ -199,8 +199,7 @@ class TRACTConfig(KeepsSecrets, SFTConfig):
             weight = getattr(self, name)
             if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
                 raise ValueError(f"{name}={weight!r} must be a number, 0 or greater")
-        raft_weights = [self.raft_weight if scale.raft_weight is None else scale.raft_weight for scale in scales]
-        if not any([*raft_weights, self.rationale_weight, self.annotator_weight]):
+        if not any([*self.raft_weights, self.rationale_weight, self.annotator_weight]):
             raise ValueError(
                 "raft_weight and rationale_weight are both 0, so there is no loss to train on. Set one of them above 0"
             )
@@ -264,6 +263,11 @@ class TRACTConfig(KeepsSecrets, SFTConfig):
     def scales(self) -> tuple[Scale, ...]:
         """What a completion is scored on: one scale for each aspect, or the only one, whose name is empty."""
         return read_scales(vars(self))
+
+    @property
+    def raft_weights(self) -> list[float]:
+        """Weight of the squared error of each of `scales`."""
+        return [self.raft_weight if scale.raft_weight is None else scale.raft_weight for scale in self.scales]
 
     @property
     def template_settings(self) -> TemplateSettings:

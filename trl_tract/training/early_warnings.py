@@ -48,9 +48,9 @@ class EarlyWarnings:
                 f"/{scale.name}" if scale.name else "",
                 scale.grid.values[0],
                 scale.grid.values[-1],
-                args.raft_weight if scale.raft_weight is None else scale.raft_weight,
+                weight,
             )
-            for scale in args.scales
+            for scale, weight in zip(args.scales, args.raft_weights, strict=True)
         ]
 
     def at_start(self) -> list[str]:

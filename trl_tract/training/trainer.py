@@ -154,8 +154,8 @@ class TRACTTrainer(KeepsJudge, SFTTrainer):
         # Of each scale a row, filled up with scores that cannot be.
         rows = [torch.tensor(grid.values) for grid in grids]
         values = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.accelerator.device)
-        weights = [self.args.raft_weight if scale.raft_weight is None else scale.raft_weight for scale in self.scales]
-        self._values, self._raft_weights = values, torch.tensor(weights, device=self.accelerator.device)
+        self._values = values
+        self._raft_weights = torch.tensor(self.args.raft_weights, device=self.accelerator.device)
 
     def _prepare_dataset(
         self,
