@@ -133,6 +133,19 @@ def test_an_adapter_on_weights_that_were_not_saved_is_refused(tmp_path, seed, wr
     on(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16), lora())
 
 
+@pytest.mark.parametrize("row", [0, 20, -1])
+def test_a_row_of_the_embeddings_that_was_changed_by_hand_is_noticed_unless_it_is_saved(tmp_path, seed, row):
+    model = AutoModelForCausalLM.from_pretrained(seed)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[row] += 1.0
+    trained(tmp_path, model, extra={"peft_config": lora(modules_to_save=["embed_tokens", "lm_head"])})
+    model = AutoModelForCausalLM.from_pretrained(seed)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[row] += 1.0
+    with pytest.raises(ValueError, match=r"of this model is not what it is in .*seed"):
+        trained(tmp_path, model, extra={"peft_config": lora()})
+
+
 @pytest.mark.parametrize("start", ["pissa_niter_4", "corda", "lora_ga"])
 @pytest.mark.filterwarnings("ignore:`init_lora_weights` is 'corda':UserWarning")  # PEFT's
 def test_a_start_that_loading_does_not_repeat_is_refused(tmp_path, start):

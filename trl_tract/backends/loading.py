@@ -6,6 +6,7 @@ Knows nothing of generation.
 import hashlib
 import json
 import os
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from trl_tract.backends.device import dtype_to_compute_in
 
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+_AT_ONCE = 4096  # rows of an embedding that are compared at once: a copy of all of them may be gigabytes
 _SAMPLED = 256  # numbers of each parameter that a fingerprint looks at
 
 
@@ -116,25 +118,48 @@ def _untie(model: Any) -> None:
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
-def changed_weight(model: Any, revision: str | None = None) -> str | None:
+def changed_weight(model: Any, revision: str | None = None, saved_beside: Set[str] = frozenset()) -> str | None:
     """Name of a weight that is not, in memory, what it is in the files that the model was loaded from; None without.
 
-    The first rows of each are compared, up to the rounding of 16 bits. What is quantised, or named otherwise in the
-    files, is passed over, and so are files that are not here.
+    Compared, up to the rounding of 16 bits, are the first and the last rows of each, and all rows of the embeddings,
+    where single ones are changed by hand. What is quantised, or named otherwise in the files, is passed over, and so
+    are files that are not here.
+
+    Args:
+        saved_beside: Modules that are saved with the adapter, so that it does not matter what the files have.
     """
     weights = {name.replace(".base_layer", ""): weight for name, weight in model.named_parameters()}
+    embeddings = [getattr(layer, "weight", None) for layer in (model.get_input_embeddings(), _head_of(model))]
     for file in _weight_files(getattr(model.config, "_name_or_path", ""), revision):
         with safe_open(file, "pt") as saved:
             for name in sorted(weights.keys() & set(saved.keys())):
                 weight, slices = weights[name].detach(), saved.get_slice(name)
-                if weight.is_meta or not weight.dim() or list(weight.shape) != slices.get_shape():
-                    continue
-                wanted, found = slices[:4], weight[:4]
-                if {wanted.dtype, found.dtype} <= _FLOATS and not torch.allclose(
-                    found.cpu().double(), wanted.double(), rtol=2**-7, atol=1e-6
+                if (
+                    not saved_beside.isdisjoint(name.split("."))
+                    or weight.is_meta
+                    or not weight.dim()
+                    or list(weight.shape) != slices.get_shape()
                 ):
+                    continue
+                count = len(weight)
+                rows = [(0, 4), (max(count - 4, 0), count)]
+                if any(weights[name] is each for each in embeddings):
+                    rows = [(start, start + _AT_ONCE) for start in range(0, count, _AT_ONCE)]
+                if not all(_same(weight[start:end], slices[start:end]) for start, end in rows):
                     return str(name)
     return None
+
+
+def _head_of(model: Any) -> Any:
+    head = model.get_output_embeddings()
+    return getattr(head, "base_layer", head)
+
+
+def _same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether both are alike as far as they can be compared."""
+    if not {wanted.dtype, found.dtype} <= _FLOATS:
+        return True
+    return torch.allclose(found.cpu().double(), wanted.double(), rtol=2**-7, atol=1e-6)
 
 
 def _weight_files(model_id: str, revision: str | None) -> list[str]:

@@ -93,13 +93,25 @@ def _check_loaded(model: Any, peft_config: PeftConfig | None) -> None:
                 "directory, is_trainable=True)"
             )
     # The adapter alone is saved.
-    if peft_config is not None and not unknown and (name := changed_weight(base, peft_config.revision)):
+    if (
+        peft_config is not None
+        and not unknown
+        and (name := changed_weight(base, peft_config.revision, _saved_beside(peft_config)))
+    ):
         source = base.config._name_or_path
         raise ValueError(
             f"{name} of this model is not what it is in {source}, and the saved adapter would be loaded on {source}. "
             "Save the model with save_pretrained and give that directory, or, for another revision on the hub, set "
             "revision in the adapter's configuration"
         )
+
+
+def _saved_beside(peft_config: PeftConfig) -> set[str]:
+    """Modules whose weights an adapter saves whole, by name."""
+    saved = set(getattr(peft_config, "modules_to_save", None) or ())
+    if rows := getattr(peft_config, "trainable_token_indices", None):
+        saved |= set(rows) if isinstance(rows, Mapping) else {"embed_tokens"}
+    return saved
 
 
 def on_revision(peft_config: PeftConfig | None, init: Mapping[str, Any] | None) -> PeftConfig | None:
